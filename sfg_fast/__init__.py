@@ -1,0 +1,25 @@
+"""Multi-task CNNs with Stochastic Filter Groups (SFG): the channels a sampled grouping zeroes are never computed."""
+
+from . import reference
+from .backends import backend
+from .features import SFGFeatures
+from .groups import FilterGroups
+from .layers.conv import SFGConv2d
+from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
+from .networks.highresnet import SFGHighResNet
+
+__all__ = [
+    "FilterGroups",
+    "SFGConv2d",
+    "SFGFeatures",
+    "SFGHighResNet",
+    "assign",
+    "backend",
+    "penalties",
+    "predict",
+    "recalibrate",
+    "reference",
+    "sampling",
+    "set_estimator",
+    "set_temperature",
+]

@@ -1,0 +1,229 @@
+"""How a kernel's group is drawn and how its probabilities p are learnt (paper, section 2.2).
+
+The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits). Sampling is relaxed by Gumbel-softmax:
+z = softmax((log p + Gumbel noise) / temperature). The noise belongs to LOG p: added to p itself, as in the authors'
+public code, p = [0, 1, 0] would still draw the first group one time in five.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .groups import FilterGroups, group_names
+
+# --- the start: initial p ---------------------------------------------------------------------------------------------
+
+INITIAL = ("uniform", "dirichlet", "mostly_shared", "mostly_specific", "vertex")
+
+
+def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, groups: int) -> Tensor:
+    """p [K, T+1] to start from.
+
+    `uniform` 1/(T+1); `dirichlet` a flat Dirichlet draw per kernel; `mostly_shared` .6 shared; `mostly_specific` .1
+    shared; `vertex` .99 on a random group per kernel; or an array of probabilities, [T+1] or [K, T+1].
+    Raises ValueError for an unknown name or an array that holds no probabilities.
+    """
+    if not isinstance(init, str):
+        p = torch.as_tensor(init, dtype=torch.get_default_dtype()).detach()
+        if p.shape not in ((groups,), (kernels, groups)):
+            raise ValueError(f"init has shape {tuple(p.shape)}, expected ({groups},) or ({kernels}, {groups})")
+        if not (p >= 0).all() or not torch.allclose(p.sum(-1), torch.ones(()), atol=1e-3):
+            raise ValueError(f"init={init!r}: probabilities must be at least 0 and sum to 1 for each kernel")
+        return p.expand(kernels, groups)
+    if init == "dirichlet":
+        return torch.distributions.Dirichlet(torch.ones(groups)).sample((kernels,))
+    if init == "vertex":
+        p = torch.full((kernels, groups), 0.01 / (groups - 1))
+        return p.scatter(1, torch.randint(groups, (kernels, 1)), 0.99)
+    shared = {"uniform": 1 / groups, "mostly_shared": 0.6, "mostly_specific": 0.1}.get(init)
+    if shared is None:
+        raise ValueError(f"init={init!r} is unknown, expected one of {', '.join(INITIAL)} or an array of probabilities")
+    return torch.tensor([shared] + [(1 - shared) / (groups - 1)] * (groups - 1)).expand(kernels, groups)
+
+
+# --- one draw ---------------------------------------------------------------------------------------------------------
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise from the default generator of the device of `like`."""
+    return -torch.empty_like(like).exponential_().clamp_min(torch.finfo(like.dtype).tiny).log()
+
+
+def one_hot(assignment: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """[K, groups] from int64 [K]."""
+    return (assignment[:, None] == torch.arange(groups, device=assignment.device)).to(dtype)
+
+
+def gumbel_softmax(log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """A relaxed draw, [K, T+1]: softmax((log p + noise) / temperature). Jang et al. 2016, the paper's ref. [14]."""
+    return ((log_p + noise) / temperature).softmax(1)
+
+
+def straight_through(log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """A one-hot draw with the gradient of the relaxed one (the argmax of both is the same). Jang et al. 2016."""
+    relaxed = gumbel_softmax(log_p, noise, temperature)
+    drawn = one_hot(relaxed.detach().argmax(1), relaxed.shape[1], relaxed.dtype)
+    return drawn + (relaxed - relaxed.detach())
+
+
+class Estimator(NamedTuple):
+    """How gates are drawn in training, and how their gradient reaches the logits."""
+
+    gates: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # None: a plain draw, logits frozen
+    relaxed: bool  # are the gates anything but one-hot?
+
+
+ESTIMATORS = {
+    "gumbel_softmax": Estimator(gumbel_softmax, relaxed=True),
+    "straight_through": Estimator(straight_through, relaxed=False),
+    "none": Estimator(None, relaxed=False),
+}
+
+
+def temperature_at(progress: float, start: float = 1.0, end: float = 0.1, until: float = 0.8) -> float:
+    """The annealed temperature: exponential from `start` to `end`, reached at `until` of the run (progress in 0..1),
+    constant after that ("we start at a high temperature and anneal to a small but non-zero value", section 2.2)."""
+    return max(end, start * (end / start) ** (progress / until))
+
+
+# --- the gates of one layer -------------------------------------------------------------------------------------------
+
+
+class GroupGates(nn.Module):
+    """The K gates of a layer: the variational parameters of q(z), their draw, and a fixed assignment if there is one.
+
+    Attributes:
+        logits: float [K, T+1], log-probabilities up to a constant, shared first. Never decayed.
+        estimator: a name of `ESTIMATORS`; `none` freezes the logits.
+        sampling: draw also in `eval()`, which otherwise uses argmax p. (Constant p, estimator `none`, always draws:
+            argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
+    """
+
+    _temperature: Tensor
+    fixed_assignment: Tensor
+
+    def __init__(
+        self,
+        kernels: int,
+        tasks: int | Iterable[str],
+        init: str | Sequence[Any] | Tensor,
+        estimator: str,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.group_names = group_names(tasks)
+        p = initial_probabilities(init, kernels, len(self.group_names))
+        # p = 0 would be log 0; a thousandth of a percent can never be told from it in training.
+        log_p = p.clamp_min(1e-5).log().to(device=device, dtype=dtype or torch.get_default_dtype())
+        self.logits = nn.Parameter(log_p.contiguous())
+        self.register_buffer("_temperature", torch.ones((), device=device))
+        # -1: sampled. A buffer, so that a checkpoint of a constant mask is one.
+        self.register_buffer("fixed_assignment", torch.full((kernels,), -1, device=device))
+        self.assigned = False
+        self.sampling = False
+        self.shares_grouping = False
+        self.estimator = estimator
+
+    @property
+    def estimator(self) -> str:
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, name: str) -> None:
+        if name not in ESTIMATORS:
+            raise ValueError(f"estimator={name!r} is unknown, expected one of {', '.join(ESTIMATORS)}")
+        self._estimator = name
+        self.logits.requires_grad_(ESTIMATORS[name].gates is not None)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Temperature of the relaxation, a 0-dim tensor: set it in place, and a captured graph sees the change."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        if not float(value) > 0 or not math.isfinite(float(value)):
+            raise ValueError(f"temperature={float(value)}: expected a positive number")
+        self._temperature.fill_(float(value))
+
+    @property
+    def learns_grouping(self) -> bool:
+        """Do the logits of this layer get a gradient of their own?"""
+        return ESTIMATORS[self.estimator].gates is not None and not self.assigned and not self.shares_grouping
+
+    def log_p(self) -> Tensor:
+        """log p [K, T+1], at least float32."""
+        logits = self.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+
+    def probabilities(self) -> Tensor:
+        """p [K, T+1] without gradient; one-hot under a fixed assignment."""
+        log_p = self.log_p().detach()
+        return one_hot(self.fixed_assignment, log_p.shape[1], log_p.dtype) if self.assigned else log_p.exp()
+
+    def assign(self, assignment: Tensor | Sequence[int] | None) -> None:
+        """Fix the assignment, int [K] of group numbers; None: sample again. The logits then get no gradient (zeros)."""
+        if assignment is None:
+            self.fixed_assignment.fill_(-1)
+            self.assigned = False
+            return
+        wanted = torch.as_tensor(assignment)
+        kernels, groups = self.logits.shape
+        if wanted.shape != (kernels,) or wanted.is_floating_point() or wanted.dtype == torch.bool:
+            raise ValueError(
+                f"assignment has shape {tuple(wanted.shape)} and dtype {wanted.dtype}, expected integers [{kernels}]"
+            )
+        if ((wanted < 0) | (wanted >= groups)).any():
+            raise ValueError(f"assignment holds {wanted.tolist()}, expected groups 0 (shared) to {groups - 1}")
+        self.fixed_assignment.copy_(wanted)
+        self.assigned = True
+
+    def share_grouping(self, owner: GroupGates) -> None:
+        """From now on this layer has no grouping of its own: it uses the owner's logits, and its input must bring the
+        owner's draw (`conv(x, groups=...)`). All convolutions that write to one residual stream do so."""
+        if owner.logits.shape != self.logits.shape or owner.group_names != self.group_names:
+            raise ValueError(
+                f"a layer of {tuple(self.logits.shape)} (kernels, groups) can't share the grouping of one of "
+                f"{tuple(owner.logits.shape)}"
+            )
+        self.logits = owner.logits
+        self.shares_grouping = True
+
+    def draw(self) -> FilterGroups:
+        """One draw for a mini-batch (the paper's objective draws per example; a convolution has one weight per batch).
+
+        The noise comes from torch's default generator before any backend is chosen: same seed, same assignment.
+        """
+        if self.shares_grouping:
+            raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
+        tasks, groups = self.group_names[1:], len(self.group_names)
+        if self.assigned:
+            gates = one_hot(self.fixed_assignment, groups, self.log_p().dtype)
+            return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
+        estimator = ESTIMATORS[self.estimator]
+        log_p = self.log_p()
+        if not (self.training or self.sampling or estimator.gates is None):
+            return self._one_row_per_kernel(log_p.argmax(1), log_p.dtype)
+        noise = gumbel_noise(log_p)
+        if self.training and estimator.gates is not None:
+            learns = log_p.requires_grad and torch.is_grad_enabled()
+            if estimator.relaxed:
+                return FilterGroups.relaxed(estimator.gates(log_p, noise, self._temperature), tasks)
+            if learns:
+                gates = estimator.gates(log_p, noise, self._temperature)
+                return FilterGroups.expanded(gates.detach().argmax(1), gates, tasks)
+        return self._one_row_per_kernel((log_p + noise).argmax(1), log_p.dtype)
+
+    def _one_row_per_kernel(self, assignment: Tensor, dtype: torch.dtype) -> FilterGroups:
+        gates = one_hot(assignment, len(self.group_names), dtype)
+        return FilterGroups.from_assignment(assignment, self.group_names[1:], gates)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.assigned = bool((self.fixed_assignment >= 0).all())

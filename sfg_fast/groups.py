@@ -1,0 +1,213 @@
+"""Which kernel belongs to which group, and which group reads which (paper, section 2.1).
+
+Group 0 is `shared`, groups 1..T are the tasks. The features of all groups lie side by side in one packed tensor;
+`FilterGroups` says which channel is which, `Routing` says which channels a group of the next layer reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SHARED = "shared"
+
+
+class Routing(enum.Enum):
+    """Which input groups an output group reads (paper, section 2.1, "Feature Routing")."""
+
+    ARROW = "arrow"  # shared reads shared; task t reads t and shared: F_t = h([F_t | F_s] * G_t)
+    OWN = "own"  # group g reads group g
+    ALL = "all"  # the first layer: every group reads the image
+
+    def reads(self, groups_out: int, groups_in: int, device: torch.device | None = None) -> Tensor:
+        """bool [groups_out, groups_in]: does the output group read the input group?"""
+        if self is Routing.ALL:
+            return torch.ones(groups_out, groups_in, dtype=torch.bool, device=device)
+        table = torch.eye(groups_out, groups_in, dtype=torch.bool, device=device)
+        if self is Routing.ARROW:
+            table[:, 0] = True
+        return table
+
+
+def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
+    """Names of the T+1 groups, `shared` first, from the number of tasks (`task1`, ..) or their names."""
+    names = tuple(f"task{t + 1}" for t in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
+    if not names:
+        raise ValueError(f"tasks={tasks!r}: at least one task is needed")
+    if SHARED in names or len(set(names)) != len(names):
+        raise ValueError(f"tasks={tasks!r}: names must be distinct and none may be {SHARED!r}, the shared group's own")
+    return (SHARED, *names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FilterGroups:
+    """An assignment of kernels to groups, made usable: what the channels of a packed tensor are.
+
+    Channels (rows) are sorted by group, and by kernel index within a group. There are three kinds:
+
+    * one row per kernel: a drawn or fixed assignment (`from_assignment`);
+    * `full`: one row for every (group, kernel) pair, group after group. All of them live: a relaxed draw, or
+      streams. Or `drawn` tells the K rows that are live, the others being zero with a gate that wants a gradient
+      (`expanded`);
+    * `blocks`: rows of their own for every group (heads, merges), used to address a weight.
+
+    Attributes:
+        order: int64 [rows], packed row -> kernel index.
+        offsets: int64 [groups + 1], group g owns rows offsets[g]:offsets[g+1].
+        names: the groups' names, `shared` first.
+        width: K, the number of kernels.
+        assignment: int64 [K], the drawn group of each kernel; None for streams and blocks.
+        gates: [K, groups] the gate z of each kernel in each group; None where all are one (streams, blocks).
+        drawn: the K live rows of expanded groups, as groups of their own; otherwise None: all rows are live.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    names: tuple[str, ...]
+    width: int
+    assignment: Tensor | None = None
+    gates: Tensor | None = None
+    drawn: FilterGroups | None = None
+
+    @staticmethod
+    def from_assignment(
+        assignment: Tensor | Sequence[int], tasks: int | Iterable[str] = 2, gates: Tensor | None = None
+    ) -> FilterGroups:
+        """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default."""
+        names = group_names(tasks)
+        assignment = torch.as_tensor(assignment, dtype=torch.int64)
+        if assignment.dim() != 1:
+            raise ValueError(f"assignment has shape {tuple(assignment.shape)}, expected [K]")
+        onehot = assignment[:, None] == torch.arange(len(names), device=assignment.device)
+        if gates is None:
+            gates = onehot.to(torch.get_default_dtype())
+        order = torch.argsort(assignment, stable=True)
+        return FilterGroups(order, _offsets(onehot.sum(0)), names, assignment.numel(), assignment, gates)
+
+    @staticmethod
+    def expanded(assignment: Tensor, gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:
+        """All (T+1)K rows of a one-hot draw: the drawn ones live, the others zero, but every gate gets a gradient."""
+        drawn = FilterGroups.from_assignment(assignment, tasks, gates)
+        streams = FilterGroups.streams(assignment.numel(), tasks, assignment.device)
+        return dataclasses.replace(streams, assignment=assignment, gates=gates, drawn=drawn)
+
+    @staticmethod
+    def relaxed(gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:
+        """All (T+1)K rows, all live: a Gumbel-softmax draw `gates` [K, T+1]."""
+        streams = FilterGroups.streams(gates.shape[0], tasks, gates.device)
+        return dataclasses.replace(streams, assignment=gates.detach().argmax(1), gates=gates)
+
+    @staticmethod
+    def streams(width: int, tasks: int | Iterable[str], device: torch.device | None = None) -> FilterGroups:
+        """T+1 full-width tensors side by side: every group has a tensor of its own."""
+        names = group_names(tasks)
+        order = torch.arange(width, device=device).repeat(len(names))
+        offsets = torch.arange(len(names) + 1, device=device) * width
+        return FilterGroups(order, offsets, names, width)
+
+    @staticmethod
+    def concatenated(width: int, tasks: int | Iterable[str], device: torch.device | None = None) -> FilterGroups:
+        """Streams as the columns of [F_t | F_s]: a task's own channels are 0..K-1, the shared ones K..2K-1."""
+        streams = FilterGroups.streams(width, tasks, device)
+        order = streams.order + width * (streams.ids == 0)
+        return dataclasses.replace(streams, order=order, width=2 * width)
+
+    @staticmethod
+    def blocks(sizes: Sequence[int], names: tuple[str, ...], device: torch.device | None = None) -> FilterGroups:
+        """Group g has `sizes[g]` rows that nobody else has (an image is one block)."""
+        total = sum(sizes)
+        return FilterGroups(
+            torch.arange(total, device=device), _offsets(torch.tensor(sizes, device=device)), names, total
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.names[1:]
+
+    @property
+    def full(self) -> bool:
+        """One row for every (group, kernel) pair?"""
+        return self.order.numel() == len(self.names) * self.width
+
+    @property
+    def blocked(self) -> bool:
+        """Does every group have rows of its own (`blocks`)?"""
+        return self.assignment is None and not self.full
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """int64 [rows], the group of each row."""
+        rows = torch.arange(self.order.numel(), device=self.order.device)
+        return torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
+
+    @cached_property
+    def rows_in_streams(self) -> Tensor:
+        """int64 [rows], where each row stands among the (T+1)K rows of full groups."""
+        return self.ids * self.width + self.order
+
+    @property
+    def live(self) -> FilterGroups:
+        """The rows that may be non-zero."""
+        return self if self.drawn is None else self.drawn
+
+    def row_gates(self) -> Tensor | None:
+        """[rows], the gate of each row; None where all are one."""
+        if self.gates is None:
+            return None
+        if self.full:
+            return self.gates.t().reshape(-1)
+        return self.gates[self.order, self.ids]
+
+    def index(self, group: int | str) -> int:
+        """The number of a group given by index or name."""
+        if isinstance(group, str):
+            if group not in self.names:
+                raise ValueError(f"group {group!r} is unknown, expected one of {', '.join(self.names)}")
+            return self.names.index(group)
+        if not 0 <= group < len(self.names):
+            raise ValueError(f"group {group} is unknown, expected 0 (shared) to {len(self.names) - 1}")
+        return group
+
+    def same_as(self, other: FilterGroups) -> bool:
+        """Does row r mean the same in both? (Identity is looked at first: values on a GPU would need a wait.)"""
+        if self is other or (self.order is other.order and self.gates is other.gates):
+            return True
+        if self.names != other.names or self.width != other.width or self.order.numel() != other.order.numel():
+            return False
+        if (self.drawn is None) != (other.drawn is None) or (self.assignment is None) != (other.assignment is None):
+            return False
+        if not self.full:
+            return torch.equal(self.order, other.order) and torch.equal(self.offsets, other.offsets)
+        return self.drawn is None or other.drawn is None or self.drawn.same_as(other.drawn)
+
+    def map(self, fn) -> FilterGroups:  # type: ignore[no-untyped-def]
+        """`fn` applied to every tensor held."""
+        leaves, spec = pytree.tree_flatten(self)
+        return pytree.tree_unflatten([fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    def __repr__(self) -> str:
+        kind = "expanded" if self.drawn else "full" if self.full else "packed"
+        return f"FilterGroups({kind}, groups={self.names}, kernels={self.width})"
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+_TENSORS = ("order", "offsets", "assignment", "gates", "drawn")
+pytree.register_pytree_node(
+    FilterGroups,
+    lambda groups: ([getattr(groups, name) for name in _TENSORS], (groups.names, groups.width)),
+    lambda children, context: FilterGroups(
+        names=context[0], width=context[1], **dict(zip(_TENSORS, children, strict=True))
+    ),
+    serialized_type_name="sfg_fast.FilterGroups",
+    to_dumpable_context=list,
+    from_dumpable_context=lambda context: (tuple(context[0]), context[1]),
+)

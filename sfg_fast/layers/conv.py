@@ -1,0 +1,158 @@
+"""`SFGConv2d`: the drop-in layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..features import SFGFeatures
+from ..groups import FilterGroups, Routing
+from ..kernels.blocks import Geometry
+from ..reference import DenseFeatures, activate
+from ..routed_conv import RoutedConv, routed_conv, routed_conv_expanded
+
+Features = SFGFeatures | DenseFeatures
+
+
+class SFGConv2d(reference.SFGConv2d):
+    """A 2-D convolution whose K kernels are drawn into T+1 groups: `shared` and one for each task (paper, section 2.1).
+
+    y[n,k] = z[k] * act(norm(b[k] + sum over c with reads(group(k), group(c)) of W[k,c] (*) x[n,c])). What the drawn
+    grouping zeroes is never computed. Positional arguments as `torch.nn.Conv2d`.
+
+    Args:
+        tasks: number of tasks, or their names in order. Groups are numbered 0 (`shared`), then the tasks.
+        norm: None or "batch" (`KernelNorm`: statistics of the drawn rows).
+        activation: None, "relu", or a callable that acts on each element alone. It stands before the gate.
+        init: initial p, see `gates.initial_probabilities`.
+        estimator: how the gradient reaches the logits, a name of `gates.ESTIMATORS`.
+
+    Attributes:
+        weight [K, C, kH, kW], bias [K] or None, logits [K, T+1], temperature (0-dim), norm.
+
+    Raises:
+        ValueError: for arguments that can't be (groups other than 1, unknown names), at construction.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor | Features | Sequence[Tensor], groups: FilterGroups | None = None
+    ) -> Features:
+        """Convolve, normalise, activate, gate.
+
+        Args:
+            x: an image [N, C, H, W] that every group reads; or features of an SFG layer; or T+1 dense tensors
+                [N, C, H, W], shared first, which are merged by summation as features are.
+            groups: a draw to use instead of a new one (shortcuts need one grouping: `conv(x, groups=features.groups)`).
+
+        Returns:
+            `SFGFeatures`; under `backend("reference")` the T+1 dense tensors with the same interface.
+        """
+        if backends.current() == "reference":
+            return super().forward(list(x) if isinstance(x, SFGFeatures) else x, groups)
+        image = isinstance(x, Tensor)
+        features = _image(x) if isinstance(x, Tensor) else self._features(x)
+        self._check_channels(features)
+        groups = self.draw() if groups is None else groups
+        packed, padding = self.pad(features.packed), self.zero_padding or (0, 0)
+        geometry = Geometry(self.stride, padding, self.dilation)  # type: ignore[arg-type]
+        routing = Routing.ALL if image else features.routing
+        spec = RoutedConv(groups, features.groups, routing, geometry)
+        weight = self.weight
+        if self.logits.requires_grad and torch.is_grad_enabled() and not groups_learn(groups):
+            weight = _WithZeroGradient.apply(weight, self.logits)
+        if groups.drawn is None:
+            return SFGFeatures(self._epilogue(routed_conv(packed, weight, self.bias, spec), groups), groups)
+        live, everything = routed_conv_expanded(packed, weight, self.bias, spec)
+        assert everything is not None
+        return SFGFeatures(self._epilogue_expanded(live, everything, groups), groups)
+
+    def _epilogue(self, u: Tensor, groups: FilterGroups) -> Tensor:
+        """Norm, activation and gate for rows that are all live."""
+        if self.norm is not None:
+            u = self.norm(u, groups)[0]
+        h = activate(u, self.activation)
+        if not groups.full:
+            return h  # one-hot gates of the drawn rows are one
+        gates = groups.row_gates()
+        assert gates is not None
+        return h * gates.to(h.dtype)[:, None, None]
+
+    def _epilogue_expanded(self, live: Tensor, everything: Tensor, groups: FilterGroups) -> Tensor:
+        """The same for expanded groups: autograd follows the live rows; the others only give their gate a gradient."""
+        assert groups.drawn is not None
+        if self.norm is not None:
+            live, scale, shift = self.norm(live, groups.drawn)
+            scale, shift = (values.reshape(-1, 1, 1).to(everything.dtype) for values in (scale, shift))
+            everything = torch.addcmul(shift, everything, scale)
+        with torch.no_grad():
+            everything = activate(everything, self.activation)
+        gates = groups.row_gates()
+        assert gates is not None
+        return _Gate.apply(activate(live, self.activation), gates, everything, groups.drawn.rows_in_streams)
+
+    def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
+        if isinstance(x, SFGFeatures):
+            if x.groups.names != self.group_names:
+                raise ValueError(f"the input has groups {x.groups.names}, this layer {self.group_names}")
+            return x
+        self.check_sequence(x)
+        routing = x.routing if isinstance(x, DenseFeatures) else Routing.ARROW
+        streams = FilterGroups.streams(x[0].shape[1], self.group_names[1:], x[0].device)
+        return SFGFeatures(torch.cat(list(x), 1), streams, routing)
+
+    def _check_channels(self, features: SFGFeatures) -> None:
+        if features.packed.dim() != 4 or features.groups.width != self.in_channels:
+            raise ValueError(
+                f"the input has shape {tuple(features.packed.shape)} and {features.groups.width} channels, "
+                f"expected [N, {self.in_channels}, H, W]"
+            )
+
+
+def groups_learn(groups: FilterGroups) -> bool:
+    """Do the gates of this draw carry a gradient?"""
+    return groups.gates is not None and groups.gates.requires_grad
+
+
+def _image(x: Tensor) -> SFGFeatures:
+    channels = x.shape[1] if x.dim() == 4 else 0
+    return SFGFeatures(x, FilterGroups.blocks([channels], ("image",), x.device), Routing.ALL)
+
+
+class _Gate(torch.autograd.Function):
+    """F[g,k] = z[g,k] h[g,k] for all rows of a one-hot draw.
+
+    Forward only has to put the live rows in place: the other gates are zero. Backward gives every gate its
+    dz[g,k] = <dL/dF[g,k], h[g,k]>.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, live: Tensor, gates: Tensor, everything: Tensor, live_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(everything, live_rows)
+        ctx.gates_dtype = gates.dtype
+        n, _, h, w = live.shape
+        return live.new_zeros(n, gates.numel(), h, w).index_copy_(1, live_rows, live)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        everything, live_rows = ctx.saved_tensors
+        dz = torch.linalg.vecdot(df.flatten(2), everything.flatten(2)).sum(0, dtype=ctx.gates_dtype)
+        return df.index_select(1, live_rows), dz, None, None
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """The weight, and zeros as gradient for logits that this step does not use (data-parallel training counts on
+    every parameter that requires a gradient to get one)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
+        ctx.like = (logits.shape, logits.dtype, logits.device)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> Any:
+        shape, dtype, device = ctx.like
+        return dw, torch.zeros(shape, dtype=dtype, device=device)

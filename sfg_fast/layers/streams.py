@@ -1,0 +1,172 @@
+"""What stands between two SFG layers: residual blocks, the merge by concatenation, the heads (paper, section 2.1, Fig. 2).
+
+Every group has a tensor of its own here (a stream), T+1 side by side. `StreamBlock` and `Merge` have separate weights
+for each stream; `RoutedBlock` is made of SFG layers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..features import SFGFeatures
+from ..groups import FilterGroups, Routing, group_names
+from ..kernels.blocks import Geometry
+from ..reference import DenseFeatures
+from ..routed_conv import RoutedConv, routed_conv
+from .conv import Features, SFGConv2d
+
+
+class StreamBlock(nn.Module):
+    """A residual block on each of the T+1 streams, weights and normalisation of its own for each:
+    x + conv(relu(bn(conv(relu(bn(x)))))).
+
+    `first`: the block stands right after an SFG layer. Its input is normalised, activated and gated already, so it
+    starts with the convolution, which reads only the live channels.
+    """
+
+    def __init__(
+        self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: str | None = "batch"
+    ) -> None:
+        super().__init__()
+        names = group_names(tasks)
+        rows = channels * len(names)
+        self.names, self.channels, self.dilation = names, channels, dilation
+        self.conv1 = nn.Conv2d(channels, rows, 3, bias=norm is None)
+        self.conv2 = nn.Conv2d(channels, rows, 3)
+        self.norm1 = nn.BatchNorm2d(rows) if norm and not first else None
+        self.norm2 = nn.BatchNorm2d(rows) if norm else None
+        self.first = first
+
+    def forward(self, x: Features) -> Features:
+        if isinstance(x, DenseFeatures):
+            return self._reference(x)
+        block = FilterGroups.blocks([self.channels] * len(self.names), self.names, x.packed.device)
+        streams = FilterGroups.streams(self.channels, self.names[1:], x.packed.device)
+        geometry = Geometry((1, 1), (self.dilation,) * 2, (self.dilation,) * 2)
+        h = x.packed
+        if not self.first:
+            h = F.relu(h if self.norm1 is None else self.norm1(h))
+        columns = x.groups if self.first else streams
+        spec = RoutedConv(block, columns, Routing.OWN, geometry)
+        h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec)
+        h = F.relu(h if self.norm2 is None else self.norm2(h))
+        spec = RoutedConv(block, streams, Routing.OWN, geometry)
+        h = routed_conv(h, self.conv2.weight, self.conv2.bias, spec)
+        return SFGFeatures(x.streams() + h, streams)
+
+    def _reference(self, x: DenseFeatures) -> DenseFeatures:
+        """One plain residual block for each stream."""
+        streams = FilterGroups.streams(self.channels, self.names[1:], x[0].device)
+        out = []
+        for group, tensor in enumerate(x):
+            rows = slice(group * self.channels, (group + 1) * self.channels)
+            h = tensor
+            if not self.first:
+                h = F.relu(_slice_of_norm(h, self.norm1, rows))
+            h = _slice_of_conv(h, self.conv1, rows, self.dilation)
+            h = F.relu(_slice_of_norm(h, self.norm2, rows))
+            out.append(tensor + _slice_of_conv(h, self.conv2, rows, self.dilation))
+        return DenseFeatures(out, streams)
+
+
+def _slice_of_conv(x: Tensor, conv: nn.Conv2d, rows: slice, dilation: int) -> Tensor:
+    bias = None if conv.bias is None else conv.bias[rows]
+    return F.conv2d(x, conv.weight[rows], bias, 1, dilation, dilation)
+
+
+def _slice_of_norm(x: Tensor, norm: nn.BatchNorm2d | None, rows: slice) -> Tensor:
+    if norm is None:
+        return x
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    running = norm.running_mean[rows], norm.running_var[rows]
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.num_batches_tracked is not None and rows.start == 0:
+        norm.num_batches_tracked.add_(1)
+    if norm.training and norm.momentum is None:
+        momentum = 1.0 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+    return F.batch_norm(x, *running, norm.weight[rows], norm.bias[rows], norm.training, momentum, norm.eps)
+
+
+class Merge(nn.Module):
+    """Merge by concatenation: [F_t | F_s] and a 1x1 convolution to K channels, for each task (section 2.1). The shared
+    stream passes unchanged. Afterwards every group reads its own stream."""
+
+    def __init__(self, channels: int, tasks: Iterable[str]) -> None:
+        super().__init__()
+        self.names, self.channels = group_names(tasks), channels
+        self.conv = nn.Conv2d(2 * channels, channels * (len(self.names) - 1), 1)  # columns: F_t, then F_s
+
+    def forward(self, x: Features) -> Features:
+        if isinstance(x, DenseFeatures):
+            merged = [
+                F.conv2d(torch.cat([x[t + 1], x[0]], 1), weight, bias)
+                for t, (weight, bias) in enumerate(
+                    zip(self.conv.weight.split(self.channels), self.conv.bias.split(self.channels), strict=True)  # type: ignore[union-attr]
+                )
+            ]
+            groups = FilterGroups.streams(self.channels, self.names[1:], x[0].device)
+            return DenseFeatures([x[0], *merged], groups, Routing.OWN)
+        device = x.packed.device
+        sizes = [0] + [self.channels] * (len(self.names) - 1)
+        spec = RoutedConv(
+            FilterGroups.blocks(sizes, self.names, device),
+            FilterGroups.concatenated(self.channels, self.names[1:], device),
+            Routing.ARROW,
+            Geometry((1, 1), (0, 0), (1, 1)),
+        )
+        h = x.streams()
+        tasks = routed_conv(h, self.conv.weight, self.conv.bias, spec)
+        groups = FilterGroups.streams(self.channels, self.names[1:], device)
+        return SFGFeatures(torch.cat([h[:, : self.channels], tasks], 1), groups, Routing.OWN)
+
+
+class RoutedBlock(nn.Module):
+    """A residual block whose convolutions are SFG layers: x + SFG(SFG(x)). The second one writes to the residual stream,
+    so it shares the trunk's grouping (and draw); it has no activation."""
+
+    def __init__(self, trunk: SFGConv2d, dilation: int = 1, **options: Any) -> None:
+        super().__init__()
+        channels = trunk.out_channels
+        options = {**options, "padding": dilation, "dilation": dilation}
+        self.conv1 = SFGConv2d(channels, channels, 3, activation="relu", **options)
+        self.conv2 = SFGConv2d(channels, channels, 3, **options)
+        self.conv2.share_grouping(trunk)
+
+    def forward(self, x: Features) -> Features:
+        return x + self.conv2(self.conv1(x), groups=x.groups)  # type: ignore[operator]
+
+
+class Heads(nn.Module):
+    """One 1x1 convolution per task on the merged features [F_t | F_s].
+
+    `outputs`: channels of each task. Returns {task: [N, channels, H, W]}.
+    """
+
+    def __init__(self, channels: int, outputs: Mapping[str, int]) -> None:
+        super().__init__()
+        self.outputs = dict(outputs)
+        self.conv = nn.Conv2d(channels, sum(outputs.values()), 1)
+
+    def rows(self, task: str) -> slice:
+        """Which rows of `conv` belong to a task."""
+        names = list(self.outputs)
+        start = sum(self.outputs[name] for name in names[: names.index(task)])
+        return slice(start, start + self.outputs[task])
+
+    def forward(self, x: Features) -> dict[str, Tensor]:
+        if isinstance(x, DenseFeatures):
+            assert self.conv.bias is not None
+            return {
+                task: F.conv2d(x.merged(task), self.conv.weight[self.rows(task)], self.conv.bias[self.rows(task)])
+                for task in self.outputs
+            }
+        rows = FilterGroups.blocks([0, *self.outputs.values()], group_names(self.outputs), x.packed.device)
+        spec = RoutedConv(rows, x.groups, x.routing, Geometry((1, 1), (0, 0), (1, 1)))
+        y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec)
+        return dict(zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True))

@@ -1,0 +1,183 @@
+"""Controls of a whole network: they act on every SFG layer of any module."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import KernelNorm
+from ..reference import SFGConv2d
+
+
+def sfg_layers(model: nn.Module) -> dict[str, SFGConv2d]:
+    """The SFG layers that have a grouping of their own, by name, in network order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SFGConv2d) and not module.shares_grouping
+    }
+
+
+def assign(model: nn.Module, assignments: Mapping[str, Tensor | Sequence[int]] | None) -> None:
+    """Fix the assignment of the named layers ({layer name: int [K]}); None: all layers sample again.
+
+    Raises KeyError for a name that is no SFG layer with a grouping of its own.
+    """
+    layers = sfg_layers(model)
+    if assignments is None:
+        for layer in layers.values():
+            layer.assign(None)
+        return
+    for name in assignments:
+        if name not in layers:
+            raise KeyError(f"{name!r} is no SFG layer with a grouping of its own, expected one of {', '.join(layers)}")
+    for name, assignment in assignments.items():
+        layers[name].assign(assignment)
+
+
+def map_assignment(model: nn.Module) -> dict[str, Tensor]:
+    """The most probable assignment, argmax p, of each layer; a fixed one where there is one.
+
+    Warns (UserWarning) where more than a tenth of the kernels tie: argmax then means nothing.
+    """
+    for name, layer in sfg_layers(model).items():
+        p = layer.probabilities()
+        top = p.topk(2, 1).values
+        ties = (top[:, 0] - top[:, 1] < 1e-6).float().mean().item()
+        if ties > 0.1:
+            warnings.warn(
+                f"layer {name!r}: the most probable group is a tie for {ties:.0%} of the kernels; "
+                "evaluate by draws instead (predict(model, x, draws=16))",
+                stacklevel=3,
+            )
+    return {name: layer.probabilities().argmax(1) for name, layer in sfg_layers(model).items()}
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Set the temperature of the relaxation of all layers."""
+    for layer in sfg_layers(model).values():
+        layer.temperature = temperature
+
+
+def set_estimator(model: nn.Module, name: str) -> None:
+    """Choose the gradient estimator of all layers, a name of `gates.ESTIMATORS`."""
+    for layer in sfg_layers(model).values():
+        layer.estimator = name
+
+
+@contextlib.contextmanager
+def sampling(model: nn.Module) -> Iterator[None]:
+    """Draw assignments inside the `with`, also in `eval()` (fixed ones stay)."""
+    layers = list(sfg_layers(model).values())
+    before = [layer.sampling for layer in layers]
+    for layer in layers:
+        layer.sampling = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.sampling = value
+
+
+def penalties(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The two sums of eq. 2 over SFG kernels: (sum of ||w||^2, sum of entropies H(p) in nats).
+
+    Biases, norms, stacks, merges and heads are not SFG kernels. Entropies count where the logits are learnt; a grouping
+    that several layers share is one variable and counts once.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SFGConv2d)]
+    zero = next((layer.weight for layer in layers), torch.zeros(1)).new_zeros(())
+    norms = [layer.weight.square().sum() for layer in layers]
+    entropies = [entropy(layer).sum() for layer in layers if layer.learns_grouping]
+    return torch.stack([zero, *norms]).sum(), torch.stack([zero, *(e.to(zero.dtype) for e in entropies)]).sum()
+
+
+def entropy(layer: SFGConv2d) -> Tensor:
+    """H(p) = -sum p log p of each kernel in nats, [K]."""
+    log_p = layer.log_p()
+    return -(log_p.exp() * log_p).sum(1)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimate all running statistics for argmax p (or the fixed assignment), from images [N, C, H, W].
+
+    Running statistics of training are a mixture over draws; the `map` evaluation and a freeze need those of the very
+    assignment. All batches count alike. Statistics of other (group, kernel) pairs, for draws, stay.
+    """
+    fixed = {name: layer.assigned for name, layer in sfg_layers(model).items()}
+    was_training = {module: module.training for module in model.modules()}
+    owners = map_assignment(model)
+    norms: dict[nn.Module, float | None] = {
+        module: module.momentum
+        for module in model.modules()
+        if isinstance(module, KernelNorm | nn.modules.batchnorm._BatchNorm)
+    }
+    assignments = {layer.logits: owners[name] for name, layer in sfg_layers(model).items()}
+    try:
+        assign(model, owners)
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, SFGConv2d) and module.norm is not None:
+                module.norm.forget(assignments[module.logits])
+        for norm in norms:
+            norm.train()
+            if isinstance(norm, KernelNorm):
+                norm.momentum = 0.0  # the rate is max(1/n, momentum)
+            else:
+                norm.reset_running_stats()  # type: ignore[operator]
+                norm.momentum = None  # type: ignore[assignment]
+        for batch in batches:
+            model(batch)
+    finally:
+        for norm, momentum in norms.items():
+            norm.momentum = momentum  # type: ignore[assignment]
+        for module, training in was_training.items():
+            module.training = training
+        for name, layer in sfg_layers(model).items():
+            if not fixed[name]:
+                layer.assign(None)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, x: Tensor, draws: int = 0, links: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Prediction of a multi-task model, {task: (mean, variance)}, each as the model's own output.
+
+    draws = 0: argmax p (`map`), variance zero. draws = S > 0: mean and variance (divided by S) over S drawn
+    architectures. Constant p (estimator `none`) has no meaningful argmax and needs draws.
+    `links` are applied to a task's output before averaging, e.g. {"organs": lambda y: y.softmax(1)}.
+    Raises ValueError for negative `draws`, or draws = 0 with constant p.
+    """
+    if draws < 0:
+        raise ValueError(f"draws={draws}: expected 0 (argmax p) or a number of draws")
+    if draws == 0:
+        constant = [name for name, layer in sfg_layers(model).items() if layer.estimator == "none" and not layer.assigned]
+        if constant:
+            raise ValueError(f"draws=0: the grouping of {constant[0]!r} is drawn from a constant p, choose draws > 0")
+        map_assignment(model)  # for its warning
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    links = links or {}
+    mean: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: no cancellation for HU offsets)
+    try:
+        with sampling(model) if draws else contextlib.nullcontext():
+            for draw in range(max(draws, 1)):
+                for task, y in model(x).items():
+                    y = links[task](y) if task in links else y
+                    if draw == 0:
+                        mean[task], squares[task] = y, torch.zeros_like(y)
+                    else:
+                        delta = y - mean[task]
+                        mean[task] = mean[task] + delta / (draw + 1)
+                        squares[task] = squares[task] + delta * (y - mean[task])
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return {task: (mean[task], squares[task] / max(draws, 1)) for task in mean}

@@ -1,0 +1,129 @@
+"""`SFGHighResNet`: the paper's network (section 3), a 2-D HighResNet whose convolutions are SFG layers.
+
+Three stages of growing dilation (1, 2, 4). Each starts with an SFG layer that changes the width; residual blocks follow,
+either on T+1 streams with separate weights, merged by concatenation ("After the first SFG layer, three distinct repeated
+residual blocks are applied [...] then merged according to the feature routing methodology followed by a new SFG-layer and
+subsequent residual layers"), or SFG layers themselves. "Our model concludes with 2 successive SFG-layers followed by 1x1
+convolutional layers applied to the merged features."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.conv import SFGConv2d
+from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
+
+RESIDUAL = ("separate", "routed")
+
+METHODS = {  # paper, section 3, "Baselines": all are special cases of the SFG network
+    "one_task": "all kernels belong to the only task: p(shared) = 0",
+    "hard_sharing": "all kernels are shared up to the task-specific heads",
+    "constant_mask": "a fixed even split of the kernels, 1/(T+1) each",
+    "constant_p": "p = 1/(T+1) for every group, never learnt; drawn anew at every step",
+    "sfg": "the grouping is learnt",
+}
+
+
+class SFGHighResNet(nn.Module):
+    """A multi-task HighResNet with stochastic filter groups.
+
+    Args:
+        in_channels: channels of the image.
+        outputs: output channels of each task, in order, e.g. {"ct": 1, "organs": 6}.
+        width: channels of the three stages: (w1, w2, w3), or w for (w, 2w, 4w).
+        blocks: residual blocks in each stage.
+        residual: "separate" (the paper's: T+1 stacks with weights of their own, merge by concatenation + 1x1) or
+            "routed" (the blocks' convolutions are SFG layers, merge by summation; several times cheaper).
+        method: "sfg" or one of the paper's four baselines, which are special cases of this class (`METHODS`):
+            "one_task", "hard_sharing", "constant_mask", "constant_p".
+        norm, init, estimator: as in `SFGConv2d`.
+
+    Raises:
+        ValueError: for an unknown `residual` or `method`, a `width` that is neither a number nor three, several
+            outputs with `method="one_task"`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: Mapping[str, int],
+        width: int | Sequence[int] = 16,
+        blocks: int = 3,
+        residual: str = "separate",
+        *,
+        method: str = "sfg",
+        norm: str | None = "batch",
+        init: str | Sequence[Any] | Tensor = "uniform",
+        estimator: str = "straight_through",
+    ) -> None:
+        super().__init__()
+        if residual not in RESIDUAL:
+            raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(METHODS)}")
+        if method == "one_task" and len(outputs) != 1:
+            raise ValueError(f"method='one_task' needs exactly one output, got {list(outputs)}")
+        widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
+        if len(widths) != 3:
+            raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
+        self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
+        tasks = tuple(outputs)
+        options: dict[str, Any] = {"tasks": tasks, "norm": norm, "bias": norm is None, "init": init, "estimator": estimator}
+        if method == "constant_p":
+            options |= {"init": "uniform", "estimator": "none"}
+
+        stages, channels = [], in_channels
+        for stage, wide in enumerate(widths):
+            sfg = SFGConv2d(channels, wide, 3, padding=1, activation="relu", **options)
+            modules: dict[str, nn.Module] = {"sfg": sfg}
+            if residual == "separate":
+                modules["blocks"] = nn.Sequential(
+                    *(StreamBlock(wide, tasks, 2**stage, first=block == 0, norm=norm) for block in range(blocks))
+                )
+                modules["merge"] = Merge(wide, tasks)
+            else:
+                modules["blocks"] = nn.Sequential(*(RoutedBlock(sfg, 2**stage, **options) for _ in range(blocks)))
+            stages.append(nn.ModuleDict(modules))
+            channels = wide
+        self.stages = nn.ModuleList(stages)
+        self.final = nn.Sequential(
+            *(SFGConv2d(channels, channels, 3, padding=1, activation="relu", **options) for _ in range(2))
+        )
+        self.heads = Heads(channels, outputs)
+        self._initialise()
+        self._fix_grouping()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
+        for stage in self.stages:
+            for module in stage.values():  # type: ignore[union-attr, operator]
+                x = module(x)
+        return self.heads(self.final(x))
+
+    def _initialise(self) -> None:
+        """He initialisation (ReLU follows); small heads, so that training starts from their biases."""
+        for module in self.modules():
+            if isinstance(module, SFGConv2d | nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.heads.conv.weight, 0.0, 0.05)
+
+    def _fix_grouping(self) -> None:
+        for module in self.modules():
+            if not isinstance(module, SFGConv2d) or module.shares_grouping:
+                continue
+            kernels, groups = module.logits.shape
+            if self.method == "one_task":
+                module.assign(torch.ones(kernels, dtype=torch.int64))
+            elif self.method == "hard_sharing":
+                module.assign(torch.zeros(kernels, dtype=torch.int64))
+            elif self.method == "constant_mask":
+                module.assign(torch.arange(kernels) * groups // kernels)
+            if self.method != "sfg":
+                module.estimator = "none"

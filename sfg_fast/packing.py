@@ -1,0 +1,37 @@
+"""Weights between a layer's own order and the packed order of its input and output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .groups import FilterGroups, Routing
+
+
+def read_mask(rows: FilterGroups, columns: FilterGroups, routing: Routing) -> Tensor:
+    """bool [rows, columns]: which entries of a packed weight are read."""
+    reads = routing.reads(len(rows.names), len(columns.names), rows.order.device)
+    return reads[rows.ids[:, None], columns.ids]
+
+
+def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Routing) -> Tensor:
+    """Weight [K, C, kH, kW] in the layer's order -> [rows, columns, kH, kW] packed, zero where not read."""
+    packed = weight[rows.order[:, None], columns.order]
+    return packed.where(read_mask(rows, columns, routing)[:, :, None, None], 0)
+
+
+def unpack(packed: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
+    """The adjoint of `pack` (its mask aside): entries of one kernel and input channel are summed -> [K, C, kH, kW]."""
+    return unpack_dim(unpack_dim(packed, 0, rows), 1, columns)
+
+
+def unpack_dim(packed: Tensor, dim: int, groups: FilterGroups) -> Tensor:
+    """One dimension from packed order (size `rows`) to the layer's (size `groups.width`), duplicates summed."""
+    if groups.full:
+        return packed.unflatten(dim, (len(groups.names), groups.width)).sum(dim)
+    if groups.order.numel() == groups.width:
+        return packed.index_select(dim, torch.argsort(groups.order))
+    # The two halves of a concatenation: an entry gets at most two terms, so the order of adding can't change a bit.
+    shape = list(packed.shape)
+    shape[dim] = groups.width
+    return packed.new_zeros(shape).index_add_(dim, groups.order, packed)
