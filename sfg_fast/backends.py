@@ -1,4 +1,4 @@
-"""Which kernels do the arithmetic: `reference`, `masked`, `native` or `triton` (DESIGN: four backends, one contract)."""
+"""Which kernels do the arithmetic: `reference`, `masked`, `native` or `triton`."""
 
 from __future__ import annotations
 

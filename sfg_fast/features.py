@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -101,10 +101,15 @@ class SFGFeatures:
         return f"SFGFeatures(packed={tuple(self.packed.shape)}, {self.groups}, routing={self.routing.value})"
 
 
+def _unflatten(children: Iterable[Any], routing: str) -> SFGFeatures:
+    packed, groups = children
+    return SFGFeatures(packed, groups, Routing(routing))
+
+
 pytree.register_pytree_node(
     SFGFeatures,
     lambda features: ([features.packed, features.groups], features.routing.value),
-    lambda children, context: SFGFeatures(*children, Routing(context)),
+    _unflatten,
     serialized_type_name="sfg_fast.SFGFeatures",
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: context,

@@ -224,6 +224,29 @@ class GroupGates(nn.Module):
         gates = one_hot(assignment, len(self.group_names), dtype)
         return FilterGroups.from_assignment(assignment, self.group_names[1:], gates)
 
+    def weight_of(self, groups: FilterGroups) -> Tensor:
+        """The layer's `weight` for a step with these groups. If their gates don't want a gradient, the logits get zeros
+        through it: data-parallel training counts on every parameter that requires a gradient to get one."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        learns = groups.gates is not None and groups.gates.requires_grad
+        if learns or not self.logits.requires_grad or not torch.is_grad_enabled():
+            return weight
+        return _WithZeroGradient.apply(weight, self.logits)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.assigned = bool((self.fixed_assignment >= 0).all())
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """The weight, and zeros as gradient for the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
+        ctx.like = (logits.shape, logits.dtype, logits.device)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> Any:
+        shape, dtype, device = ctx.like
+        return dw, torch.zeros(shape, dtype=dtype, device=device)

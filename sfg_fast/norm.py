@@ -1,9 +1,10 @@
 """Batch normalisation of kernels that change their group with every draw.
 
-Inside an SFG layer the order is convolution -> normalisation -> activation -> gate. In training a kernel is normalised by
-the batch statistics of its DRAWN row (in a relaxed draw: its most probable one), and the same scale and shift serve its
-other rows. So nothing has to be computed for unselected rows, whose gate is zero, except what their gate's gradient
-needs. Running statistics belong to (group, kernel) pairs, because the same kernel sees other inputs in another group.
+Inside an SFG layer the order is convolution -> normalisation -> activation -> gate. In training a kernel is
+normalised by the batch statistics of its DRAWN row (in a relaxed draw: its most probable one), and the same scale and
+shift serve its other rows. So nothing has to be computed for unselected rows, whose gate is zero, except what their
+gate's gradient needs. Running statistics belong to (group, kernel) pairs, because the same kernel sees other inputs
+in another group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class KernelNorm(nn.Module):
     """Affine parameters per kernel [K]; running mean and variance per (group, kernel) [T+1, K].
 
     Only drawn pairs are updated. A pair that was never drawn falls back to its kernel's pooled statistics.
-    A pair's rate of update is max(1/n, momentum), n its number of draws: a rarely drawn pair starts from its first draw.
+    A pair's rate of update is max(1/n, momentum), n its number of draws: a rarely drawn pair starts from its first
+    draw.
     """
 
     running_mean: Tensor

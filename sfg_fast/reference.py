@@ -124,8 +124,9 @@ class SFGConv2d(GroupGates):
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
         # torch's own layer checks the geometry and gives the initial weights.
         plain = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device, dtype
-        )
+            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias,
+            padding_mode, device, dtype,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
         self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
         self.padding, self.padding_mode = plain.padding, padding_mode
@@ -150,18 +151,21 @@ class SFGConv2d(GroupGates):
             return x
         return F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
-    def _conv(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, self.zero_padding or 0, self.dilation)
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(self.pad(x), weight, self.bias, self.stride, self.zero_padding or 0, self.dilation)
 
     def forward(self, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
-        """x: one image [N, C, H, W] for all groups, or T+1 dense tensors. `groups`: a draw to use instead of a new one."""
+        """x: one image [N, C, H, W] for all groups, or T+1 dense tensors. `groups`: a draw to use instead of a new
+        one.
+        """
         groups = self.draw() if groups is None else groups
         assert groups.gates is not None
+        weight = self.weight_of(groups)
         if isinstance(x, Tensor):
-            u = [self._conv(x)]  # every group reads the same image: convolve once, then mask
+            u = [self._conv(x, weight)]  # every group reads the same image: convolve once, then mask
         else:
             self.check_sequence(x)
-            u = [self._conv(read) for read in merge(x, getattr(x, "routing", Routing.ARROW))]
+            u = [self._conv(read, weight) for read in merge(x, getattr(x, "routing", Routing.ARROW))]
         if self.norm is not None:
             u = normalise(u, self.norm, groups)
         h = [activate(tensor, self.activation) for tensor in u]

@@ -56,7 +56,8 @@ def routed_conv_expanded(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     kernels = backends.kernels(x)
     if kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
-        return F.conv2d(x, weight, bias, *spec.geometry, groups=len(spec.columns.names)), None
+        stride, padding, dilation = spec.geometry
+        return F.conv2d(x, weight, bias, stride, padding, dilation, len(spec.columns.names)), None
     if kernels is masked and _same_work_for_every_group(spec) and spec.rows.drawn is None:
         return _fold(x, weight, bias, spec), None
     live, everything = _RoutedConv.apply(x, weight, bias, kernels, spec)

@@ -39,7 +39,9 @@ class SFGConv2d(reference.SFGConv2d):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor | Features | Sequence[Tensor], groups: FilterGroups | None = None
+        self,
+        x: Tensor | Features | Sequence[Tensor],
+        groups: FilterGroups | None = None,
     ) -> Features:
         """Convolve, normalise, activate, gate.
 
@@ -58,12 +60,10 @@ class SFGConv2d(reference.SFGConv2d):
         self._check_channels(features)
         groups = self.draw() if groups is None else groups
         packed, padding = self.pad(features.packed), self.zero_padding or (0, 0)
-        geometry = Geometry(self.stride, padding, self.dilation)  # type: ignore[arg-type]
+        geometry = Geometry(self.stride, padding, self.dilation)
         routing = Routing.ALL if image else features.routing
         spec = RoutedConv(groups, features.groups, routing, geometry)
-        weight = self.weight
-        if self.logits.requires_grad and torch.is_grad_enabled() and not groups_learn(groups):
-            weight = _WithZeroGradient.apply(weight, self.logits)
+        weight = self.weight_of(groups)
         if groups.drawn is None:
             return SFGFeatures(self._epilogue(routed_conv(packed, weight, self.bias, spec), groups), groups)
         live, everything = routed_conv_expanded(packed, weight, self.bias, spec)
@@ -112,11 +112,6 @@ class SFGConv2d(reference.SFGConv2d):
             )
 
 
-def groups_learn(groups: FilterGroups) -> bool:
-    """Do the gates of this draw carry a gradient?"""
-    return groups.gates is not None and groups.gates.requires_grad
-
-
 def _image(x: Tensor) -> SFGFeatures:
     channels = x.shape[1] if x.dim() == 4 else 0
     return SFGFeatures(x, FilterGroups.blocks([channels], ("image",), x.device), Routing.ALL)
@@ -141,18 +136,3 @@ class _Gate(torch.autograd.Function):
         everything, live_rows = ctx.saved_tensors
         dz = torch.linalg.vecdot(df.flatten(2), everything.flatten(2)).sum(0, dtype=ctx.gates_dtype)
         return df.index_select(1, live_rows), dz, None, None
-
-
-class _WithZeroGradient(torch.autograd.Function):
-    """The weight, and zeros as gradient for logits that this step does not use (data-parallel training counts on
-    every parameter that requires a gradient to get one)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
-        ctx.like = (logits.shape, logits.dtype, logits.device)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> Any:
-        shape, dtype, device = ctx.like
-        return dw, torch.zeros(shape, dtype=dtype, device=device)

@@ -1,4 +1,5 @@
-"""What stands between two SFG layers: residual blocks, the merge by concatenation, the heads (paper, section 2.1, Fig. 2).
+"""What stands between two SFG layers: residual blocks, the merge by concatenation, the heads (paper, section 2.1,
+Fig. 2).
 
 Every group has a tensor of its own here (a stream), T+1 side by side. `StreamBlock` and `Merge` have separate weights
 for each stream; `RoutedBlock` is made of SFG layers instead.
@@ -127,8 +128,8 @@ class Merge(nn.Module):
 
 
 class RoutedBlock(nn.Module):
-    """A residual block whose convolutions are SFG layers: x + SFG(SFG(x)). The second one writes to the residual stream,
-    so it shares the trunk's grouping (and draw); it has no activation."""
+    """A residual block whose convolutions are SFG layers: x + SFG(SFG(x)). The second one writes to the residual
+    stream, so it shares the trunk's grouping (and draw); it has no activation."""
 
     def __init__(self, trunk: SFGConv2d, dilation: int = 1, **options: Any) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class RoutedBlock(nn.Module):
         self.conv2.share_grouping(trunk)
 
     def forward(self, x: Features) -> Features:
-        return x + self.conv2(self.conv1(x), groups=x.groups)  # type: ignore[operator]
+        return x + self.conv2(self.conv1(x), groups=x.groups)
 
 
 class Heads(nn.Module):

@@ -157,7 +157,9 @@ def predict(
     if draws < 0:
         raise ValueError(f"draws={draws}: expected 0 (argmax p) or a number of draws")
     if draws == 0:
-        constant = [name for name, layer in sfg_layers(model).items() if layer.estimator == "none" and not layer.assigned]
+        constant = [
+            name for name, layer in sfg_layers(model).items() if layer.estimator == "none" and not layer.assigned
+        ]
         if constant:
             raise ValueError(f"draws=0: the grouping of {constant[0]!r} is drawn from a constant p, choose draws > 0")
         map_assignment(model)  # for its warning

@@ -1,10 +1,10 @@
 """`SFGHighResNet`: the paper's network (section 3), a 2-D HighResNet whose convolutions are SFG layers.
 
-Three stages of growing dilation (1, 2, 4). Each starts with an SFG layer that changes the width; residual blocks follow,
-either on T+1 streams with separate weights, merged by concatenation ("After the first SFG layer, three distinct repeated
-residual blocks are applied [...] then merged according to the feature routing methodology followed by a new SFG-layer and
-subsequent residual layers"), or SFG layers themselves. "Our model concludes with 2 successive SFG-layers followed by 1x1
-convolutional layers applied to the merged features."
+Three stages of growing dilation (1, 2, 4). Each starts with an SFG layer that changes the width; residual blocks
+follow, either on T+1 streams with separate weights, merged by concatenation ("After the first SFG layer, three
+distinct repeated residual blocks are applied [...] then merged according to the feature routing methodology followed
+by a new SFG-layer and subsequent residual layers"), or SFG layers themselves. "Our model concludes with 2 successive
+SFG-layers followed by 1x1 convolutional layers applied to the merged features."
 """
 
 from __future__ import annotations
@@ -73,7 +73,13 @@ class SFGHighResNet(nn.Module):
             raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
         tasks = tuple(outputs)
-        options: dict[str, Any] = {"tasks": tasks, "norm": norm, "bias": norm is None, "init": init, "estimator": estimator}
+        options: dict[str, Any] = {
+            "tasks": tasks,
+            "norm": norm,
+            "bias": norm is None,
+            "init": init,
+            "estimator": estimator,
+        }
         if method == "constant_p":
             options |= {"init": "uniform", "estimator": "none"}
 
@@ -101,7 +107,7 @@ class SFGHighResNet(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
         for stage in self.stages:
-            for module in stage.values():  # type: ignore[union-attr, operator]
+            for module in stage.values():  # type: ignore[operator]
                 x = module(x)
         return self.heads(self.final(x))
 

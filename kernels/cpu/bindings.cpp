@@ -1,0 +1,144 @@
+// The Python side of the CPU kernels: checks shapes, chooses the instruction set once, releases the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+
+#include "routed_conv.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using sfg::Blocks;
+using sfg::Kernels;
+using sfg::Shape;
+
+namespace {
+
+template <typename T, int Dims>
+using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Tensor = Array<T, 4>;
+using Offsets = Array<const int64_t, 1>;
+using Table = Array<const bool, 2>;
+using Pair = std::array<int64_t, 2>;
+
+const char* instruction_set() {
+#ifdef SFG_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+    return "baseline";
+}
+
+template <typename T>
+const Kernels<T>& choose();
+
+#ifdef SFG_X86
+#define SFG_CHOOSE(T)                                                                     \
+    template <>                                                                           \
+    const Kernels<T>& choose<T>() {                                                       \
+        static const char first = instruction_set()[3];                                   \
+        return first == '5'   ? sfg::avx512::kernels_##T                                  \
+               : first == '2' ? sfg::avx2::kernels_##T                                    \
+                              : sfg::baseline::kernels_##T;                               \
+    }
+#else
+#define SFG_CHOOSE(T)                                                                     \
+    template <>                                                                           \
+    const Kernels<T>& choose<T>() {                                                       \
+        return sfg::baseline::kernels_##T;                                                \
+    }
+#endif
+SFG_CHOOSE(float)
+SFG_CHOOSE(double)
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+// Everything the kernels index with is checked here, against every array.
+template <typename X, typename W, typename Y>
+Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair dilation) {
+    Shape p{};
+    p.n = x.shape(0), p.c = x.shape(1), p.h = x.shape(2), p.w = x.shape(3);
+    p.k = y.shape(1), p.oh = y.shape(2), p.ow = y.shape(3);
+    p.r = w.shape(2), p.s = w.shape(3);
+    require(w.shape(0) == y.shape(1) && w.shape(1) == x.shape(1), "the weight does not fit input and output channels");
+    require(y.shape(0) == x.shape(0), "input and output differ in batch size");
+    for (int i = 0; i < 2; i++) {
+        require(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0, "stride, dilation or padding out of range");
+        p.stride[i] = stride[i], p.padding[i] = padding[i], p.dilation[i] = dilation[i];
+    }
+    const auto size = [](int64_t in, int64_t k, int64_t s, int64_t pad, int64_t d) {
+        return (in + 2 * pad - d * (k - 1) - 1) / s + 1;
+    };
+    require(p.oh == size(p.h, p.r, stride[0], padding[0], dilation[0]) &&
+                p.ow == size(p.w, p.s, stride[1], padding[1], dilation[1]),
+            "the output has the wrong height or width");
+    return p;
+}
+
+Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Shape& p) {
+    require(rows.shape(0) == reads.shape(0) + 1 && columns.shape(0) == reads.shape(1) + 1, "offsets don't fit the table");
+    const auto ascending = [](const Offsets& offsets, int64_t total) {
+        if (offsets(0) != 0 || offsets(offsets.shape(0) - 1) != total) return false;
+        for (size_t i = 1; i < offsets.shape(0); i++)
+            if (offsets(i) < offsets(i - 1)) return false;
+        return true;
+    };
+    require(ascending(rows, p.k) && ascending(columns, p.c), "offsets don't cover the channels");
+    return {rows.data(), columns.data(), reads.data(), static_cast<int64_t>(reads.shape(0)),
+            static_cast<int64_t>(reads.shape(1))};
+}
+
+template <typename T>
+void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Tensor<T> y, Offsets rows,
+             Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
+    const Shape p = shape(x, w, y, stride, padding, dilation);
+    require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
+    const Blocks b = blocks(rows, columns, reads, p);
+    const nb::gil_scoped_release released;
+    choose<T>().forward(x.data(), w.data(), bias ? bias->data() : nullptr, y.data(), p, b, threads);
+}
+
+template <typename T>
+void input_gradient(Tensor<const T> dy, Tensor<const T> w, Tensor<T> dx, Offsets rows, Offsets columns, Table reads,
+                    Pair stride, Pair padding, Pair dilation, int threads) {
+    const Shape p = shape(dx, w, dy, stride, padding, dilation);
+    const Blocks b = blocks(rows, columns, reads, p);
+    const nb::gil_scoped_release released;
+    choose<T>().input_gradient(dy.data(), w.data(), dx.data(), p, b, threads);
+}
+
+template <typename T>
+void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Tensor<T> dw, Offsets rows, Offsets columns, Table reads,
+                     Pair stride, Pair padding, Pair dilation, int threads) {
+    const Shape p = shape(x, dw, dy, stride, padding, dilation);
+    const Blocks b = blocks(rows, columns, reads, p);
+    const nb::gil_scoped_release released;
+    choose<T>().weight_gradient(x.data(), dy.data(), dw.data(), p, b, threads);
+}
+
+template <typename T>
+void define(nb::module_& m) {
+    m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
+          "y"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "weight"_a.noconvert(), "dx"_a.noconvert(),
+          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "dw"_a.noconvert(),
+          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.attr("instruction_set") = instruction_set();
+    define<float>(m);
+    define<double>(m);
+}

@@ -1,0 +1,204 @@
+"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | demo.
+
+Exit codes: 0 done; 2 bad input, explained in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+def phantom(out: str, cases: int = 15, test: int = 5, size: int = 48, slices: int = 16, seed: int = 0) -> None:
+    """Make a synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, with a train/test split.
+
+    Args:
+        out: folder to be made.
+        cases: number of cases.
+        test: how many of them are test cases.
+        size: voxels along each in-plane axis.
+        slices: axial slices.
+        seed: of the shapes and the noise.
+    """
+    from .data.phantom import write_phantom
+
+    write_phantom(Path(out), cases, test, size, slices, seed)
+    print(f"{cases} cases in {out}")
+
+
+def preprocess(cohort: str, out: str, allow_outside: bool = False) -> None:
+    """Check a cohort and write it as memory maps for training.
+
+    Args:
+        cohort: folder of cases (mr/ct/labels.nii.gz), nnU-Net folder (+ targetsTr), or CSV/JSON list of files.
+        out: folder to be made.
+        allow_outside: let a CSV/JSON list name files outside its own folder.
+    """
+    from .data.cache import preprocess as write_cache
+    from .data.cohort import read_cohort
+
+    found = read_cohort(Path(cohort), allow_outside=allow_outside)
+    write_cache(found, Path(out))
+    print(f"{len(found.cases)} cases in {out}")
+
+
+def train(config: Any, resume: bool = False) -> None:
+    """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need."""
+    from .files import claim_folder
+    from .training.trainer import Trainer
+
+    if not resume:
+        claim_folder(Path(config.out))
+    trainer = Trainer(config, resume)
+    trainer.run()
+    print(f"trained {trainer.step} steps, run in {config.out}")
+
+
+def predict(
+    run: str,
+    cohort: str,
+    out: str,
+    split: str = "test",
+    draws: int = 8,
+    device: str = "auto",
+    allow_outside: bool = False,
+) -> None:
+    """Predict synthetic CT, organ labels and uncertainty for the cases of a cohort, as NIfTI.
+
+    Args:
+        run: folder of a trained run.
+        cohort: as for preprocess; only the MR is read.
+        out: folder to be made, OUT/CASE/{ct,labels,uncertainty}.nii.gz.
+        split: which cases: train, val, test, or all.
+        draws: drawn architectures behind the uncertainty map; 0 for none.
+        device: auto, cpu or cuda.
+        allow_outside: let a CSV/JSON list name files outside its own folder.
+    """
+    from tqdm import tqdm
+
+    from .data.cohort import read_cohort
+    from .evaluation.predict import Predictor
+
+    found = read_cohort(Path(cohort), allow_outside=allow_outside)
+    cases = found.cases if split == "all" else found.split(split)
+    if not cases:
+        raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
+    predictor = Predictor(Path(run), device)
+    for _ in tqdm(predictor.cases(cases, Path(out), draws), total=len(cases), desc="predict", unit="case"):
+        pass
+    print(f"{len(cases)} cases in {out}")
+
+
+def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outside: bool = False) -> None:
+    """Compare predictions with a cohort's CT and labels: PSNR, MAE and Dice per case, mean and SD.
+
+    Args:
+        predictions: folder made by predict.
+        cohort: the cohort with CT and labels; cases without a prediction are left out.
+        out: JSON file to write (by default metrics.json beside the predictions).
+        allow_outside: let a CSV/JSON list name files outside its own folder.
+    """
+    from .data.cohort import read_cohort
+    from .evaluation.evaluate import evaluate as compare
+    from .evaluation.metrics import table
+    from .files import write_json
+
+    found = read_cohort(Path(cohort), allow_outside=allow_outside)
+    document = compare(Path(predictions), found)
+    target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
+    write_json(target, document)
+    print(table(document))
+    print(f"metrics in {target}")
+
+
+def report(
+    run: str, cohort: str, predictions: str, metrics: str, out: str | None = None, allow_outside: bool = False
+) -> None:
+    """Write report.html: figures, tables and the configuration of a run.
+
+    Args:
+        run: folder of a trained run.
+        cohort: the cohort that was predicted.
+        predictions: folder made by predict.
+        metrics: JSON file made by evaluate.
+        out: HTML file to write (by default report.html in the run folder).
+        allow_outside: let a CSV/JSON list name files outside its own folder.
+    """
+    from .data.cohort import read_cohort
+    from .evaluation.report import report_on
+
+    target = Path(run) / "report.html" if out is None else Path(out)
+    found = read_cohort(Path(cohort), allow_outside=allow_outside)
+    report_on(Path(run), found, Path(predictions), Path(metrics), target)
+    print(f"report in {target}")
+
+
+def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1050) -> None:
+    """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
+
+    Args:
+        out: folder to be made.
+        seed: of the cohort and of the training.
+        steps: training steps.
+    """
+    from .demo import run_demo
+
+    run_demo(Path(out), seed, steps)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except InputError as error:
+        print(f"sfg-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sfg-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from .training.config import TrainConfig
+
+    commands = {function.__name__: function for function in (phantom, preprocess, predict, evaluate, report, demo)}
+    parser = ArgumentParser(
+        prog="sfg-fast",
+        description="Multi-task CNNs with stochastic filter groups: from MR to synthetic CT and organ labels.",
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(required=True)
+    order = ("phantom", "preprocess", "train", "predict", "evaluate", "report", "demo")
+    for name in order:
+        function = train if name == "train" else commands[name]
+        summary = (function.__doc__ or "").split("\n\n")[0]
+        sub = ArgumentParser(description=summary, exit_on_error=False)
+        if name == "train":
+            sub.add_argument("--config", action="config", help="YAML file with any of the options below")
+            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in `out`")
+            sub.add_class_arguments(TrainConfig)
+        else:
+            sub.add_function_arguments(function, as_positional=True)
+        subcommands.add_subcommand(name, sub, help=summary)
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    name = parsed.subcommand
+    options = parser.instantiate_classes(parsed)[name].as_dict()
+    if name == "train":
+        options.pop("config", None)
+        train(TrainConfig(**{k: v for k, v in options.items() if k != "resume"}), options["resume"])
+    else:
+        commands[name](**options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

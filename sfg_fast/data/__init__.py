@@ -1,0 +1,29 @@
+"""Cohorts: from NIfTI files, real or synthetic, to training batches; nibabel, scipy and tqdm load where used."""
+
+from .cache import Cache, CaseArrays, SliceSampler, body_mask, normalise, preprocess
+from .cohort import SPLITS, Case, Cohort, LoadedCase, load_case, read_cohort
+from .phantom import PhantomCase, make_case, write_phantom
+from .volumes import Grid, read_labels, read_volume, same_grid, write_volume
+
+__all__ = [
+    "SPLITS",
+    "Cache",
+    "Case",
+    "CaseArrays",
+    "Cohort",
+    "Grid",
+    "LoadedCase",
+    "PhantomCase",
+    "SliceSampler",
+    "body_mask",
+    "load_case",
+    "make_case",
+    "normalise",
+    "preprocess",
+    "read_cohort",
+    "read_labels",
+    "read_volume",
+    "same_grid",
+    "write_phantom",
+    "write_volume",
+]

@@ -1,0 +1,328 @@
+"""Which files make a cohort: three layouts, one answer, every file checked.
+
+    folder   ROOT/CASE/mr.nii.gz, and optionally ct, labels, mask (.nii.gz or .nii; several MR channels: mr_0, mr_1,
+             ..); optionally ROOT/dataset.json with "labels", "channel_names", "split"
+    nnU-Net  ROOT/dataset.json, imagesTr/CASE_0000.nii.gz (channels _0000, _0001, ..), labelsTr/CASE.nii.gz, and as
+             additions targetsTr/CASE.nii.gz (the CT) and masksTr/CASE.nii.gz; imagesTs, .. are the test split
+    list     a .csv or .json of rows: case, mr (or mr_0, mr_1, ..), ct, labels, mask, split; all but case and mr are
+             optional, paths are relative to the list; label names in labels.json beside it, {name: value}, or in the
+             JSON itself: {"labels": {..}, "cases": [rows]}
+
+Only the MR is needed to predict. A case is in the split `train` unless something says otherwise; a "split" in
+dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import read_json
+from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
+
+SPLITS = ("train", "val", "test")
+_OPTIONAL = ("ct", "labels", "mask")
+_MR_COLUMN = re.compile(r"mr(_\d+)?")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one patient: MR channels (at least one), and what there is of CT, labels and body mask."""
+
+    name: str
+    inputs: tuple[Path, ...]
+    ct: Path | None
+    labels: Path | None
+    mask: Path | None
+    split: str
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """label_names: name -> value, 0 .. n-1 with "background" 0; empty where no case has labels or nobody named them."""
+
+    root: Path
+    cases: tuple[Case, ...]
+    label_names: dict[str, int]
+    channel_names: tuple[str, ...]
+
+    def split(self, name: str) -> tuple[Case, ...]:
+        """The cases of split train, val or test, in the cohort's order."""
+        check_split(name, "split")
+        return tuple(case for case in self.cases if case.split == name)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCase:
+    """The voxels of one case on one grid: inputs float32 [C, Z, Y, X] as scanned, ct float32 [Z, Y, X] in HU, labels
+    uint8 [Z, Y, X], mask bool [Z, Y, X]; None where the case has no such file."""
+
+    inputs: np.ndarray
+    ct: np.ndarray | None
+    labels: np.ndarray | None
+    mask: np.ndarray | None
+    grid: Grid
+
+
+def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
+    """Finds the layout of a folder, .csv or .json (see the module's text) and lists its cases; reads no volumes.
+
+    allow_outside: a list may name files outside its own folder.
+    Raises InputError, naming the case and file, for anything missing, ambiguous, doubled, misspelt or malformed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        nnunet = any((path / name).is_dir() for name in ("imagesTr", "imagesTs"))
+        cases = _nnunet_cases(path) if nnunet else _folder_cases(path)
+        meta_path = path / "dataset.json"
+        meta = _read_object(meta_path) if meta_path.exists() or nnunet else {}
+        if "split" in meta:
+            cases = _split_cases(cases, meta["split"], meta_path)
+        return _checked(path, cases, meta, meta_path)
+
+    if path.suffix.lower() == ".csv":
+        rows, meta, meta_path = _csv_rows(path), {}, path
+    elif path.suffix.lower() == ".json":
+        rows, meta, meta_path = *_json_rows(path), path
+    else:
+        raise InputError(f"{path}: expected a folder, a .csv or a .json")
+    beside = path.with_name("labels.json")
+    if "labels" not in meta and beside.exists() and beside != path:
+        meta, meta_path = {**meta, "labels": read_json(beside)}, beside
+    cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
+    return _checked(path.parent, cases, meta, meta_path)
+
+
+def load_case(case: Case, label_names: dict[str, int]) -> LoadedCase:
+    """Reads every file of the case and checks them against each other.
+
+    label_names: the values that may occur in the labels; empty: any.
+    Raises InputError: what `read_volume` and `read_labels` raise, files on different grids, an unknown label value,
+    an empty mask.
+    """
+    try:
+        return _load(case, label_names)
+    except InputError as error:
+        raise InputError(f"case {case.name}: {error}") from error
+
+
+def check_split(name: Any, where: str) -> str:
+    if name not in SPLITS:
+        raise InputError(f"{where}: unknown split {name!r}, expected one of {', '.join(SPLITS)}")
+    return name
+
+
+def check_case_name(name: Any, where: str) -> str:
+    """Case names become folder names: no separators, nothing hidden, and not the manifest's own name."""
+    plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
+    if not plain or name == "manifest.json":
+        raise InputError(f"{where}: case name {name!r} can't be a folder name")
+    return name
+
+
+def check_label_names(labels: Any, where: str) -> dict[str, int]:
+    """{name: value} with "background" 0 and the values 0 .. n-1 once each (they index the network's outputs)."""
+    if not isinstance(labels, dict) or not all(type(value) is int for value in labels.values()):
+        raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
+    if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
+        raise InputError(f'{where}: labels {labels!r}, expected "background": 0 and the values 0, 1, 2, .. once each')
+    return labels
+
+
+def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
+    first, grid = read_volume(case.inputs[0])
+
+    def on_grid(read: Callable[[Path], tuple[np.ndarray, Grid]], path: Path) -> np.ndarray:
+        array, other = read(path)
+        if not same_grid(grid, other):
+            raise InputError(f"{path} has {other}, but {case.inputs[0]} has {grid}; expected one grid for all files")
+        return array
+
+    inputs = np.stack([first, *(on_grid(read_volume, path) for path in case.inputs[1:])])
+    ct = on_grid(read_volume, case.ct) if case.ct else None
+    labels = on_grid(read_labels, case.labels) if case.labels else None
+    mask = on_grid(read_labels, case.mask) > 0 if case.mask else None
+    if labels is not None and label_names:
+        unknown = np.setdiff1d(labels, list(label_names.values()))
+        if unknown.size:
+            raise InputError(f"{case.labels} holds label value {unknown[0]}, expected one of {label_names}")
+    if mask is not None and not mask.any():
+        raise InputError(f"{case.mask} is an empty mask, expected voxels above 0")
+    return LoadedCase(inputs, ct, labels, mask, grid)
+
+
+def _folder_cases(root: Path) -> list[Case]:
+    cases = []
+    for folder in sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")):
+        files: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()):
+            stem = nifti_stem(file.name)
+            if stem is None or not (_MR_COLUMN.fullmatch(stem) or stem in _OPTIONAL):
+                continue
+            if stem in files:
+                raise InputError(f"case {folder.name}: both {files[stem]} and {file.name} are there, expected one")
+            files[stem] = file
+        if files:  # other folders (overviews, documents) are no cases
+            cases.append(_case(folder.name, files, "train", str(folder)))
+    if not cases:
+        raise InputError(f"{root}: no cases; expected a folder per case with mr.nii.gz, imagesTr/, a .csv or a .json")
+    return cases
+
+
+def _nnunet_cases(root: Path) -> list[Case]:
+    ending = _read_object(root / "dataset.json").get("file_ending", ".nii.gz")
+    if ending not in (".nii.gz", ".nii"):
+        raise InputError(f"{root / 'dataset.json'}: file_ending {ending!r}, expected .nii.gz or .nii")
+    cases = []
+    for suffix, split in (("Tr", "train"), ("Ts", "test")):
+        found: dict[str, dict[str, Path]] = {}
+        for kind, column in (("images", "mr"), ("labels", "labels"), ("targets", "ct"), ("masks", "mask")):
+            for file in sorted((root / (kind + suffix)).glob(f"[!.]*{ending}")):
+                name, key = file.name.removesuffix(ending), column
+                if column == "mr":
+                    match = re.fullmatch(r"(.+)_(\d{4})", name)
+                    if match is None:
+                        raise InputError(f"{file}: expected CASE_0000{ending}, with four digits for the channel")
+                    name, key = match[1], f"mr_{int(match[2])}"
+                found.setdefault(name, {})[key] = file
+        cases += [_case(name, files, split, str(root)) for name, files in sorted(found.items())]
+    return cases
+
+
+def _split_cases(cases: list[Case], split: Any, source: Path) -> list[Case]:
+    """The cases as the "split" of a dataset.json places them."""
+    if not isinstance(split, dict) or not all(isinstance(names, list) for names in split.values()):
+        raise InputError(f'{source}: split {split!r}, expected {{"train": [..], "val": [..], "test": [..]}}')
+    place: dict[str, str] = {}
+    known = {case.name for case in cases}
+    for which, names in split.items():
+        check_split(which, str(source))
+        for name in names:
+            if not isinstance(name, str) or name not in known:
+                raise InputError(f"{source}: split {which} names {name!r}, but there is no such case")
+            if name in place:
+                raise InputError(f"{source}: case {name} is listed twice, in split {place[name]} and in {which}")
+            place[name] = which
+    for case in cases:
+        if case.name not in place:
+            raise InputError(f"{source}: case {case.name} is in no split; list every case once")
+    return [replace(case, split=place[case.name]) for case in cases]
+
+
+def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) for every row of the table."""
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            columns = next(reader, [])
+            if len(set(columns)) != len(columns):
+                raise InputError(f"{path}: a column is there twice in {', '.join(columns)}")
+            for values in reader:
+                if not values:
+                    continue
+                where = f"{path}, line {reader.line_num}"
+                if len(values) != len(columns):
+                    raise InputError(f"{where}: {len(values)} values for {len(columns)} columns")
+                rows.append((where, dict(zip(columns, values, strict=True))))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not readable as CSV ({error})") from error
+    return rows
+
+
+def _json_rows(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """(where, row) for every row of the list, and what the object form says besides."""
+    content = read_json(path)
+    meta = content if isinstance(content, dict) else {"cases": content}
+    rows = meta.get("cases")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f'{path}: expected a list of rows {{"case": .., "mr": ..}} or {{"labels": .., "cases": [..]}}')
+    unknown = sorted(meta.keys() - {"cases", "labels", "channel_names"})
+    if unknown:
+        raise InputError(f"{path}: unknown entry {unknown[0]!r}, expected labels, channel_names, cases")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)], meta
+
+
+def _row_case(source: Path, where: str, row: dict[str, Any], allow_outside: bool) -> Case:
+    unknown = [key for key in row if not (_MR_COLUMN.fullmatch(key) or key in ("case", "split", *_OPTIONAL))]
+    if unknown:
+        raise InputError(
+            f"{where}: unknown column {unknown[0]!r}, expected case, mr (mr_0, ..), ct, labels, mask, split"
+        )
+    given = {key: value for key, value in row.items() if value not in ("", None)}
+    for key, value in given.items():
+        if not isinstance(value, str) or "\0" in value:
+            raise InputError(f"{where}: {key} is {value!r}, expected text")
+    name = check_case_name(given.pop("case", ""), where)
+    split = check_split(given.pop("split", "train"), where)
+    files = {key: source.parent / value for key, value in given.items()}
+    for key, file in files.items():
+        if not allow_outside and not file.resolve().is_relative_to(source.parent.resolve()):
+            raise InputError(f"{where}: {key} {given[key]} is outside the list's folder; allow_outside=True permits it")
+    return _case(name, files, split, where)
+
+
+def _case(name: str, files: dict[str, Path], split: str, where: str) -> Case:
+    """A case from its files by column; the MR channels are mr, or mr_0 .. mr_n without gaps."""
+    found = [key for key in files if _MR_COLUMN.fullmatch(key)]
+    if not found:
+        raise InputError(f"{where}: case {name} has no MR")
+    channels = ["mr"] if found == ["mr"] else [f"mr_{index}" for index in range(len(found))]
+    if set(found) != set(channels):
+        raise InputError(f"{where}: case {name} has {', '.join(sorted(found))}, expected mr, or mr_0, mr_1, ..")
+    inputs = tuple(files[key] for key in channels)
+    return Case(name, inputs, files.get("ct"), files.get("labels"), files.get("mask"), split)
+
+
+def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Path) -> Cohort:
+    """The cohort, after the checks that hold for every layout."""
+    if not cases:
+        raise InputError(f"{root}: no cases")
+    seen: set[str] = set()
+    channels = len(cases[0].inputs)
+    for case in cases:
+        check_case_name(case.name, str(root))
+        if case.name in seen:
+            raise InputError(f"{root}: case {case.name} is there twice, expected unique names")
+        seen.add(case.name)
+        if len(case.inputs) != channels:
+            raise InputError(f"{root}: case {case.name} has {len(case.inputs)} MR channels, {cases[0].name} {channels}")
+        for file in _files(case):
+            if not os.path.isfile(file):  # unlike Path.is_file it never raises
+                raise InputError(f"case {case.name}: no such file {file}")
+    label_names = check_label_names(meta["labels"], str(meta_path)) if "labels" in meta else {}
+    if all(case.labels is None for case in cases):
+        label_names = {}
+    return Cohort(root, tuple(cases), label_names, _channel_names(meta, meta_path, channels))
+
+
+def _files(case: Case) -> Iterable[Path]:
+    return (file for file in (*case.inputs, case.ct, case.labels, case.mask) if file is not None)
+
+
+def _channel_names(meta: dict[str, Any], source: Path, channels: int) -> tuple[str, ...]:
+    indices = [str(index) for index in range(channels)]
+    if "channel_names" not in meta:
+        return ("MR",) if channels == 1 else tuple(f"MR_{index}" for index in indices)
+    names = meta["channel_names"]
+    texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not texts or set(names) != set(indices):
+        raise InputError(f'{source}: channel_names {names!r}, expected {{"0": name, ..}} for {channels} MR channels')
+    return tuple(names[index] for index in indices)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,67 @@
+"""Predictions on disk against a cohort's truth on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.cache import body_mask
+from ..data.cohort import Case, Cohort, LoadedCase, load_case
+from ..data.volumes import read_labels, read_volume, same_grid
+from ..errors import InputError
+from .metrics import case_metrics, metrics_document
+
+
+def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
+    """Metrics of every case that has a folder in `predictions`; the content of metrics.json.
+
+    InputError if nothing matches, or a prediction is unreadable or on another grid than its case.
+    """
+    from tqdm import tqdm
+
+    predicted = [case for case in cohort.cases if (predictions / case.name).is_dir()]
+    if not predicted:
+        raise InputError(
+            f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
+        )
+    cases = {}
+    for case in tqdm(predicted, desc="evaluate", unit="case"):
+        truth = load_case(case, cohort.label_names)
+        ct, labels = read_prediction(predictions, case, truth)
+        cases[case.name] = case_metrics(
+            truth.ct if ct is not None else None,
+            ct if truth.ct is not None else None,
+            truth.labels if labels is not None else None,
+            labels if truth.labels is not None else None,
+            mask_of(truth),
+            cohort.label_names,
+        )
+    return metrics_document(cases, cohort.label_names)
+
+
+def mask_of(case: LoadedCase) -> np.ndarray:
+    """The body mask bool [Z, Y, X] as in preprocessing: the case's own, else from its CT, else everything."""
+    if case.mask is not None:
+        return case.mask
+    if case.ct is not None:
+        return body_mask(case.ct)
+    return np.ones(case.inputs.shape[1:], bool)
+
+
+def read_prediction(folder: Path, case: Case, truth: LoadedCase) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(ct in HU, labels) of a predicted case, [Z, Y, X], None where there is no such file."""
+    found: list[np.ndarray | None] = []
+    for name, reader in (("ct", read_volume), ("labels", read_labels)):
+        path = folder / case.name / f"{name}.nii.gz"
+        if not path.exists():
+            found.append(None)
+            continue
+        array, grid = reader(path)
+        if not same_grid(grid, truth.grid):
+            raise InputError(f"{path}: grid {grid}, expected that of {case.inputs[0]}: {truth.grid}")
+        found.append(array)
+    if found == [None, None]:
+        raise InputError(f"{folder / case.name}: holds neither ct.nii.gz nor labels.nii.gz")
+    return found[0], found[1]

@@ -1,0 +1,173 @@
+"""report.html: one file that a colleague can open from a mail, with the numbers, the figures and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import replacing
+from .figures import to_data_uri
+from .metrics import Table, heading, summary_tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --soft: #5b6876; --line: #dde3e9; --tint: #f4f7f9; --accent: #2f6ca8; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; background: #fff; color: var(--ink);
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0 0 1.5rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 2.75rem 0 .9rem; padding-bottom: .3rem; font-size: 1.25rem; border-bottom: 1px solid var(--line); }
+.cards { display: flex; flex-wrap: wrap; gap: .9rem; }
+.card { flex: 1 1 11rem; padding: .9rem 1.1rem; background: var(--tint); border-top: 3px solid var(--accent); }
+.card b { display: block; font-size: 1.65rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card span { display: block; color: var(--soft); font-size: .85rem; }
+.scroll { overflow-x: auto; margin-bottom: 1.4rem; }
+table { border-collapse: collapse; min-width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { padding-bottom: .4rem; text-align: left; font-weight: 600; }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; }
+thead th { border-bottom: 2px solid var(--ink); }
+tbody th { font-weight: 500; }
+tbody tr:hover { background: var(--tint); }
+.conventions { padding: .8rem 1.1rem; background: var(--tint); color: var(--soft); font-size: .85rem; }
+.conventions dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .4rem 0 0; }
+.conventions dt { font-family: ui-monospace, Menlo, Consolas, monospace; color: var(--ink); }
+.conventions dd { margin: 0; }
+figure { margin: 0 0 2.2rem; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem; }
+summary { cursor: pointer; }
+pre { padding: 1rem; overflow-x: auto; background: var(--tint); font-size: .85rem; line-height: 1.45; }
+@media print { .card, figure, tr { break-inside: avoid; } }
+"""
+
+
+def write_report(
+    path: Path,
+    title: str,
+    *,
+    config_yaml: str,
+    document: Mapping[str, Any] | None,
+    figures: Sequence[tuple[str, Figure]],
+    notes: Sequence[str],
+) -> None:
+    """Writes the report of one run as a single HTML page without script or link, whole or not at all.
+
+    Args:
+        path: the HTML file; its folder must exist.
+        title: heading of the page.
+        config_yaml: the run's configuration, shown as it is.
+        document: from `sfg_fast.evaluation.metrics.metrics_document` (or metrics.json); None: a page without numbers.
+        figures: (caption, figure) in the order of the page; embedded as PNG.
+        notes: sentences that the reader should know before the numbers.
+    """
+    sections = [f"<h1>{escape(title)}</h1>"]
+    if document:
+        sections.append(_cards(document))
+    if notes:
+        sections.append(_section("Notes", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"))
+    if document:
+        tables = "".join(map(_table, summary_tables(document)))
+        sections.append(_section("Results", tables + _conventions(document["conventions"]["rules"])))
+    if figures:
+        sections.append(_section("Figures", "".join(_figure(caption, figure) for caption, figure in figures)))
+    if document:
+        sections.append(_section("Cases", _table(_case_table(document))))
+    configuration = f"<details><summary>Show the configuration</summary><pre>{escape(config_yaml)}</pre></details>"
+    sections.append(_section("Configuration", configuration))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>"
+
+
+def _cards(document: Mapping[str, Any]) -> str:
+    """The headline numbers: mean over the cases, SD beneath."""
+    summary = document["summary"]
+    cards = []
+    if "ct" in summary:
+        overall = summary["ct"]["overall"]
+        cards += [
+            _card("PSNR in mask", overall["psnr_in_mask"], ".2f", " dB"),
+            _card("PSNR gained over the mean CT", summary["psnr_gain"], "+.2f", " dB"),
+            _card("mean absolute error in mask", overall["mae_hu"], ".1f", " HU"),
+        ]
+    if "dice" in summary:
+        cards.append(_card("mean Dice of the organs", summary["dice_mean"], ".3f", ""))
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(name: str, value: Mapping[str, Any], form: str, unit: str) -> str:
+    n = value["n"]
+    spread = f"SD {_number(value['sd'], form.lstrip('+'))}{unit}, {n} case{'' if n == 1 else 's'}"
+    return (
+        f'<div class="card"><span>{name}</span><b>{_number(value["mean"], form)}{unit}</b><span>{spread}</span></div>'
+    )
+
+
+def _conventions(rules: Mapping[str, str]) -> str:
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(rule)}</dd>" for term, rule in rules.items())
+    return f'<aside class="conventions"><strong>How these numbers are measured</strong><dl>{terms}</dl></aside>'
+
+
+def _case_table(document: Mapping[str, Any]) -> Table:
+    """One row per case: the CT overall and in bone, the Dice of each organ; a hyphen where there is no number."""
+    summary = document["summary"]
+    columns: list[tuple[str, str, tuple[str, ...]]] = []  # heading, format, where the number is in a case
+    if "ct" in summary:
+        columns = [
+            ("PSNR in mask [dB]", ".2f", ("ct", "overall", "psnr_in_mask")),
+            ("gain [dB]", "+.2f", ("psnr_gain",)),
+            ("PSNR of bones [dB]", ".2f", ("ct", "bones", "psnr_in_mask")),
+            ("MAE [HU]", ".1f", ("ct", "overall", "mae_hu")),
+        ]
+    if "dice" in summary:
+        columns.append(("Dice", ".3f", ("dice_mean",)))
+        columns += [(heading(organ), ".3f", ("dice", organ)) for organ in summary["dice"]]
+    rows = [
+        [name, *(_number(_at(case, place), form) for _, form, place in columns)]
+        for name, case in document["cases"].items()
+    ]
+    return Table("CT in the mask, and Dice of each organ", ["Case", *(title for title, _, _ in columns)], rows)
+
+
+def _at(case: Mapping[str, Any], place: Sequence[str]) -> Any:
+    """The number at a place of a case's metrics; None where the case was not scored for it."""
+    value: Any = case
+    for key in place:
+        value = (value or {}).get(key)
+    return value
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in table.rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{escape(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _figure(caption: str, figure: Figure) -> str:
+    text = escape(caption)
+    return f'<figure><img src="{to_data_uri(figure)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,155 @@
+"""From a trained run and MR volumes to synthetic CT, organ labels and an uncertainty map, as NIfTI."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.cache import normalise
+from ..data.cohort import Case, load_case
+from ..data.volumes import write_volume
+from ..errors import InputError
+from ..files import new_folder, read_json
+from ..networks.controls import predict
+from ..training import checkpoint
+from ..training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
+from ..training.trainer import build_network, choose_device
+
+SLICES_AT_ONCE = 16
+PATCH_OVERLAP = 0.5
+# Patches are weighted by a Gaussian around their centre, where a network has seen most context.
+PATCH_WEIGHTING = "gaussian"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One volume, axes [Z, Y, X]: ct float32 in HU and labels uint8 (None if the run has no such task), and uncertainty
+    float32: the SD over drawn architectures of the CT in HU, or without a CT task the root of the summed variances of
+    the class probabilities. Zero where nothing is drawn."""
+
+    ct: np.ndarray | None
+    labels: np.ndarray | None
+    uncertainty: np.ndarray
+
+
+class Predictor:
+    """A trained run, ready to predict. Raises InputError for a folder that is no run or a checkpoint of another one."""
+
+    def __init__(self, run: Path, device: str = "auto") -> None:
+        self.run = run
+        path = run / "checkpoints" / "last.pt"
+        state = checkpoint.load(path)
+        self.config = _config(state["config"])
+        data = read_json(run / "data.json")
+        self.label_names: dict[str, int] = data["labels"]
+        self.in_channels: int = data["in_channels"]
+        self.device = choose_device(device)
+        self.model = build_network(self.config, self.in_channels, max(self.label_names.values(), default=0) + 1)
+        checkpoint.load_weights(self.model, state["model"], path)
+        self.model.to(self.device).eval()
+
+    @property
+    def constant_p(self) -> bool:
+        """Is the grouping drawn from a p that was never learnt? Then only draws mean something."""
+        return self.config.network.method == "constant_p"
+
+    def volume(self, inputs: np.ndarray, draws: int) -> Prediction:
+        """Predict one volume slice by slice; in-plane patches are aggregated.
+
+        inputs: raw MR [C, Z, Y, X]. The CT and the labels come from the most probable architecture (from the mean over
+        draws if p is constant); the uncertainty from `draws` drawn architectures, the same for all slices.
+        """
+        slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
+        mean, variance = self._slices(slices, draws if self.constant_p else 0)
+        if draws and not self.constant_p:
+            variance = self._slices(slices, draws)[1]
+        ct = labels = None
+        start = 0
+        if "ct" in self.config.tasks:
+            ct, start = mean[:, 0].numpy() * self.config.objective.ct_scale_hu, 1
+        if "organs" in self.config.tasks:
+            labels = mean[:, start:].argmax(1).to(torch.uint8).numpy()
+        spread = variance[:, 0].sqrt() * self.config.objective.ct_scale_hu if start else variance.sum(1).sqrt()
+        return Prediction(ct, labels, spread.numpy())
+
+    def _slices(self, slices: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of all outputs side by side (CT in units, class probabilities), [Z, outputs, Y, X]."""
+        means, variances = [], []
+        seed = self.config.seed
+        for batch in slices.split(SLICES_AT_ONCE):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # every batch of slices meets the same drawn architectures
+                y = self._patches(batch.to(self.device), draws).cpu()
+            mean, variance = y.chunk(2, 1)
+            means.append(mean)
+            variances.append(variance)
+        return torch.cat(means), torch.cat(variances)
+
+    def _patches(self, batch: Tensor, draws: int) -> Tensor:
+        if self.config.patch is None:
+            return self._predict(batch, draws)
+        from monai.inferers import sliding_window_inference
+
+        height, width = self.config.patch
+        seed = torch.get_rng_state()
+
+        def window(patches: Tensor) -> Tensor:
+            torch.set_rng_state(seed)  # the same draws for every window
+            return self._predict(patches, draws)
+
+        return sliding_window_inference(  # type: ignore[return-value]
+            batch, (height, width), SLICES_AT_ONCE, window, overlap=PATCH_OVERLAP, mode=PATCH_WEIGHTING
+        )
+
+    def _predict(self, x: Tensor, draws: int) -> Tensor:
+        links = {"organs": lambda y: y.softmax(1)}
+        found = predict(self.model, x, draws, links)
+        means = [found[task][0] for task in ("ct", "organs") if task in found]
+        variances = [found[task][1] for task in ("ct", "organs") if task in found]
+        return torch.cat([*means, *variances], 1)
+
+    def cases(self, cases: tuple[Case, ...], out: Path, draws: int) -> Iterator[tuple[str, Path]]:
+        """Predict cases one by one into OUT/CASE/{ct,labels,uncertainty}.nii.gz, same affine and shape as the MR.
+
+        OUT must be new or empty. Yields (case, folder) as each is done.
+        """
+        if not cases:
+            raise InputError(f"{out}: there is no case to predict")
+        with new_folder(out):
+            for case in cases:
+                if len(case.inputs) != self.in_channels:
+                    raise InputError(
+                        f"case {case.name}: {len(case.inputs)} MR channels, the run was trained on {self.in_channels}"
+                    )
+                mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
+                loaded = load_case(mr_only, {})
+                try:
+                    result = self.volume(loaded.inputs, draws)
+                except InputError as error:
+                    raise InputError(f"case {case.name} ({case.inputs[0]}): {error}") from error
+                folder = out / case.name
+                folder.mkdir()
+                files: dict[str, tuple[np.ndarray | None, Any]] = {
+                    "ct": (result.ct, np.float32),
+                    "labels": (result.labels, np.uint8),
+                    "uncertainty": (result.uncertainty, np.float32),
+                }
+                for name, (array, dtype) in files.items():
+                    if array is not None:
+                        write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
+                yield case.name, folder
+
+
+def _config(saved: dict[str, Any]) -> TrainConfig:
+    parts = {
+        "network": NetworkConfig(**saved["network"]),
+        "objective": ObjectiveConfig(**saved["objective"]),
+        "schedule": ScheduleConfig(**saved["schedule"]),
+    }
+    return TrainConfig(**{**saved, **parts})

@@ -1,0 +1,136 @@
+"""The report of a run: what it learnt, how well it predicts, and pictures of every predicted case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ..data.cache import normalise
+from ..data.cohort import Cohort, LoadedCase, load_case
+from ..data.volumes import read_volume
+from ..files import read_json
+from ..layers.conv import Features
+from ..networks.controls import entropy, sfg_layers
+from . import figures
+from .evaluate import read_prediction
+from .html import write_report
+from .predict import Predictor
+
+KERNELS_SHOWN = 4
+
+
+def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: Path) -> None:
+    """Write the report of a run as one HTML file, and its figures as PNG beside it in `figures/`.
+
+    InputError if the run, the predictions or the metrics can't be read.
+    """
+    predictor = Predictor(run)
+    history, document = read_json(run / "history.json"), read_json(metrics)
+    drawn: list[tuple[str, str, Figure]] = [
+        (
+            "allocation",
+            "Learned allocation: share of the kernels' probability in each group, by layer (paper, Fig. 3 left).",
+            figures.allocation(history),
+        ),
+        ("allocation_over_training", "Allocation over training.", figures.allocation_over_training(history)),
+        ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
+        ("curves", "Training. PSNR and Dice: one held-out slice, to watch, not to report.", figures.curves(history)),
+    ]
+    cases = [case for case in cohort.cases if (predictions / case.name).is_dir()]
+    for index, case in enumerate(cases):
+        loaded = load_case(case, cohort.label_names)
+        ct, labels = read_prediction(predictions, case, loaded)
+        uncertainty = read_volume(predictions / case.name / "uncertainty.nii.gz")[0]
+        z = _telling_slice(loaded)
+        in_plane = loaded.grid.spacing[1:]
+        if index == 0:
+            image = loaded.inputs[0, z]
+            maps = activation_maps(predictor, loaded.inputs, z)
+            caption = "Activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
+            drawn.append(("activation_maps", caption, figures.activation_maps(image, maps, in_plane)))
+        panel = figures.case_panel(
+            loaded.inputs[0, z],
+            _slice(loaded.ct, z),
+            _slice(ct, z),
+            _slice(loaded.labels, z),
+            _slice(labels, z),
+            uncertainty[z],
+            in_plane,
+            f"{case.name}, axial slice {z}",
+            predictor.label_names,
+        )
+        drawn.append((f"case_{case.name}", f"Case {case.name}.", panel))
+    folder = out.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, _, figure in drawn:
+        figures.save(figure, folder / f"{name}.png")
+    write_report(
+        out,
+        f"sfg_fast: {run.name}",
+        config_yaml=(run / "config.yaml").read_text(),
+        document=document,
+        figures=[(caption, figure) for _, caption, figure in drawn],
+        notes=_notes(predictor, len(cases)),
+    )
+
+
+@torch.no_grad()
+def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[str, list[tuple[str, np.ndarray]]]:
+    """For each group its `KERNELS_SHOWN` kernels of lowest entropy, all layers together: (title, activation [Y, X]).
+
+    inputs: raw MR [C, Z, Y, X], z the slice. The assignment is argmax p.
+    """
+    layers = sfg_layers(predictor.model)
+    outputs: dict[str, Any] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+        for name, layer in layers.items()
+    ]
+    predictor.model(torch.from_numpy(normalise(inputs)[None, :, z]).to(predictor.device))
+    for hook in hooks:
+        hook.remove()
+    groups = next(iter(layers.values())).group_names
+    ranked: dict[str, list[tuple[float, str, int]]] = {group: [] for group in groups}
+    for name, layer in layers.items():
+        certain = torch.zeros(layer.out_channels) if layer.assigned else entropy(layer)
+        for kernel, group in enumerate(layer.probabilities().argmax(1).tolist()):
+            ranked[groups[group]].append((certain[kernel].item(), name, kernel))
+    maps: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for group, kernels in ranked.items():
+        maps[group] = []
+        for value, name, kernel in sorted(kernels, key=lambda row: row[0])[:KERNELS_SHOWN]:
+            features: Features = outputs[name]
+            maps[group].append((f"{name} #{kernel}\nH = {value:.2f}", features.dense(group)[0, kernel].cpu().numpy()))
+    return maps
+
+
+def _telling_slice(case: LoadedCase) -> int:
+    """The slice with most labels, else the middle one."""
+    if case.labels is None or not case.labels.any():
+        return case.inputs.shape[1] // 2
+    return int((case.labels > 0).sum((1, 2)).argmax())
+
+
+def _slice(volume: np.ndarray | None, z: int) -> np.ndarray | None:
+    return None if volume is None else volume[z]
+
+
+def _notes(predictor: Predictor, cases: int) -> list[str]:
+    config = predictor.config
+    notes = [
+        f"Method {config.network.method}, residual blocks {config.network.residual}, {config.schedule.steps} steps, "
+        f"{cases} cases predicted.",
+        "CT and labels are those of the most probable architecture"
+        + (" (here the mean over draws, because p is constant)." if predictor.constant_p else "."),
+        "The uncertainty is the SD over drawn architectures; it is no measure of all that can be wrong.",
+    ]
+    if config.schedule.draw_until < 1 and config.network.method == "sfg":
+        notes.append(
+            f"Groupings were drawn in the first {config.schedule.draw_until:.0%} of the steps, then fixed at the most "
+            "probable one. The paper draws to the end."
+        )
+    return notes

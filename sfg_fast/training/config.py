@@ -1,0 +1,157 @@
+"""The configuration of a training run: typed, one YAML file, every key with its unit and its source."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+TASKS = ("ct", "organs")
+
+
+@dataclasses.dataclass
+class NetworkConfig:
+    """The network (`SFGHighResNet`).
+
+    Args:
+        width: channels of the three stages.
+        blocks: residual blocks in each stage.
+        residual: "separate" (the paper's) or "routed" (cheaper).
+        method: "sfg", or a baseline: one_task, hard_sharing, constant_mask, constant_p.
+        norm: "batch", or null for none.
+        init: initial p: a name (uniform, dirichlet, mostly_shared, mostly_specific, vertex), or probabilities, shared
+            first.
+        estimator: gradient estimator of the grouping: straight_through or gumbel_softmax.
+    """
+
+    width: list[int] = dataclasses.field(default_factory=lambda: [16, 32, 64])
+    blocks: int = 3
+    residual: str = "separate"
+    method: str = "sfg"
+    norm: str | None = "batch"
+    init: str | list[float] = "mostly_shared"
+    estimator: str = "straight_through"
+
+
+@dataclasses.dataclass
+class ObjectiveConfig:
+    """The objective, eq. 2.
+
+    Args:
+        lambda1: weight of the sum of squared kernel norms.
+        lambda2: weight of the sum of entropies of the grouping probabilities.
+        ct_scale_hu: unit of the network's CT output in HU; also the SD of its Gaussian likelihood while that is fixed.
+        ct_noise: "fixed", or "learned": the SD of the CT likelihood is a parameter.
+    """
+
+    lambda1: float = 1e-3
+    lambda2: float = 1e-2
+    ct_scale_hu: float = 400.0
+    ct_noise: str = "fixed"
+
+
+@dataclasses.dataclass
+class ScheduleConfig:
+    """How long and how fast.
+
+    Args:
+        steps: optimiser steps (mini-batches).
+        batch: slices (or patches) in a mini-batch, M of eq. 2.
+        learning_rate: of Adam, for weights.
+        logits_factor: the logits' learning rate is this many times the weights'.
+        warmup: steps of linear warm-up.
+        decay_from: share of the steps after which the weights' rate decays along a cosine, to 5 %.
+        temperature_start: temperature of the relaxation at the start.
+        temperature_end: and its floor, reached exponentially at `temperature_until` of the steps.
+        temperature_until: share of the steps.
+        draw_until: share of the steps with drawn groupings; after it argmax p is fixed and only weights are trained.
+            1: draw to the end, as the paper does. Less than 1 is ours: it removes most of the gap between drawn and
+            argmax evaluation.
+        clip: largest norm of the weights' gradient.
+    """
+
+    steps: int = 20000
+    batch: int = 8
+    learning_rate: float = 3e-3
+    logits_factor: float = 10.0
+    warmup: int = 10
+    decay_from: float = 0.5
+    temperature_start: float = 1.0
+    temperature_end: float = 0.1
+    temperature_until: float = 0.8
+    draw_until: float = 0.6
+    clip: float = 1.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        data: folder made by `sfg-fast preprocess`.
+        out: run folder to be made: config.yaml, checkpoints/, history.json, tensorboard/.
+        tasks: which of ct, organs to learn.
+        patch: height and width of random in-plane patches in voxels; null for whole slices.
+        seed: of weights, draws and slices.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        log_every: steps between looks at a held-out slice and at the grouping.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    data: str
+    out: str
+    tasks: list[str] = dataclasses.field(default_factory=lambda: list(TASKS))
+    patch: list[int] | None = None
+    seed: int = 0
+    device: str = "auto"
+    log_every: int = 50
+    checkpoint_every: int = 500
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise InputError for values that can't be (the network checks its own)."""
+    from ..errors import InputError
+
+    def refuse(key: str, value: Any, expected: str) -> None:
+        raise InputError(f"{key}={value!r}: expected {expected}")
+
+    schedule, objective = config.schedule, config.objective
+    if (
+        not config.tasks
+        or any(task not in TASKS for task in config.tasks)
+        or len(set(config.tasks)) < len(config.tasks)
+    ):
+        refuse("tasks", config.tasks, f"one or more of {', '.join(TASKS)}, each once")
+    if config.patch is not None and (len(config.patch) != 2 or min(config.patch) < 1):
+        refuse("patch", config.patch, "null, or height and width in voxels")
+    for key, count in {
+        "schedule.steps": schedule.steps,
+        "schedule.batch": schedule.batch,
+        "log_every": config.log_every,
+        "checkpoint_every": config.checkpoint_every,
+        "network.blocks": config.network.blocks,
+    }.items():
+        if count < 1:
+            refuse(key, count, "at least 1")
+    for key, rate in {
+        "schedule.learning_rate": schedule.learning_rate,
+        "schedule.temperature_start": schedule.temperature_start,
+        "schedule.temperature_end": schedule.temperature_end,
+        "schedule.temperature_until": schedule.temperature_until,
+        "schedule.clip": schedule.clip,
+        "objective.ct_scale_hu": objective.ct_scale_hu,
+    }.items():
+        if not rate > 0:
+            refuse(key, rate, "a positive number")
+    for key, weight in {"objective.lambda1": objective.lambda1, "objective.lambda2": objective.lambda2}.items():
+        if not weight >= 0:
+            refuse(key, weight, "at least 0 (eq. 2)")
+    for key, share in {"schedule.draw_until": schedule.draw_until, "schedule.decay_from": schedule.decay_from}.items():
+        if not 0 <= share <= 1:
+            refuse(key, share, "a share of the steps, 0 to 1")
+    if objective.ct_noise not in ("fixed", "learned"):
+        refuse("objective.ct_noise", objective.ct_noise, "fixed or learned")
+    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
+        refuse("device", config.device, "auto, cpu or cuda")

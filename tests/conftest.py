@@ -1,0 +1,21 @@
+"""Settings for all tests: deterministic, float32 by default, no hypothesis database, threads as a laptop has them."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("sfg", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("sfg")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    """Everything in double precision, so that equal means 1e-10."""
+    torch.set_default_dtype(torch.float64)

@@ -1,0 +1,342 @@
+"""`SFGConv2d` on every backend against dense masking written plainly, and its contract."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sfg_fast
+from sfg_fast import SFGConv2d, SFGFeatures, backend, reference
+from sfg_fast.backends import available
+from sfg_fast.gates import gumbel_noise
+from tests import oracle
+from tests.oracle import assert_close
+
+BACKENDS = ["reference", "masked"] + ["native"] * available("native")
+
+
+def chain(estimator, norm, activation, tasks, widths, geometry, init):
+    """Layers widths[0] -> widths[1] -> ..; the first reads the image."""
+    return nn.ModuleList(
+        SFGConv2d(c, k, 3, *geometry, tasks=tasks, norm=norm, activation=activation, estimator=estimator, init=init)
+        for c, k in itertools.pairwise(widths)
+    )
+
+
+def gates_of(layer, estimator, seed):
+    """z [K, T+1] of the oracle, from the same noise, with the gradient that the estimator promises."""
+    if layer.assigned:
+        return nn.functional.one_hot(layer.fixed_assignment, layer.logits.shape[1]).to(layer.logits.dtype)
+    noise = gumbel_noise(layer.logits)
+    soft = oracle.relaxed(layer.logits, noise, layer.temperature)
+    if estimator == "gumbel_softmax":
+        return soft
+    hard = nn.functional.one_hot((layer.logits.log_softmax(1) + noise).argmax(1), soft.shape[1]).to(soft.dtype)
+    return hard if estimator == "none" else hard + soft - soft.detach()
+
+
+@st.composite
+def chains(draw):
+    return {
+        "estimator": draw(st.sampled_from(["straight_through", "gumbel_softmax", "none"])),
+        "norm": draw(st.sampled_from([None, "batch"])),
+        "activation": draw(st.sampled_from([None, "relu"])),
+        "tasks": draw(st.integers(1, 3)),
+        "widths": [draw(st.integers(1, 2)), *(draw(st.integers(1, 6)) for _ in range(3))],
+        "geometry": (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        "fixed": draw(st.booleans()),
+        "init": draw(st.sampled_from(["uniform", "mostly_shared", "vertex"])),
+        "temperature": draw(st.sampled_from([1.0, 0.3])),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check_chain(p, name):
+    """Outputs, all gradients and running statistics of a chain of layers."""
+    torch.manual_seed(p["seed"])
+    options = [p[key] for key in ("estimator", "norm", "activation", "tasks", "widths", "geometry", "init")]
+    layers = chain(*options).double()
+    if p["fixed"]:
+        for layer in layers:
+            layer.assign(torch.randint(p["tasks"] + 1, (layer.out_channels,)))
+    for layer in layers:
+        layer.temperature = p["temperature"]
+        nn.init.normal_(layer.weight)
+        if layer.norm is not None:  # not one and zero
+            nn.init.normal_(layer.norm.weight)
+            nn.init.normal_(layer.norm.bias)
+    x = torch.randn(2, p["widths"][0], 19, 18, dtype=torch.float64, requires_grad=True)
+    leaves = [x] + [parameter for parameter in layers.parameters() if parameter.requires_grad]
+
+    torch.manual_seed(p["seed"] + 1)
+    stride, padding, dilation = p["geometry"]
+    wanted = x
+    for layer in layers:
+        z = gates_of(layer, p["estimator"], p["seed"])
+        norm = None if layer.norm is None else (layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        wanted = oracle.sfg_layer(
+            wanted, layer.weight, layer.bias, z,
+            stride=stride, padding=padding, dilation=dilation, relu=p["activation"] == "relu", norm=norm,
+        )  # fmt: skip
+    cotangents = [torch.randn_like(tensor) for tensor in wanted]
+    expected = torch.autograd.grad(wanted, leaves, cotangents, allow_unused=True)
+
+    torch.manual_seed(p["seed"] + 1)
+    y = x
+    with backend(name):
+        for layer in layers:
+            y = layer(y)
+    dense = list(y)
+    got = torch.autograd.grad(dense, leaves, cotangents, allow_unused=True)
+    for group, (a, b) in enumerate(zip(dense, wanted, strict=True)):
+        assert_close(a, b, what=f"group {group}")
+    for task in range(1, p["tasks"] + 1):
+        assert_close(y.merged(task), wanted[0] + wanted[task], what=f"merged {task}")
+    biases = {id(layer.bias) for layer in layers if layer.norm is not None}
+    for leaf, a, b in zip(leaves, got, expected, strict=True):
+        assert a is not None, "a parameter without a gradient"
+        if id(leaf) in biases:  # zero but for rounding: the norm takes the bias away
+            assert a.abs().max() < 1e-8
+        else:
+            assert_close(a, torch.zeros_like(leaf) if b is None else b, 1e-9, f"gradient {tuple(leaf.shape)}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=60)
+@given(problem=chains())
+def test_chain_against_dense_masking(name, problem):
+    check_chain(problem, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=1000)
+@given(problem=chains())
+def test_chain_against_dense_masking_at_length(name, problem):
+    check_chain(problem, name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("sample", [False, True])
+def test_eval_uses_running_statistics_of_the_drawn_pairs(name, sample, float64):
+    layer = SFGConv2d(3, 6, 3, tasks=2, norm="batch", activation="relu", init="dirichlet")
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(30):
+        layer(x + torch.randn(1))
+    layer.eval()
+    layer.sampling = sample
+    torch.manual_seed(1)
+    with backend(name):
+        y = layer(x)
+    groups = y.groups.assignment
+    if not sample:
+        assert torch.equal(groups, layer.logits.argmax(1))
+    u = nn.functional.conv2d(x, layer.weight, layer.bias)
+    for kernel, group in enumerate(groups.tolist()):
+        norm = layer.norm
+        known = norm.draws[group, kernel] > 0
+        mean = norm.running_mean[group, kernel] if known else norm.pooled_mean[kernel]
+        var = norm.running_var[group, kernel] if known else norm.pooled_var[kernel]
+        expected = ((u[:, kernel] - mean) / (var + norm.eps).sqrt() * norm.weight[kernel] + norm.bias[kernel]).relu()
+        for other in range(3):
+            wanted = expected if other == group else torch.zeros_like(expected)
+            assert_close(y.dense(other)[:, kernel], wanted, 1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "reference"])
+def test_running_statistics_are_those_of_the_reference(name, float64):
+    buffers = []
+    for one in ("reference", name):
+        torch.manual_seed(3)
+        layers = chain("straight_through", "batch", "relu", 2, [2, 5, 6], (1, 1, 1), "uniform")
+        with backend(one):
+            for _ in range(5):
+                layers[1](layers[0](torch.randn(2, 2, 6, 6)))
+        buffers.append(dict(layers.named_buffers()))
+    for key, expected in buffers[0].items():
+        assert_close(buffers[1][key].double(), expected.double(), what=key)
+
+
+def test_list_input_is_merged_like_features(float64):
+    first, second = SFGConv2d(2, 4, 3), SFGConv2d(4, 5, 3)
+    y = first(torch.randn(2, 2, 9, 9))
+    torch.manual_seed(1)
+    from_features = second(y)
+    torch.manual_seed(1)
+    from_list = second(list(y))
+    for a, b in zip(from_features, from_list, strict=True):
+        assert_close(a, b)
+
+
+def test_state_dict_is_interchangeable_with_the_reference():
+    fast = SFGConv2d(3, 5, 3, padding=1, tasks=["ct", "organs"], norm="batch")
+    plain = reference.SFGConv2d(3, 5, 3, padding=1, tasks=["ct", "organs"], norm="batch")
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    torch.manual_seed(1)
+    a = fast(x)
+    torch.manual_seed(1)
+    b = plain(x)
+    assert isinstance(b, list)
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other)
+    fast.load_state_dict(plain.state_dict())
+
+
+def test_assignment_travels_in_the_state_dict():
+    layer = SFGConv2d(2, 4, 3)
+    layer.assign([0, 1, 2, 1])
+    other = SFGConv2d(2, 4, 3)
+    other.load_state_dict(layer.state_dict())
+    assert other.assigned
+    assert other(torch.randn(1, 2, 5, 5)).groups.assignment.tolist() == [0, 1, 2, 1]
+    other.assign(None)
+    layer.load_state_dict(other.state_dict())
+    assert not layer.assigned
+
+
+def test_same_seed_same_assignment_on_every_backend():
+    layer = SFGConv2d(2, 16, 3, tasks=3)
+    drawn = []
+    for name in BACKENDS:
+        torch.manual_seed(7)
+        with backend(name):
+            drawn.append(layer(torch.randn(1, 2, 5, 5)).groups.assignment.tolist())
+    assert all(one == drawn[0] for one in drawn)
+    assert len(set(drawn[0])) > 1
+
+
+def test_packed_order_is_stable_by_kernel_index():
+    layer = SFGConv2d(1, 6, 1, bias=False)
+    layer.assign([2, 0, 1, 0, 2, 1])
+    y = layer(torch.randn(1, 1, 4, 4))
+    assert y.groups.order.tolist() == [1, 3, 2, 5, 0, 4]
+    assert y.groups.offsets.tolist() == [0, 2, 4, 6]
+    assert y.packed.shape[1] == len(y.groups.order)
+    for row, kernel in enumerate(y.groups.order.tolist()):
+        group = int(y.groups.assignment[kernel])
+        assert torch.equal(y.packed[:, row], y.dense(group)[:, kernel])
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_groups(empty):
+    layers = chain("straight_through", "batch", "relu", 2, [1, 4, 4], (1, 1, 1), "uniform")
+    for layer in layers:
+        layer.assign([(empty + 1) % 3] * 2 + [(empty + 2) % 3] * 2)
+    y = layers[1](layers[0](torch.randn(2, 1, 5, 5)))
+    assert not y.dense(empty).any()
+    sum(t.square().sum() for t in y).backward()
+    assert all(parameter.grad is not None for parameter in layers.parameters())
+
+
+def test_fixed_assignment_gives_logits_zeros_as_gradient():
+    layer = SFGConv2d(2, 4, 3)
+    layer.assign(torch.tensor([0, 1, 2, 0]))
+    sum(t.sum() for t in layer(torch.randn(1, 2, 5, 5))).backward()
+    assert layer.logits.grad is not None
+    assert not layer.logits.grad.any()
+
+
+def test_sampled_gates_give_logits_a_gradient_also_for_unselected_groups():
+    layer = SFGConv2d(2, 4, 3, activation="relu")
+    y = layer(torch.randn(1, 2, 5, 5))
+    sum((t * torch.randn_like(t)).sum() for t in y).backward()
+    assert (layer.logits.grad.abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, (2, 1), "same", "valid"])
+@pytest.mark.parametrize("size", [3, (2, 4)])
+def test_all_shared_equals_a_plain_convolution(mode, padding, size, float64):
+    arguments = {"kernel_size": size, "padding": padding, "padding_mode": mode}
+    layer, plain = SFGConv2d(3, 4, **arguments), nn.Conv2d(3, 4, **arguments)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    layer.assign(torch.zeros(4, dtype=torch.int64))
+    x = torch.randn(2, 3, 7, 6)
+    for name in BACKENDS:
+        with backend(name):
+            y = layer(x)
+        assert_close(y.merged(1), plain(x), what=name)
+        assert not y.dense(2).any()
+
+
+def test_initial_weights_are_those_of_conv2d():
+    torch.manual_seed(5)
+    plain = nn.Conv2d(3, 8, 3)
+    torch.manual_seed(5)
+    layer = SFGConv2d(3, 8, 3)
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_autocast_keeps_gates_in_float32(name):
+    if name == "native":
+        pytest.skip("takes float32 only")
+    layers = chain("straight_through", "batch", "relu", 2, [1, 4, 4], (1, 1, 1), "uniform")
+    with torch.autocast("cpu", dtype=torch.bfloat16), backend(name):
+        y = layers[1](layers[0](torch.randn(2, 1, 6, 6)))
+    assert y.dense(1).dtype == torch.bfloat16
+    assert y.groups.gates.dtype == torch.float32
+    sum(t.float().square().sum() for t in y).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layers.parameters())
+
+
+def test_copies_and_pickles():
+    layer = SFGConv2d(2, 4, 3, norm="batch")
+    x = torch.randn(1, 2, 5, 5)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.manual_seed(2)
+        a = layer(x).packed
+        torch.manual_seed(2)
+        assert torch.equal(other(x).packed, a)
+
+
+def test_activation_checkpointing_draws_the_same():
+    from torch.utils.checkpoint import checkpoint
+
+    first, second = chain("straight_through", None, "relu", 2, [1, 6, 6], (1, 1, 1), "uniform")
+    x = torch.randn(1, 1, 6, 6)
+
+    def body(x):
+        return second(first(x)).packed.square().sum()
+
+    gradients = []
+    for run in (body, lambda x: checkpoint(body, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        gradients.append(torch.autograd.grad(run(x), [first.weight, first.logits, second.weight]))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SFGConv2d(2, 4, 3, groups=2), "groups=2"),
+        (lambda: SFGConv2d(2, 4, 3, norm="layer"), "norm='layer'"),
+        (lambda: SFGConv2d(2, 4, 3, activation="gelu"), "activation='gelu'"),
+        (lambda: SFGConv2d(2, 4, 3, init="even"), "init='even'"),
+        (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5]), r"shape \(2,\), expected \(3,\)"),
+        (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5, 0.5]), "sum to 1"),
+        (lambda: SFGConv2d(2, 4, 3, estimator="reinforce"), "estimator='reinforce'"),
+        (lambda: SFGConv2d(2, 4, 3, tasks=0), "tasks=0"),
+        (lambda: SFGConv2d(2, 4, 3, tasks=["ct", "shared"]), "'shared'"),
+        (lambda: SFGConv2d(2, 4, 3).assign([0, 1, 2]), r"shape \(3,\)"),
+        (lambda: SFGConv2d(2, 4, 3).assign([0, 1, 2, 3]), r"\[0, 1, 2, 3\]"),
+        (lambda: SFGConv2d(2, 4, 3)(torch.randn(1, 3, 5, 5)), r"expected \[N, 2, H, W\]"),
+        (lambda: SFGConv2d(2, 4, 3)([torch.randn(1, 2, 5, 5)] * 2), "2 dense tensors, expected 3"),
+        (lambda: SFGConv2d(4, 4, 3, tasks=1)(SFGConv2d(2, 4, 3)(torch.randn(1, 2, 9, 9))), "groups"),
+        (lambda: setattr(SFGConv2d(2, 4, 3), "temperature", 0.0), "temperature=0"),
+    ],
+)
+def test_errors_name_the_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_features_are_exported_by_the_package():
+    assert isinstance(sfg_fast.SFGConv2d(1, 2, 1)(torch.randn(1, 1, 2, 2)), SFGFeatures)

@@ -1,0 +1,48 @@
+"""Dense masking written plainly in torch operations, independent of everything in sfg_fast: the oracle of the tests."""
+
+import torch
+import torch.nn.functional as F
+
+
+def merge(x, routing):
+    """What each group reads, from T+1 dense tensors (shared first)."""
+    return [x[0]] + [task + x[0] if routing == "arrow" else task for task in x[1:]]
+
+
+def sfg_layer(x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, norm=None, routing="arrow"):
+    """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None."""
+    groups = z.shape[1]
+    reads = [x] * groups if isinstance(x, torch.Tensor) else merge(list(x), routing)
+    u = [F.conv2d(read, weight, bias, stride, padding, dilation) for read in reads]
+    if norm is not None:
+        gamma, beta, eps = norm
+        drawn = z.detach().argmax(1)
+        rows = torch.stack([u[int(group)][:, kernel] for kernel, group in enumerate(drawn)], 1)
+        mean = rows.mean((0, 2, 3))
+        var = ((rows - mean[:, None, None]) ** 2).mean((0, 2, 3))
+        u = [
+            (t - mean[:, None, None]) / (var + eps).sqrt()[:, None, None] * gamma[:, None, None] + beta[:, None, None]
+            for t in u
+        ]
+    h = [t.clamp_min(0) if relu else t for t in u]
+    return [t * z[:, group].view(1, -1, 1, 1) for group, t in enumerate(h)]
+
+
+def relaxed(logits, noise, temperature):
+    """softmax((log p + noise) / temperature), written out."""
+    p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    e = torch.exp((torch.log(p) + noise) / temperature)
+    return e / e.sum(1, keepdim=True)
+
+
+def assert_close(actual, expected, tolerance=1e-10, what=""):
+    """Relative to the largest expected value, but never finer than 1e-13: sums of terms of order one may cancel.
+    Gradients that should vanish may be missing."""
+    if actual is None:
+        actual = torch.zeros_like(expected)
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if actual.numel() == 0:
+        return
+    error = (actual - expected).abs().max().item()
+    scale = max(expected.abs().max().item(), 1e-3)
+    assert error <= tolerance * scale, f"{what}: error {error:.3g} at scale {scale:.3g}"

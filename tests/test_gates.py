@@ -1,0 +1,126 @@
+"""Samplers, initial p, annealing, and the gates of a layer."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, straight_through, temperature_at
+
+from tests import oracle
+
+DRAWS = 20000
+
+
+def counts(gates, draws=DRAWS):
+    """How often each group was drawn for a layer with the same p for all kernels."""
+    return torch.bincount(
+        torch.cat([gates.draw().assignment for _ in range(draws // gates.logits.shape[0])]), minlength=3
+    )
+
+
+@pytest.mark.parametrize("p", [[1 / 3] * 3, [0.6, 0.3, 0.1], [0.02, 0.9, 0.08]])
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_draws_follow_p(p, estimator, temperature):
+    """Chi-square against p. (Noise added to p instead of log p, as in the authors' code, fails by far.)"""
+    gates = GroupGates(1000, 2, p, estimator)
+    gates.temperature = temperature
+    found = counts(gates)
+    assert stats.chisquare(found.numpy(), [DRAWS * value for value in p]).pvalue > 1e-3
+
+
+def test_a_certain_kernel_is_never_drawn_elsewhere():
+    gates = GroupGates(1000, 2, [0.0, 1.0, 0.0], "straight_through")
+    assert counts(gates)[1] > DRAWS * 0.999
+
+
+def test_gumbel_noise_is_gumbel():
+    noise = gumbel_noise(torch.empty(20000, dtype=torch.float64))
+    assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
+    assert torch.isfinite(noise).all()
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax"])
+def test_gates_and_their_gradient_are_the_formula(estimator, float64):
+    gates = GroupGates(7, 3, "dirichlet", estimator)
+    gates.temperature = 0.4
+    torch.manual_seed(3)
+    z = gates.draw().gates
+    torch.manual_seed(3)
+    soft = oracle.relaxed(gates.logits, gumbel_noise(gates.logits), 0.4)
+    weight = torch.randn_like(soft)
+    expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
+    if estimator == "gumbel_softmax":
+        torch.testing.assert_close(z, soft)
+    else:
+        assert torch.equal(z, torch.nn.functional.one_hot(soft.argmax(1), 4).to(z.dtype))
+
+
+def test_straight_through_is_one_hot_to_the_bit():
+    z = straight_through(torch.randn(500, 3).log_softmax(1), gumbel_noise(torch.empty(500, 3)), torch.tensor(0.7))
+    assert torch.equal(z, z.round())
+    assert torch.equal(z.sum(1), torch.ones(500))
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_initial_p_is_a_distribution(name):
+    p = initial_probabilities(name, 50, 4)
+    assert p.shape == (50, 4)
+    torch.testing.assert_close(p.sum(1), torch.ones(50))
+    gates = GroupGates(50, 3, name, "straight_through")
+    torch.testing.assert_close(gates.probabilities().sum(1), torch.ones(50))
+
+
+def test_initial_p_values():
+    torch.testing.assert_close(initial_probabilities("mostly_shared", 1, 3)[0], torch.tensor([0.6, 0.2, 0.2]))
+    torch.testing.assert_close(initial_probabilities("mostly_specific", 1, 3)[0], torch.tensor([0.1, 0.45, 0.45]))
+    torch.testing.assert_close(initial_probabilities("uniform", 1, 4)[0], torch.full((4,), 0.25))
+    vertex = initial_probabilities("vertex", 300, 3)
+    assert (vertex.max(1).values == 0.99).all()
+    assert len(vertex.argmax(1).unique()) == 3
+    dirichlet = initial_probabilities("dirichlet", 4000, 3)
+    torch.testing.assert_close(dirichlet.mean(0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    torch.testing.assert_close(dirichlet.var(0), torch.full((3,), 1 / 18), atol=0.005, rtol=0)  # of a flat Dirichlet
+
+
+def test_temperature_anneals_exponentially_to_a_floor():
+    assert temperature_at(0.0) == 1.0
+    assert math.isclose(temperature_at(0.4), math.sqrt(0.1))
+    assert math.isclose(temperature_at(0.8), 0.1)
+    assert temperature_at(1.0) == 0.1
+
+
+def test_temperature_is_one_buffer():
+    gates = GroupGates(3, 2, "uniform", "straight_through")
+    held = gates.temperature
+    gates.temperature = 0.25
+    assert held == 0.25
+    assert "_temperature" in gates.state_dict()
+
+
+def test_estimator_none_freezes_the_logits():
+    gates = GroupGates(3, 2, "uniform", "none")
+    assert not gates.logits.requires_grad
+    gates.estimator = "straight_through"
+    assert gates.logits.requires_grad
+
+
+def test_constant_p_is_drawn_also_in_eval():
+    gates = GroupGates(300, 2, "uniform", "none").eval()
+    assert len(gates.draw().assignment.unique()) == 3
+    learnt = GroupGates(300, 2, "mostly_shared", "straight_through").eval()
+    assert learnt.draw().assignment.unique().tolist() == [0]
+    learnt.sampling = True
+    assert len(learnt.draw().assignment.unique()) == 3
+
+
+def test_sharing_a_grouping():
+    owner, other = (GroupGates(4, 2, "uniform", "straight_through") for _ in range(2))
+    other.share_grouping(owner)
+    assert other.logits is owner.logits
+    with pytest.raises(ValueError, match="shares another layer's grouping"):
+        other.draw()
+    with pytest.raises(ValueError, match=r"\(5, 3\)"):
+        other.share_grouping(GroupGates(5, 2, "uniform", "straight_through"))

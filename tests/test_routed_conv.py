@@ -1,0 +1,221 @@
+"""The one operation on every backend, against dense masking written plainly in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sfg_fast.kernels.blocks import Geometry
+
+from sfg_fast import backend
+from sfg_fast.backends import available
+from sfg_fast.groups import FilterGroups, Routing
+from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_expanded
+from tests.oracle import assert_close
+
+BACKENDS = ["masked", pytest.param("native", marks=pytest.mark.skipif(not available("native"), reason="not built"))]
+
+
+@st.composite
+def problems(draw):
+    """Any T, group sizes (odd and empty come by themselves), kernel size, stride, padding, dilation, routing."""
+    tasks = draw(st.integers(1, 4))
+    size = tuple(draw(st.sampled_from([1, 2, 3, 5])) for _ in range(2))
+    dilation = tuple(draw(st.integers(1, 3)) for _ in range(2))
+    image = tuple(d * (s - 1) + draw(st.integers(1, 9)) for d, s in zip(dilation, size, strict=True))
+    return {
+        "tasks": tasks,
+        "channels": draw(st.integers(1, 7)),
+        "kernels": draw(st.integers(1, 9)),
+        "kernel_size": size,
+        "stride": tuple(draw(st.integers(1, 3)) for _ in range(2)),
+        "padding": tuple(draw(st.integers(0, 2)) for _ in range(2)),
+        "dilation": dilation,
+        "image": image,
+        "batch": draw(st.integers(1, 3)),
+        "bias": draw(st.booleans()),
+        "routing": draw(st.sampled_from(list(Routing))),
+        "columns": draw(st.sampled_from(["packed", "expanded", "streams"])),
+        "rows": draw(st.sampled_from(["packed", "expanded", "relaxed"])),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check(problem, name):
+    """Forward and every gradient of `routed_conv` against T+1 dense convolutions."""
+    p, generator = problem, torch.Generator().manual_seed(problem["seed"])
+    groups = p["tasks"] + 1
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def assignment(width):
+        return torch.randint(groups, (width,), generator=generator)
+
+    into, out = assignment(p["channels"]), assignment(p["kernels"])
+    onehot_in = F.one_hot(into, groups).to(torch.float64)
+    onehot_out = F.one_hot(out, groups).to(torch.float64)
+    if p["routing"] is Routing.ALL:
+        columns = FilterGroups.blocks([p["channels"]], ("image",))
+        x = random(p["batch"], p["channels"], *p["image"]).requires_grad_()
+        dense = [x] * groups
+    else:
+        columns = {
+            "packed": FilterGroups.from_assignment(into, p["tasks"], onehot_in),
+            "expanded": FilterGroups.expanded(into, onehot_in, p["tasks"]),
+            "streams": FilterGroups.streams(p["channels"], p["tasks"]),
+        }[p["columns"]]
+        x = random(p["batch"], len(columns.order), *p["image"])
+        if columns.drawn is not None:  # only the drawn rows can be other than zero
+            x *= onehot_in.t().reshape(-1)[:, None, None]
+        x.requires_grad_()
+        place = torch.eye(groups * p["channels"], dtype=torch.float64)[columns.rows_in_streams]  # row -> stream
+        dense = list(torch.einsum("nrhw,rs->nshw", x, place).split(p["channels"], 1))
+        if p["routing"] is Routing.ARROW:
+            dense = [dense[0]] + [task + dense[0] for task in dense[1:]]
+    rows = {
+        "packed": FilterGroups.from_assignment(out, p["tasks"], onehot_out),
+        "expanded": FilterGroups.expanded(out, onehot_out, p["tasks"]),
+        "relaxed": FilterGroups.relaxed(onehot_out, p["tasks"]),
+    }[p["rows"]]
+    weight = random(p["kernels"], p["channels"], *p["kernel_size"]).requires_grad_()
+    bias = random(p["kernels"]).requires_grad_() if p["bias"] else None
+    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
+
+    u = torch.cat([F.conv2d(d, weight, bias, p["stride"], p["padding"], p["dilation"]) for d in dense], 1)
+    expected_all = u[:, rows.rows_in_streams]
+    expected = u[:, rows.live.rows_in_streams]
+    dy = random(*expected.shape)
+    wanted = torch.autograd.grad(expected, leaves, dy)
+
+    spec = RoutedConv(rows, columns, p["routing"], Geometry(p["stride"], p["padding"], p["dilation"]))
+    with backend(name):
+        live, everything = routed_conv_expanded(x, weight, bias, spec)
+    got = torch.autograd.grad(live, leaves, dy)
+    assert_close(live, expected, what="live rows")
+    assert (everything is None) == (rows.drawn is None)
+    if everything is not None:
+        assert not everything.requires_grad
+        assert_close(everything, expected_all, what="all rows")
+    for what, a, b in zip(("input", "weight", "bias"), got, wanted, strict=False):
+        assert_close(a, b, what=f"gradient of the {what}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=120)
+@given(problem=problems())
+def test_against_dense_masking(name, problem):
+    check(problem, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=3000)
+@given(problem=problems())
+def test_against_dense_masking_at_length(name, problem):
+    check(problem, name)
+
+
+def small_problem(dtype=torch.float64):
+    into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
+    columns, rows = FilterGroups.from_assignment(into), FilterGroups.from_assignment(out)
+    x = torch.randn(2, 5, 6, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 5, 3, 3, dtype=dtype, requires_grad=True)
+    bias = torch.randn(4, dtype=dtype, requires_grad=True)
+    return x, weight, bias, RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("geometry", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 2), (1, 2))])
+def test_gradcheck(name, geometry):
+    x, weight, bias, spec = small_problem()
+    spec = spec._replace(geometry=Geometry(*geometry))
+    with backend(name):
+        assert torch.autograd.gradcheck(lambda *leaves: routed_conv(*leaves, spec), (x, weight, bias))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_only_what_is_asked_for_gets_a_gradient(name):
+    for wanted in range(3):
+        leaves = list(small_problem()[:3])
+        spec = small_problem()[3]
+        for index, leaf in enumerate(leaves):
+            leaf.requires_grad_(index == wanted)
+        with backend(name):
+            routed_conv(*leaves, spec).square().sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [index == wanted for index in range(3)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradient_that_arrives_with_strange_strides(name):
+    x, weight, bias, spec = small_problem()
+    with backend(name):
+        y = routed_conv(x, weight, bias, spec)
+        dy = torch.randn(y.shape[::-1], dtype=y.dtype).permute(3, 2, 1, 0)
+        strange = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
+        plain = torch.autograd.grad(y, (x, weight, bias), dy.contiguous())
+        expanded = torch.autograd.grad(routed_conv(x, weight, bias, spec).sum(), weight)[0]
+        ones = torch.autograd.grad(routed_conv(x, weight, bias, spec), weight, torch.ones_like(y))[0]
+    for a, b in zip(strange, plain, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(expanded, ones)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_same_bits_twice(name):
+    x, weight, bias, spec = small_problem(torch.float32)
+    runs = []
+    for _ in range(2):
+        with backend(name):
+            y = routed_conv(x, weight, bias, spec)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not available("native"), reason="not built")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_native_bits_do_not_depend_on_the_number_of_threads(threads):
+    x, weight, bias, spec = small_problem(torch.float32)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            with backend("native"):
+                y = routed_conv(x, weight, bias, spec)
+                runs.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not available("native"), reason="not built")
+def test_native_float32_is_as_near_to_float64_as_torch_is():
+    x, weight, bias, spec = small_problem()
+    exact = routed_conv(x, weight, bias, spec)
+    x, weight, bias = (leaf.detach().float() for leaf in (x, weight, bias))
+    with backend("native"):
+        native = routed_conv(x, weight, bias, spec)
+    error = (native - exact).abs().max() / exact.abs().max()
+    assert error < 45 * torch.finfo(torch.float32).eps  # at most 5 * 9 products in a sum
+
+
+def test_flops_of_a_straight_through_step_on_masked():
+    """Forward K -> (T+1)K, input gradient K -> (T+1)K, weight gradient K x K: 7 plain convolutions at T = 2, never the
+    9 + 9 + 9 of one block-masked convolution of (T+1)K x (T+1)K."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    kernels, size = 6, 16
+    into, out = torch.arange(kernels) % 3, torch.arange(kernels) // 2
+    onehot = F.one_hot(out, 3).float()
+    columns = FilterGroups.expanded(into, F.one_hot(into, 3).float(), 2)
+    rows = FilterGroups.expanded(out, onehot, 2)
+    x = (torch.randn(1, 3 * kernels, size, size) * F.one_hot(into, 3).t().reshape(-1)[:, None, None]).requires_grad_()
+    weight = torch.randn(kernels, kernels, 3, 3, requires_grad=True)
+    spec = RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+    with FlopCounterMode(display=False) as counter, backend("masked"):
+        routed_conv_expanded(x, weight, None, spec)[0].sum().backward()
+    plain = 2 * kernels * kernels * 9 * size * size
+    assert counter.get_total_flops() == 7 * plain
