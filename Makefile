@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[job,dev]'
 	touch $@
 
+OUT ?= runs/demo
 demo: $(STAMP)
-	$(BIN)/sfg-fast demo --out runs/demo
+	$(BIN)/sfg-fast demo --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

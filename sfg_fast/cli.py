@@ -1,6 +1,7 @@
 """The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | demo.
 
-Exit codes: 0 done; 2 bad input, explained in one line; 130 interrupted.
+Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def report(
     print(f"report in {target}")
 
 
-def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1050) -> None:
+def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1200) -> None:
     """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
 
     Args:
@@ -157,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"sfg-fast: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"sfg-fast: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("sfg-fast: interrupted", file=sys.stderr)
         return 130

@@ -49,7 +49,7 @@ class SFGFeatures:
             wanted = wanted | (self.groups.ids == group)
         # `where`, not a product: a NaN of one task must not reach another.
         kept = self.packed.where(wanted[:, None, None], 0)
-        return kept.index_select(1, torch.argsort(self.groups.order))
+        return kept.index_select(1, self.groups.inverse)
 
     def streams(self) -> Tensor:
         """All groups' dense tensors side by side, [N, (T+1)K, H, W]."""

@@ -151,6 +151,11 @@ class FilterGroups:
         """int64 [rows], where each row stands among the (T+1)K rows of full groups."""
         return self.ids * self.width + self.order
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """int64 [K], kernel -> its row, for one row per kernel."""
+        return torch.argsort(self.order)
+
     @property
     def live(self) -> FilterGroups:
         """The rows that may be non-zero."""

@@ -64,11 +64,10 @@ class KernelNorm(nn.Module):
             out = nn.functional.batch_norm(  # with rate 1 the "running" statistics it writes are this batch's own
                 rows, mean, var, self.weight[groups.order], self.bias[groups.order], True, 1.0, self.eps
             )
-            inverse = torch.argsort(groups.order)
             count = _count(rows)
             with torch.no_grad():
-                biased = var[inverse] * ((count - 1) / max(count, 1))
-                scale, shift = self.batch_affine(mean[inverse], biased, count, groups.assignment)
+                biased = var[groups.inverse] * ((count - 1) / max(count, 1))
+                scale, shift = self.batch_affine(mean[groups.inverse], biased, count, groups.assignment)
         repeat = (len(groups.names), -1)
         return out, scale.detach().expand(*repeat), shift.detach().expand(*repeat)
 

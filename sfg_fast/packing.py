@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .groups import FilterGroups, Routing
@@ -30,7 +29,7 @@ def unpack_dim(packed: Tensor, dim: int, groups: FilterGroups) -> Tensor:
     if groups.full:
         return packed.unflatten(dim, (len(groups.names), groups.width)).sum(dim)
     if groups.order.numel() == groups.width:
-        return packed.index_select(dim, torch.argsort(groups.order))
+        return packed.index_select(dim, groups.inverse)
     # The two halves of a concatenation: an entry gets at most two terms, so the order of adding can't change a bit.
     shape = list(packed.shape)
     shape[dim] = groups.width

@@ -6,6 +6,7 @@ import torch
 
 hypothesis.settings.register_profile("sfg", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("sfg")
+torch.set_num_threads(1)  # the tensors of the tests are tiny: two threads would mostly wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+
 from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend
 from sfg_fast.groups import Routing
-from torch.utils import _pytree as pytree
 
 
 def features(estimator="straight_through"):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from scipy import stats
-from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, straight_through, temperature_at
 
+from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, straight_through, temperature_at
 from tests import oracle
 
 DRAWS = 20000

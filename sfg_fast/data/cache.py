@@ -29,6 +29,7 @@ from .cohort import (
     check_label_names,
     check_split,
     load_case,
+    unnamed_labels,
 )
 from .volumes import Grid
 
@@ -158,7 +159,7 @@ def _named(cohort: Cohort, counts: dict[str, np.ndarray]) -> dict[str, int]:
         return cohort.label_names
     if values[-1] != len(set(values) | {0}) - 1:
         raise InputError(f"{cohort.root}: the label files hold the values {values}, expected 0, 1, 2, .. without gaps")
-    return {"background": 0} | {f"label_{value}": value for value in range(1, values[-1] + 1)}
+    return unnamed_labels(values[-1])
 
 
 @dataclass(frozen=True, eq=False)

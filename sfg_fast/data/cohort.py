@@ -139,6 +139,11 @@ def check_label_names(labels: Any, where: str) -> dict[str, int]:
     return labels
 
 
+def unnamed_labels(largest: int) -> dict[str, int]:
+    """Names for the labels of a cohort that names none: label_1, label_2, .. up to the largest value."""
+    return {"background": 0} | {f"label_{value}": value for value in range(1, largest + 1)}
+
+
 def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
     first, grid = read_volume(case.inputs[0])
 

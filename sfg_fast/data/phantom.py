@@ -96,7 +96,7 @@ def _anatomy(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.
         *((np.arange(n) + 0.5) * extent / n for n, extent in zip(shape, FIELD_OF_VIEW_MM, strict=True)), indexing="ij"
     )
     size_of_patient = draw(0.92, 1.08)
-    shift_x, shift_y = rng.normal(0, 7.5, 2)
+    shift_x, shift_y = rng.normal(0, 5, 2)
     x = (x - FIELD_OF_VIEW_MM[2] / 2 - shift_x + 7.5 * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
     back = (FIELD_OF_VIEW_MM[1] / 2 - y - shift_y + 7.5 * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
 
@@ -109,7 +109,7 @@ def _anatomy(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.
     tissue = np.full(shape, AIR, np.uint8)
     labels = np.zeros(shape, np.uint8)
 
-    half_width, half_depth, skin_fat = draw(165, 185), draw(125, 145), draw(15, 35)
+    half_width, half_depth, skin_fat = draw(155, 172), draw(122, 140), draw(15, 35)
     inside = ellipse(0, 0, half_width - skin_fat, half_depth - skin_fat * draw(0.8, 1.2)) < 1
     tissue[ellipse(0, 0, half_width, half_depth) < 1] = FAT
     tissue[inside] = MUSCLE
@@ -182,8 +182,8 @@ def _images(rng: np.random.Generator, tissue: np.ndarray) -> tuple[np.ndarray, n
         AIR: (0.0, -1000.0),
         FAT: (about(0.85), -100.0),
         MUSCLE: (about(0.28), 50.0),
-        CORTICAL: (0.05, rng.uniform(750, 1150)),
-        MARROW: (about(0.68), rng.uniform(150, 350)),
+        CORTICAL: (0.05, rng.uniform(850, 1100)),
+        MARROW: (about(0.68), rng.uniform(200, 300)),
         URINE: (about(0.95), rng.uniform(0, 15)),
         PROSTATE: (about(0.5), 40.0),
         PERIPHERAL_ZONE: (about(0.75), 38.0),
@@ -197,7 +197,7 @@ def _images(rng: np.random.Generator, tissue: np.ndarray) -> tuple[np.ndarray, n
 
     shape = tissue.shape
     mr *= 1 + 0.1 * _smooth_field(rng, shape, (16, 24, 24))  # texture
-    mr *= np.exp(0.25 * _smooth_field(rng, shape, (2, 2, 2))) * rng.uniform(0.8, 1.25)  # bias field and receiver gain
+    mr *= np.exp(0.15 * _smooth_field(rng, shape, (2, 2, 2))) * rng.uniform(0.8, 1.25)  # bias field and receiver gain
     mr = np.hypot(mr + NOISE * rng.normal(size=shape), NOISE * rng.normal(size=shape))
     ct += np.where(tissue == MARROW, 30 * _smooth_field(rng, shape, (16, 24, 24)), 0)
     ct += 15 * rng.normal(size=shape)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..data.cache import body_mask
-from ..data.cohort import Case, Cohort, LoadedCase, load_case
+from ..data.cohort import Case, Cohort, LoadedCase, load_case, unnamed_labels
 from ..data.volumes import read_labels, read_volume, same_grid
 from ..errors import InputError
 from .metrics import case_metrics, metrics_document
@@ -26,9 +26,10 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
         raise InputError(
             f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
         )
+    label_names = cohort.label_names or _names_found(predicted)
     cases = {}
     for case in tqdm(predicted, desc="evaluate", unit="case"):
-        truth = load_case(case, cohort.label_names)
+        truth = load_case(case, label_names)
         ct, labels = read_prediction(predictions, case, truth)
         cases[case.name] = case_metrics(
             truth.ct if ct is not None else None,
@@ -36,9 +37,15 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
             truth.labels if labels is not None else None,
             labels if truth.labels is not None else None,
             mask_of(truth),
-            cohort.label_names,
+            label_names,
         )
-    return metrics_document(cases, cohort.label_names)
+    return metrics_document(cases, label_names)
+
+
+def _names_found(cases: list[Case]) -> dict[str, int]:
+    """For a cohort that doesn't name its labels: label_1, label_2, .. as in preprocessing."""
+    largest = [int(read_labels(case.labels)[0].max()) for case in cases if case.labels is not None]
+    return unnamed_labels(max(largest)) if largest else {}
 
 
 def mask_of(case: LoadedCase) -> np.ndarray:

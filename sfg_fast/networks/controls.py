@@ -44,17 +44,17 @@ def map_assignment(model: nn.Module) -> dict[str, Tensor]:
 
     Warns (UserWarning) where more than a tenth of the kernels tie: argmax then means nothing.
     """
-    for name, layer in sfg_layers(model).items():
-        p = layer.probabilities()
-        top = p.topk(2, 1).values
-        ties = (top[:, 0] - top[:, 1] < 1e-6).float().mean().item()
-        if ties > 0.1:
-            warnings.warn(
-                f"layer {name!r}: the most probable group is a tie for {ties:.0%} of the kernels; "
-                "evaluate by draws instead (predict(model, x, draws=16))",
-                stacklevel=3,
-            )
-    return {name: layer.probabilities().argmax(1) for name, layer in sfg_layers(model).items()}
+    p = {name: layer.probabilities() for name, layer in sfg_layers(model).items()}
+    top = {name: values.topk(2, 1).values for name, values in p.items()}
+    ties = {name: (t[:, 0] - t[:, 1] < 1e-6).float().mean().item() for name, t in top.items()}
+    tied = [f"{name!r} ({share:.0%})" for name, share in ties.items() if share > 0.1]
+    if tied:
+        warnings.warn(
+            f"the most probable group is a tie for many kernels of {', '.join(tied)}; "
+            "evaluate by draws instead: predict(model, x, draws=16)",
+            stacklevel=3,
+        )
+    return {name: values.argmax(1) for name, values in p.items()}
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:

@@ -1,0 +1,40 @@
+"""Compare things honestly on a noisy machine: in one process, taking turns, warmed up, medians of many rounds."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def interleaved(
+    contestants: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call, by name: every round runs all contestants, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median, lower and upper quartile of time(of) / time(to), round by round."""
+    ratios = [a / b for a, b in zip(times[of], times[to], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def machine() -> str:
+    """One line about where this ran."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,0 +1,164 @@
+"""Controls of whole networks: penalties, assignments, temperature, sampling, prediction, recalibration."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sfg_fast import (
+    SFGConv2d,
+    SFGHighResNet,
+    assign,
+    penalties,
+    predict,
+    recalibrate,
+    sampling,
+    set_estimator,
+    set_temperature,
+)
+from sfg_fast.networks.controls import map_assignment, sfg_layers
+
+
+def network(residual="routed", **options):
+    return SFGHighResNet(1, {"ct": 1, "organs": 3}, width=(4, 5, 6), blocks=1, residual=residual, **options)
+
+
+def warmed(model, steps=4):
+    for _ in range(steps):
+        model(torch.randn(4, 1, 8, 8))
+    return model
+
+
+@pytest.mark.parametrize("residual", ["separate", "routed"])
+def test_penalties_are_the_sums_of_equation_2(residual, float64):
+    """A literal transcription of eq. 1 and 2, kernel by kernel."""
+    model = network(residual, init="dirichlet")
+    norms = entropies = 0.0
+    seen = set()
+    for module in model.modules():
+        if not isinstance(module, SFGConv2d):
+            continue
+        for kernel in range(module.out_channels):
+            norms += sum(float(w) ** 2 for w in module.weight[kernel].flatten())
+            if id(module.logits) not in seen:
+                p = [math.exp(float(v)) for v in module.logits[kernel]]
+                p = [value / sum(p) for value in p]
+                entropies -= sum(value * math.log(value) for value in p)
+        seen.add(id(module.logits))
+    found = penalties(model)
+    assert math.isclose(float(found[0]), norms, rel_tol=1e-10)
+    assert math.isclose(float(found[1]), entropies, rel_tol=1e-10)
+
+
+def test_entropy_counts_only_where_logits_are_learnt():
+    model = network()
+    first = next(iter(sfg_layers(model).values()))
+    before = penalties(model)[1]
+    first.assign([0, 1, 2, 0])
+    torch.testing.assert_close(before - penalties(model)[1], torch.tensor(4 * math.log(3)))
+    set_estimator(model, "none")
+    assert penalties(model)[1] == 0
+
+
+def test_penalties_of_a_plain_network_are_zero():
+    assert penalties(nn.Conv2d(1, 2, 3)) == (0, 0)
+
+
+def test_assign_by_name():
+    model = network(init="mostly_shared")
+    name = next(iter(sfg_layers(model)))
+    assign(model, {name: [0, 1, 2, 2]})
+    assert map_assignment(model)[name].tolist() == [0, 1, 2, 2]
+    with pytest.raises(KeyError, match="heads"):
+        assign(model, {"heads": [0]})
+    assign(model, None)
+    assert not any(layer.assigned for layer in sfg_layers(model).values())
+
+
+def test_temperature_and_estimator_reach_all_layers():
+    model = network()
+    set_temperature(model, 0.3)
+    set_estimator(model, "gumbel_softmax")
+    assert all(
+        math.isclose(layer.temperature, 0.3, rel_tol=1e-6) and layer.estimator == "gumbel_softmax"
+        for layer in sfg_layers(model).values()
+    )
+
+
+def test_eval_is_deterministic_and_sampling_draws():
+    model = warmed(network(init="dirichlet")).eval()
+    x = torch.randn(1, 1, 8, 8)
+    assert torch.equal(model(x)["ct"], model(x)["ct"])
+    with sampling(model):
+        outputs = [model(x)["ct"] for _ in range(6)]
+    assert any(not torch.equal(outputs[0], other) for other in outputs)
+    assert torch.equal(model(x)["ct"], model(x)["ct"])
+
+
+def test_predict_is_the_mean_and_variance_over_draws():
+    model = warmed(network(init="dirichlet"))
+    x = torch.randn(2, 1, 8, 8)
+    links = {"organs": lambda y: y.softmax(1)}
+    torch.manual_seed(5)
+    found = predict(model, x, draws=5, links=links)
+    assert model.training
+    torch.manual_seed(5)
+    model.eval()
+    with sampling(model), torch.no_grad():
+        outputs = [model(x) for _ in range(5)]
+    ct = torch.stack([y["ct"] for y in outputs])
+    organs = torch.stack([y["organs"].softmax(1) for y in outputs])
+    torch.testing.assert_close(found["ct"], (ct.mean(0), ct.var(0, correction=0)))
+    torch.testing.assert_close(found["organs"], (organs.mean(0), organs.var(0, correction=0)))
+    best = predict(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(best["ct"][0], model(x)["ct"])
+    assert not best["ct"][1].any()
+
+
+def test_map_warns_where_kernels_tie():
+    with pytest.warns(UserWarning, match=r"tie for many kernels of 'stages.0.sfg' \(100%\)"):
+        predict(network(init="uniform"), torch.randn(1, 1, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(network(init="mostly_shared"), torch.randn(1, 1, 8, 8))
+
+
+def test_constant_p_is_never_evaluated_by_argmax():
+    model = network(method="constant_p")
+    with pytest.raises(ValueError, match="constant p"):
+        predict(model, torch.randn(1, 1, 8, 8))
+    assert predict(model, torch.randn(1, 1, 8, 8), draws=4)["ct"][1].any()
+    with pytest.raises(ValueError, match="draws=-1"):
+        predict(model, torch.randn(1, 1, 8, 8), draws=-1)
+
+
+@pytest.mark.parametrize("residual", ["separate", "routed"])
+def test_recalibrated_statistics_are_those_of_the_batches(residual, float64):
+    """After recalibration on one batch, eval on that batch equals training mode with the same assignment (whose batch
+    statistics are biased: the running ones are corrected by n / (n - 1))."""
+    model = warmed(network(residual, init="dirichlet"))
+    x = torch.randn(6, 1, 12, 12)
+    recalibrate(model, [x])
+    assert model.training
+    assert not any(layer.assigned for layer in sfg_layers(model).values())
+    best = map_assignment(model)
+    model.eval()
+    evaluated = model(x)
+    model.train()
+    assign(model, best)
+    trained = model(x)
+    for task in evaluated:
+        torch.testing.assert_close(evaluated[task], trained[task], rtol=2e-2, atol=2e-3)
+
+
+def test_recalibration_averages_all_batches_alike(float64):
+    layer = SFGConv2d(1, 3, 1, norm="batch", init="mostly_shared", bias=False)
+    batches = [torch.randn(5, 1, 4, 4) * scale for scale in (1, 2, 3)]
+    for _ in range(5):
+        layer(torch.randn(2, 1, 4, 4) + 10)
+    recalibrate(layer, batches)
+    means = torch.stack([torch.nn.functional.conv2d(x, layer.weight).mean((0, 2, 3)) for x in batches])
+    torch.testing.assert_close(layer.norm.running_mean[0], means.mean(0))

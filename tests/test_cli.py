@@ -1,0 +1,224 @@
+"""The command line: the whole job on a tiny cohort, and one clear line with exit code 2 for every bad input."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sfg_fast.cli import main
+
+TINY = [
+    "--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed",
+    "--schedule.steps", "6", "--schedule.batch", "2", "--log_every", "3", "--checkpoint_every", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cohort, its cache, a run, predictions and metrics, each made by its command."""
+    folder = tmp_path_factory.mktemp("job")
+    cohort, cache, run = (str(folder / name) for name in ("cohort", "cache", "run"))
+    commands = [
+        ["phantom", cohort, "--cases", "3", "--test", "1", "--size", "24", "--slices", "6"],
+        ["preprocess", cohort, cache],
+        ["train", "--data", cache, "--out", run, *TINY],
+        ["predict", run, cohort, f"{run}/predictions", "--draws", "2"],
+        ["evaluate", f"{run}/predictions", cohort],
+        ["report", run, cohort, f"{run}/predictions", f"{run}/metrics.json"],
+    ]
+    for command in commands:
+        assert main(command) == 0, command
+    return folder
+
+
+def test_the_whole_job(made):
+    run = made / "run"
+    case = made / "cohort" / "phantom_002"
+    mr = nib.load(case / "mr.nii.gz")
+    for name, dtype in (("ct", np.float32), ("labels", np.uint8), ("uncertainty", np.float32)):
+        image = nib.load(run / "predictions" / "phantom_002" / f"{name}.nii.gz")
+        assert image.shape == mr.shape
+        np.testing.assert_allclose(image.affine, mr.affine)
+        assert image.get_data_dtype() == dtype
+        assert np.isfinite(image.get_fdata()).all()
+    assert nib.load(run / "predictions/phantom_002/uncertainty.nii.gz").get_fdata().any()
+    document = json.loads((run / "metrics.json").read_text())
+    assert list(document["cases"]) == ["phantom_002"]
+    page = (run / "report.html").read_text()
+    assert "phantom_002" in page
+    assert (run / "figures" / "allocation.png").stat().st_size > 1000
+    assert yaml.safe_load((run / "config.yaml").read_text())["network"]["width"] == [3, 4, 4]
+
+
+def test_predicted_values_are_the_network_s(made):
+    """The NIfTI in the scanner's own orientation against a forward pass by hand."""
+    from sfg_fast.evaluation.predict import Predictor
+
+    predictor = Predictor(made / "run")
+    mr = nib.load(made / "cohort/phantom_002/mr.nii.gz").get_fdata(dtype=np.float32)  # RAS, [X, Y, Z]
+    foreground = mr[mr > mr.mean(dtype=np.float64)]
+    x = torch.from_numpy(((mr - foreground.mean()) / foreground.std()).transpose(2, 1, 0)[:, None].copy())
+    with torch.no_grad():
+        y = predictor.model(x)
+    ct = nib.load(made / "run/predictions/phantom_002/ct.nii.gz").get_fdata(dtype=np.float32)
+    np.testing.assert_allclose(ct, y["ct"][:, 0].numpy().transpose(2, 1, 0) * 400, rtol=1e-3, atol=0.5)
+    labels = nib.load(made / "run/predictions/phantom_002/labels.nii.gz").get_fdata()
+    assert (labels == y["organs"].argmax(1).numpy().transpose(2, 1, 0)).mean() > 0.999
+
+
+def test_train_from_a_file_with_overrides_and_resume(made, tmp_path):
+    content = {"data": str(made / "cache"), "out": str(tmp_path / "run"), "network": {"width": [3, 3, 3], "blocks": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--schedule.steps", "2", "--schedule.batch", "2"]
+    assert main(arguments) == 0
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (saved["network"]["width"], saved["schedule"]["steps"]) == ([3, 3, 3], 2)
+    assert main([*arguments, "--resume"]) == 2  # finished
+
+
+def test_patches(made, tmp_path):
+    out = str(tmp_path / "run")
+    assert main(["train", "--data", str(made / "cache"), "--out", out, "--patch", "[16,12]", *TINY]) == 0
+    assert main(["predict", out, str(made / "cohort"), f"{out}/predictions", "--draws", "2"]) == 0
+    assert nib.load(f"{out}/predictions/phantom_002/ct.nii.gz").shape == (24, 24, 6)
+
+
+def break_cohort(made, target, how):
+    """A copy of the cohort with one thing wrong."""
+    shutil.copytree(made / "cohort", target)
+    case = target / "phantom_000"
+    image = nib.load(case / "ct.nii.gz")
+    values = image.get_fdata(dtype=np.float32)
+
+    def save(name, array, affine=image.affine):
+        nib.save(nib.Nifti1Image(array, affine), case / f"{name}.nii.gz")
+
+    if how == "unreadable gzip":
+        (case / "mr.nii.gz").write_bytes((case / "mr.nii.gz").read_bytes()[:200])
+    elif how == "mismatched shapes":
+        save("ct", values[:-1])
+    elif how == "mismatched affines":
+        save("ct", values, image.affine @ np.diag([1.1, 1, 1, 1]))
+    elif how == "NaN voxels":
+        values[0, 0, 0] = np.nan
+        save("ct", values)
+    elif how == "unknown label value":
+        labels = nib.load(case / "labels.nii.gz").get_fdata().astype(np.uint8)
+        labels[0, 0, 0] = 77
+        save("labels", labels)
+    elif how == "missing file":
+        (case / "mr.nii.gz").unlink()
+    elif how == "empty cohort":
+        shutil.rmtree(target)
+        target.mkdir()
+    else:
+        raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("unreadable gzip", "mr.nii.gz"),
+        ("mismatched shapes", "ct.nii.gz"),
+        ("mismatched affines", "ct.nii.gz"),
+        ("NaN voxels", "ct.nii.gz"),
+        ("unknown label value", "77"),
+        ("missing file", "phantom_000"),
+        ("empty cohort", "cohort"),
+    ],
+)
+def test_bad_cohorts(made, tmp_path, capsys, how, message):
+    break_cohort(made, tmp_path / "cohort", how)
+    refused(capsys, ["preprocess", str(tmp_path / "cohort"), str(tmp_path / "cache")], message)
+    assert not (tmp_path / "cache").exists()
+
+
+def refused(capsys, arguments, message):
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("sfg-fast:")]
+    assert len(lines) == 1, captured.err
+    assert message in lines[0], lines[0]
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["preprocess", "{cohort}/nowhere", "{new}"], "nowhere"),
+        (["preprocess", "{cohort}", "{cohort}"], "not an empty folder"),
+        (["phantom", "{cohort}"], "not an empty folder"),
+        (["phantom", "{new}", "--cases", "0"], "cases"),
+        (["phantom", "{new}", "--cases", "many"], "many"),
+        (["phantom"], "out"),
+        (["dance"], "dance"),
+        ([], "subcommand"),
+        (["train", "--data", "{cohort}", "--out", "{new}"], "manifest.json"),
+        (["train", "--data", "{cache}", "--out", "{run}"], "not an empty folder"),
+        (["train", "--data", "{cache}"], "out"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--network.witdh", "[1,2,3]"], "network.witdh"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--config", "{yaml}"], "colour"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--config", "{new}.yaml"], "does not exist"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--tasks", "[dose]"], "dose"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--network.residual", "dense"], "dense"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--resume"], "no such checkpoint"),
+        (["predict", "{cohort}", "{cohort}", "{new}"], "no such checkpoint"),
+        (["predict", "{run}", "{cohort}", "{new}", "--split", "val"], "val"),
+        (["predict", "{run}", "{cohort}", "{new}", "--draws", "-1"], "draws=-1"),
+        (["predict", "{run}", "{cohort}", "{run}"], "not an empty folder"),
+        (["predict", "{run}", "{cohort}", "{new}", "--device", "tpu"], "tpu"),
+        (["evaluate", "{cohort}", "{cohort}"], "ct.nii.gz"),
+        (["evaluate", "{new}", "{cohort}"], "no prediction"),
+        (["report", "{cohort}", "{cohort}", "{run}/predictions", "{run}/metrics.json"], "no such checkpoint"),
+        (["report", "{run}", "{cohort}", "{run}/predictions", "{new}.json"], "no such file"),
+    ],
+)
+def test_bad_arguments(made, tmp_path, capsys, arguments, message):
+    (tmp_path / "bad.yaml").write_text("colour: green\n")
+    names = {name: str(made / name) for name in ("cohort", "cache", "run")}
+    names |= {"new": str(tmp_path / "new"), "yaml": str(tmp_path / "bad.yaml")}
+    refused(capsys, [argument.format(**names) for argument in arguments], message)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_labels_for_a_task(made, tmp_path, capsys):
+    shutil.copytree(made / "cohort", tmp_path / "cohort")
+    for path in (tmp_path / "cohort").glob("*/labels.nii.gz"):
+        path.unlink()
+    assert main(["preprocess", str(tmp_path / "cohort"), str(tmp_path / "cache")]) == 0
+    refused(capsys, ["train", "--data", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *TINY], "organs")
+    assert not (tmp_path / "run").exists()
+    one = ["--tasks", "[ct]", "--network.method", "one_task"]
+    assert main(["train", "--data", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *TINY, *one]) == 0
+
+
+def test_duplicate_case_names(made, tmp_path, capsys):
+    case = made / "cohort/phantom_000"
+    (tmp_path / "list.csv").write_text(f"case,mr\na,{case}/mr.nii.gz\na,{case}/mr.nii.gz\n")
+    refused(capsys, ["preprocess", str(tmp_path / "list.csv"), str(tmp_path / "cache"), "--allow_outside"], "'a'")
+
+
+def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["network"]["width"] = [3, 4, 5]
+    torch.save(state, path)
+    refused(
+        capsys, ["predict", str(tmp_path / "run"), str(made / "cohort"), str(tmp_path / "new")], "another architecture"
+    )
+
+
+@pytest.mark.parametrize("command", ["phantom", "preprocess", "train", "predict", "evaluate", "report", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("(type:") >= 2
+    assert "function" not in text

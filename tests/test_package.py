@@ -1,0 +1,112 @@
+"""The house: light imports, downward imports, a forced backend."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfg_fast
+from sfg_fast import backends
+from sfg_fast.backends import BackendError, backend
+
+ROOT = Path(sfg_fast.__file__).parent
+
+FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
+    {"errors", "files", "groups", "kernels", "data"},
+    {"backends", "features", "gates", "norm", "packing"},
+    {"reference", "routed_conv"},
+    {"layers"},
+    {"networks"},
+    {"training"},
+    {"evaluation"},
+    {"demo", "cli"},
+]
+
+
+def floor(name):
+    return next(number for number, names in enumerate(FLOORS) if name in names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = list(parts[: len(parts) - node.level]) if node.level else (node.module or "").split(".")[1:]
+        if not node.level and (node.module or "").split(".")[0] != "sfg_fast":
+            continue
+        target = base + (node.module.split(".") if node.level and node.module else [])
+        names = [target[0]] if target else [alias.name for alias in node.names]
+        for name in names:
+            same_folder = name == parts[0] and len(parts) > 1
+            siblings = name in FLOORS[floor(parts[0])]
+            assert same_folder or siblings or floor(name) < floor(parts[0]), f"{path.name} imports {name}"
+
+
+def test_import_is_light():
+    """Torch and numpy are enough, and no device is looked at."""
+    code = (
+        "import sys, torch; torch.cuda.is_available = lambda: 1 / 0; import sfg_fast; "
+        "print([m for m in ('nibabel', 'monai', 'scipy', 'matplotlib', 'yaml', 'jsonargparse', 'tensorboard') "
+        "if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names():
+    for name in sfg_fast.__all__:
+        assert getattr(sfg_fast, name).__doc__
+
+
+def test_backend_is_forced_inside_only():
+    assert backends.current() == "auto"
+    with backend("masked"):
+        assert backends.current() == "masked"
+        with backend("reference"):
+            assert backends.current() == "reference"
+        assert backends.current() == "masked"
+    assert backends.current() == "auto"
+
+
+def test_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv("SFG_FAST_BACKEND", "masked")
+    assert backends.current() == "masked"
+    monkeypatch.setenv("SFG_FAST_BACKEND", "mask")
+    with pytest.raises(ValueError, match="SFG_FAST_BACKEND='mask'"):
+        backends.current()
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match=r"backend='cuda' is unknown, expected one of auto, reference"),
+        backend("cuda"),
+    ):
+        pass
+
+
+def test_forced_backend_never_falls_back():
+    layer = sfg_fast.SFGConv2d(1, 2, 3)
+    with backend("triton"), pytest.raises(BackendError, match="'triton' is not there"):
+        layer(torch.randn(1, 1, 4, 4))
+    if backends.available("native"):
+        with backend("native"), pytest.raises(BackendError, match="bfloat16"):
+            layer.bfloat16()(torch.randn(1, 1, 4, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not backends.available("native"), reason="not built")
+def test_backward_uses_the_kernels_of_the_forward(monkeypatch):
+    from sfg_fast.kernels import cpu
+
+    called = []
+    monkeypatch.setattr(cpu, "weight_gradient", lambda *a: called.append(1) or torch.zeros(2, 1, 3, 3))
+    layer = sfg_fast.SFGConv2d(1, 2, 3)
+    with backend("native"):
+        y = layer(torch.randn(1, 1, 4, 4))
+    y.packed.sum().backward()  # outside the `with`
+    assert called
