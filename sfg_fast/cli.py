@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 b
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,10 +189,13 @@ def _run(arguments: list[str]) -> int:
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in `out`")
             sub.add_class_arguments(TrainConfig)
         else:
-            sub.add_function_arguments(function, as_positional=True)
+            sub.add_function_arguments(function, as_positional=True, skip={"allow_outside"})
+            if "allow_outside" in inspect.signature(function).parameters:
+                text = "let a CSV/JSON list name files outside its own folder"
+                sub.add_argument("--allow_outside", action="store_true", help=text)
         subcommands.add_subcommand(name, sub, help=summary)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args([_underscored(argument) for argument in arguments])
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from error
     name = parsed.subcommand
@@ -202,6 +206,12 @@ def _run(arguments: list[str]) -> int:
     else:
         commands[name](**options)
     return 0
+
+
+def _underscored(argument: str) -> str:
+    """--log-every is --log_every."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_no_labels_for_a_task(made, tmp_path, capsys):
 def test_duplicate_case_names(made, tmp_path, capsys):
     case = made / "cohort/phantom_000"
     (tmp_path / "list.csv").write_text(f"case,mr\na,{case}/mr.nii.gz\na,{case}/mr.nii.gz\n")
-    refused(capsys, ["preprocess", str(tmp_path / "list.csv"), str(tmp_path / "cache"), "--allow_outside"], "'a'")
+    refused(capsys, ["preprocess", str(tmp_path / "list.csv"), str(tmp_path / "cache"), "--allow-outside"], "'a'")
 
 
 def test_checkpoint_of_another_architecture(made, tmp_path, capsys):

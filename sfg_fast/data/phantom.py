@@ -95,7 +95,7 @@ def _anatomy(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.
     z, y, x = np.meshgrid(
         *((np.arange(n) + 0.5) * extent / n for n, extent in zip(shape, FIELD_OF_VIEW_MM, strict=True)), indexing="ij"
     )
-    size_of_patient = draw(0.92, 1.08)
+    size_of_patient = draw(0.92, 1.06)
     shift_x, shift_y = rng.normal(0, 5, 2)
     x = (x - FIELD_OF_VIEW_MM[2] / 2 - shift_x + 7.5 * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
     back = (FIELD_OF_VIEW_MM[1] / 2 - y - shift_y + 7.5 * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
@@ -109,7 +109,7 @@ def _anatomy(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.
     tissue = np.full(shape, AIR, np.uint8)
     labels = np.zeros(shape, np.uint8)
 
-    half_width, half_depth, skin_fat = draw(155, 172), draw(122, 140), draw(15, 35)
+    half_width, half_depth, skin_fat = draw(150, 168), draw(118, 136), draw(15, 35)
     inside = ellipse(0, 0, half_width - skin_fat, half_depth - skin_fat * draw(0.8, 1.2)) < 1
     tissue[ellipse(0, 0, half_width, half_depth) < 1] = FAT
     tissue[inside] = MUSCLE
