@@ -50,11 +50,11 @@ def preprocess(cohort: str, out: str, allow_outside: bool = False) -> None:
 
 def train(config: Any, resume: bool = False) -> None:
     """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need."""
-    from .files import claim_folder
+    from .files import check_vacant
     from .training.trainer import Trainer
 
     if not resume:
-        claim_folder(Path(config.out))
+        check_vacant(Path(config.out))
     trainer = Trainer(config, resume)
     trainer.run()
     print(f"trained {trainer.step} steps, run in {config.out}")

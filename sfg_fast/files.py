@@ -43,10 +43,15 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def claim_folder(path: Path) -> None:
-    """Makes a folder. InputError: it is already there and not empty, or can't be made."""
+def check_vacant(path: Path) -> None:
+    """InputError: path is already there and not an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there and not an empty folder; name a new one")
+
+
+def claim_folder(path: Path) -> None:
+    """Makes a folder. InputError: it is already there and not empty, or can't be made."""
+    check_vacant(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -35,7 +35,7 @@ from .volumes import Grid
 
 VERSION = 1
 AIR_HU = -1024.0
-_ENTRY = {"split", "shape", "spacing", "grid", "targets", "ct_body_mean", "label_voxels"}
+_ENTRY = {"split", "shape", "spacing", "grid", "targets", "mr_foreground", "ct_body_mean", "label_voxels"}
 _TARGETS: dict[str, np.dtype] = {"ct": np.dtype(np.float32), "labels": np.dtype(np.uint8)}
 
 
@@ -258,10 +258,14 @@ class SliceSampler:
     random window of the slice. A slice smaller than the window is centred in it and padded: MR with the slice's own
     minimum per channel, CT with AIR_HU, labels with 0, mask with False. Without `patch` whole slices are given,
     which then need one shape in all cases of the split.
+    With `bias` the MR of each example is multiplied by a random field as a receive coil makes it, on the scanner's
+    scale: exp(bias * (a + b y + c x)), a, b, c standard normal and y, x from -1 to 1 over the window.
     len() is the number of slices in the split. Raises InputError for an empty split or values out of range.
     """
 
-    def __init__(self, cache: Cache, split: str, batch: int, patch: tuple[int, int] | None, seed: int) -> None:
+    def __init__(
+        self, cache: Cache, split: str, batch: int, patch: tuple[int, int] | None, seed: int, bias: float = 0.0
+    ) -> None:
         self.names = cache.names(split)
         if not self.names:
             raise InputError(f"{cache.path}: no case in split {split}")
@@ -277,7 +281,12 @@ class SliceSampler:
                         f"{cache.path}: slices of {self.names[0]} are {patch}, of {name} {case.mask.shape[1:]}; "
                         "train on patches (patch=(height, width)) or resample to one shape"
                     )
-        self.batch_size, self.patch, self.seed = batch, patch, seed
+        self.batch_size, self.patch, self.seed, self.bias = batch, patch, seed, bias
+        # Where zero of the scanner lies among z-scores, per case and channel.
+        self._zero = [
+            np.array([-one["mean"] / one["sd"] for one in cache.manifest["cases"][name]["mr_foreground"]], np.float32)
+            for name in self.names
+        ]
 
     def __len__(self) -> int:
         return sum(len(case.mask) for case in self._cases)
@@ -305,6 +314,9 @@ class SliceSampler:
             if height < h or width < w:
                 arrays["inputs"][i] = inputs.min(axis=(1, 2), keepdims=True)
             arrays["inputs"][i, :, to_y, to_x] = inputs[:, from_y, from_x]
+            if self.bias:
+                zero = self._zero[index][:, None, None]
+                arrays["inputs"][i] = (arrays["inputs"][i] - zero) * _coil(rng, self.bias, h, w) + zero
             for target in ("mask", *self._targets):
                 arrays[target][i, ..., to_y, to_x] = getattr(case, target)[z, from_y, from_x]
             names.append(self.names[index])
@@ -317,3 +329,10 @@ def _window(rng: np.random.Generator, size: int, wanted: int) -> tuple[slice, sl
     start = int(rng.integers(size - length + 1))
     before = (wanted - length) // 2
     return slice(start, start + length), slice(before, before + length)
+
+
+def _coil(rng: np.random.Generator, strength: float, height: int, width: int) -> np.ndarray:
+    """A smooth positive field [height, width] around 1."""
+    level, slope_y, slope_x = rng.normal(size=3)
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
+    return np.exp(strength * (level + slope_y * y + slope_x * x)).astype(np.float32)

@@ -178,13 +178,13 @@ def _images(rng: np.random.Generator, tissue: np.ndarray) -> tuple[np.ndarray, n
     def about(value: float, spread: float = 0.08) -> float:
         return value * (1 + spread * rng.normal())
 
-    intensity = {  # tissue: (MR relative to the brightest, CT in HU)
+    intensity = {  # tissue: (MR in relative units, CT in HU)
         AIR: (0.0, -1000.0),
-        FAT: (about(0.85), -100.0),
+        FAT: (about(0.8), -100.0),
         MUSCLE: (about(0.28), 50.0),
         CORTICAL: (0.05, rng.uniform(850, 1100)),
         MARROW: (about(0.68), rng.uniform(200, 300)),
-        URINE: (about(0.95), rng.uniform(0, 15)),
+        URINE: (about(1.05), rng.uniform(0, 15)),
         PROSTATE: (about(0.5), 40.0),
         PERIPHERAL_ZONE: (about(0.75), 38.0),
         WALL: (about(0.35), 40.0),

@@ -69,6 +69,6 @@ def read_prediction(folder: Path, case: Case, truth: LoadedCase) -> tuple[np.nda
         if not same_grid(grid, truth.grid):
             raise InputError(f"{path}: grid {grid}, expected that of {case.inputs[0]}: {truth.grid}")
         found.append(array)
-    if found == [None, None]:
+    if all(array is None for array in found):
         raise InputError(f"{folder / case.name}: holds neither ct.nii.gz nor labels.nii.gz")
     return found[0], found[1]

@@ -119,8 +119,8 @@ class Predictor:
 
         OUT must be new or empty. Yields (case, folder) as each is done.
         """
-        if not cases:
-            raise InputError(f"{out}: there is no case to predict")
+        if draws < 0 or (draws == 0 and self.constant_p):
+            raise InputError(f"draws={draws}: expected at least {int(self.constant_p)} drawn architectures")
         with new_folder(out):
             for case in cases:
                 if len(case.inputs) != self.in_channels:

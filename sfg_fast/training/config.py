@@ -91,6 +91,7 @@ class TrainConfig:
         out: run folder to be made: config.yaml, checkpoints/, history.json, tensorboard/.
         tasks: which of ct, organs to learn.
         patch: height and width of random in-plane patches in voxels; null for whole slices.
+        bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none.
         seed: of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         log_every: steps between looks at a held-out slice and at the grouping.
@@ -101,6 +102,7 @@ class TrainConfig:
     out: str
     tasks: list[str] = dataclasses.field(default_factory=lambda: list(TASKS))
     patch: list[int] | None = None
+    bias: float = 0.1
     seed: int = 0
     device: str = "auto"
     log_every: int = 50
@@ -145,13 +147,15 @@ def check(config: TrainConfig) -> None:
     }.items():
         if not rate > 0:
             refuse(key, rate, "a positive number")
-    for key, weight in {"objective.lambda1": objective.lambda1, "objective.lambda2": objective.lambda2}.items():
+    for key, weight in {
+        "bias": config.bias,
+        "objective.lambda1": objective.lambda1,
+        "objective.lambda2": objective.lambda2,
+    }.items():
         if not weight >= 0:
-            refuse(key, weight, "at least 0 (eq. 2)")
+            refuse(key, weight, "at least 0")
     for key, share in {"schedule.draw_until": schedule.draw_until, "schedule.decay_from": schedule.decay_from}.items():
         if not 0 <= share <= 1:
             refuse(key, share, "a share of the steps, 0 to 1")
     if objective.ct_noise not in ("fixed", "learned"):
         refuse("objective.ct_noise", objective.ct_noise, "fixed or learned")
-    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
-        refuse("device", config.device, "auto, cpu or cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 
 def choose_device(name: str) -> torch.device:
     """The torch device for "auto", "cpu" or "cuda"."""
+    if name not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise InputError(f"device={name!r}: expected auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -80,7 +83,7 @@ class Trainer:
             if not cache.has(target):
                 raise InputError(f"{config.data}: task {task!r} needs {target}, and not every case has them")
         patch = None if config.patch is None else (config.patch[0], config.patch[1])
-        self.sampler = SliceSampler(cache, "train", config.schedule.batch, patch, config.seed)
+        self.sampler = SliceSampler(cache, "train", config.schedule.batch, patch, config.seed, config.bias)
         self.monitored = _held_out_slice(cache)
 
         torch.manual_seed(config.seed)

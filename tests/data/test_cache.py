@@ -328,6 +328,28 @@ def test_patches_are_pieces_of_the_volumes(cache):
             assert {place[axis] for place in found} == set(range(size))
 
 
+def test_bias_field_multiplies_the_scanner_s_values_smoothly(cache):
+    plain, biased = (SliceSampler(cache, "train", 1, (3, 4), 1, bias) for bias in (0.0, 0.3))
+    planes = []
+    for step in range(60):
+        a, b = plain.batch(step), biased.batch(step)
+        entry = cache.manifest["cases"][a["case"][0]]["mr_foreground"]
+        mean, sd = (np.array([one[key] for one in entry])[:, None, None] for key in ("mean", "sd"))
+        raw, field = (mean + sd * batch["inputs"][0].numpy().astype(np.float64) for batch in (a, b))
+        large = np.abs(raw) > 0.1 * np.abs(raw).max()
+        ratio = np.where(large, field / np.where(large, raw, 1), np.nan)
+        y, x = np.meshgrid(np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), indexing="ij")
+        design = np.stack([np.ones(12), y.ravel(), x.ravel()], 1)
+        logs = np.nanmean(np.log(ratio), 0).ravel()  # one field for all channels
+        seen = np.isfinite(logs)
+        plane, *_ = np.linalg.lstsq(design[seen], logs[seen], rcond=None)
+        np.testing.assert_allclose(design[seen] @ plane, logs[seen], atol=1e-3)
+        planes.append(plane)
+        for key in ("ct", "labels", "mask"):
+            assert torch.equal(a[key], b[key])
+    np.testing.assert_allclose(np.std(planes, axis=0), 0.3, atol=0.12)
+
+
 def test_small_slices_are_centred_and_padded(cache):
     """Case b, 5 x 9, in windows of 8 x 8: one row above, two below; a crop across."""
     batch = SliceSampler(cache, "train", batch=16, patch=(8, 8), seed=0).batch(3)

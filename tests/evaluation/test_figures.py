@@ -291,6 +291,6 @@ def test_save_writes_all_or_nothing(tmp_path, history):
         assert content.startswith(b"\x89PNG")
         assert content.endswith(b"IEND\xaeB`\x82")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
+    with pytest.raises(InputError, match="taken"):
         figures.save(figure, tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entropy.png", "taken"]
