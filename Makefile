@@ -32,7 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks/
+	$(BIN)/python -m pytest -s benchmarks/
 
 clean:
 	rm -rf build $(VENV)

@@ -139,7 +139,7 @@ def report(
     print(f"report in {target}")
 
 
-def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1200) -> None:
+def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
     """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
 
     Args:

@@ -31,7 +31,7 @@ def demo_config(out: Path, seed: int, steps: int) -> TrainConfig:
         checkpoint_every=250,
         network=NetworkConfig(width=[8, 16, 16], blocks=1, init=[0.9, 0.05, 0.05]),
         objective=ObjectiveConfig(lambda1=1e-4, lambda2=0.016),
-        schedule=ScheduleConfig(steps=steps, batch=4, learning_rate=1e-2),
+        schedule=ScheduleConfig(steps=steps, batch=4, learning_rate=1e-2, logits_factor=3),
     )
 
 
