@@ -155,6 +155,7 @@ def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     try:
+        _check_backend()
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except InputError as error:
         print(f"sfg-fast: {error}", file=sys.stderr)
@@ -206,6 +207,17 @@ def _run(arguments: list[str]) -> int:
     else:
         commands[name](**options)
     return 0
+
+
+def _check_backend() -> None:
+    """InputError if SFG_FAST_BACKEND names a backend that is not there."""
+    from . import backends
+
+    try:
+        if not (name := backends.current()) == "auto" and not backends.available(name):
+            raise InputError(f"{backends.ENVIRONMENT}={name!r}: this backend is not there")
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _underscored(argument: str) -> str:

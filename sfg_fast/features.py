@@ -63,6 +63,9 @@ class SFGFeatures:
         """The T+1 dense tensors, shared first: code written for dense masking runs unchanged."""
         return (self.dense(group) for group in range(len(self)))
 
+    def __getitem__(self, group: int) -> Tensor:
+        return self.dense(group)
+
     def __len__(self) -> int:
         return len(self.groups.names)
 

@@ -52,6 +52,11 @@ def check_vacant(path: Path) -> None:
 def claim_folder(path: Path) -> None:
     """Makes a folder. InputError: it is already there and not empty, or can't be made."""
     check_vacant(path)
+    make_folder(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where there is none. InputError: it can't be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

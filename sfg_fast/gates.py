@@ -88,7 +88,7 @@ ESTIMATORS = {
 def temperature_at(progress: float, start: float = 1.0, end: float = 0.1, until: float = 0.8) -> float:
     """The annealed temperature: exponential from `start` to `end`, reached at `until` of the run (progress in 0..1),
     constant after that ("we start at a high temperature and anneal to a small but non-zero value", section 2.2)."""
-    return max(end, start * (end / start) ** (progress / until))
+    return start * (end / start) ** min(1.0, progress / until)
 
 
 # --- the gates of one layer -------------------------------------------------------------------------------------------
@@ -169,6 +169,8 @@ class GroupGates(nn.Module):
 
     def assign(self, assignment: Tensor | Sequence[int] | None) -> None:
         """Fix the assignment, int [K] of group numbers; None: sample again. The logits then get no gradient (zeros)."""
+        if self.shares_grouping:
+            raise ValueError("this layer shares another layer's grouping: assign that one")
         if assignment is None:
             self.fixed_assignment.fill_(-1)
             self.assigned = False
@@ -194,6 +196,7 @@ class GroupGates(nn.Module):
             )
         self.logits = owner.logits
         self.shares_grouping = True
+        self._owner = (owner,)  # in a tuple: not a submodule
 
     def draw(self) -> FilterGroups:
         """One draw for a mini-batch (the paper's objective draws per example; a convolution has one weight per batch).
@@ -236,6 +239,8 @@ class GroupGates(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.assigned = bool((self.fixed_assignment >= 0).all())
+        if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
+            self.logits = self._owner[0].logits
 
 
 class _WithZeroGradient(torch.autograd.Function):

@@ -81,6 +81,8 @@ class FilterGroups:
     ) -> FilterGroups:
         """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default."""
         names = group_names(tasks)
+        if not isinstance(assignment, Tensor) and any(not 0 <= group < len(names) for group in assignment):
+            raise ValueError(f"assignment={list(assignment)}: expected groups 0 (shared) to {len(names) - 1}")
         assignment = torch.as_tensor(assignment, dtype=torch.int64)
         if assignment.dim() != 1:
             raise ValueError(f"assignment has shape {tuple(assignment.shape)}, expected [K]")

@@ -76,6 +76,8 @@ class KernelNorm(nn.Module):
 
         `count` is the number of values behind each statistic, `assignment` [K] the drawn group.
         """
+        if count < 2:
+            raise ValueError("batch normalisation in training needs more than one value per channel, got one")
         self._update(mean.detach(), var.detach() * (count / max(count - 1, 1)), assignment)
         scale = self.weight * (var + self.eps).rsqrt()
         return scale, self.bias - mean * scale
@@ -105,11 +107,13 @@ class KernelNorm(nn.Module):
             pooled.add_(rate * (new.to(old.dtype) - pooled))
 
     @torch.no_grad()
-    def forget(self, assignment: Tensor) -> None:
-        """Start the running statistics of these pairs anew; they then average all batches alike."""
-        self.draws.view(-1).index_fill_(
-            0, assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device), 0
-        )
+    def forget(self, assignment: Tensor | None) -> None:
+        """Start the running statistics of these (group, kernel) pairs anew (None: of all)."""
+        if assignment is None:
+            self.draws.zero_()
+            return
+        index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
+        self.draws.view(-1).index_fill_(0, index, 0)
 
     def extra_repr(self) -> str:
         groups, kernels = self.running_mean.shape

@@ -23,7 +23,7 @@ Activation = str | Callable[[Tensor], Tensor] | None
 
 
 class DenseFeatures(list[Tensor]):
-    """The T+1 dense tensors F_shared, F_1, .., F_T, with the interface of `SFGFeatures`."""
+    """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
 
     def __init__(self, tensors: Iterable[Tensor], groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
         super().__init__(tensors)
@@ -158,14 +158,14 @@ class SFGConv2d(GroupGates):
         """x: one image [N, C, H, W] for all groups, or T+1 dense tensors. `groups`: a draw to use instead of a new
         one.
         """
-        groups = self.draw() if groups is None else groups
+        groups = self.draw() if groups is None else self.check_groups(groups)
         assert groups.gates is not None
         weight = self.weight_of(groups)
         if isinstance(x, Tensor):
             u = [self._conv(x, weight)]  # every group reads the same image: convolve once, then mask
         else:
             self.check_sequence(x)
-            u = [self._conv(read, weight) for read in merge(x, getattr(x, "routing", Routing.ARROW))]
+            u = [self._conv(read, weight) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
         if self.norm is not None:
             u = normalise(u, self.norm, groups)
         h = [activate(tensor, self.activation) for tensor in u]
@@ -173,11 +173,28 @@ class SFGConv2d(GroupGates):
         z = groups.gates.to(h[0].dtype).t()[:, :, None, None]
         return DenseFeatures([z[group] * tensor for group, tensor in enumerate(h)], groups)
 
+    def check_groups(self, groups: FilterGroups) -> FilterGroups:
+        """A draw given from outside, or ValueError if it is not one for this layer."""
+        self.check_names(groups)
+        if groups.width != self.out_channels or groups.gates is None:
+            raise ValueError(f"groups={groups}: expected a draw for this layer's {self.out_channels} kernels")
+        return groups
+
+    def check_names(self, groups: FilterGroups) -> None:
+        if groups.names != self.group_names:
+            raise ValueError(f"the input has groups {groups.names}, this layer {self.group_names}")
+
     def check_sequence(self, x: Sequence[Tensor]) -> None:
+        """ValueError unless x holds one tensor per group, all of one shape, of groups of the same names."""
+        if hasattr(x, "groups"):
+            self.check_names(x.groups)
         if len(x) != len(self.group_names):
             raise ValueError(
                 f"got {len(x)} dense tensors, expected {len(self.group_names)}: {', '.join(self.group_names)}"
             )
+        shapes = [tuple(tensor.shape) for tensor in x]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"the dense tensors have shapes {shapes}, expected one shape")
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -167,6 +167,8 @@ def refused(capsys, arguments, message):
         (["train", "--data", "{cache}", "--out", "{new}", "--tasks", "[dose]"], "dose"),
         (["train", "--data", "{cache}", "--out", "{new}", "--network.residual", "dense"], "dense"),
         (["train", "--data", "{cache}", "--out", "{new}", "--resume"], "no such checkpoint"),
+        (["train", "--data", "{cache}", "--out", "{new}", "--network.width", "[0,4,4]"], "network.width"),
+        (["train", "--data", "{cache}", "--out", "{yaml}/run"], "bad.yaml"),
         (["predict", "{cohort}", "{cohort}", "{new}"], "no such checkpoint"),
         (["predict", "{run}", "{cohort}", "{new}", "--split", "val"], "val"),
         (["predict", "{run}", "{cohort}", "{new}", "--draws", "-1"], "draws=-1"),
@@ -195,6 +197,61 @@ def test_no_labels_for_a_task(made, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     one = ["--tasks", "[ct]", "--network.method", "one_task"]
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *TINY, *one]) == 0
+
+
+def test_one_task_runs_are_compared_by_organ(made, tmp_path):
+    """A CT-only run on a cohort with labels: the true labels are the regions. Another case has no truth at all."""
+    run, cohort = str(tmp_path / "run"), tmp_path / "cohort"
+    shutil.copytree(made / "cohort", cohort)
+    for name in ("ct", "labels", "mask"):
+        (cohort / "phantom_001" / f"{name}.nii.gz").unlink()
+    one = ["--tasks", "[ct]", "--network.method", "one_task"]
+    assert main(["train", "--data", str(made / "cache"), "--out", run, *TINY, *one]) == 0
+    assert main(["predict", run, str(cohort), f"{run}/predictions", "--split", "all"]) == 0
+    assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
+    document = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert set(document["cases"]) == {"phantom_000", "phantom_002"}
+    assert {"overall", "bones", "bladder"} <= set(document["cases"]["phantom_002"]["ct"])
+    assert "dice" not in document["cases"]["phantom_002"]
+    assert not nib.load(f"{run}/predictions/phantom_002/uncertainty.nii.gz").get_fdata().any()  # nothing is drawn
+
+
+def test_constant_p_is_predicted_and_reported_by_draws(made, tmp_path, capsys):
+    run, cohort = str(tmp_path / "run"), str(made / "cohort")
+    method = ["--network.method", "constant_p"]
+    assert main(["train", "--data", str(made / "cache"), "--out", run, *TINY, *method]) == 0
+    refused(capsys, ["predict", run, cohort, f"{run}/predictions", "--draws", "0"], "draws=0")
+    assert main(["predict", run, cohort, f"{run}/predictions", "--draws", "3"]) == 0
+    assert main(["evaluate", f"{run}/predictions", cohort]) == 0
+    assert main(["report", run, cohort, f"{run}/predictions", f"{run}/metrics.json"]) == 0
+
+
+def test_unnamed_labels(made, tmp_path):
+    """No dataset.json: labels are called label_1, ..; a prediction may hold one that the test truth lacks."""
+    cohort, run = tmp_path / "cohort", str(tmp_path / "run")
+    shutil.copytree(made / "cohort", cohort)
+    (cohort / "dataset.json").unlink()
+    assert main(["preprocess", str(cohort), str(tmp_path / "cache")]) == 0
+    assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
+    assert main(["predict", run, str(cohort), f"{run}/predictions", "--split", "train"]) == 0
+    assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
+    assert "label_5" in json.loads((tmp_path / "run/metrics.json").read_text())["conventions"]["label_names"]
+
+
+def test_unfinished_run_is_not_predicted(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "finished": False, "step": 3}, path)
+    refused(
+        capsys, ["predict", str(tmp_path / "run"), str(made / "cohort"), str(tmp_path / "new")], "stopped at step 3"
+    )
+
+
+@pytest.mark.parametrize(("value", "message"), [("foo", "SFG_FAST_BACKEND='foo'"), ("triton", "not there")])
+def test_backend_of_the_environment(monkeypatch, capsys, value, message):
+    monkeypatch.setenv("SFG_FAST_BACKEND", value)
+    refused(capsys, ["phantom", "somewhere"], message)
 
 
 def test_duplicate_case_names(made, tmp_path, capsys):

@@ -21,6 +21,7 @@ def test_list_is_the_dense_tensors_shared_first(estimator):
     for group, name in enumerate(("shared", "ct", "organs")):
         assert torch.equal(dense[group], y.dense(group))
         assert torch.equal(dense[group], y.dense(name))
+        assert torch.equal(dense[group], y[group])
         assert dense[group].shape == y.shape == (2, 5, 4, 4)
     torch.testing.assert_close(y.merged("ct"), dense[1] + dense[0])
     assert torch.equal(y.merged("shared"), dense[0])

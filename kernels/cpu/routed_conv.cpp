@@ -49,7 +49,8 @@ inline void add_rows(T* const* y, const T* weight, int count, const T* x, int64_
 }
 
 template <typename T>
-void forward(const T* x, const T* weight, const T* bias, T* y, const Shape& p, const Blocks& blocks, int threads) {
+void forward(const T* x, const T* weight, const T* bias, T* y, const Shape& p, const Blocks& blocks,
+             [[maybe_unused]] int threads) {
     const int64_t taps = p.r * p.s;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
     for (int64_t n = 0; n < p.n; n++)
@@ -86,7 +87,8 @@ void forward(const T* x, const T* weight, const T* bias, T* y, const Shape& p, c
 }
 
 template <typename T>
-void input_gradient(const T* dy, const T* weight, T* dx, const Shape& p, const Blocks& blocks, int threads) {
+void input_gradient(const T* dy, const T* weight, T* dx, const Shape& p, const Blocks& blocks,
+             [[maybe_unused]] int threads) {
     const int64_t taps = p.r * p.s;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
     for (int64_t n = 0; n < p.n; n++)
@@ -127,7 +129,8 @@ void input_gradient(const T* dy, const T* weight, T* dx, const Shape& p, const B
 }
 
 template <typename T>
-void weight_gradient(const T* x, const T* dy, T* dw, const Shape& p, const Blocks& blocks, int threads) {
+void weight_gradient(const T* x, const T* dy, T* dw, const Shape& p, const Blocks& blocks,
+             [[maybe_unused]] int threads) {
     std::fill(dw, dw + p.k * p.c * p.r * p.s, T(0));
     for (int64_t out = 0; out < blocks.groups_out; out++)
         for (int64_t in = 0; in < blocks.groups_in; in++) {

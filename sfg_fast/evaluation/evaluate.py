@@ -26,26 +26,27 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
         raise InputError(
             f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
         )
-    label_names = cohort.label_names or _names_found(predicted)
+    label_names = cohort.label_names or _names_found(predictions, predicted)
     cases = {}
     for case in tqdm(predicted, desc="evaluate", unit="case"):
         truth = load_case(case, label_names)
         ct, labels = read_prediction(predictions, case, truth)
-        cases[case.name] = case_metrics(
-            truth.ct if ct is not None else None,
-            ct if truth.ct is not None else None,
-            truth.labels if labels is not None else None,
-            labels if truth.labels is not None else None,
-            mask_of(truth),
-            label_names,
-        )
+        if (ct is None or truth.ct is None) and (labels is None or truth.labels is None):
+            continue  # nothing to compare with
+        try:
+            cases[case.name] = case_metrics(truth.ct, ct, truth.labels, labels, mask_of(truth), label_names)
+        except InputError as error:
+            raise InputError(f"case {case.name}: {error}") from error
+    if not cases:
+        raise InputError(f"{cohort.root}: no predicted case has a CT or labels to compare with")
     return metrics_document(cases, label_names)
 
 
-def _names_found(cases: list[Case]) -> dict[str, int]:
+def _names_found(predictions: Path, cases: list[Case]) -> dict[str, int]:
     """For a cohort that doesn't name its labels: label_1, label_2, .. as in preprocessing."""
-    largest = [int(read_labels(case.labels)[0].max()) for case in cases if case.labels is not None]
-    return unnamed_labels(max(largest)) if largest else {}
+    paths = [predictions / case.name / "labels.nii.gz" for case in cases]
+    paths = [path for path in paths if path.exists()] + [case.labels for case in cases if case.labels is not None]
+    return unnamed_labels(max(int(read_labels(path)[0].max()) for path in paths)) if paths else {}
 
 
 def mask_of(case: LoadedCase) -> np.ndarray:

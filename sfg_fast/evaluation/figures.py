@@ -212,6 +212,7 @@ def case_panel(
     spacing: tuple[float, float],
     title: str,
     label_names: Mapping[str, int],
+    uncertainty_unit: str = "HU",
 ) -> Figure:
     """One slice of one case: MR | CT | synthetic CT | difference | labels on the MR | uncertainty.
 
@@ -221,7 +222,7 @@ def case_panel(
     Args:
         mr, ct_true, ct_pred: [Y, X]; any scale, HU, HU.
         labels_true, labels_pred: [Y, X], integers, 0 = background.
-        uncertainty: [Y, X], standard deviation over draws in HU.
+        uncertainty: [Y, X], standard deviation over draws, in `uncertainty_unit`.
         spacing: (y, x) in mm per pixel.
         label_names: name -> label value; value 0, the background, may be left out.
 
@@ -234,33 +235,33 @@ def case_panel(
     if len(shapes) > 1:
         raise InputError(f"the slices of case {title!r} differ in shape: {sorted(shapes)}")
     ct_scale = {"cmap": "gray", "vmin": CT_WINDOW_HU[0], "vmax": CT_WINDOW_HU[1]}
-    panels: list[tuple[str, np.ndarray, dict[str, Any], bool]] = []  # name, image, scale, colour bar in HU
+    panels: list[tuple[str, np.ndarray, dict[str, Any], str]] = []  # name, image, scale, unit of the colour bar
     if mr is not None:
-        panels.append(("MR", mr, _mr_scale(mr), False))
+        panels.append(("MR", mr, _mr_scale(mr), ""))
     if ct_true is not None:
-        panels.append(("CT", ct_true, ct_scale, True))
+        panels.append(("CT", ct_true, ct_scale, "HU"))
     if ct_pred is not None:
-        panels.append(("synthetic CT", ct_pred, ct_scale, True))
+        panels.append(("synthetic CT", ct_pred, ct_scale, "HU"))
     if not panels:
         raise InputError(f"case {title!r} has no image to show")
     _, background, background_scale, _ = panels[0]
     if ct_true is not None and ct_pred is not None:
         difference = np.subtract(ct_pred, ct_true, dtype=np.float32)
-        panels.append(("synthetic CT - CT", difference, _difference_scale(difference), True))
+        panels.append(("synthetic CT - CT", difference, _difference_scale(difference), "HU"))
     if labels_true is not None or labels_pred is not None:
-        panels.append((_LABELS, background, background_scale, False))
+        panels.append((_LABELS, background, background_scale, ""))
     if uncertainty is not None:
-        panels.append(("uncertainty: SD over draws", uncertainty, {"cmap": "magma", "vmin": 0}, True))
+        panels.append(("uncertainty: SD over draws", uncertainty, {"cmap": "magma", "vmin": 0}, uncertainty_unit))
 
     extent = _extent(background, spacing)
     figure, all_axes = _panels(len(panels), 3, 3.6, 3 * extent[3] / extent[1] + 0.5)
-    for axes, (name, image, scale, in_hu) in zip(all_axes, panels, strict=True):
+    for axes, (name, image, scale, unit) in zip(all_axes, panels, strict=True):
         drawn = _show(axes, image, extent, **scale)
         _mark_sides(axes)
         axes.set_title(name, fontsize=10)
-        if in_hu:
+        if unit:
             bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.04, 1)))
-            bar.ax.set_title("HU", fontsize=8)
+            bar.ax.set_title(unit, fontsize=8)
             bar.ax.tick_params(labelsize=7)
         if name == _LABELS:
             handles = _draw_contours(axes, spacing, labels_true, labels_pred, label_names)

@@ -16,7 +16,7 @@ from ..data.cohort import Case, load_case
 from ..data.volumes import write_volume
 from ..errors import InputError
 from ..files import new_folder, read_json
-from ..networks.controls import predict
+from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..training import checkpoint
 from ..training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
 from ..training.trainer import build_network, choose_device
@@ -45,7 +45,11 @@ class Predictor:
         self.run = run
         path = run / "checkpoints" / "last.pt"
         state = checkpoint.load(path)
-        self.config = _config(state["config"])
+        if not state["finished"]:
+            raise InputError(
+                f"{run}: training stopped at step {state['step']}, expected a finished run (train --resume)"
+            )
+        self.config = _config(state["config"], path)
         data = read_json(run / "data.json")
         self.label_names: dict[str, int] = data["labels"]
         self.in_channels: int = data["in_channels"]
@@ -53,11 +57,9 @@ class Predictor:
         self.model = build_network(self.config, self.in_channels, max(self.label_names.values(), default=0) + 1)
         checkpoint.load_weights(self.model, state["model"], path)
         self.model.to(self.device).eval()
-
-    @property
-    def constant_p(self) -> bool:
-        """Is the grouping drawn from a p that was never learnt? Then only draws mean something."""
-        return self.config.network.method == "constant_p"
+        self._statistics = {0: norm_buffers(self.model), 1: state["drawn_statistics"]}
+        self.constant_p = draws_from_constant_p(self.model)
+        self.draws_anything = not all(layer.assigned for layer in sfg_layers(self.model).values())
 
     def volume(self, inputs: np.ndarray, draws: int) -> Prediction:
         """Predict one volume slice by slice; in-plane patches are aggregated.
@@ -67,7 +69,7 @@ class Predictor:
         """
         slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
         mean, variance = self._slices(slices, draws if self.constant_p else 0)
-        if draws and not self.constant_p:
+        if draws and self.draws_anything and not self.constant_p:
             variance = self._slices(slices, draws)[1]
         ct = labels = None
         start = 0
@@ -81,10 +83,10 @@ class Predictor:
     def _slices(self, slices: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of all outputs side by side (CT in units, class probabilities), [Z, outputs, Y, X]."""
         means, variances = [], []
-        seed = self.config.seed
+        self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
+        # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
         for batch in slices.split(SLICES_AT_ONCE):
             with torch.random.fork_rng():
-                torch.manual_seed(seed)  # every batch of slices meets the same drawn architectures
                 y = self._patches(batch.to(self.device), draws).cpu()
             mean, variance = y.chunk(2, 1)
             means.append(mean)
@@ -97,19 +99,25 @@ class Predictor:
         from monai.inferers import sliding_window_inference
 
         height, width = self.config.patch
-        seed = torch.get_rng_state()
-
-        def window(patches: Tensor) -> Tensor:
-            torch.set_rng_state(seed)  # the same draws for every window
-            return self._predict(patches, draws)
-
-        return sliding_window_inference(  # type: ignore[return-value]
-            batch, (height, width), SLICES_AT_ONCE, window, overlap=PATCH_OVERLAP, mode=PATCH_WEIGHTING
+        # Smaller slices are padded as in training (the sliding window itself would pad with zero, which is tissue).
+        missing = [max(0, wanted - size) for wanted, size in zip((height, width), batch.shape[2:], strict=True)]
+        top, left = missing[0] // 2, missing[1] // 2
+        padded = batch.amin((2, 3), keepdim=True).repeat(1, 1, batch.shape[2] + missing[0], batch.shape[3] + missing[1])
+        padded[:, :, top : top + batch.shape[2], left : left + batch.shape[3]] = batch
+        y = sliding_window_inference(
+            padded,
+            (height, width),
+            SLICES_AT_ONCE,
+            lambda patches: self._predict(patches, draws),
+            overlap=PATCH_OVERLAP,
+            mode=PATCH_WEIGHTING,
         )
+        assert isinstance(y, Tensor)
+        return y[:, :, top : top + batch.shape[2], left : left + batch.shape[3]]
 
     def _predict(self, x: Tensor, draws: int) -> Tensor:
-        links = {"organs": lambda y: y.softmax(1)}
-        found = predict(self.model, x, draws, links)
+        torch.manual_seed(self.config.seed)
+        found = predict(self.model, x, draws, {"organs": lambda y: y.softmax(1)})
         means = [found[task][0] for task in ("ct", "organs") if task in found]
         variances = [found[task][1] for task in ("ct", "organs") if task in found]
         return torch.cat([*means, *variances], 1)
@@ -146,10 +154,13 @@ class Predictor:
                 yield case.name, folder
 
 
-def _config(saved: dict[str, Any]) -> TrainConfig:
-    parts = {
-        "network": NetworkConfig(**saved["network"]),
-        "objective": ObjectiveConfig(**saved["objective"]),
-        "schedule": ScheduleConfig(**saved["schedule"]),
-    }
-    return TrainConfig(**{**saved, **parts})
+def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
+    try:
+        parts = {
+            "network": NetworkConfig(**saved["network"]),
+            "objective": ObjectiveConfig(**saved["objective"]),
+            "schedule": ScheduleConfig(**saved["schedule"]),
+        }
+        return TrainConfig(**{**saved, **parts})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: its configuration is not one of this version ({error})") from error

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..data.cache import normalise
 from ..data.cohort import Cohort, LoadedCase, load_case
 from ..data.volumes import read_volume
-from ..files import read_json
+from ..files import make_folder, read_json
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
 from . import figures
@@ -29,6 +29,8 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     InputError if the run, the predictions or the metrics can't be read.
     """
     predictor = Predictor(run)
+    folder = out.parent / "figures"
+    make_folder(folder)
     history, document = read_json(run / "history.json"), read_json(metrics)
     drawn: list[tuple[str, str, Figure]] = [
         (
@@ -62,10 +64,9 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
             in_plane,
             f"{case.name}, axial slice {z}",
             predictor.label_names,
+            "HU" if "ct" in predictor.config.tasks else "probability",
         )
         drawn.append((f"case_{case.name}", f"Case {case.name}.", panel))
-    folder = out.parent / "figures"
-    folder.mkdir(exist_ok=True)
     for name, _, figure in drawn:
         figures.save(figure, folder / f"{name}.png")
     write_report(
@@ -82,7 +83,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
 def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[str, list[tuple[str, np.ndarray]]]:
     """For each group its `KERNELS_SHOWN` kernels of lowest entropy, all layers together: (title, activation [Y, X]).
 
-    inputs: raw MR [C, Z, Y, X], z the slice. The assignment is argmax p.
+    inputs: raw MR [C, Z, Y, X], z the slice. The assignment is argmax p, one draw if p is constant.
     """
     layers = sfg_layers(predictor.model)
     outputs: dict[str, Any] = {}
@@ -90,14 +91,16 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
         layer.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
         for name, layer in layers.items()
     ]
-    predictor.model(torch.from_numpy(normalise(inputs)[None, :, z]).to(predictor.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(predictor.config.seed)  # a constant p is drawn
+        predictor.model(torch.from_numpy(normalise(inputs)[None, :, z]).to(predictor.device))
     for hook in hooks:
         hook.remove()
     groups = next(iter(layers.values())).group_names
     ranked: dict[str, list[tuple[float, str, int]]] = {group: [] for group in groups}
     for name, layer in layers.items():
         certain = torch.zeros(layer.out_channels) if layer.assigned else entropy(layer)
-        for kernel, group in enumerate(layer.probabilities().argmax(1).tolist()):
+        for kernel, group in enumerate(outputs[name].groups.assignment.tolist()):
             ranked[groups[group]].append((certain[kernel].item(), name, kernel))
     maps: dict[str, list[tuple[str, np.ndarray]]] = {}
     for group, kernels in ranked.items():

@@ -54,11 +54,11 @@ class SFGConv2d(reference.SFGConv2d):
             `SFGFeatures`; under `backend("reference")` the T+1 dense tensors with the same interface.
         """
         if backends.current() == "reference":
-            return super().forward(list(x) if isinstance(x, SFGFeatures) else x, groups)
+            return super().forward(x, groups)  # type: ignore[arg-type]
         image = isinstance(x, Tensor)
         features = _image(x) if isinstance(x, Tensor) else self._features(x)
         self._check_channels(features)
-        groups = self.draw() if groups is None else groups
+        groups = self.draw() if groups is None else self.check_groups(groups)
         packed, padding = self.pad(features.packed), self.zero_padding or (0, 0)
         geometry = Geometry(self.stride, padding, self.dilation)
         routing = Routing.ALL if image else features.routing
@@ -79,7 +79,7 @@ class SFGConv2d(reference.SFGConv2d):
             return h  # one-hot gates of the drawn rows are one
         gates = groups.row_gates()
         assert gates is not None
-        return h * gates.to(h.dtype)[:, None, None]
+        return (h.to(gates.dtype) * gates[:, None, None]).to(h.dtype)  # so that the gates' gradient is summed in fp32
 
     def _epilogue_expanded(self, live: Tensor, everything: Tensor, groups: FilterGroups) -> Tensor:
         """The same for expanded groups: autograd follows the live rows; the others only give their gate a gradient."""
@@ -96,8 +96,7 @@ class SFGConv2d(reference.SFGConv2d):
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):
-            if x.groups.names != self.group_names:
-                raise ValueError(f"the input has groups {x.groups.names}, this layer {self.group_names}")
+            self.check_names(x.groups)
             return x
         self.check_sequence(x)
         routing = x.routing if isinstance(x, DenseFeatures) else Routing.ARROW
@@ -110,6 +109,16 @@ class SFGConv2d(reference.SFGConv2d):
                 f"the input has shape {tuple(features.packed.shape)} and {features.groups.width} channels, "
                 f"expected [N, {self.in_channels}, H, W]"
             )
+
+
+def for_backend(x: Features) -> Features:
+    """Features as the backend in force has them: packed, or T+1 dense tensors under `backend("reference")`."""
+    if isinstance(x, SFGFeatures) and backends.current() == "reference":
+        return DenseFeatures(list(x), x.groups, x.routing)
+    if isinstance(x, DenseFeatures) and backends.current() != "reference":
+        streams = FilterGroups.streams(x[0].shape[1], x.groups.tasks, x[0].device)
+        return SFGFeatures(torch.cat(list(x), 1), streams, x.routing)
+    return x
 
 
 def _image(x: Tensor) -> SFGFeatures:
@@ -134,5 +143,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, df: Tensor) -> Any:
         everything, live_rows = ctx.saved_tensors
-        dz = torch.linalg.vecdot(df.flatten(2), everything.flatten(2)).sum(0, dtype=ctx.gates_dtype)
-        return df.index_select(1, live_rows), dz, None, None
+        precise = torch.promote_types(df.dtype, ctx.gates_dtype)  # half precision would overflow in the sum
+        dz = torch.linalg.vecdot(df.flatten(2).to(precise), everything.flatten(2).to(precise)).sum(0)
+        return df.index_select(1, live_rows), dz.to(ctx.gates_dtype), None, None

@@ -19,7 +19,7 @@ from ..groups import FilterGroups, Routing, group_names
 from ..kernels.blocks import Geometry
 from ..reference import DenseFeatures
 from ..routed_conv import RoutedConv, routed_conv
-from .conv import Features, SFGConv2d
+from .conv import Features, SFGConv2d, for_backend
 
 
 class StreamBlock(nn.Module):
@@ -44,6 +44,7 @@ class StreamBlock(nn.Module):
         self.first = first
 
     def forward(self, x: Features) -> Features:
+        x = for_backend(x)
         if isinstance(x, DenseFeatures):
             return self._reference(x)
         block = FilterGroups.blocks([self.channels] * len(self.names), self.names, x.packed.device)
@@ -104,6 +105,7 @@ class Merge(nn.Module):
         self.conv = nn.Conv2d(2 * channels, channels * (len(self.names) - 1), 1)  # columns: F_t, then F_s
 
     def forward(self, x: Features) -> Features:
+        x = for_backend(x)
         if isinstance(x, DenseFeatures):
             merged = [
                 F.conv2d(torch.cat([x[t + 1], x[0]], 1), weight, bias)
@@ -161,6 +163,7 @@ class Heads(nn.Module):
         return slice(start, start + self.outputs[task])
 
     def forward(self, x: Features) -> dict[str, Tensor]:
+        x = for_backend(x)
         if isinstance(x, DenseFeatures):
             assert self.conv.bias is not None
             return {

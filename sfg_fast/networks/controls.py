@@ -57,6 +57,11 @@ def map_assignment(model: nn.Module) -> dict[str, Tensor]:
     return {name: values.argmax(1) for name, values in p.items()}
 
 
+def draws_from_constant_p(model: nn.Module) -> bool:
+    """Is any grouping drawn from a p that is not learnt? Then argmax p means nothing, only draws do."""
+    return any(layer.estimator == "none" and not layer.assigned for layer in sfg_layers(model).values())
+
+
 def set_temperature(model: nn.Module, temperature: float) -> None:
     """Set the temperature of the relaxation of all layers."""
     for layer in sfg_layers(model).values():
@@ -103,44 +108,68 @@ def entropy(layer: SFGConv2d) -> Tensor:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Re-estimate all running statistics for argmax p (or the fixed assignment), from images [N, C, H, W].
+def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False) -> None:
+    """Re-estimate all running statistics from images [N, C, H, W], all batches alike.
 
-    Running statistics of training are a mixture over draws; the `map` evaluation and a freeze need those of the very
-    assignment. All batches count alike. Statistics of other (group, kernel) pairs, for draws, stay.
+    For argmax p (or the fixed assignment): running statistics of training are a mixture over draws, and the `map`
+    evaluation and a freeze need those of the very assignment. With `drawn` for predictions by draws instead: every
+    batch is one draw. A network with separate stacks holds one of the two: a stream that argmax p leaves without a
+    kernel has no spread at all, and its statistics would blow up any draw that uses it.
+    If anything fails the statistics are as before. Raises ValueError if there is no batch.
     """
-    fixed = {name: layer.assigned for name, layer in sfg_layers(model).items()}
-    was_training = {module: module.training for module in model.modules()}
-    owners = map_assignment(model)
-    norms: dict[nn.Module, float | None] = {
-        module: module.momentum
+    layers = sfg_layers(model)
+    free = [layer for layer in layers.values() if not layer.assigned]
+    norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    modes = {module: module.training for module in model.modules()}
+    best = None if drawn else map_assignment(model)
+    by_logits = {} if best is None else {layer.logits: best[name] for name, layer in layers.items()}
+    best_of = {
+        module.norm: by_logits.get(module.logits)
         for module in model.modules()
-        if isinstance(module, KernelNorm | nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, SFGConv2d) and module.norm is not None
     }
-    assignments = {layer.logits: owners[name] for name, layer in sfg_layers(model).items()}
     try:
-        assign(model, owners)
+        if best is not None:
+            assign(model, best)
         model.eval()
-        for module in model.modules():
-            if isinstance(module, SFGConv2d) and module.norm is not None:
-                module.norm.forget(assignments[module.logits])
         for norm in norms:
             norm.train()
             if isinstance(norm, KernelNorm):
+                norm.forget(None if best is None else best_of[norm])
                 norm.momentum = 0.0  # the rate is max(1/n, momentum)
             else:
-                norm.reset_running_stats()  # type: ignore[operator]
-                norm.momentum = None  # type: ignore[assignment]
-        for batch in batches:
-            model(batch)
+                norm.reset_running_stats()
+                norm.momentum = None
+        count = 0
+        with sampling(model) if drawn else contextlib.nullcontext():
+            for count, batch in enumerate(batches, 1):  # noqa: B007
+                model(batch)
+        if not count:
+            raise ValueError("recalibrate got no batch, expected at least one")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
     finally:
-        for norm, momentum in norms.items():
-            norm.momentum = momentum  # type: ignore[assignment]
-        for module, training in was_training.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
             module.training = training
-        for name, layer in sfg_layers(model).items():
-            if not fixed[name]:
-                layer.assign(None)
+        for layer in free:
+            layer.assign(None)
+
+
+def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all running statistics, by their names in the state_dict."""
+    return {
+        f"{prefix}.{name}": buffer.clone()
+        for prefix, module in model.named_modules()
+        if isinstance(module, KernelNorm | nn.modules.batchnorm._BatchNorm)
+        for name, buffer in module.named_buffers()
+    }
 
 
 @torch.no_grad()
@@ -157,11 +186,8 @@ def predict(
     if draws < 0:
         raise ValueError(f"draws={draws}: expected 0 (argmax p) or a number of draws")
     if draws == 0:
-        constant = [
-            name for name, layer in sfg_layers(model).items() if layer.estimator == "none" and not layer.assigned
-        ]
-        if constant:
-            raise ValueError(f"draws=0: the grouping of {constant[0]!r} is drawn from a constant p, choose draws > 0")
+        if draws_from_constant_p(model):
+            raise ValueError("draws=0: the grouping is drawn from a constant p, choose draws > 0")
         map_assignment(model)  # for its warning
     training = {module: module.training for module in model.modules()}
     model.eval()

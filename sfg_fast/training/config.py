@@ -157,5 +157,11 @@ def check(config: TrainConfig) -> None:
     for key, share in {"schedule.draw_until": schedule.draw_until, "schedule.decay_from": schedule.decay_from}.items():
         if not 0 <= share <= 1:
             refuse(key, share, "a share of the steps, 0 to 1")
+    if config.network.estimator == "none":
+        refuse("network.estimator", "none", "an estimator that learns p (for a constant p: network.method constant_p)")
+    if min(config.network.width, default=0) < 1:
+        refuse("network.width", config.network.width, "three numbers of channels, each at least 1")
+    if schedule.temperature_end > schedule.temperature_start:
+        refuse("schedule.temperature_end", schedule.temperature_end, "at most schedule.temperature_start")
     if objective.ct_noise not in ("fixed", "learned"):
         refuse("objective.ct_noise", objective.ct_noise, "fixed or learned")

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from ..data.cache import Cache, SliceSampler
 from ..errors import InputError
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..gates import temperature_at
-from ..networks.controls import assign, entropy, map_assignment, recalibrate, set_temperature, sfg_layers
+from ..networks.controls import (
+    assign,
+    draws_from_constant_p,
+    entropy,
+    map_assignment,
+    norm_buffers,
+    recalibrate,
+    set_temperature,
+    sfg_layers,
+)
 from ..networks.highresnet import SFGHighResNet
 from . import checkpoint
 from .config import ScheduleConfig, TrainConfig, check
@@ -102,11 +111,12 @@ class Trainer:
             self._claim()
             (self.out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
             write_json(self.out / "data.json", {"in_channels": cache.in_channels, "labels": cache.label_names})
+            self._save()  # a run that is killed before its first checkpoint can be resumed, too
 
     def _claim(self) -> None:
         if (self.out / "config.yaml").exists() or self.last_checkpoint.exists():
             raise InputError(f"{self.out}: holds a run already, expected a new folder (or --resume)")
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -245,13 +255,15 @@ class Trainer:
 
     # --- saving, resuming, finishing ----------------------------------------------------------------------------------
 
-    def _save(self, finished: bool = False) -> None:
+    def _save(self, drawn_statistics: dict[str, Tensor] | None = None) -> None:
+        """Write the checkpoint. A finished run has `drawn_statistics`, running statistics for predictions by draws."""
         state = {
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
-            "finished": finished,
+            "finished": drawn_statistics is not None,
+            "drawn_statistics": drawn_statistics,
             "rng": _rng_state(self.device),
             "history": self.history,
             "config": dataclasses.asdict(self.config),
@@ -276,17 +288,16 @@ class Trainer:
         _set_rng_state(state["rng"], self.device)
 
     def _finish(self) -> None:
-        """Running statistics of the most probable assignment, then the grouping is free to be drawn again."""
+        """Re-estimate running statistics: for draws, and for the most probable assignment, which the model keeps."""
         if self.config.network.method == "sfg":
             assign(self.model, None)
-        constant_p = any(layer.estimator == "none" and not layer.assigned for layer in self._layers())
-        if not constant_p:  # it is evaluated by draws, with the statistics of training
-            batches = (
-                self.sampler.batch(self.config.schedule.steps + i)["inputs"].to(self.device)
-                for i in range(RECALIBRATION_BATCHES)
-            )
+        steps = range(self.step, self.step + RECALIBRATION_BATCHES)
+        batches = [self.sampler.batch(step)["inputs"].to(self.device) for step in steps]
+        recalibrate(self.model, batches, drawn=True)
+        drawn_statistics = norm_buffers(self.model)
+        if not draws_from_constant_p(self.model):
             recalibrate(self.model, batches)
-        self._save(finished=True)
+        self._save(drawn_statistics)
 
 
 def _head_bias(model: SFGHighResNet, task: str) -> Tensor:

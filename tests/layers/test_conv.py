@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sfg_fast
-from sfg_fast import SFGConv2d, SFGFeatures, backend, reference
+from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend, reference
 from sfg_fast.backends import available
 from sfg_fast.gates import gumbel_noise
 from tests import oracle
@@ -173,6 +173,61 @@ def test_list_input_is_merged_like_features(float64):
         assert_close(a, b)
 
 
+def test_features_of_one_backend_are_read_rightly_by_another(float64):
+    from sfg_fast.layers.streams import Heads, Merge, StreamBlock
+
+    layer, following = SFGConv2d(1, 3, 3, padding=1, tasks=["a", "b"]), SFGConv2d(3, 4, 3, tasks=["a", "b"])
+    middle = [StreamBlock(3, ["a", "b"], first=True), Merge(3, ["a", "b"])]
+    heads = Heads(4, {"a": 1, "b": 2})
+    for one in (layer, following):
+        one.assign(torch.arange(one.out_channels) % 3)
+    x = torch.randn(2, 1, 7, 7)
+    outputs = []
+    for split in range(6):  # the backend changes before this module
+        y = x
+        for number, module in enumerate([layer, *middle, following, heads]):
+            with backend("reference" if number >= split else "masked"):
+                y = module(y)
+        outputs.append(y)
+        y = x
+        for number, module in enumerate([layer, *middle, following, heads]):
+            with backend("masked" if number >= split else "reference"):
+                y = module(y)
+        outputs.append(y)
+    for other in outputs[1:]:
+        for task in ("a", "b"):
+            assert_close(other[task], outputs[0][task])
+
+
+def test_gate_gradient_does_not_overflow_in_half_precision():
+    layer = SFGConv2d(1, 4, 1)
+    torch.nn.init.ones_(layer.weight)
+    x = torch.full((1, 1, 128, 128), 8.0)
+    with torch.autocast("cpu", dtype=torch.float16), backend("masked"):
+        y = layer(x)
+    (2 * sum(t.float().sum() for t in y)).backward()
+    assert torch.isfinite(layer.logits.grad).all()
+    assert layer.logits.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "none"])
+def test_one_value_per_channel_can_not_be_normalised(name, estimator):
+    layer = SFGConv2d(1, 3, 1, norm="batch", estimator=estimator)
+    with backend(name), pytest.raises(ValueError, match="more than"):
+        layer(torch.randn(1, 1, 1, 1))
+
+
+def test_loading_with_assign_keeps_groupings_shared():
+    model = sfg_fast.SFGHighResNet(1, {"a": 1}, width=(3, 3, 3), blocks=1, residual="routed")
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    for stage in model.stages:
+        assert stage["blocks"][0].conv2.logits is stage["sfg"].logits
+    twin = copy.deepcopy(model)
+    assert twin.stages[0]["blocks"][0].conv2.logits is twin.stages[0]["sfg"].logits
+    assert twin.stages[0]["sfg"].logits is not model.stages[0]["sfg"].logits
+
+
 def test_state_dict_is_interchangeable_with_the_reference():
     fast = SFGConv2d(3, 5, 3, padding=1, tasks=["ct", "organs"], norm="batch")
     plain = reference.SFGConv2d(3, 5, 3, padding=1, tasks=["ct", "organs"], norm="batch")
@@ -331,6 +386,10 @@ def test_activation_checkpointing_draws_the_same():
         (lambda: SFGConv2d(2, 4, 3)([torch.randn(1, 2, 5, 5)] * 2), "2 dense tensors, expected 3"),
         (lambda: SFGConv2d(4, 4, 3, tasks=1)(SFGConv2d(2, 4, 3)(torch.randn(1, 2, 9, 9))), "groups"),
         (lambda: setattr(SFGConv2d(2, 4, 3), "temperature", 0.0), "temperature=0"),
+        (lambda: SFGConv2d(2, 4, 3)([torch.randn(1, c, 5, 5) for c in (1, 2, 3)]), "one shape"),
+        (lambda: SFGConv2d(2, 4, 3)(torch.randn(1, 2, 5, 5), groups=SFGConv2d(2, 5, 3).draw()), "4 kernels"),
+        (lambda: SFGConv2d(2, 4, 3)(torch.randn(1, 2, 5, 5), groups=SFGConv2d(2, 4, 3, tasks=3).draw()), "groups"),
+        (lambda: FilterGroups.from_assignment([0, 5, 1]), r"assignment=\[0, 5, 1\]"),
     ],
 )
 def test_errors_name_the_value(make, message):

@@ -162,3 +162,32 @@ def test_recalibration_averages_all_batches_alike(float64):
     recalibrate(layer, batches)
     means = torch.stack([torch.nn.functional.conv2d(x, layer.weight).mean((0, 2, 3)) for x in batches])
     torch.testing.assert_close(layer.norm.running_mean[0], means.mean(0))
+
+
+def test_a_failed_recalibration_changes_nothing():
+    model = warmed(network("separate", init="mostly_shared"))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def broken():
+        yield torch.randn(2, 1, 8, 8)
+        raise RuntimeError("disk gone")
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        recalibrate(model, broken())
+    with pytest.raises(ValueError, match="no batch"):
+        recalibrate(model, [], drawn=True)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert model.training
+
+
+@pytest.mark.parametrize("residual", ["separate", "routed"])
+def test_recalibration_for_draws_keeps_drawn_predictions_sane(residual):
+    model = network(residual, init=[0.8, 0.1, 0.1])
+    batches = [torch.randn(4, 1, 10, 10) for _ in range(30)]
+    for batch in batches:
+        model(batch)
+    recalibrate(model, batches, drawn=True)
+    mean, variance = predict(model, batches[0], draws=8)["ct"]
+    assert variance.max() < 100
+    assert mean.abs().max() < 100

@@ -58,8 +58,8 @@ def test_resume_is_exact_to_the_bit(cache, tmp_path, stop):
     first = Trainer(config(cache, tmp_path / "cut"))
     save = first._save
 
-    def killed(finished=False):
-        save(finished)
+    def killed(drawn_statistics=None):
+        save(drawn_statistics)
         if first.step == stop:
             raise KeyboardInterrupt
 
@@ -136,6 +136,30 @@ def test_constant_p_trains_and_keeps_p(cache, tmp_path):
         torch.testing.assert_close(layer.probabilities(), torch.full(layer.logits.shape, 1 / 3))
 
 
+def test_a_run_killed_at_once_can_be_resumed(cache, tmp_path):
+    Trainer(config(cache, tmp_path / "run"))
+    assert Trainer(config(cache, tmp_path / "run"), resume=True).step == 0
+
+
+def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache, tmp_path):
+    """Mostly shared, separate stacks: argmax p leaves the tasks' streams without a kernel. With its statistics, whose
+    variance is zero there, a drawn prediction would be wrong by orders of magnitude."""
+    from sfg_fast.data import load_case
+    from sfg_fast.evaluation.predict import Predictor
+
+    network = {"init": "mostly_shared"}
+    run = config(cache, tmp_path / "run", steps=20, network=network)
+    run.network.residual = "separate"
+    Trainer(run).run()
+    predictor = Predictor(tmp_path / "run")
+    case = load_case(read_cohort(cache.parent / "cohort").split("test")[0], {})
+    best, drawn = predictor.volume(case.inputs, 0), predictor.volume(case.inputs, 8)
+    assert (best.labels == drawn.labels).all()  # the prediction itself is that of argmax p
+    assert (best.ct == drawn.ct).all()
+    assert not best.uncertainty.any()
+    assert 1 < drawn.uncertainty.mean() < 2000
+
+
 def test_a_run_is_not_overwritten(cache, tmp_path):
     Trainer(config(cache, tmp_path / "run"))
     with pytest.raises(InputError, match="holds a run already"):
@@ -174,6 +198,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_cases(cache, 
         ({"schedule": {"draw_until": 2.0}}, "schedule.draw_until=2.0"),
         ({"network": {"method": "magic"}}, "method='magic'"),
         ({"network": {"estimator": "reinforce"}}, "estimator='reinforce'"),
+        ({"network": {"estimator": "none"}}, "network.estimator='none'"),
+        ({"schedule": {"temperature_end": 2.0}}, "schedule.temperature_end=2.0"),
+        ({"bias": -0.1}, "bias=-0.1"),
     ],
 )
 def test_values_that_can_not_be(cache, tmp_path, change, message):
