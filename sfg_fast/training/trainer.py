@@ -223,8 +223,11 @@ class Trainer:
             curves["nll"][task].append(terms[f"nll/{task}"])
         allocation["step"].append(self.step)
         for name, layer in sfg_layers(self.model).items():
-            allocation["p"][name].append(layer.probabilities().mean(0).tolist())
-            allocation["entropy"][name].append(0.0 if layer.assigned else entropy(layer).mean().item())
+            # The learnt p, also while its argmax is fixed; the assignment itself where nothing is learnt.
+            learnt = layer.estimator != "none" or not layer.assigned
+            p = layer.log_p().detach().exp() if learnt else layer.probabilities()
+            allocation["p"][name].append(p.mean(0).tolist())
+            allocation["entropy"][name].append(entropy(layer).mean().item() if learnt else 0.0)
         for name, value in {**row, **terms}.items():
             if name != "step" and value is not None:
                 board.add_scalar(name, value, self.step)
