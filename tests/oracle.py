@@ -35,8 +35,8 @@ def relaxed(logits, noise, temperature):
     return e / e.sum(1, keepdim=True)
 
 
-def assert_close(actual, expected, tolerance=1e-10, what=""):
-    """Relative to the largest expected value, but never finer than 1e-13: sums of terms of order one may cancel.
+def assert_close(actual, expected, tolerance=1e-10, what="", scale=1e-3):
+    """Relative to the largest expected value, or to `scale` where that is larger: sums of larger terms may cancel.
     Gradients that should vanish may be missing."""
     if actual is None:
         actual = torch.zeros_like(expected)
@@ -44,5 +44,5 @@ def assert_close(actual, expected, tolerance=1e-10, what=""):
     if actual.numel() == 0:
         return
     error = (actual - expected).abs().max().item()
-    scale = max(expected.abs().max().item(), 1e-3)
+    scale = max(expected.abs().max().item(), scale)
     assert error <= tolerance * scale, f"{what}: error {error:.3g} at scale {scale:.3g}"
