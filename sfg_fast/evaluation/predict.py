@@ -42,7 +42,6 @@ class Predictor:
     """A trained run, ready to predict. Raises InputError for a folder that is no run or a checkpoint of another one."""
 
     def __init__(self, run: Path, device: str = "auto") -> None:
-        self.run = run
         path = run / "checkpoints" / "last.pt"
         state = checkpoint.load(path)
         if not state["finished"]:

@@ -99,9 +99,7 @@ class SFGConv2d(reference.SFGConv2d):
             self.check_names(x.groups)
             return x
         self.check_sequence(x)
-        routing = x.routing if isinstance(x, DenseFeatures) else Routing.ARROW
-        streams = FilterGroups.streams(x[0].shape[1], self.group_names[1:], x[0].device)
-        return SFGFeatures(torch.cat(list(x), 1), streams, routing)
+        return _side_by_side(x, self.group_names[1:])
 
     def _check_channels(self, features: SFGFeatures) -> None:
         if features.packed.dim() != 4 or features.groups.width != self.in_channels:
@@ -116,9 +114,15 @@ def for_backend(x: Features) -> Features:
     if isinstance(x, SFGFeatures) and backends.current() == "reference":
         return DenseFeatures(list(x), x.groups, x.routing)
     if isinstance(x, DenseFeatures) and backends.current() != "reference":
-        streams = FilterGroups.streams(x[0].shape[1], x.groups.tasks, x[0].device)
-        return SFGFeatures(torch.cat(list(x), 1), streams, x.routing)
+        return _side_by_side(x, x.groups.tasks)
     return x
+
+
+def _side_by_side(x: Sequence[Tensor], tasks: tuple[str, ...]) -> SFGFeatures:
+    """T+1 dense tensors as packed streams."""
+    routing = x.routing if isinstance(x, DenseFeatures) else Routing.ARROW
+    streams = FilterGroups.streams(x[0].shape[1], tasks, x[0].device)
+    return SFGFeatures(torch.cat(list(x), 1), streams, routing)
 
 
 def _image(x: Tensor) -> SFGFeatures:

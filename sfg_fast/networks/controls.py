@@ -88,6 +88,18 @@ def sampling(model: nn.Module) -> Iterator[None]:
             layer.sampling = value
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """`eval()` inside the `with`; after it every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def penalties(model: nn.Module) -> tuple[Tensor, Tensor]:
     """The two sums of eq. 2 over SFG kernels: (sum of ||w||^2, sum of entropies H(p) in nats).
 
@@ -121,8 +133,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False
     free = [layer for layer in layers.values() if not layer.assigned]
     norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    modes = {module: module.training for module in model.modules()}
+    before = norm_buffers(model)
     best = None if drawn else map_assignment(model)
     by_logits = {} if best is None else {layer.logits: best[name] for name, layer in layers.items()}
     best_of = {
@@ -131,33 +142,29 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False
         if isinstance(module, SFGConv2d) and module.norm is not None
     }
     try:
-        if best is not None:
-            assign(model, best)
-        model.eval()
-        for norm in norms:
-            norm.train()
-            if isinstance(norm, KernelNorm):
-                norm.forget(None if best is None else best_of[norm])
-                norm.momentum = 0.0  # the rate is max(1/n, momentum)
-            else:
-                norm.reset_running_stats()
-                norm.momentum = None
-        count = 0
-        with sampling(model) if drawn else contextlib.nullcontext():
-            for count, batch in enumerate(batches, 1):  # noqa: B007
-                model(batch)
+        with _evaluating(model):
+            if best is not None:
+                assign(model, best)
+            for norm in norms:
+                norm.train()
+                if isinstance(norm, KernelNorm):
+                    norm.forget(None if best is None else best_of[norm])
+                    norm.momentum = 0.0  # the rate is max(1/n, momentum)
+                else:
+                    norm.reset_running_stats()
+                    norm.momentum = None
+            count = 0
+            with sampling(model) if drawn else contextlib.nullcontext():
+                for count, batch in enumerate(batches, 1):  # noqa: B007
+                    model(batch)
         if not count:
             raise ValueError("recalibrate got no batch, expected at least one")
     except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(buffers[name])
+        model.load_state_dict(before, strict=False)
         raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
         for layer in free:
             layer.assign(None)
 
@@ -189,23 +196,17 @@ def predict(
         if draws_from_constant_p(model):
             raise ValueError("draws=0: the grouping is drawn from a constant p, choose draws > 0")
         map_assignment(model)  # for its warning
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     links = links or {}
     mean: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: no cancellation for HU offsets)
-    try:
-        with sampling(model) if draws else contextlib.nullcontext():
-            for draw in range(max(draws, 1)):
-                for task, y in model(x).items():
-                    y = links[task](y) if task in links else y
-                    if draw == 0:
-                        mean[task], squares[task] = y, torch.zeros_like(y)
-                    else:
-                        delta = y - mean[task]
-                        mean[task] = mean[task] + delta / (draw + 1)
-                        squares[task] = squares[task] + delta * (y - mean[task])
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with _evaluating(model), sampling(model) if draws else contextlib.nullcontext():
+        for draw in range(max(draws, 1)):
+            for task, y in model(x).items():
+                y = links[task](y) if task in links else y
+                if draw == 0:
+                    mean[task], squares[task] = y, torch.zeros_like(y)
+                else:
+                    delta = y - mean[task]
+                    mean[task] = mean[task] + delta / (draw + 1)
+                    squares[task] = squares[task] + delta * (y - mean[task])
     return {task: (mean[task], squares[task] / max(draws, 1)) for task in mean}

@@ -96,7 +96,6 @@ class Trainer:
         self.monitored = _held_out_slice(cache)
 
         torch.manual_seed(config.seed)
-        self.label_names = cache.label_names
         organs = max(cache.label_names.values(), default=0) + 1
         self.model = build_network(config, cache.in_channels, organs)
         _start_from_the_mean(self.model, cache, config)
