@@ -19,14 +19,16 @@ def input_gradient(dy: Tensor, weight: Tensor, blocks: Blocks, geometry: Geometr
     return _backward(dy, x, weight, geometry, 0)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, blocks: Blocks, geometry: Geometry, kernel: tuple[int, int]) -> Tensor:
+def weight_gradient(
+    x: Tensor, dy: Tensor, blocks: Blocks, geometry: Geometry, kernel: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     weight = x.new_empty(1).expand(dy.shape[1], x.shape[1], *kernel)
     dw = _backward(dy, x, weight, geometry, 1)
     rows, columns = (
         torch.repeat_interleave(offsets.diff(), output_size=size)
         for offsets, size in ((blocks.rows, dw.shape[0]), (blocks.columns, dw.shape[1]))
     )
-    return dw.where(blocks.reads[rows[:, None], columns][:, :, None, None], 0)
+    return dw.where(blocks.reads[rows[:, None], columns][:, :, None, None], 0), dy.sum((0, 2, 3))
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: int) -> Tensor:

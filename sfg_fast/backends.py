@@ -43,18 +43,32 @@ def current() -> str:
     return _forced.get() or _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
 
 
-def kernels(x: Tensor) -> ModuleType:
-    """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x`."""
+def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
+    """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x`, and the dtype
+    that it is to be done in: under autocast autocast's own, or float32 for kernels that don't know that."""
     name = current()
-    if name == "auto":  # measured: the plain loops of `native` are two to seven times slower than torch's convolution
-        return _load("masked")
     if name == "reference":
         raise BackendError("backend 'reference' can't run this: it is a packed operation, call a layer or a network")
-    module = _load(name)
-    problem = module.cannot(x)
+    module = _load(_fastest(x) if name == "auto" else name)
+    dtype = autocast_dtype(x)
+    if dtype is not None and module.cannot(x.new_empty(0, dtype=dtype)):
+        dtype = torch.float32
+    dtype = dtype or x.dtype
+    problem = module.cannot(x.new_empty(0, dtype=dtype))
     if problem:
         raise BackendError(f"backend {name!r} can't run this: {problem}")
-    return module
+    return module, dtype
+
+
+def _fastest(x: Tensor) -> str:
+    """Measured (benchmarks/results/layers.md): with AVX2 or AVX-512 `native` is faster than torch's convolution on all
+    shapes, in float64 most of all, and in float32 as fast as torch's in bfloat16. Other instruction sets were not
+    measured."""
+    if x.device.type != "cpu" or not available("native"):
+        return "masked"
+    native = _load("native")
+    low_precision = x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(x) is None
+    return "native" if native.INSTRUCTION_SET in ("avx2", "avx512") and not low_precision else "masked"
 
 
 def available(name: str) -> bool:

@@ -13,9 +13,12 @@ def read_mask(rows: FilterGroups, columns: FilterGroups, routing: Routing) -> Te
     return reads[rows.ids[:, None], columns.ids]
 
 
-def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Routing) -> Tensor:
-    """Weight [K, C, kH, kW] in the layer's order -> [rows, columns, kH, kW] packed, zero where not read."""
-    packed = weight[rows.order[:, None], columns.order]
+def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Routing | None) -> Tensor:
+    """Weight [K, C, kH, kW] in the layer's order -> [rows, columns, kH, kW] packed, zero where `routing` does not read
+    (None: left as it is, for kernels that don't look there)."""
+    packed = weight.index_select(0, rows.order).index_select(1, columns.order)
+    if routing is None:
+        return packed
     return packed.where(read_mask(rows, columns, routing)[:, :, None, None], 0)
 
 

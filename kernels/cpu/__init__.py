@@ -1,10 +1,16 @@
-"""The routed convolution in C++, vectorised, for float32 and float64 on the CPU. Skips what is not read."""
+"""The routed convolution in C++, vectorised, for float32 and float64 on the CPU. Skips what is not read.
+
+One thread pool with torch, as many threads as torch uses. Outputs and input gradients don't depend on their number, to
+the bit; weight and bias gradients do: each thread sums its part of the positions.
+"""
 
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
 
 from ..blocks import Blocks, Geometry
 from . import _native
+
+INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
 
 
 def cannot(x: Tensor) -> str | None:
@@ -15,29 +21,58 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks, geometry: Geometry) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Blocks,
+    geometry: Geometry,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     size = [
         (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
         for length, taps, stride, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
     ]
     y = x.new_empty(x.shape[0], weight.shape[0], *size)
-    bias = None if bias is None else _plain(bias)
-    _native.forward(_plain(x), _plain(weight), bias, y, *blocks, *geometry, torch.get_num_threads())
+    optional = _plain_or_none(bias), _plain_or_none(residual)
+    _native.forward(_plain(x), _plain(weight), *optional, relu, y, *blocks, *geometry, torch.get_num_threads())
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, blocks: Blocks, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+def input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    blocks: Blocks,
+    geometry: Geometry,
+    size: tuple[int, int],
+    relu: Tensor | None = None,
+) -> Tensor:
     dx = dy.new_empty(dy.shape[0], weight.shape[1], *size)
-    _native.input_gradient(_plain(dy), _plain(weight), dx, *blocks, *geometry, torch.get_num_threads())
+    arrays = _plain(dy), _plain_or_none(relu), _plain(weight), dx
+    _native.input_gradient(*arrays, *blocks, *geometry, torch.get_num_threads())
     return dx
 
 
-def weight_gradient(x: Tensor, dy: Tensor, blocks: Blocks, geometry: Geometry, kernel: tuple[int, int]) -> Tensor:
+def weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    blocks: Blocks,
+    geometry: Geometry,
+    kernel: tuple[int, int],
+    relu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     dw = x.new_empty(dy.shape[1], x.shape[1], *kernel)
-    _native.weight_gradient(_plain(x), _plain(dy), dw, *blocks, *geometry, torch.get_num_threads())
-    return dw
+    db = x.new_empty(dy.shape[1])
+    arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
+    _native.weight_gradient(*arrays, *blocks, *geometry, torch.get_num_threads())
+    return dw, db
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """Contiguous and outside autograd, as DLPack wants it."""
     return tensor.detach().contiguous()
+
+
+def _plain_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _plain(tensor)

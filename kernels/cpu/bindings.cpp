@@ -1,10 +1,11 @@
-// The Python side of the CPU kernels: checks shapes, chooses the instruction set once, releases the GIL.
+// The Python side of the CPU kernels: checks shapes, releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 
@@ -13,7 +14,6 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using sfg::Blocks;
-using sfg::Kernels;
 using sfg::Shape;
 
 namespace {
@@ -26,37 +26,12 @@ using Offsets = Array<const int64_t, 1>;
 using Table = Array<const bool, 2>;
 using Pair = std::array<int64_t, 2>;
 
-const char* instruction_set() {
-#ifdef SFG_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-    return "baseline";
-}
+const char* chosen = sfg::instruction_sets()[0];
 
 template <typename T>
-const Kernels<T>& choose();
-
-#ifdef SFG_X86
-#define SFG_CHOOSE(T)                                                                     \
-    template <>                                                                           \
-    const Kernels<T>& choose<T>() {                                                       \
-        static const char first = instruction_set()[3];                                   \
-        return first == '5'   ? sfg::avx512::kernels_##T                                  \
-               : first == '2' ? sfg::avx2::kernels_##T                                    \
-                              : sfg::baseline::kernels_##T;                               \
-    }
-#else
-#define SFG_CHOOSE(T)                                                                     \
-    template <>                                                                           \
-    const Kernels<T>& choose<T>() {                                                       \
-        return sfg::baseline::kernels_##T;                                                \
-    }
-#endif
-SFG_CHOOSE(float)
-SFG_CHOOSE(double)
+const sfg::InnerLoops<T>& loops() {
+    return *sfg::inner_loops<T>(chosen);
+}
 
 void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
@@ -98,47 +73,86 @@ Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, c
 }
 
 template <typename T>
-void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Tensor<T> y, Offsets rows,
-             Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
+using Optional = std::optional<Tensor<const T>>;
+
+template <typename T>
+const T* data(const Optional<T>& tensor, const Shape& p, const char* message) {
+    if (!tensor) return nullptr;
+    const int64_t expected[] = {p.n, p.k, p.oh, p.ow};
+    for (int i = 0; i < 4; i++) require(int64_t(tensor->shape(i)) == expected[i], message);
+    return tensor->data();
+}
+
+template <typename T>
+void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
+             bool relu, Tensor<T> y, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding,
+             Pair dilation, int threads) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
+    const T* add = data<T>(residual, p, "the residual does not fit the output");
     const Blocks b = blocks(rows, columns, reads, p);
     const nb::gil_scoped_release released;
-    choose<T>().forward(x.data(), w.data(), bias ? bias->data() : nullptr, y.data(), p, b, threads);
+    sfg::forward<T>(loops<T>(), x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), p, b, threads);
 }
 
 template <typename T>
-void input_gradient(Tensor<const T> dy, Tensor<const T> w, Tensor<T> dx, Offsets rows, Offsets columns, Table reads,
-                    Pair stride, Pair padding, Pair dilation, int threads) {
+void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx, Offsets rows,
+                    Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
+    const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
     const nb::gil_scoped_release released;
-    choose<T>().input_gradient(dy.data(), w.data(), dx.data(), p, b, threads);
+    sfg::input_gradient<T>(loops<T>(), dy.data(), passed, w.data(), dx.data(), p, b, threads);
 }
 
 template <typename T>
-void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Tensor<T> dw, Offsets rows, Offsets columns, Table reads,
-                     Pair stride, Pair padding, Pair dilation, int threads) {
+void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Tensor<T> dw,
+                     std::optional<Array<T, 1>> db, Offsets rows, Offsets columns, Table reads, Pair stride,
+                     Pair padding, Pair dilation, int threads) {
     const Shape p = shape(x, dw, dy, stride, padding, dilation);
+    require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
+    const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
     const nb::gil_scoped_release released;
-    choose<T>().weight_gradient(x.data(), dy.data(), dw.data(), p, b, threads);
+    sfg::weight_gradient<T>(loops<T>(), x.data(), dy.data(), passed, dw.data(), db ? db->data() : nullptr, p, b,
+                            threads);
 }
 
 template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-          "y"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
-    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "weight"_a.noconvert(), "dx"_a.noconvert(),
-          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
-    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "dw"_a.noconvert(),
-          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
+          "padding"_a, "dilation"_a, "threads"_a);
+    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(),
+          "weight"_a.noconvert(), "dx"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
+          "dilation"_a, "threads"_a);
+    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(),
+          "relu"_a.noconvert().none(), "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a,
+          "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.attr("instruction_set") = instruction_set();
+    m.def(
+        "instruction_sets",
+        [] {
+            nb::list names;
+            for (const char* const* name = sfg::instruction_sets(); *name; name++) names.append(nb::str(*name));
+            return names;
+        },
+        "What this processor can run, fastest first.");
+    m.def(
+        "use",
+        [](const char* name) {
+            for (const char* const* known = sfg::instruction_sets(); *known; known++)
+                if (!std::strcmp(*known, name)) {
+                    chosen = *known;
+                    return;
+                }
+            throw std::invalid_argument("this processor does not have the instruction set asked for");
+        },
+        "Choose an instruction set (for tests and benchmarks; the fastest is in use from the start).");
     define<float>(m);
     define<double>(m);
 }

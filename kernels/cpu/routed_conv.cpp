@@ -1,167 +1,412 @@
-// Plain loops over image rows that the compiler vectorises. Blocks that are not read are skipped.
-// Every output element is summed by one thread in a fixed order: the bits don't depend on the number of threads.
+// The three passes: plan, pack the weights, then work through the blocks of the output, several threads at a time.
 #include "routed_conv.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "plan.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace sfg {
-namespace SFG_ISA {
 namespace {
 
-constexpr int TILE = 4;  // channels that share one pass over a row
+constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread
+constexpr int64_t CONVOLUTION_POSITIONS = 4096;
+constexpr int64_t GRADIENT_POSITIONS = 1536;  // of a block, so that a tile's outputs stay in the first-level cache
+constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
 
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+template <typename T>
+class Buffer {
+   public:
+    explicit Buffer(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, bytes(size)))) {
+        if (!data_) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* data() const { return data_; }
 
-// Output columns [first, last) whose input column, ow * stride - padding + tap * dilation, lies in the image.
-struct Span {
-    int64_t first, last, offset;
+   private:
+    static size_t bytes(int64_t size) { return round_up(std::max<int64_t>(size, 1) * sizeof(T), 64); }
+    T* data_;
 };
 
-Span span(const Shape& p, int64_t tap) {
-    const int64_t offset = tap * p.dilation[1] - p.padding[1];
-    const int64_t first = std::max<int64_t>(0, ceil_div(-offset, p.stride[1]));
-    const int64_t last = std::min(p.ow, ceil_div(p.w - offset, p.stride[1]));
-    return {first, std::max(first, last), offset};
-}
-
-// y[i][j] += weight[i] * x[j * stride], for `count` rows y.
-template <typename T>
-inline void add_rows(T* const* y, const T* weight, int count, const T* x, int64_t stride, int64_t length) {
-    if (count == TILE && stride == 1) {
-        T *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
-        const T w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
-#pragma omp simd
-        for (int64_t j = 0; j < length; j++) {
-            const T v = x[j];
-            y0[j] += w0 * v;
-            y1[j] += w1 * v;
-            y2[j] += w2 * v;
-            y3[j] += w3 * v;
-        }
+// body(thread) on each of `threads` threads; they share the loops inside with `omp for`.
+template <typename Body>
+void on_threads([[maybe_unused]] int threads, const Body& body) {
+    // One thread enters no parallel region: after a fork (data loading workers) the pool's threads are gone.
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(omp_get_thread_num(), omp_get_num_threads());
         return;
     }
-    for (int i = 0; i < count; i++) {
-        T* out = y[i];
-        const T w = weight[i];
-#pragma omp simd
-        for (int64_t j = 0; j < length; j++) out[j] += w * x[j * stride];
+#endif
+    body(0, 1);
+}
+
+// Kernels of 1x1 know no rows: the image is one long line.
+Shape one_line(Shape p) {
+    const bool pointwise = p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
+    if (pointwise) p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
+    return p;
+}
+
+template <typename T>
+Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, const Axis& v, const Axis& h, int64_t row,
+                int64_t rows, int64_t column, int64_t columns, T* scratch, const Layout& layout) {
+    const int64_t offset = channels.first * plane;
+    return {image + offset,
+            relu ? relu + offset : nullptr,
+            plane,
+            channels.last - channels.first,
+            {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},
+            {h.phases.data(), int64_t(h.phases.size()), column + h.low, h.stride, h.slots(columns), h.length},
+            scratch,
+            layout.source_stride,
+            layout.phase_stride,
+            layout.pitch,
+            layout.slack};
+}
+
+// Where one part of the channels meets one lattice of positions.
+struct Job {
+    const Part* part;
+    const Axis *vertical, *horizontal;
+    Layout layout;
+    int64_t row_blocks, column_blocks, first_item;  // items are counted through all jobs of an image
+};
+
+std::vector<Job> jobs_of(const std::vector<Part>& parts, const std::vector<Axis>& vertical,
+                         const std::vector<Axis>& horizontal, const Shape& p, int64_t lanes, int64_t size_of_number,
+                         bool outputs_too, int64_t most_positions, double flat_cost, int64_t* items) {
+    std::vector<Job> jobs;
+    *items = 0;
+    for (const Part& part : parts)
+        for (const Axis& v : vertical)
+            for (const Axis& h : horizontal) {
+                if (v.count == 0 || h.count == 0) continue;
+                const int64_t channels = part.reads.last - part.reads.first +
+                                         (outputs_too ? part.outputs.last - part.outputs.first : 0);
+                Job job{&part, &v, &h, layout(v, h, p.s, channels, lanes, size_of_number, SCRATCH_BYTES, most_positions, flat_cost), 0, 0, *items};
+                job.row_blocks = (v.count + job.layout.rows - 1) / job.layout.rows;
+                job.column_blocks = (h.count + job.layout.columns - 1) / job.layout.columns;
+                *items += job.row_blocks * job.column_blocks;
+                jobs.push_back(job);
+            }
+    return jobs;
+}
+
+// One block of one job.
+struct Patch {
+    const Job* job;
+    int64_t row, rows, column, columns;
+
+    Patch(const std::vector<Job>& jobs, int64_t item) {
+        auto next = std::upper_bound(jobs.begin(), jobs.end(), item,
+                                     [](int64_t value, const Job& j) { return value < j.first_item; });
+        job = &*(next - 1);
+        const Layout& layout = job->layout;
+        item -= job->first_item;
+        row = item / job->column_blocks * layout.rows, column = item % job->column_blocks * layout.columns;
+        rows = std::min(layout.rows, job->vertical->count - row);
+        columns = std::min(layout.columns, job->horizontal->count - column);
     }
-}
+};
 
+// Forward pass and input gradient: out[n,k] = act(bias[k] + sum of weight * in) + residual.
 template <typename T>
-void forward(const T* x, const T* weight, const T* bias, T* y, const Shape& p, const Blocks& blocks,
-             [[maybe_unused]] int threads) {
-    const int64_t taps = p.r * p.s;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < p.n; n++)
-        for (int64_t oh = 0; oh < p.oh; oh++)
-            for (int64_t out = 0; out < blocks.groups_out; out++)
-                for (int64_t k = blocks.rows[out]; k < blocks.rows[out + 1]; k += TILE) {
-                    const int count = static_cast<int>(std::min<int64_t>(TILE, blocks.rows[out + 1] - k));
-                    T *rows[TILE], *shifted[TILE];
-                    for (int i = 0; i < count; i++) {
-                        rows[i] = y + ((n * p.k + k + i) * p.oh + oh) * p.ow;
-                        std::fill(rows[i], rows[i] + p.ow, bias ? bias[k + i] : T(0));
-                    }
-                    for (int64_t in = 0; in < blocks.groups_in; in++) {
-                        if (!blocks.reads[out * blocks.groups_in + in]) continue;
-                        for (int64_t c = blocks.columns[in]; c < blocks.columns[in + 1]; c++)
-                            for (int64_t r = 0; r < p.r; r++) {
-                                const int64_t h = oh * p.stride[0] - p.padding[0] + r * p.dilation[0];
-                                if (h < 0 || h >= p.h) continue;
-                                const T* line = x + ((n * p.c + c) * p.h + h) * p.w;
-                                for (int64_t s = 0; s < p.s; s++) {
-                                    const Span at = span(p, s);
-                                    if (at.first == at.last) continue;
-                                    T w[TILE];
-                                    for (int i = 0; i < count; i++) {
-                                        w[i] = weight[((k + i) * p.c + c) * taps + r * p.s + s];
-                                        shifted[i] = rows[i] + at.first;
-                                    }
-                                    const T* from = line + at.first * p.stride[1] + at.offset;
-                                    add_rows(shifted, w, count, from, p.stride[1], at.last - at.first);
-                                }
-                            }
-                    }
-                }
-}
+struct Convolution {
+    const InnerLoops<T>& loops;
+    const T *in, *relu_in;           // relu_in: see Copy
+    int64_t in_channels, in_plane;   // plane: numbers in a channel
+    const T *weight, *bias;
+    int64_t output_stride, read_stride;  // of the weight
+    const T* residual;
+    bool relu;
+    T* out;
+    int64_t out_channels, out_plane, out_width;
+    std::vector<Part> parts;
+    int64_t weights;
+    std::vector<Axis> vertical, horizontal;
+};
 
+// [tile][channel read][tap][output], and behind them the biases of all tiles.
 template <typename T>
-void input_gradient(const T* dy, const T* weight, T* dx, const Shape& p, const Blocks& blocks,
-             [[maybe_unused]] int threads) {
-    const int64_t taps = p.r * p.s;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < p.n; n++)
-        for (int64_t h = 0; h < p.h; h++)
-            for (int64_t in = 0; in < blocks.groups_in; in++)
-                for (int64_t c = blocks.columns[in]; c < blocks.columns[in + 1]; c += TILE) {
-                    const int count = static_cast<int>(std::min<int64_t>(TILE, blocks.columns[in + 1] - c));
-                    T *rows[TILE], *shifted[TILE];
-                    for (int i = 0; i < count; i++) {
-                        rows[i] = dx + ((n * p.c + c + i) * p.h + h) * p.w;
-                        std::fill(rows[i], rows[i] + p.w, T(0));
-                    }
-                    for (int64_t out = 0; out < blocks.groups_out; out++) {
-                        if (!blocks.reads[out * blocks.groups_in + in]) continue;
-                        for (int64_t k = blocks.rows[out]; k < blocks.rows[out + 1]; k++)
-                            for (int64_t r = 0; r < p.r; r++) {
-                                const int64_t reached = h + p.padding[0] - r * p.dilation[0];
-                                if (reached < 0 || reached % p.stride[0] || reached / p.stride[0] >= p.oh) continue;
-                                const T* line = dy + ((n * p.k + k) * p.oh + reached / p.stride[0]) * p.ow;
-                                for (int64_t s = 0; s < p.s; s++) {
-                                    const Span at = span(p, s);
-                                    const int64_t to = at.first * p.stride[1] + at.offset;
-                                    for (int i = 0; i < count; i++) shifted[i] = rows[i] + to;
-                                    T w[TILE];
-                                    for (int i = 0; i < count; i++)
-                                        w[i] = weight[(k * p.c + c + i) * taps + r * p.s + s];
-                                    if (p.stride[1] == 1) {
-                                        add_rows(shifted, w, count, line + at.first, 1, at.last - at.first);
-                                    } else {
-                                        for (int i = 0; i < count; i++)
-                                            for (int64_t j = 0; j < at.last - at.first; j++)
-                                                shifted[i][j * p.stride[1]] += w[i] * line[at.first + j];
-                                    }
-                                }
-                            }
-                    }
-                }
-}
-
-template <typename T>
-void weight_gradient(const T* x, const T* dy, T* dw, const Shape& p, const Blocks& blocks,
-             [[maybe_unused]] int threads) {
-    std::fill(dw, dw + p.k * p.c * p.r * p.s, T(0));
-    for (int64_t out = 0; out < blocks.groups_out; out++)
-        for (int64_t in = 0; in < blocks.groups_in; in++) {
-            if (!blocks.reads[out * blocks.groups_in + in]) continue;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-            for (int64_t k = blocks.rows[out]; k < blocks.rows[out + 1]; k++)
-                for (int64_t c = blocks.columns[in]; c < blocks.columns[in + 1]; c++)
-                    for (int64_t r = 0; r < p.r; r++)
-                        for (int64_t s = 0; s < p.s; s++) {
-                            const Span at = span(p, s);
-                            double total = 0;  // rows are summed in T, their sums in double
-                            for (int64_t n = 0; n < p.n; n++)
-                                for (int64_t oh = 0; oh < p.oh; oh++) {
-                                    const int64_t h = oh * p.stride[0] - p.padding[0] + r * p.dilation[0];
-                                    if (h < 0 || h >= p.h) continue;
-                                    const T* a = dy + ((n * p.k + k) * p.oh + oh) * p.ow + at.first;
-                                    const T* b = x + ((n * p.c + c) * p.h + h) * p.w + at.first * p.stride[1] + at.offset;
-                                    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-                                    for (int64_t j = 0; j < at.last - at.first; j++) sum += a[j] * b[j * p.stride[1]];
-                                    total += static_cast<double>(sum);
-                                }
-                            dw[((k * p.c + c) * p.r + r) * p.s + s] = static_cast<T>(total);
-                        }
+void pack(const Convolution<T>& task, int64_t taps, const Tile& tile, T* packed, T* biases) {
+    T* to = packed + tile.weights * taps;
+    for (const Range& range : tile.reads)
+        for (int64_t c = range.first; c < range.last; c++) {
+            const T* from = task.weight + tile.first * task.output_stride + c * task.read_stride;
+            for (int64_t t = 0; t < taps; t++)
+                for (int64_t k = 0; k < tile.outputs; k++) *to++ = from[k * task.output_stride + t];
         }
+    for (int64_t k = tile.first; k < tile.first + tile.outputs; k++) biases[k] = task.bias ? task.bias[k] : T(0);
+}
+
+// A finished block from scratch to where it belongs.
+template <typename T>
+void place(const T* from, int64_t channel_stride, const Tile& tile, const Patch& patch, const Convolution<T>& task, int64_t n) {
+    const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
+    for (int64_t k = 0; k < tile.outputs; k++)
+        for (int64_t i = 0; i < patch.rows; i++) {
+            const T* row = from + k * channel_stride + i * patch.job->layout.pitch;
+            const int64_t at = (n * task.out_channels + tile.first + k) * task.out_plane +
+                               (v.first + (patch.row + i) * v.step) * task.out_width + h.first + patch.column * h.step;
+            T* to = task.out + at;
+            if (task.residual)
+                for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j] + task.residual[at + j * h.step];
+            else if (h.step == 1)
+                std::memcpy(to, row, patch.columns * sizeof(T));
+            else
+                for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j];
+        }
+}
+
+template <typename T>
+void convolve(const Convolution<T>& task, const Shape& p, int threads) {
+    const int64_t lanes = task.loops.lanes, taps = p.r * p.s;
+    int64_t items = 0;
+    // Small problems are cut finer, so that every thread gets some blocks.
+    const int64_t share = p.n * task.out_plane / (3 * threads);
+    const int64_t most = threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
+    const std::vector<Job> jobs = jobs_of(task.parts, task.vertical, task.horizontal, p, lanes, sizeof(T), false, most, FLAT_OUTPUT, &items);
+    int64_t source = 0, detour = 0;
+    for (const Job& job : jobs) {
+        source = std::max(source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
+        if (job.layout.flat || job.horizontal->step != 1)
+            detour = std::max(detour, spread(job.layout.rows * job.layout.pitch, sizeof(T)));
+    }
+    source = spread(source, sizeof(T)), detour *= task.loops.outputs;
+    const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + detour) * threads);
+    T* biases = packed.data() + task.weights * taps;
+    std::vector<const Tile*> tiles;
+    for (const Part& part : task.parts)
+        for (const Tile& tile : part.tiles) tiles.push_back(&tile);
+
+    on_threads(threads, [&](int thread, int) {
+        T* x = scratch.data() + (source + detour) * thread;
+        T* aside = x + source;
+        std::memset(x, 0, source * sizeof(T));
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles.size(); i++) pack(task, taps, *tiles[i], packed.data(), biases);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < p.n * items; item++) {
+            const int64_t n = item / items;
+            const Patch patch(jobs, item % items);
+            const Job& job = *patch.job;
+            const Layout& layout = job.layout;
+            const Axis &v = *job.vertical, &h = *job.horizontal;
+            const int64_t image = n * task.in_channels * task.in_plane;
+            task.loops.copy(copy_of(task.in + image, task.relu_in ? task.relu_in + image : nullptr, task.in_plane,
+                                    job.part->reads, v, h, patch.row, patch.rows, patch.column, patch.columns, x, layout));
+            const bool direct = !layout.flat && h.step == 1;
+            const int64_t aside_stride = spread(layout.rows * layout.pitch, sizeof(T));
+            for (const Tile& tile : job.part->tiles) {
+                const int64_t at = (n * task.out_channels + tile.first) * task.out_plane +
+                                   (v.first + patch.row * v.step) * task.out_width + h.first + patch.column;
+                task.loops.output({x - job.part->reads.first * layout.source_stride,
+                                   layout.source_stride,
+                                   layout.taps.data(),
+                                   int64_t(layout.taps.size()),
+                                   tile.reads.data(),
+                                   int64_t(tile.reads.size()),
+                                   packed.data() + tile.weights * taps,
+                                   taps,
+                                   biases + tile.first,
+                                   tile.outputs,
+                                   task.relu,
+                                   layout.strips(patch.rows, patch.columns),
+                                   direct ? task.out + at : aside,
+                                   direct && task.residual ? task.residual + at : nullptr,
+                                   direct ? task.out_plane : aside_stride,
+                                   direct ? v.step * task.out_width : layout.pitch});
+                if (!direct) place(aside, aside_stride, tile, patch, task, n);
+            }
+        }
+    });
+}
+
+std::vector<Axis> undilated_all(const std::vector<Axis>& axes) {
+    std::vector<Axis> all;
+    for (const Axis& axis : axes)
+        for (const Axis& part : undilated(axis)) all.push_back(part);
+    return all;
 }
 
 }  // namespace
 
-extern const Kernels<float> kernels_float = {forward<float>, input_gradient<float>, weight_gradient<float>};
-extern const Kernels<double> kernels_double = {forward<double>, input_gradient<double>, weight_gradient<double>};
+template <typename T>
+void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
+             const Shape& shape, const Blocks& blocks, int threads) {
+    const Shape p = one_line(shape);
+    const int64_t taps = p.r * p.s;
+    Convolution<T> task{loops, x, nullptr, p.c, p.h * p.w, weight, bias, p.c * taps, taps, residual, relu, y,
+                        p.k, p.oh * p.ow, p.ow, {}, 0, undilated(forward_axis(p, 0)), {forward_axis(p, 1)}};
+    task.parts = parts(blocks, false, loops.outputs, &task.weights);
+    convolve(task, p, threads);
+}
 
-}  // namespace SFG_ISA
+template <typename T>
+void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, const Shape& shape,
+                    const Blocks& blocks, int threads) {
+    const Shape p = one_line(shape);
+    const int64_t taps = p.r * p.s;
+    Convolution<T> task{loops, dy, relu, p.k, p.oh * p.ow, weight, nullptr, taps, p.c * taps, nullptr, false, dx,
+                        p.c, p.h * p.w, p.w, {}, 0, undilated_all(gradient_axes(p, 0)), gradient_axes(p, 1)};
+    task.parts = parts(blocks, true, loops.outputs, &task.weights);
+    convolve(task, p, threads);
+}
+
+template <typename T>
+void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
+                     const Shape& shape, const Blocks& blocks, int threads) {
+    const Shape p = one_line(shape);
+    const int64_t taps = p.r * p.s, lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
+    int64_t weights = 0, items = 0;
+    const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
+    const std::vector<Axis> vertical = undilated(forward_axis(p, 0)), horizontal = {forward_axis(p, 1)};
+    const int64_t share = p.n * out_plane / threads;
+    const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
+    const std::vector<Job> jobs = jobs_of(channel_parts, vertical, horizontal, p, lanes, sizeof(T), true, most, 1, &items);
+    int64_t source = 0, gradient = 0, streams_most = 0;
+    for (const Job& job : jobs) {
+        const int64_t reads = job.part->reads.last - job.part->reads.first;
+        const int64_t out_stride = spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T));
+        source = std::max(source, reads * job.layout.source_stride);
+        gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * out_stride);
+        streams_most = std::max(streams_most, reads * taps);
+    }
+    source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
+    const int64_t sums = spread(weights * taps + p.k, sizeof(T)), per_thread = source + gradient + sums;
+    const Buffer<T> scratch(per_thread * threads);
+    const Buffer<Stream<T>> stream_lists(streams_most * threads);
+    const auto sums_of = [&](int thread) { return scratch.data() + per_thread * thread + source + gradient; };
+    std::vector<const Tile*> tiles;
+    for (const Part& part : channel_parts)
+        for (const Tile& tile : part.tiles) tiles.push_back(&tile);
+
+    const int64_t none = 0, total = p.n * items;
+
+    on_threads(threads, [&](int thread, int team) {
+        T* xs = scratch.data() + per_thread * thread;
+        T *dys = xs + source, *dws = dys + gradient, *dbs = dws + weights * taps;
+        Stream<T>* streams = stream_lists.data() + streams_most * thread;
+        std::memset(xs, 0, per_thread * sizeof(T));
+        const int64_t last = total * (thread + 1) / team;  // a fixed share, for the sake of equal bits
+        for (int64_t item = total * thread / team; item < last; item++) {
+            const int64_t n = item / items;
+            const Patch patch(jobs, item % items);
+            const Job& job = *patch.job;
+            const Layout& layout = job.layout;
+            const Axis &v = *job.vertical, &h = *job.horizontal;
+            const Range outputs = job.part->outputs;
+            loops.copy(copy_of<T>(x + n * p.c * plane, nullptr, plane, job.part->reads, v, h, patch.row, patch.rows,
+                                  patch.column, patch.columns, xs, layout));
+            const int64_t out_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T));
+            const int64_t image = (n * p.k + outputs.first) * out_plane;
+            // The outputs' lines are v.first + i * v.step; columns are all there is.
+            loops.copy({dy + image, relu ? relu + image : nullptr, out_plane, outputs.last - outputs.first,
+                        {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
+                        {&none, 1, patch.column, 1, patch.columns, p.ow},
+                        dys, out_stride, 0, layout.pitch, lanes});
+            if (db)
+                for (int64_t k = outputs.first; k < outputs.last; k++)
+                    loops.sum(dys + (k - outputs.first) * out_stride, patch.rows, layout.pitch, patch.columns, dbs + k);
+            Strips strips = layout.strips(patch.rows, patch.columns);
+            strips.length = round_up(strips.length, lanes);
+            for (const Tile& tile : job.part->tiles) {
+                int64_t count = 0, channel = 0;
+                for (const Range& range : tile.reads)
+                    for (int64_t c = range.first; c < range.last; c++, channel++)
+                        for (const Tap& tap : layout.taps)
+                            streams[count++] = {xs + (c - job.part->reads.first) * layout.source_stride + tap.offset,
+                                                dws + ((tile.weights * taps + (channel * taps + tap.index) * tile.outputs))};
+                loops.gradient({dys + (tile.first - outputs.first) * out_stride, out_stride, tile.outputs, streams, count, strips});
+            }
+        }
+        // Added up in the order of the threads.
+        const int64_t kernel = p.c * taps;
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles.size(); i++) {
+            const Tile& tile = *tiles[i];
+            std::memset(dw + tile.first * kernel, 0, tile.outputs * kernel * sizeof(T));
+            for (int64_t k = 0; k < tile.outputs; k++) {
+                int64_t at = tile.weights * taps + k;
+                for (const Range& range : tile.reads)
+                    for (int64_t q = range.first * taps; q < range.last * taps; q++, at += tile.outputs) {
+                        T total = 0;
+                        for (int t = 0; t < team; t++) total += sums_of(t)[at];
+                        dw[(tile.first + k) * kernel + q] = total;
+                    }
+            }
+            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++) {
+                db[k] = 0;
+                for (int t = 0; t < team; t++) db[k] += sums_of(t)[weights * taps + k];
+            }
+        }
+    });
+}
+
+namespace {
+
+template <typename T>
+const InnerLoops<T>& portable_loops();
+template <>
+const InnerLoops<float>& portable_loops<float>() { return portable::loops_float; }
+template <>
+const InnerLoops<double>& portable_loops<double>() { return portable::loops_double; }
+
+}  // namespace
+
+#ifdef SFG_X86
+const char* const* instruction_sets() {
+    static const char* const all[] = {"avx512", "avx2", "portable", nullptr};
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return all;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? all + 1 : all + 2;
+}
+#else
+const char* const* instruction_sets() {
+    static const char* const all[] = {"portable", nullptr};
+    return all;
+}
+#endif
+
+template <typename T>
+const InnerLoops<T>* inner_loops(const char* name) {
+    for (const char* const* known = instruction_sets(); *known; known++) {
+        if (std::strcmp(*known, name)) continue;
+#ifdef SFG_X86
+        if constexpr (sizeof(T) == 4) {
+            if (!std::strcmp(name, "avx512")) return &avx512::loops_float;
+            if (!std::strcmp(name, "avx2")) return &avx2::loops_float;
+        } else {
+            if (!std::strcmp(name, "avx512")) return &avx512::loops_double;
+            if (!std::strcmp(name, "avx2")) return &avx2::loops_double;
+        }
+#endif
+        return &portable_loops<T>();
+    }
+    return nullptr;
+}
+
+#define SFG_INSTANTIATE(T)                                                                                             \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, const Shape&,     \
+                             const Blocks&, int);                                                                      \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, const Shape&,              \
+                                    const Blocks&, int);                                                               \
+    template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,         \
+                                     const Blocks&, int);                                                              \
+    template const InnerLoops<T>* inner_loops<T>(const char*);
+SFG_INSTANTIATE(float)
+SFG_INSTANTIATE(double)
+
 }  // namespace sfg

@@ -1,13 +1,15 @@
-// The routed convolution on packed, contiguous NCHW tensors. See kernels/__init__.py for the contract.
+// The routed convolution on packed, contiguous NCHW tensors in memory. See kernels/__init__.py for the contract.
 #pragma once
 #include <cstdint>
+
+#include "inner_loops.h"
 
 namespace sfg {
 
 struct Shape {
-    int64_t n, c, h, w;           // input
-    int64_t k, oh, ow;            // output
-    int64_t r, s;                 // kernel
+    int64_t n, c, h, w;                          // input
+    int64_t k, oh, ow;                           // output
+    int64_t r, s;                                // kernel
     int64_t stride[2], padding[2], dilation[2];  // vertical, horizontal
 };
 
@@ -19,22 +21,26 @@ struct Blocks {
     int64_t groups_out, groups_in;
 };
 
+// y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on `threads`.
+// bias, residual (laid out as y): may be null.
 template <typename T>
-struct Kernels {
-    void (*forward)(const T* x, const T* weight, const T* bias, T* y, const Shape&, const Blocks&, int threads);
-    void (*input_gradient)(const T* dy, const T* weight, T* dx, const Shape&, const Blocks&, int threads);
-    void (*weight_gradient)(const T* x, const T* dy, T* dw, const Shape&, const Blocks&, int threads);
-};
+void forward(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
+             const Shape&, const Blocks&, int threads);
 
-// One set for each instruction set that the file was compiled for.
-#define SFG_DECLARE(isa)                 \
-    namespace isa {                      \
-    extern const Kernels<float> kernels_float;   \
-    extern const Kernels<double> kernels_double; \
-    }
-SFG_DECLARE(baseline)
-SFG_DECLARE(avx2)
-SFG_DECLARE(avx512)
-#undef SFG_DECLARE
+// dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
+template <typename T>
+void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, const Shape&,
+                    const Blocks&, int threads);
+
+// dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added in
+// the order of the threads: the bits depend on how many there are, and on nothing else.
+template <typename T>
+void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
+                     const Blocks&, int threads);
+
+// Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
+const char* const* instruction_sets();
+template <typename T>
+const InnerLoops<T>* inner_loops(const char* name);  // null if there is none of that name
 
 }  // namespace sfg

@@ -64,35 +64,39 @@ class SFGConv2d(reference.SFGConv2d):
         routing = Routing.ALL if image else features.routing
         spec = RoutedConv(groups, features.groups, routing, geometry)
         weight = self.weight_of(groups)
+        relu = self.norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
         if groups.drawn is None:
-            return SFGFeatures(self._epilogue(routed_conv(packed, weight, self.bias, spec), groups), groups)
-        live, everything = routed_conv_expanded(packed, weight, self.bias, spec)
+            u = routed_conv(packed, weight, self.bias, spec, relu)
+            return SFGFeatures(self._epilogue(u, groups, relu), groups)
+        live, everything = routed_conv_expanded(packed, weight, self.bias, spec, relu)
         assert everything is not None
-        return SFGFeatures(self._epilogue_expanded(live, everything, groups), groups)
+        return SFGFeatures(self._epilogue_expanded(live, everything, groups, relu), groups)
 
-    def _epilogue(self, u: Tensor, groups: FilterGroups) -> Tensor:
-        """Norm, activation and gate for rows that are all live."""
+    def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool) -> Tensor:
+        """Norm, activation (unless done) and gate for rows that are all live."""
         if self.norm is not None:
             u = self.norm(u, groups)[0]
-        h = activate(u, self.activation)
+        h = u if activated else activate(u, self.activation)
         if not groups.full:
             return h  # one-hot gates of the drawn rows are one
         gates = groups.row_gates()
         assert gates is not None
         return (h.to(gates.dtype) * gates[:, None, None]).to(h.dtype)  # so that the gates' gradient is summed in fp32
 
-    def _epilogue_expanded(self, live: Tensor, everything: Tensor, groups: FilterGroups) -> Tensor:
+    def _epilogue_expanded(self, live: Tensor, everything: Tensor, groups: FilterGroups, activated: bool) -> Tensor:
         """The same for expanded groups: autograd follows the live rows; the others only give their gate a gradient."""
         assert groups.drawn is not None
         if self.norm is not None:
             live, scale, shift = self.norm(live, groups.drawn)
             scale, shift = (values.reshape(-1, 1, 1).to(everything.dtype) for values in (scale, shift))
             everything = torch.addcmul(shift, everything, scale)
-        with torch.no_grad():
-            everything = activate(everything, self.activation)
+        if not activated:
+            live = activate(live, self.activation)
+            with torch.no_grad():
+                everything = activate(everything, self.activation)
         gates = groups.row_gates()
         assert gates is not None
-        return _Gate.apply(activate(live, self.activation), gates, everything, groups.drawn.rows_in_streams)
+        return _Gate.apply(live, gates, everything, groups.drawn.rows_in_streams)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):

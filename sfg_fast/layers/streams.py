@@ -58,8 +58,7 @@ class StreamBlock(nn.Module):
         h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec)
         h = F.relu(h if self.norm2 is None else self.norm2(h))
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
-        h = routed_conv(h, self.conv2.weight, self.conv2.bias, spec)
-        return SFGFeatures(x.streams() + h, streams)
+        return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=x.streams()), streams)
 
     def _reference(self, x: DenseFeatures) -> DenseFeatures:
         """One plain residual block for each stream."""

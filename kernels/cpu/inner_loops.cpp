@@ -1,0 +1,371 @@
+// Compiled once for each instruction set (namespace SFG_ISA), with GCC's and Clang's vector extensions.
+// Nothing of the standard library's templates is used here: the linker might take such a function from the file with the
+// widest instruction set for everybody.
+#include "inner_loops.h"
+
+#include <cstring>
+#include <utility>
+
+#define SFG_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SFG_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SFG_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace sfg {
+namespace SFG_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32, REGISTERS = 16;
+#else
+constexpr int BYTES = 16, REGISTERS = 16;
+#endif
+
+template <typename T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+    typedef float Vector __attribute__((vector_size(BYTES)));
+    typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+};
+template <>
+struct Vectors<double> {
+    typedef double Vector __attribute__((vector_size(BYTES)));
+    typedef double Unaligned __attribute__((vector_size(BYTES), aligned(8), may_alias));
+};
+template <typename T>
+using Vector = typename Vectors<T>::Vector;
+template <typename T>
+constexpr int LANES = BYTES / sizeof(T);
+
+template <typename T>
+SFG_INLINE Vector<T> load(const T* from) {
+    return *reinterpret_cast<const typename Vectors<T>::Unaligned*>(from);
+}
+template <typename T>
+SFG_INLINE void store(T* to, Vector<T> value) {
+    *reinterpret_cast<typename Vectors<T>::Unaligned*>(to) = value;
+}
+template <typename T>
+SFG_INLINE Vector<T> broadcast(T value) {
+    return value - Vector<T>{};
+}
+
+// Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of them,
+// and the load ports limit the loop (73 instead of 134 GFLOP/s in the weight gradient, GCC 12, AVX2).
+template <typename V>
+SFG_INLINE void keep(V& value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX2__)
+    asm("" : "+x"(value));
+#else
+    (void)value;
+#endif
+}
+
+// [a0+a1, a2+a3, .., b0+b1, b2+b3, ..]
+template <typename T, int... I>
+SFG_INLINE Vector<T> add_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+#else
+    T from[2 * sizeof...(I)], to[sizeof...(I)];
+    store<T>(from, a);
+    store<T>(from + sizeof...(I), b);
+    for (int i = 0; i < int(sizeof...(I)); i++) to[i] = from[2 * i] + from[2 * i + 1];
+    return load(to);
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of vector i (N of them, at most as many as there are lanes).
+template <typename T, int N, int PartialSums = LANES<T>>
+SFG_INLINE Vector<T> lane_sums(const Vector<T>* vectors) {
+    if constexpr (PartialSums == 1) {
+        return vectors[0];
+    } else {
+        Vector<T> next[(N + 1) / 2];
+        SFG_UNROLL
+        for (int i = 0; i < (N + 1) / 2; i++)
+            next[i] = add_pairs<T>(vectors[2 * i], vectors[2 * i + 1 < N ? 2 * i + 1 : 2 * i],
+                                   std::make_integer_sequence<int, LANES<T>>{});
+        return lane_sums<T, (N + 1) / 2, PartialSums / 2>(next);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- copy
+
+template <typename T>
+SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int64_t stride) {
+    int64_t j = 0;
+    if (stride == 1 && !relu) {
+        memcpy(to, from, count * sizeof(T));
+        return;
+    }
+    if (stride == 1)
+        for (const Vector<T> none{}; j + LANES<T> <= count; j += LANES<T>)
+            store<T>(to + j, load(relu + j) <= none ? none : load(from + j));
+    for (; j < count; j++) to[j] = relu && relu[j * stride] <= 0 ? T(0) : from[j * stride];
+}
+
+// Asks for a row well before it is copied: rows are too short for the processor to guess what comes next.
+template <typename T>
+SFG_INLINE void prefetch_row(const T* row, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
+}
+
+SFG_INLINE void zero(void* at, int64_t bytes) {
+    if (bytes > 0) memset(at, 0, bytes);
+}
+
+SFG_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+SFG_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+template <typename T>
+void copy(const Copy<T>& t) {
+    const Side &v = t.vertical, &h = t.horizontal;
+    const int64_t fill = h.slots > t.pitch ? h.slots : t.pitch;  // rows may overlap in their zeros: the next one is later
+    for (int64_t c = 0; c < t.channels; c++)
+        for (int64_t vp = 0; vp < v.phases; vp++)
+            for (int64_t hp = 0; hp < h.phases; hp++) {
+                T* row = t.scratch + c * t.channel_stride + (vp * h.phases + hp) * t.phase_stride;
+                const int64_t start = h.first * h.stride + h.phase[hp];  // image column of slot 0
+                const int64_t first = clamp(ceil_div(-start, h.stride), 0, h.slots);
+                const int64_t last = clamp(ceil_div(h.length - start, h.stride), first, h.slots);
+                for (int64_t s = 0; s < v.slots; s++, row += t.pitch) {
+                    const int64_t line = (v.first + s) * v.stride + v.phase[vp];
+                    if (line < 0 || line >= v.length || first == last) {
+                        zero(row, fill * sizeof(T));
+                        continue;
+                    }
+                    zero(row, first * sizeof(T));
+                    const int64_t from = c * t.image_stride + line * h.length + start + first * h.stride;
+                    const int64_t later = from + t.image_stride;  // the same row of the next channel
+                    prefetch_row(t.image + later, last - first);
+                    if (t.relu) prefetch_row(t.relu + later, last - first);
+                    copy_row(row + first, t.image + from, t.relu ? t.relu + from : nullptr, last - first, h.stride);
+                    zero(row + last, (fill - last) * sizeof(T));
+                }
+                zero(row, t.slack * sizeof(T));
+            }
+}
+
+// -------------------------------------------------------------------------------------------------------------- output
+
+// K outputs x NV vectors of positions, all sums in registers.
+template <typename T, int K, int NV>
+SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* residual, int64_t columns) {
+    constexpr int L = LANES<T>;
+    Vector<T> sum[K][NV];
+    SFG_UNROLL
+    for (int k = 0; k < K; k++) {
+        SFG_UNROLL
+        for (int v = 0; v < NV; v++) sum[k][v] = broadcast(t.bias[k]);
+    }
+    const T* weights = t.weight;
+    for (int64_t r = 0; r < t.read_count; r++) {
+        const T* channel = x + t.reads[r].first * t.channel_stride;
+        for (int64_t c = t.reads[r].first; c < t.reads[r].last;
+             c++, channel += t.channel_stride, weights += t.kernel_taps * K)
+            for (int64_t i = 0; i < t.tap_count; i++) {
+                const T* from = channel + t.taps[i].offset;
+                const T* w = weights + t.taps[i].index * K;
+                if constexpr (NV <= K) {  // the positions stay in registers, the weights pass by
+                    Vector<T> value[NV];
+                    SFG_UNROLL
+                    for (int v = 0; v < NV; v++) {
+                        value[v] = load(from + v * L);
+                        keep(value[v]);
+                    }
+                    SFG_UNROLL
+                    for (int k = 0; k < K; k++) {
+                        Vector<T> weight = broadcast(w[k]);
+                        if (NV > 1) keep(weight);
+                        SFG_UNROLL
+                        for (int v = 0; v < NV; v++) sum[k][v] += weight * value[v];
+                    }
+                } else {  // the other way round
+                    Vector<T> weight[K];
+                    SFG_UNROLL
+                    for (int k = 0; k < K; k++) {
+                        weight[k] = broadcast(w[k]);
+                        keep(weight[k]);
+                    }
+                    SFG_UNROLL
+                    for (int v = 0; v < NV; v++) {
+                        Vector<T> value = load(from + v * L);
+                        if (K > 1) keep(value);
+                        SFG_UNROLL
+                        for (int k = 0; k < K; k++) sum[k][v] += weight[k] * value;
+                    }
+                }
+            }
+    }
+    const Vector<T> none{};
+    SFG_UNROLL
+    for (int k = 0; k < K; k++) {
+        SFG_UNROLL
+        for (int v = 0; v < NV; v++) {
+            const Vector<T> u = sum[k][v];
+            Vector<T> result = t.relu ? (u < none ? none : u) : u;  // a NaN stays
+            T* to = y + k * t.y_channel + v * L;
+            const T* add = residual ? residual + k * t.y_channel + v * L : nullptr;
+            const int64_t left = columns - v * L;
+            if (left >= L) {
+                store<T>(to, add ? result + load(add) : result);
+            } else {
+                T lane[L];
+                store<T>(lane, result);
+                for (int64_t j = 0; j < left; j++) to[j] = add ? lane[j] + add[j] : lane[j];
+            }
+        }
+    }
+}
+
+// Widest piece of a strip, in vectors: as many sums as hide the latency of a multiply-add and leave registers for the rest.
+constexpr int widest(int outputs) {
+    const int sums = REGISTERS == 32 ? 24 : 12;
+    return 8 * outputs <= sums ? 8 : 4 * outputs <= sums ? 4 : 2;
+}
+
+template <typename T, int K>
+void output_tile(const OutputTile<T>& t) {
+    constexpr int L = LANES<T>, W = widest(K);
+    for (int64_t s = 0; s < t.at.strips; s++) {
+        const T* x = t.x + s * t.at.pitch;
+        T* y = t.y + s * t.y_strip;
+        const T* residual = t.residual ? t.residual + s * t.y_strip : nullptr;
+        int64_t j = 0;
+        const auto advance = [&](int64_t by) { j += by, x += by, y += by, residual = residual ? residual + by : nullptr; };
+        for (; t.at.length - j > (W - 1) * L; advance(W * L)) output_at<T, K, W>(t, x, y, residual, t.at.length - j);
+        if (W > 4 && t.at.length - j > 3 * L) output_at<T, K, 4>(t, x, y, residual, t.at.length - j), advance(4 * L);
+        if (W > 2 && t.at.length - j > L) output_at<T, K, 2>(t, x, y, residual, t.at.length - j), advance(2 * L);
+        if (t.at.length > j) output_at<T, K, 1>(t, x, y, residual, t.at.length - j);
+    }
+}
+
+template <typename T, int K>
+void output(const OutputTile<T>& t) {
+    if constexpr (K > 0) {
+        if (t.outputs == K)
+            output_tile<T, K>(t);
+        else
+            output<T, K - 1>(t);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ gradient
+
+// to[i] += the sum of the lanes of vector i.
+template <typename T, int N>
+SFG_INLINE void add_sums(const Vector<T>* vectors, T* to) {
+    constexpr int L = LANES<T>, now = N < L ? N : L;
+    T sums[L];
+    store<T>(sums, lane_sums<T, now>(vectors));
+    SFG_UNROLL
+    for (int i = 0; i < now; i++) to[i] += sums[i];
+    if constexpr (N > L) add_sums<T, N - L>(vectors + L, to + L);
+}
+
+// K outputs x NS streams, summed over all positions.
+template <typename T, int K, int NS>
+SFG_INLINE void gradient_at(const GradientTile<T>& t, const Stream<T>* streams, int64_t count) {
+    constexpr int L = LANES<T>;
+    Vector<T> sum[NS][K];
+    SFG_UNROLL
+    for (int i = 0; i < NS; i++) {
+        SFG_UNROLL
+        for (int k = 0; k < K; k++) sum[i][k] = Vector<T>{};
+    }
+    const T* x[NS];
+    SFG_UNROLL
+    for (int i = 0; i < NS; i++) x[i] = streams[i < count ? i : count - 1].x;  // spare places repeat the last stream
+    for (int64_t s = 0; s < t.at.strips; s++) {
+        const int64_t end = s * t.at.pitch + t.at.length;
+        for (int64_t j = s * t.at.pitch; j < end; j += L) {
+            if constexpr (NS <= K) {
+                Vector<T> value[NS];
+                SFG_UNROLL
+                for (int i = 0; i < NS; i++) {
+                    value[i] = load(x[i] + j);
+                    keep(value[i]);
+                }
+                SFG_UNROLL
+                for (int k = 0; k < K; k++) {
+                    Vector<T> dy = load(t.dy + k * t.channel_stride + j);
+                    keep(dy);
+                    SFG_UNROLL
+                    for (int i = 0; i < NS; i++) sum[i][k] += dy * value[i];
+                }
+            } else {
+                Vector<T> dy[K];
+                SFG_UNROLL
+                for (int k = 0; k < K; k++) {
+                    dy[k] = load(t.dy + k * t.channel_stride + j);
+                    keep(dy[k]);
+                }
+                SFG_UNROLL
+                for (int i = 0; i < NS; i++) {
+                    Vector<T> value = load(x[i] + j);
+                    if (K > 1) keep(value);
+                    SFG_UNROLL
+                    for (int k = 0; k < K; k++) sum[i][k] += dy[k] * value;
+                }
+            }
+        }
+    }
+    SFG_UNROLL
+    for (int i = 0; i < NS; i++) {
+        if (i < count) {
+            add_sums<T, K>(sum[i], streams[i].gradient);
+        }
+    }
+}
+
+template <typename T, int K>
+void gradient_tile(const GradientTile<T>& t) {
+    constexpr int sums = REGISTERS == 32 ? 24 : 12, NS = sums / K < 9 ? sums / K : 9;
+    for (int64_t i = 0; i < t.stream_count; i += NS)
+        gradient_at<T, K, NS>(t, t.streams + i, t.stream_count - i < NS ? t.stream_count - i : NS);
+}
+
+template <typename T, int K>
+void gradient(const GradientTile<T>& t) {
+    if constexpr (K > 0) {
+        if (t.outputs == K)
+            gradient_tile<T, K>(t);
+        else
+            gradient<T, K - 1>(t);
+    }
+}
+
+template <typename T>
+void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total) {
+    Vector<T> sums{};
+    T rest = 0;
+    for (int64_t i = 0; i < rows; i++, values += pitch) {
+        int64_t j = 0;
+        for (; j + LANES<T> <= length; j += LANES<T>) sums += load(values + j);
+        for (; j < length; j++) rest += values[j];
+    }
+    add_sums<T, 1>(&sums, total);
+    *total += rest;
+}
+
+constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS == 32 ? 8 : 4;
+
+}  // namespace
+
+#define SFG_LOOPS(T)                                                                                             \
+    extern const InnerLoops<T> loops_##T = {LANES<T>,           OUTPUTS,                          GRADIENT_OUTPUTS, \
+                                            copy<T>,            output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>};
+SFG_LOOPS(float)
+SFG_LOOPS(double)
+
+}  // namespace SFG_ISA
+}  // namespace sfg

@@ -1,0 +1,103 @@
+// The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set; routed_conv.cpp,
+// compiled once, plans the work and calls them.
+//
+// Both work on SCRATCH: a block of image rows copied with its halo, so that the loops know no borders, strides or
+// dilations. In scratch an output stands at position (row * pitch + column) and a tap of the kernel reads at that
+// position plus a constant offset.
+#pragma once
+#include <cstdint>
+
+namespace sfg {
+
+struct Range {
+    int64_t first, last;
+};
+
+// One axis of a copy. Slot s of phase p holds the image's line (first + s) * stride + phase[p]: the lines that a strided
+// or dilated convolution reads for neighbouring outputs become neighbours.
+struct Side {
+    const int64_t* phase;
+    int64_t phases, first, stride, slots, length;  // length: lines of the image; those outside are zero
+};
+
+// Channels of an image [channel][height][width] -> scratch [channel][vertical phase][horizontal phase][slot][pitch].
+template <typename T>
+struct Copy {
+    const T* image;
+    const T* relu;  // if not null: the output of the ReLU in front of the image, which passes where it is positive
+    int64_t image_stride, channels;
+    Side vertical, horizontal;
+    T* scratch;
+    int64_t channel_stride, phase_stride, pitch, slack;  // slack: zeros behind the last slot of each phase
+};
+
+// Positions that are worked on together: `strips` times `length`, `pitch` apart.
+struct Strips {
+    int64_t strips, length, pitch;
+};
+
+struct Tap {
+    int64_t offset;  // in scratch, from the position of the output
+    int64_t index;   // in the kernel
+};
+
+// y[k] = act(bias[k] + sum over channels, taps of weight * x) for a few output channels of one group.
+template <typename T>
+struct OutputTile {
+    const T* x;
+    int64_t channel_stride;
+    const Tap* taps;
+    int64_t tap_count;
+    const Range* reads;
+    int64_t read_count;
+    const T* weight;  // [channel read][kernel_taps][output]
+    int64_t kernel_taps;
+    const T* bias;    // [output]
+    int64_t outputs;
+    bool relu;
+    Strips at;
+    T* y;
+    const T* residual;  // null or laid out as y
+    int64_t y_channel, y_strip;
+};
+
+// An input channel as seen by one tap, and where its gradients [output] are summed.
+template <typename T>
+struct Stream {
+    const T* x;
+    T* gradient;
+};
+
+// gradient[k] += sum over positions of dy[k] * x, for each stream and a few output channels of one group.
+template <typename T>
+struct GradientTile {
+    const T* dy;
+    int64_t channel_stride;
+    int64_t outputs;
+    const Stream<T>* streams;
+    int64_t stream_count;
+    Strips at;  // length is a whole number of vectors; dy is zero where there is no output
+};
+
+template <typename T>
+struct InnerLoops {
+    int64_t lanes;             // numbers in a vector
+    int64_t outputs;           // most outputs of an OutputTile
+    int64_t gradient_outputs;  // and of a GradientTile
+    void (*copy)(const Copy<T>&);
+    void (*output)(const OutputTile<T>&);
+    void (*gradient)(const GradientTile<T>&);
+    void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum
+};
+
+#define SFG_DECLARE(isa)                             \
+    namespace isa {                                  \
+    extern const InnerLoops<float> loops_float;      \
+    extern const InnerLoops<double> loops_double;    \
+    }
+SFG_DECLARE(portable)
+SFG_DECLARE(avx2)
+SFG_DECLARE(avx512)
+#undef SFG_DECLARE
+
+}  // namespace sfg

@@ -1,0 +1,170 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace sfg {
+namespace {
+
+constexpr int64_t CACHE_LINE = 64;
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// taps: (index in the kernel, offset), offsets ascending.
+Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64_t length,
+               const std::vector<std::pair<int64_t, int64_t>>& taps) {
+    Axis axis{first, step, count, stride, length, {}, {}, {}, {}, 0, 0};
+    for (const auto& [index, offset] : taps) {
+        const int64_t reader = std::max<int64_t>(0, ceil_div(-offset, stride));  // the first output that reads no padding
+        if (reader >= count || reader * stride + offset >= length) continue;
+        const int64_t slot = floor_div(offset, stride), phase = offset - slot * stride;
+        auto at = std::find(axis.phases.begin(), axis.phases.end(), phase);
+        if (at == axis.phases.end()) at = axis.phases.insert(at, phase);
+        axis.phase_of.push_back(at - axis.phases.begin());
+        axis.tap.push_back(index);
+        axis.slot.push_back(slot);
+    }
+    if (!axis.slot.empty()) {
+        axis.low = *std::min_element(axis.slot.begin(), axis.slot.end());
+        axis.high = *std::max_element(axis.slot.begin(), axis.slot.end());
+    }
+    return axis;
+}
+
+}  // namespace
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t spread(int64_t numbers, int64_t size_of_number) {
+    const int64_t lines = (numbers * size_of_number + CACHE_LINE - 1) / CACHE_LINE;
+    return (lines | 1) * CACHE_LINE / size_of_number;  // even strides crowd into few sets of the cache
+}
+
+int64_t Axis::zero_slots() const {
+    const int64_t phase = phases.empty() ? 0 : *std::min_element(phases.begin(), phases.end());
+    const int64_t behind = count + high - ceil_div(length - phase, stride);
+    return std::max<int64_t>(0, std::min(-low, behind));
+}
+
+Axis forward_axis(const Shape& p, int axis) {
+    const int64_t taps = axis ? p.s : p.r, out = axis ? p.ow : p.oh, length = axis ? p.w : p.h;
+    std::vector<std::pair<int64_t, int64_t>> list;
+    for (int64_t t = 0; t < taps; t++) list.emplace_back(t, t * p.dilation[axis] - p.padding[axis]);
+    return make_axis(0, 1, out, p.stride[axis], length, list);
+}
+
+std::vector<Axis> gradient_axes(const Shape& p, int axis) {
+    const int64_t taps = axis ? p.s : p.r, length = axis ? p.ow : p.oh, out = axis ? p.w : p.h, stride = p.stride[axis];
+    std::vector<Axis> axes;
+    for (int64_t residue = 0; residue < std::min(stride, out); residue++) {
+        std::vector<std::pair<int64_t, int64_t>> list;
+        for (int64_t t = taps - 1; t >= 0; t--) {
+            const int64_t reached = residue + p.padding[axis] - t * p.dilation[axis];
+            if (reached - floor_div(reached, stride) * stride == 0) list.emplace_back(t, reached / stride);
+        }
+        axes.push_back(make_axis(residue, stride, ceil_div(out - residue, stride), 1, length, list));
+    }
+    return axes;
+}
+
+std::vector<Axis> undilated(const Axis& axis) {
+    std::vector<std::pair<int64_t, int64_t>> list;
+    for (size_t i = 0; i < axis.tap.size(); i++)
+        list.emplace_back(axis.tap[i], axis.slot[i] * axis.stride + axis.phases[axis.phase_of[i]]);
+    const int64_t spacing = list.size() > 1 ? list[1].second - list[0].second : 1;
+    const int64_t apart = spacing / std::gcd(spacing, axis.stride);
+    if (apart <= 1) return {axis};
+    std::vector<Axis> axes;
+    for (int64_t residue = 0; residue < std::min(apart, axis.count); residue++) {
+        auto shifted = list;
+        for (auto& entry : shifted) entry.second += residue * axis.stride;
+        axes.push_back(make_axis(axis.first + residue * axis.step, axis.step * apart,
+                                 ceil_div(axis.count - residue, apart), axis.stride * apart, axis.length, shifted));
+    }
+    return axes;
+}
+
+std::vector<Part> parts(const Blocks& blocks, bool transposed, int64_t most_outputs, int64_t* weights) {
+    const int64_t groups = transposed ? blocks.groups_in : blocks.groups_out;
+    const int64_t sources = transposed ? blocks.groups_out : blocks.groups_in;
+    const int64_t* out = transposed ? blocks.columns : blocks.rows;
+    const int64_t* in = transposed ? blocks.rows : blocks.columns;
+    std::vector<Part> list;
+    *weights = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t size = out[g + 1] - out[g];
+        if (size == 0) continue;
+        std::vector<Range> reads;
+        int64_t total = 0;
+        for (int64_t s = 0; s < sources; s++) {
+            if (in[s] == in[s + 1] || !blocks.reads[transposed ? s * groups + g : g * sources + s]) continue;
+            if (!reads.empty() && reads.back().last == in[s])
+                reads.back().last = in[s + 1];
+            else
+                reads.push_back({in[s], in[s + 1]});
+            total += in[s + 1] - in[s];
+        }
+        Part part{{}, reads.empty() ? Range{0, 0} : Range{reads.front().first, reads.back().last}, {out[g], out[g + 1]}};
+        const int64_t count = (size + most_outputs - 1) / most_outputs;
+        for (int64_t t = 0; t < count; t++) {  // tiles of equal size, give or take one
+            const int64_t first = out[g] + size * t / count, last = out[g] + size * (t + 1) / count;
+            part.tiles.push_back({first, last - first, reads, total, *weights});
+            *weights += (last - first) * total;
+        }
+        Part* before = list.empty() ? nullptr : &list.back();
+        if (before && before->reads.first < part.reads.last && part.reads.first < before->reads.last) {
+            before->tiles.insert(before->tiles.end(), part.tiles.begin(), part.tiles.end());
+            before->reads = {std::min(before->reads.first, part.reads.first),
+                             std::max(before->reads.last, part.reads.last)};
+            before->outputs.last = part.outputs.last;
+        } else {
+            list.push_back(part);
+        }
+    }
+    return list;
+}
+
+Strips Layout::strips(int64_t block_rows, int64_t block_columns) const {
+    if (flat) return {1, (block_rows - 1) * pitch + block_columns, pitch};
+    return {block_rows, block_columns, pitch};
+}
+
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_columns, int64_t channels, int64_t lanes,
+              int64_t size_of_number, int64_t scratch_bytes, int64_t most_positions, double flat_cost) {
+    // The block that copies the least halo of those that fit.
+    Layout best{};
+    double least = 0;
+    const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
+    for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
+        const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
+        const int64_t span = horizontal.slots(columns);
+        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows = rows > 8 ? rows / 2 : rows - 1) {
+            const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
+            const int64_t bytes = channels * phases * vertical.slots(rows) * span * size_of_number;
+            const bool fits = bytes <= scratch_bytes && rows * columns <= most_positions;
+            const bool last = cut + 1 + cut / 8 > pieces && rows == 1;
+            if (!fits && !(last && best.rows == 0)) continue;
+            const double cost = double(vertical.slots(rows)) / rows * span / columns;
+            if (best.rows == 0 || cost < least) best.rows = rows, best.columns = columns, least = cost;
+        }
+    }
+    const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
+    const int64_t shared = best.columns == horizontal.count ? horizontal.zero_slots() : 0;
+    best.flat = best.rows > 1 && flat_cost * double(span - shared) < double(in_vectors);
+    best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
+    best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
+    best.phase_stride = vertical.slots(best.rows) * best.pitch;
+    const int64_t phases = vertical.phases.size() * horizontal.phases.size();
+    best.source_stride = spread(phases * best.phase_stride + best.slack, size_of_number);
+    for (size_t v = 0; v < vertical.tap.size(); v++)
+        for (size_t h = 0; h < horizontal.tap.size(); h++) {
+            const int64_t phase = vertical.phase_of[v] * int64_t(horizontal.phases.size()) + horizontal.phase_of[h];
+            best.taps.push_back({phase * best.phase_stride + (vertical.slot[v] - vertical.low) * best.pitch +
+                                     horizontal.slot[h] - horizontal.low,
+                                 vertical.tap[v] * kernel_columns + horizontal.tap[h]});
+        }
+    return best;
+}
+
+}  // namespace sfg

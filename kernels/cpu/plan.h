@@ -1,0 +1,66 @@
+// What to copy to scratch, and what every output reads there. See inner_loops.h for the words.
+#pragma once
+#include <vector>
+
+#include "routed_conv.h"
+
+namespace sfg {
+
+// The outputs along one axis that read through the same taps: line first + i * step, i < count, reads the source at
+// i * stride + offset(tap), which in scratch is slot i + slot(tap) of phase(tap).
+struct Axis {
+    int64_t first, step, count;
+    int64_t stride, length;               // length of the source
+    std::vector<int64_t> tap;             // index in the kernel; those that only ever read padding are left out
+    std::vector<int64_t> slot, phase_of;  // per tap
+    std::vector<int64_t> phases;
+    int64_t low, high;  // smallest and largest slot
+
+    int64_t slots(int64_t outputs) const { return outputs + high - low; }
+    int64_t zero_slots() const;  // slots that are zero in front of the first output's source as well as behind the last's
+};
+
+// One axis of the output of a convolution, and of its input gradient (one Axis for each residue mod stride).
+Axis forward_axis(const Shape&, int axis);
+std::vector<Axis> gradient_axes(const Shape&, int axis);
+
+// Outputs whose sources are neighbours among each other's taps: every q-th line, where dilation would otherwise leave
+// lines between the taps that only others read.
+std::vector<Axis> undilated(const Axis&);
+
+// Output channels [first, first + outputs) of one group, and the source channels that they read.
+struct Tile {
+    int64_t first, outputs;
+    std::vector<Range> reads;
+    int64_t reads_total;
+    int64_t weights;  // offset of its packed weights, or gradients, in units of a whole kernel
+};
+
+// Tiles that read overlapping channels, and the hull of these. Different parts have nothing to do with each other.
+struct Part {
+    std::vector<Tile> tiles;
+    Range reads, outputs;
+};
+
+// transposed: for the input gradient, whose outputs are the columns. Returns all tiles' sum of outputs * reads_total, too.
+std::vector<Part> parts(const Blocks&, bool transposed, int64_t most_outputs, int64_t* weights);
+
+// How the positions of an output are cut into blocks, and how a block lies in scratch.
+struct Layout {
+    int64_t rows, columns;  // of a block
+    bool flat;              // rows are worked on as one strip, with the gaps between them
+    int64_t pitch, slack, phase_stride;
+    int64_t source_stride;  // of a channel
+    std::vector<Tap> taps;
+
+    Strips strips(int64_t block_rows, int64_t block_columns) const;
+};
+
+// channels: how many lie in scratch together. flat_cost: what a position costs in a flat block, compared to others.
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_columns, int64_t channels, int64_t lanes,
+              int64_t size_of_number, int64_t scratch_bytes, int64_t most_positions, double flat_cost);
+
+int64_t round_up(int64_t value, int64_t multiple);
+int64_t spread(int64_t numbers, int64_t size_of_number);  // a channel's stride: whole cache lines, an odd number of them
+
+}  // namespace sfg
