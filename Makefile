@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint bench clean
+.PHONY: install demo test test-all test-cpp test-sanitize lint bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,19 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# The C++ kernels alone: needs CMake and a compiler, no Python.
+test-cpp:
+	cmake -B build/cpp -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
+
+# Thousands of random problems under AddressSanitizer and UndefinedBehaviorSanitizer. (GCC's OpenMP runtime is not
+# instrumented for ThreadSanitizer, which takes its barriers for races.)
+test-sanitize:
+	cmake -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DSFG_SANITIZE=address,undefined
+	cmake --build build/sanitize
+	build/sanitize/test_routed_conv 1500
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

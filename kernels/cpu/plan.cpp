@@ -150,7 +150,9 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_colum
         }
     }
     const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
-    const int64_t shared = best.columns == horizontal.count ? horizontal.zero_slots() : 0;
+    // Flat rows share the zeros between them, where there are any, but never an output's position.
+    const int64_t shared =
+        best.columns == horizontal.count ? std::min(horizontal.zero_slots(), span - best.columns) : 0;
     best.flat = best.rows > 1 && flat_cost * double(span - shared) < double(in_vectors);
     best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
     best.slack = lanes + std::max<int64_t>(0, span - best.pitch);

@@ -1,0 +1,168 @@
+// The C++ kernels without Python, on random problems, against plain loops in double: ctest, and under sanitizers.
+// Usage: test_routed_conv [cases]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "routed_conv.h"
+
+namespace {
+
+using sfg::Blocks;
+using sfg::Shape;
+
+std::mt19937 generator(0);
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[pick(0, int64_t(values.size()) - 1)]; }
+
+template <typename T>
+std::vector<T> random_numbers(int64_t count) {
+    std::normal_distribution<T> normal;
+    std::vector<T> numbers(count);
+    for (T& number : numbers) number = normal(generator);
+    return numbers;
+}
+
+struct Problem {
+    Shape shape;
+    std::vector<int64_t> rows, columns;
+    std::vector<char> reads;  // char: std::vector<bool> has no array of bool
+    bool relu, residual, bias;
+    int threads;
+
+    Blocks blocks() const {
+        return {rows.data(), columns.data(), reinterpret_cast<const bool*>(reads.data()), int64_t(rows.size()) - 1,
+                int64_t(columns.size()) - 1};
+    }
+    bool read(int64_t k, int64_t c) const {
+        const auto group = [](const std::vector<int64_t>& offsets, int64_t channel) {
+            return std::upper_bound(offsets.begin(), offsets.end(), channel) - offsets.begin() - 1;
+        };
+        return reads[group(rows, k) * (columns.size() - 1) + group(columns, c)];
+    }
+};
+
+std::vector<int64_t> random_offsets() {
+    std::vector<int64_t> offsets{0};
+    for (int64_t groups = pick(1, 5); groups > 0 || offsets.back() == 0; groups--)
+        offsets.push_back(offsets.back() + one_of({0, 1, 2, 3, 5, 6, 7, 11, 13}));
+    return offsets;
+}
+
+Problem random_problem() {
+    Problem problem;
+    problem.rows = random_offsets(), problem.columns = random_offsets();
+    for (size_t i = 0; i < (problem.rows.size() - 1) * (problem.columns.size() - 1); i++)
+        problem.reads.push_back(char(pick(0, 1)));
+    Shape& p = problem.shape;
+    p.n = pick(1, 3), p.c = problem.columns.back(), p.k = problem.rows.back();
+    p.r = one_of({1, 2, 3, 3, 5, 7}), p.s = one_of({1, 2, 3, 3, 5, 7});
+    for (int axis = 0; axis < 2; axis++) {
+        p.stride[axis] = one_of({1, 1, 1, 2, 3}), p.dilation[axis] = pick(1, 4), p.padding[axis] = pick(0, 6);
+        const int64_t taps = axis ? p.s : p.r, reach = p.dilation[axis] * (taps - 1) + 1;
+        const int64_t length = std::max<int64_t>(1, reach - 2 * p.padding[axis]) + pick(0, one_of({0, 3, 20, 70}));
+        (axis ? p.w : p.h) = length;
+        (axis ? p.ow : p.oh) = (length + 2 * p.padding[axis] - reach) / p.stride[axis] + 1;
+    }
+    problem.relu = pick(0, 1), problem.residual = pick(0, 1), problem.bias = pick(0, 1);
+    problem.threads = int(pick(1, 3));
+    return problem;
+}
+
+int failures = 0;
+
+template <typename T>
+void compare(const char* what, const std::vector<T>& actual, const std::vector<double>& expected, int64_t terms) {
+    // Rounding errors of a sum of n terms of size one add up like a random walk: eps sqrt(n) of a sum of size sqrt(n).
+    const double bound = 4 * std::numeric_limits<T>::epsilon() * double(std::max<int64_t>(terms, 1));
+    double worst = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        const double error = std::abs(double(actual[i]) - expected[i]);
+        worst = error <= worst ? worst : error;  // keeps a NaN
+    }
+    if (worst <= bound) return;
+    std::printf("%s: error %g, bound %g\n", what, worst, bound);
+    failures++;
+}
+
+template <typename T>
+void check(const Problem& problem, const char* isa) {
+    const Shape& p = problem.shape;
+    const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const int64_t taps = p.r * p.s, inputs = p.n * p.c * p.h * p.w, outputs = p.n * p.k * p.oh * p.ow;
+    std::vector<T> x = random_numbers<T>(inputs), weight = random_numbers<T>(p.k * p.c * taps);
+    const std::vector<T> bias = random_numbers<T>(p.k), residual = random_numbers<T>(outputs);
+    const std::vector<T> dy = random_numbers<T>(outputs);
+    for (int64_t k = 0; k < p.k; k++)
+        for (int64_t c = 0; c < p.c; c++)
+            if (!problem.read(k, c)) std::fill_n(weight.begin() + (k * p.c + c) * taps, taps, nan);  // not to be looked at
+
+    std::vector<T> y(outputs, nan), passed(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
+    const T* b = problem.bias ? bias.data() : nullptr;
+    sfg::forward<T>(loops, x.data(), weight.data(), b, problem.residual ? residual.data() : nullptr, problem.relu,
+                    y.data(), p, problem.blocks(), problem.threads);
+    sfg::forward<T>(loops, x.data(), weight.data(), b, nullptr, true, passed.data(), p, problem.blocks(), 1);
+    const T* relu = problem.relu ? passed.data() : nullptr;
+    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), dx.data(), p, problem.blocks(), problem.threads);
+    sfg::weight_gradient<T>(loops, x.data(), dy.data(), relu, dw.data(), db.data(), p, problem.blocks(),
+                            problem.threads);
+
+    std::vector<double> y0(outputs), dx0(inputs), dw0(weight.size()), db0(p.k);
+    for (int64_t n = 0; n < p.n; n++)
+        for (int64_t k = 0; k < p.k; k++)
+            for (int64_t i = 0; i < p.oh; i++)
+                for (int64_t j = 0; j < p.ow; j++) {
+                    const int64_t at = ((n * p.k + k) * p.oh + i) * p.ow + j;
+                    const double gradient = relu && passed[at] <= 0 ? 0 : dy[at];
+                    double sum = problem.bias ? bias[k] : 0;
+                    db0[k] += gradient;
+                    for (int64_t c = 0; c < p.c; c++)
+                        for (int64_t r = 0; r < p.r && problem.read(k, c); r++)
+                            for (int64_t s = 0; s < p.s; s++) {
+                                const int64_t h = i * p.stride[0] - p.padding[0] + r * p.dilation[0];
+                                const int64_t w = j * p.stride[1] - p.padding[1] + s * p.dilation[1];
+                                if (h < 0 || h >= p.h || w < 0 || w >= p.w) continue;
+                                const int64_t in = ((n * p.c + c) * p.h + h) * p.w + w;
+                                const int64_t of = ((k * p.c + c) * p.r + r) * p.s + s;
+                                sum += double(weight[of]) * x[in];
+                                dx0[in] += gradient * weight[of];
+                                dw0[of] += gradient * x[in];
+                            }
+                    y0[at] = (problem.relu && sum < 0 ? 0 : sum) + (problem.residual ? residual[at] : 0);
+                }
+    const int before = failures;
+    compare("forward", y, y0, p.c * taps + 2);  // and bias and residual
+    compare("input gradient", dx, dx0, p.k * taps);
+    compare("weight gradient", dw, dw0, p.n * p.oh * p.ow);
+    compare("bias gradient", db, db0, p.n * p.oh * p.ow);
+    if (failures > before)
+        std::printf("  %s, %d-bit: n=%ld c=%ld k=%ld image=%ldx%ld kernel=%ldx%ld stride=%ld,%ld padding=%ld,%ld "
+                    "dilation=%ld,%ld relu=%d threads=%d\n",
+                    isa, int(8 * sizeof(T)), long(p.n), long(p.c), long(p.k), long(p.h), long(p.w), long(p.r), long(p.s),
+                    long(p.stride[0]), long(p.stride[1]), long(p.padding[0]), long(p.padding[1]), long(p.dilation[0]),
+                    long(p.dilation[1]), problem.relu, problem.threads);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 150;
+    int sets = 0;
+    for (int i = 0; i < cases && failures < 10; i++) {
+        const Problem problem = random_problem();
+        sets = 0;
+        for (const char* const* isa = sfg::instruction_sets(); *isa; isa++, sets++) {
+            check<float>(problem, *isa);
+            check<double>(problem, *isa);
+        }
+    }
+    std::printf("%d problems on %d instruction sets, %d failures\n", cases, sets, failures);
+    return failures ? 1 : 0;
+}
