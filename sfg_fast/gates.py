@@ -157,10 +157,14 @@ class GroupGates(nn.Module):
         """Do the logits of this layer get a gradient of their own?"""
         return ESTIMATORS[self.estimator].gates is not None and not self.assigned and not self.shares_grouping
 
+    @property
+    def gates_dtype(self) -> torch.dtype:
+        """At least float32."""
+        return torch.promote_types(self.logits.dtype, torch.float32)
+
     def log_p(self) -> Tensor:
         """log p [K, T+1], at least float32."""
-        logits = self.logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        return self.logits.to(self.gates_dtype).log_softmax(1)
 
     def probabilities(self) -> Tensor:
         """p [K, T+1] without gradient; one-hot under a fixed assignment."""
@@ -207,7 +211,7 @@ class GroupGates(nn.Module):
             raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
         tasks, groups = self.group_names[1:], len(self.group_names)
         if self.assigned:
-            gates = one_hot(self.fixed_assignment, groups, self.log_p().dtype)
+            gates = one_hot(self.fixed_assignment, groups, self.gates_dtype)
             return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
         estimator = ESTIMATORS[self.estimator]
         log_p = self.log_p()

@@ -43,7 +43,7 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
     Shape p{};
     p.n = x.shape(0), p.c = x.shape(1), p.h = x.shape(2), p.w = x.shape(3);
     p.k = y.shape(1), p.oh = y.shape(2), p.ow = y.shape(3);
-    p.r = w.shape(2), p.s = w.shape(3);
+    p.r = w.shape(2), p.s = w.shape(3), p.tap_step[0] = p.s, p.tap_step[1] = 1;
     require(w.shape(0) == y.shape(1) && w.shape(1) == x.shape(1), "the weight does not fit input and output channels");
     require(y.shape(0) == x.shape(0), "input and output differ in batch size");
     for (int i = 0; i < 2; i++) {

@@ -2,11 +2,10 @@
 // Nothing of the standard library's templates is used here: the linker might take such a function from the file with the
 // widest instruction set for everybody.
 #include "inner_loops.h"
+#include "rows.h"
 
-#include <cstring>
 #include <utility>
 
-#define SFG_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define SFG_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -101,11 +100,8 @@ SFG_INLINE Vector<T> lane_sums(const Vector<T>* vectors) {
 
 template <typename T>
 SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int64_t stride) {
+    if (stride == 1 && !relu) return move_row(to, from, count);
     int64_t j = 0;
-    if (stride == 1 && !relu) {
-        memcpy(to, from, count * sizeof(T));
-        return;
-    }
     if (stride == 1)
         for (const Vector<T> none{}; j + LANES<T> <= count; j += LANES<T>)
             store<T>(to + j, load(relu + j) <= none ? none : load(from + j));
@@ -116,10 +112,6 @@ SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int
 template <typename T>
 SFG_INLINE void prefetch_row(const T* row, int64_t count) {
     for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
-}
-
-SFG_INLINE void zero(void* at, int64_t bytes) {
-    if (bytes > 0) memset(at, 0, bytes);
 }
 
 SFG_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
@@ -140,18 +132,18 @@ void copy(const Copy<T>& t) {
                 for (int64_t s = 0; s < v.slots; s++, row += t.pitch) {
                     const int64_t line = (v.first + s) * v.stride + v.phase[vp];
                     if (line < 0 || line >= v.length || first == last) {
-                        zero(row, fill * sizeof(T));
+                        zero_row(row, fill);
                         continue;
                     }
-                    zero(row, first * sizeof(T));
+                    zero_row(row, first);
                     const int64_t from = c * t.image_stride + line * h.length + start + first * h.stride;
                     const int64_t later = from + t.image_stride;  // the same row of the next channel
                     prefetch_row(t.image + later, last - first);
                     if (t.relu) prefetch_row(t.relu + later, last - first);
                     copy_row(row + first, t.image + from, t.relu ? t.relu + from : nullptr, last - first, h.stride);
-                    zero(row + last, (fill - last) * sizeof(T));
+                    zero_row(row + last, fill - last);
                 }
-                zero(row, t.slack * sizeof(T));
+                zero_row(row, t.slack);
             }
 }
 

@@ -11,7 +11,7 @@ constexpr int64_t CACHE_LINE = 64;
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// taps: (index in the kernel, offset), offsets ascending.
+// taps: (place in the kernel, offset), offsets ascending.
 Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64_t length,
                const std::vector<std::pair<int64_t, int64_t>>& taps) {
     Axis axis{first, step, count, stride, length, {}, {}, {}, {}, 0, 0};
@@ -50,7 +50,7 @@ int64_t Axis::zero_slots() const {
 Axis forward_axis(const Shape& p, int axis) {
     const int64_t taps = axis ? p.s : p.r, out = axis ? p.ow : p.oh, length = axis ? p.w : p.h;
     std::vector<std::pair<int64_t, int64_t>> list;
-    for (int64_t t = 0; t < taps; t++) list.emplace_back(t, t * p.dilation[axis] - p.padding[axis]);
+    for (int64_t t = 0; t < taps; t++) list.emplace_back(t * p.tap_step[axis], t * p.dilation[axis] - p.padding[axis]);
     return make_axis(0, 1, out, p.stride[axis], length, list);
 }
 
@@ -61,7 +61,7 @@ std::vector<Axis> gradient_axes(const Shape& p, int axis) {
         std::vector<std::pair<int64_t, int64_t>> list;
         for (int64_t t = taps - 1; t >= 0; t--) {
             const int64_t reached = residue + p.padding[axis] - t * p.dilation[axis];
-            if (reached - floor_div(reached, stride) * stride == 0) list.emplace_back(t, reached / stride);
+            if (reached - floor_div(reached, stride) * stride == 0) list.emplace_back(t * p.tap_step[axis], reached / stride);
         }
         axes.push_back(make_axis(residue, stride, ceil_div(out - residue, stride), 1, length, list));
     }
@@ -130,8 +130,8 @@ Strips Layout::strips(int64_t block_rows, int64_t block_columns) const {
     return {block_rows, block_columns, pitch};
 }
 
-Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_columns, int64_t channels, int64_t lanes,
-              int64_t size_of_number, int64_t scratch_bytes, int64_t most_positions, double flat_cost) {
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, int64_t lanes, int64_t size_of_number,
+              int64_t scratch_bytes, int64_t most_positions, double flat_cost) {
     // The block that copies the least halo of those that fit.
     Layout best{};
     double least = 0;
@@ -139,7 +139,7 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_colum
     for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
         const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
         const int64_t span = horizontal.slots(columns);
-        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows = rows > 8 ? rows / 2 : rows - 1) {
+        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows -= rows > 8 ? 4 : 1) {
             const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
             const int64_t bytes = channels * phases * vertical.slots(rows) * span * size_of_number;
             const bool fits = bytes <= scratch_bytes && rows * columns <= most_positions;
@@ -164,7 +164,7 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_colum
             const int64_t phase = vertical.phase_of[v] * int64_t(horizontal.phases.size()) + horizontal.phase_of[h];
             best.taps.push_back({phase * best.phase_stride + (vertical.slot[v] - vertical.low) * best.pitch +
                                      horizontal.slot[h] - horizontal.low,
-                                 vertical.tap[v] * kernel_columns + horizontal.tap[h]});
+                                 vertical.tap[v] + horizontal.tap[h]});
         }
     return best;
 }

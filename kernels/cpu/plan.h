@@ -11,7 +11,7 @@ namespace sfg {
 struct Axis {
     int64_t first, step, count;
     int64_t stride, length;               // length of the source
-    std::vector<int64_t> tap;             // index in the kernel; those that only ever read padding are left out
+    std::vector<int64_t> tap;             // place in the kernel; those that only ever read padding are left out
     std::vector<int64_t> slot, phase_of;  // per tap
     std::vector<int64_t> phases;
     int64_t low, high;  // smallest and largest slot
@@ -57,8 +57,8 @@ struct Layout {
 };
 
 // channels: how many lie in scratch together. flat_cost: what a position costs in a flat block, compared to others.
-Layout layout(const Axis& vertical, const Axis& horizontal, int64_t kernel_columns, int64_t channels, int64_t lanes,
-              int64_t size_of_number, int64_t scratch_bytes, int64_t most_positions, double flat_cost);
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, int64_t lanes, int64_t size_of_number,
+              int64_t scratch_bytes, int64_t most_positions, double flat_cost);
 
 int64_t round_up(int64_t value, int64_t multiple);
 int64_t spread(int64_t numbers, int64_t size_of_number);  // a channel's stride: whole cache lines, an odd number of them

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "plan.h"
+#include "rows.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,9 +17,9 @@
 namespace sfg {
 namespace {
 
-constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread
+constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread, within the second-level cache
 constexpr int64_t CONVOLUTION_POSITIONS = 4096;
-constexpr int64_t GRADIENT_POSITIONS = 1536;  // of a block, so that a tile's outputs stay in the first-level cache
+constexpr int64_t GRADIENT_POSITIONS = 2048;  // of a block, so that a tile's outputs stay in the first-level cache
 constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
 
 template <typename T>
@@ -51,10 +52,16 @@ void on_threads([[maybe_unused]] int threads, const Body& body) {
     body(0, 1);
 }
 
-// Kernels of 1x1 know no rows: the image is one long line.
-Shape one_line(Shape p) {
+// The same problem with rows as long as they can be: the loops run along them.
+Shape with_long_rows(Shape p) {
     const bool pointwise = p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
-    if (pointwise) p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
+    if (pointwise) {  // knows no rows: the image is one line
+        p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
+    } else if (p.w == 1 && p.ow == 1) {  // a column lies in memory as a row does
+        std::swap(p.h, p.w), std::swap(p.oh, p.ow), std::swap(p.r, p.s), std::swap(p.stride[0], p.stride[1]);
+        std::swap(p.padding[0], p.padding[1]), std::swap(p.dilation[0], p.dilation[1]);
+        std::swap(p.tap_step[0], p.tap_step[1]);
+    }
     return p;
 }
 
@@ -84,7 +91,7 @@ struct Job {
 };
 
 std::vector<Job> jobs_of(const std::vector<Part>& parts, const std::vector<Axis>& vertical,
-                         const std::vector<Axis>& horizontal, const Shape& p, int64_t lanes, int64_t size_of_number,
+                         const std::vector<Axis>& horizontal, int64_t lanes, int64_t size_of_number,
                          bool outputs_too, int64_t most_positions, double flat_cost, int64_t* items) {
     std::vector<Job> jobs;
     *items = 0;
@@ -94,7 +101,7 @@ std::vector<Job> jobs_of(const std::vector<Part>& parts, const std::vector<Axis>
                 if (v.count == 0 || h.count == 0) continue;
                 const int64_t channels = part.reads.last - part.reads.first +
                                          (outputs_too ? part.outputs.last - part.outputs.first : 0);
-                Job job{&part, &v, &h, layout(v, h, p.s, channels, lanes, size_of_number, SCRATCH_BYTES, most_positions, flat_cost), 0, 0, *items};
+                Job job{&part, &v, &h, layout(v, h, channels, lanes, size_of_number, SCRATCH_BYTES, most_positions, flat_cost), 0, 0, *items};
                 job.row_blocks = (v.count + job.layout.rows - 1) / job.layout.rows;
                 job.column_blocks = (h.count + job.layout.columns - 1) / job.layout.columns;
                 *items += job.row_blocks * job.column_blocks;
@@ -163,7 +170,7 @@ void place(const T* from, int64_t channel_stride, const Tile& tile, const Patch&
             if (task.residual)
                 for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j] + task.residual[at + j * h.step];
             else if (h.step == 1)
-                std::memcpy(to, row, patch.columns * sizeof(T));
+                move_row(to, row, patch.columns);
             else
                 for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j];
         }
@@ -176,7 +183,7 @@ void convolve(const Convolution<T>& task, const Shape& p, int threads) {
     // Small problems are cut finer, so that every thread gets some blocks.
     const int64_t share = p.n * task.out_plane / (3 * threads);
     const int64_t most = threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
-    const std::vector<Job> jobs = jobs_of(task.parts, task.vertical, task.horizontal, p, lanes, sizeof(T), false, most, FLAT_OUTPUT, &items);
+    const std::vector<Job> jobs = jobs_of(task.parts, task.vertical, task.horizontal, lanes, sizeof(T), false, most, FLAT_OUTPUT, &items);
     int64_t source = 0, detour = 0;
     for (const Job& job : jobs) {
         source = std::max(source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
@@ -245,7 +252,7 @@ std::vector<Axis> undilated_all(const std::vector<Axis>& axes) {
 template <typename T>
 void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
              const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = one_line(shape);
+    const Shape p = with_long_rows(shape);
     const int64_t taps = p.r * p.s;
     Convolution<T> task{loops, x, nullptr, p.c, p.h * p.w, weight, bias, p.c * taps, taps, residual, relu, y,
                         p.k, p.oh * p.ow, p.ow, {}, 0, undilated(forward_axis(p, 0)), {forward_axis(p, 1)}};
@@ -256,7 +263,7 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
 template <typename T>
 void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, const Shape& shape,
                     const Blocks& blocks, int threads) {
-    const Shape p = one_line(shape);
+    const Shape p = with_long_rows(shape);
     const int64_t taps = p.r * p.s;
     Convolution<T> task{loops, dy, relu, p.k, p.oh * p.ow, weight, nullptr, taps, p.c * taps, nullptr, false, dx,
                         p.c, p.h * p.w, p.w, {}, 0, undilated_all(gradient_axes(p, 0)), gradient_axes(p, 1)};
@@ -267,14 +274,14 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
 template <typename T>
 void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
                      const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = one_line(shape);
+    const Shape p = with_long_rows(shape);
     const int64_t taps = p.r * p.s, lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
     int64_t weights = 0, items = 0;
     const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
     const std::vector<Axis> vertical = undilated(forward_axis(p, 0)), horizontal = {forward_axis(p, 1)};
     const int64_t share = p.n * out_plane / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
-    const std::vector<Job> jobs = jobs_of(channel_parts, vertical, horizontal, p, lanes, sizeof(T), true, most, 1, &items);
+    const std::vector<Job> jobs = jobs_of(channel_parts, vertical, horizontal, lanes, sizeof(T), true, most, 1, &items);
     int64_t source = 0, gradient = 0, streams_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;

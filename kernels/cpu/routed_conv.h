@@ -11,6 +11,7 @@ struct Shape {
     int64_t k, oh, ow;                           // output
     int64_t r, s;                                // kernel
     int64_t stride[2], padding[2], dilation[2];  // vertical, horizontal
+    int64_t tap_step[2];                         // between neighbouring taps in memory: s, 1
 };
 
 // Output group g owns rows [rows[g], rows[g+1]), input group g columns [columns[g], columns[g+1]);

@@ -63,6 +63,7 @@ Problem random_problem() {
     Shape& p = problem.shape;
     p.n = pick(1, 3), p.c = problem.columns.back(), p.k = problem.rows.back();
     p.r = one_of({1, 2, 3, 3, 5, 7}), p.s = one_of({1, 2, 3, 3, 5, 7});
+    p.tap_step[0] = p.s, p.tap_step[1] = 1;
     for (int axis = 0; axis < 2; axis++) {
         p.stride[axis] = one_of({1, 1, 1, 2, 3}), p.dilation[axis] = pick(1, 4), p.padding[axis] = pick(0, 6);
         const int64_t taps = axis ? p.s : p.r, reach = p.dilation[axis] * (taps - 1) + 1;

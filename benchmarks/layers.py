@@ -1,0 +1,234 @@
+"""The layers of the layer suite: for each, the same work done by every contestant.
+
+Everything is timed on torch tensors of the caller's making; parameters, inputs and incoming gradients exist before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend
+from sfg_fast.groups import Routing
+from sfg_fast.kernels.blocks import Geometry
+from sfg_fast.routed_conv import RoutedConv, routed_conv
+
+FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
+Call = Callable[[], Tensor]
+
+
+class Layer(NamedTuple):
+    """One row of the table: a layer of three groups (shared, two tasks)."""
+
+    name: str
+    groups: tuple[int, int, int]  # kernels of each
+    size: tuple[int, int] = (128, 128)
+    dilation: int = 1
+    routing: str = "arrow"  # or "own": streams with weights of their own; or "all": one image channel for everybody
+    kernel: int = 3
+    batch: int = 4
+
+    @property
+    def width(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def flops(self) -> int:
+        """Of the necessary work, forward."""
+        shared, *tasks = self.groups
+        products = {
+            "all": self.width,
+            "own": sum(g * g for g in self.groups),
+            # a 1x1 merge has no shared outputs: it passes unchanged
+            "arrow": (shared * shared if self.kernel > 1 else 0) + sum(g * (g + shared) for g in tasks),
+        }[self.routing]
+        return 2 * products * self.kernel**2 * self.batch * self.size[0] * self.size[1]
+
+
+LAYERS = [
+    Layer("1->16", (5, 6, 5), routing="all"),
+    Layer("16", (5, 6, 5)),
+    Layer("32", (11, 10, 11)),
+    Layer("64", (21, 22, 21)),
+    Layer("64, dilation 2", (21, 22, 21), dilation=2),
+    Layer("64, dilation 4", (21, 22, 21), dilation=4),
+    Layer("128", (43, 42, 43), (64, 64)),
+    Layer("16, shared-heavy", (12, 2, 2)),
+    Layer("64, shared-heavy", (52, 6, 6)),
+    Layer("64, specialised", (6, 29, 29)),
+]
+STREAMS = [
+    *(Layer(f"own, 3 x {k}", (k, k, k), routing="own") for k in (16, 32, 64)),
+    *(Layer(f"1x1 merge, {k}", (k, k, k), kernel=1) for k in (16, 32, 64)),
+]
+WIDTHS = [Layer(f"32, width {w}", (11, 10, 11), (128, w)) for w in (128, 1, 7, 100, 130)]
+
+
+class Work(NamedTuple):
+    """A contestant: its forward pass, and what a training step differentiates it by."""
+
+    forward: Call
+    leaves: Sequence[Tensor]
+    gradient: Tensor
+
+    def step(self) -> None:
+        torch.autograd.grad(self.forward(), self.leaves, self.gradient)
+
+
+def _leaf(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return tensor.detach().clone(memory_format=memory_format).requires_grad_()
+
+
+def _gradient(shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=memory_format)
+
+
+def _on(name: str, call: Call) -> Call:
+    def forward() -> Tensor:
+        with backend(name):
+            return call()
+
+    return forward
+
+
+def contestants(layer: Layer, compiled: bool = False) -> dict[str, Work]:
+    """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name."""
+    torch.manual_seed(0)
+    assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups))
+    channels = 1 if layer.routing == "all" else layer.width
+    conv = SFGConv2d(channels, layer.width, 3, padding=layer.dilation, dilation=layer.dilation, activation="relu")
+    conv.assign(assignment)
+    groups = FilterGroups.from_assignment(assignment)
+    x = torch.randn(layer.batch, channels, *layer.size)
+    masks = groups.gates.t()[:, :, None, None]
+    shape = torch.Size((layer.batch, layer.width, *layer.size))
+    image = layer.routing == "all"
+    work: dict[str, Work] = {}
+
+    def packed(features: Tensor) -> Tensor:
+        return conv(features if image else SFGFeatures(features, groups)).packed
+
+    for name in ("native", "masked"):
+        leaf, gradient = _leaf(x), torch.randn(shape)
+        call = _on(name, functools.partial(packed, leaf))
+        work[name] = Work(call, (leaf, conv.weight, conv.bias), gradient)
+
+    for suffix, memory_format in FORMATS.items():
+        leaf, weight = _leaf(x, memory_format), _leaf(conv.weight, memory_format)
+        bias = _leaf(conv.bias)
+        gradient = _gradient(shape, memory_format)
+
+        def plain(leaf: Tensor = leaf, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            return F.relu(F.conv2d(leaf, weight, bias, 1, layer.dilation, layer.dilation))
+
+        work["one plain convolution" + suffix] = Work(plain, (leaf, weight, bias), gradient)
+
+        dense = [leaf] if image else [_leaf(x * mask, memory_format) for mask in masks]
+        three = torch.cat([gradient] * 3, 1).contiguous(memory_format=memory_format)
+
+        def reference(dense: list[Tensor] = dense) -> Tensor:
+            return _joined(conv(dense[0] if image else dense))
+
+        leaves = (*dense, conv.weight, conv.bias)
+        work["dense masking" + suffix] = Work(_on("reference", reference), leaves, three)
+        if compiled:
+            script = torch.compile(_dense_masking, dynamic=False)
+            call = functools.partial(_script, script, dense, weight, bias, masks, layer.dilation)
+            work["dense masking, compiled" + suffix] = Work(call, (*dense, weight, bias), three)
+        if not image:
+            pieces = [_leaf(piece, memory_format) for piece in x.split(layer.groups, 1)]
+            rows = [_leaf(piece, memory_format) for piece in conv.weight.split(layer.groups)]
+            call = functools.partial(_sliced, pieces, rows, bias, layer)
+            work["T+1 sliced convolutions" + suffix] = Work(call, (*pieces, *rows, bias), gradient)
+    return work
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """A cheap way to let one gradient flow into all of a list: no copy is made of the tensors."""
+    return _Join.apply(*tensors)
+
+
+class _Join(torch.autograd.Function):
+    """T+1 tensors as the (never written) channel slices of one: its gradient is cut into views."""
+
+    @staticmethod
+    def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
+        ctx.channels = tensors[0].shape[1]
+        n, k, h, w = tensors[0].shape
+        return tensors[0].new_empty(1).expand(n, k * len(tensors), h, w)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient.split(ctx.channels, 1)
+
+
+def _dense_masking(
+    dense: list[Tensor], weight: Tensor, bias: Tensor, masks: Tensor, dilation: int
+) -> tuple[Tensor, ...]:
+    """What a script would write, for torch.compile."""
+    reads = dense * 3 if len(dense) == 1 else [dense[0], dense[1] + dense[0], dense[2] + dense[0]]
+    if len(dense) == 1:
+        u = F.relu(F.conv2d(reads[0], weight, bias, 1, dilation, dilation))
+        return tuple(u * mask for mask in masks)
+    return tuple(
+        F.relu(F.conv2d(x, weight, bias, 1, dilation, dilation)) * mask for x, mask in zip(reads, masks, strict=True)
+    )
+
+
+def _script(script, dense, weight, bias, masks, dilation):  # type: ignore[no-untyped-def]
+    return _joined(script(dense, weight, bias, masks, dilation))
+
+
+def _sliced(pieces: list[Tensor], rows: list[Tensor], bias: Tensor, layer: Layer) -> Tensor:
+    """One torch convolution for each group, on the channels it reads."""
+    shared = layer.groups[0]
+    start, out = 0, []
+    for group, (piece, weight) in enumerate(zip(pieces, rows, strict=True)):
+        size = layer.groups[group]
+        reads, columns = piece, weight[:, :shared]
+        if group:
+            first = sum(layer.groups[:group])
+            reads = torch.cat([pieces[0], piece], 1)
+            columns = torch.cat([columns, weight[:, first : first + size]], 1)
+        out.append(F.relu(F.conv2d(reads, columns, bias[start : start + size], 1, layer.dilation, layer.dilation)))
+        start += size
+    return torch.cat(out, 1)
+
+
+def stream_contestants(layer: Layer) -> dict[str, Work]:
+    """Contestants of a convolution between streams (`own` 3x3, or the 1x1 `arrow` merge), bias, no activation. The
+    torch convolutions run one after the other on tensors of their own, concatenated beforehand."""
+    torch.manual_seed(0)
+    k, names = layer.groups[0], ("shared", "task1", "task2")
+    own = layer.routing == "own"
+    tasks = 3 if own else 2
+    columns = FilterGroups.streams(k, 2) if own else FilterGroups.concatenated(k, 2)
+    rows = FilterGroups.blocks([k] * 3 if own else [0, k, k], names)
+    reads = k if own else 2 * k
+    padding = layer.kernel // 2
+    routing = Routing.OWN if own else Routing.ARROW
+    spec = RoutedConv(rows, columns, routing, Geometry((1, 1), (padding, padding), (1, 1)))
+    x = torch.randn(layer.batch, 3 * k, *layer.size)
+    weight, bias = torch.randn(tasks * k, reads, layer.kernel, layer.kernel), torch.randn(tasks * k)
+    shape = torch.Size((layer.batch, tasks * k, *layer.size))
+    work: dict[str, Work] = {}
+    for name in ("native", "masked"):
+        leaves = [_leaf(t) for t in (x, weight, bias)]
+        work[name] = Work(_on(name, functools.partial(routed_conv, *leaves, spec)), leaves, torch.randn(shape))
+    for suffix, memory_format in FORMATS.items():
+        streams = x.split(k, 1)
+        inputs = streams if own else [torch.cat([streams[t], streams[0]], 1) for t in (1, 2)]
+        leaves = [_leaf(t, memory_format) for t in (*inputs, *weight.split(k))] + [_leaf(t) for t in bias.split(k)]
+
+        def separate(leaves: list[Tensor] = leaves) -> Tensor:
+            return _joined(
+                [F.conv2d(leaves[t], leaves[tasks + t], leaves[2 * tasks + t], 1, padding) for t in range(tasks)]
+            )
+
+        work["torch, separately" + suffix] = Work(separate, leaves, _gradient(shape, memory_format))
+    return work
