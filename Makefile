@@ -45,7 +45,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest -s benchmarks/
+	$(BIN)/python -m benchmarks.bench_layers
+	$(BIN)/python -m benchmarks.bench_reference
 
 clean:
 	rm -rf build $(VENV)

@@ -1,7 +1,10 @@
 """The layer suite: SFG layers by every means, forward and training step.
 
 python -m pytest benchmarks/bench_layers.py       pytest-benchmark's groups; the ratios are in extra_info
-python -m benchmarks.bench_layers [FILE.md]       the table of interleaved comparisons; also writes it to the file
+python -m benchmarks.bench_layers [FILE.md [ISA]] the table of interleaved comparisons; also writes it to the file
+
+ISA: use native's kernels for this instruction set. To have all of torch on AVX2, too, set ONEDNN_MAX_CPU_ISA=AVX2,
+ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2 before.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from benchmarks.interleaved import interleaved, machine, ratio
 from benchmarks.layers import LAYERS, STREAMS, WIDTHS, Layer, Work, contestants, stream_contestants
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.kernels.blocks import Blocks, Geometry
 
 pytestmark = pytest.mark.skipif(not available("native"), reason="native is not built")
 PHASES = ("forward", "forward+backward")
@@ -51,7 +53,7 @@ def compare(layer: Layer, phase: str, compiled: bool = False) -> dict[str, Any]:
 
 
 def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
-    """The bare kernels, and what they are measured against: sgemm, and copying input and output. Nothing is allocated."""
+    """The bare kernels, and their roofs: sgemm, and copying input and output. Nothing is allocated."""
     from sfg_fast.kernels.cpu import _native
 
     own, merge = layer.routing == "own", layer.kernel == 1
@@ -118,7 +120,8 @@ def _names(layer: Layer) -> list[str]:
     names = ["native", "masked", "one plain convolution", "dense masking"]
     names += ["T+1 sliced convolutions"] * (layer.routing != "all")
     names += ["dense masking, compiled"] * (layer.name in COMPILED)
-    return [name + suffix for name in names for suffix in ("", ", channels_last") if suffix == "" or name not in names[:2]]
+    formats = {name: ("",) if name in names[:2] else ("", ", channels_last") for name in names}
+    return [name + suffix for name in names for suffix in formats[name]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,67 +146,53 @@ def cell(value: tuple[float, float, float] | None) -> str:
     return "-" if value is None else f"{value[0]:.2f} ({value[1]:.2f}-{value[2]:.2f})"
 
 
-def table(layers: list[Layer], against: list[str], compiled: tuple[str, ...] = ()) -> list[str]:
+def table(layers: list[Layer], against: list[str]) -> list[str]:
     columns = [f"{name}: {phase}" for name in against for phase in PHASES]
+    columns += ["GFLOP/s of the kernels, forward / backward", "of sgemm", "forward over copy"]
     lines = ["| layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for layer in layers:
-        results = {phase: compare(layer, phase, layer.name in compiled) for phase in PHASES}
+        results = {phase: compare(layer, phase) for phase in PHASES}
         cells = [cell(results[phase].get(name)) for name in against for phase in PHASES]
-        lines.append(f"| {layer.name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    return lines
-
-
-def rates(layers: list[Layer]) -> list[str]:
-    lines = [
-        "| layer | forward / backward, GFLOP/s of necessary work | of sgemm, forward / backward | forward over copy |",
-        "|---|---|---|---|",
-    ]
-    for layer in layers:
         r = kernel_rates(layer)
-        lines.append(
-            f"| {layer.name} | {r['forward GFLOP/s']:.0f} / {r['backward GFLOP/s']:.0f} | "
-            f"{r['forward of sgemm']:.2f} / {r['backward of sgemm']:.2f} | {r['forward time over copy']:.1f} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+        cells += [
+            f"{r['forward GFLOP/s']:.0f} / {r['backward GFLOP/s']:.0f}",
+            f"{r['forward of sgemm']:.2f} / {r['backward of sgemm']:.2f}",
+            f"{r['forward time over copy']:.1f}",
+        ]
+        lines.append(f"| {layer.name} | " + " | ".join(cells) + " |")
+    print("\n".join(["", *lines]), flush=True)
+    return ["", *lines, ""]
 
 
-def report() -> str:
-    from sfg_fast.kernels import cpu
-
-    against = ["dense masking", "one plain convolution", "masked", "T+1 sliced convolutions"]
+def report(instruction_set: str) -> str:
+    head = [
+        "# SFG layers on the CPU: everything else against `native`",
+        "",
+        f"{machine()}, native on {instruction_set}, torch on {torch.backends.cpu.get_cpu_capability()}.",
+        "Batch 4, 128x128 (128 kernels: 64x64), 3x3, groups as equal as can be. Cells: time over native's, medians",
+        f"(quartiles) of {ROUNDS} interleaved rounds; every contestant in its faster memory format. A layer is convolution,",
+        "bias, ReLU and masks, called from Python. The kernels alone, into memory that is there: rates of the necessary",
+        f"work; backward is input, weight and bias gradient. sgemm: torch's, {SGEMM} cubed. copy: of input and output.",
+    ]
+    print("\n".join(head), flush=True)
     return "\n".join(
         [
-            "# SFG layers on the CPU: `native` against everything else",
-            "",
-            f"`python -m benchmarks.bench_layers`. {machine()}, native on {cpu.INSTRUCTION_SET}, torch on "
-            f"{torch.backends.cpu.get_cpu_capability()}.",
-            "",
-            f"Batch 4, 128x128 (128 kernels: 64x64), 3x3, groups as equal as can be. Time over native's, medians (quartiles) of {ROUNDS} interleaved",
-            "rounds; every contestant in its faster memory format. Layers include bias, ReLU and masks.",
-            "",
-            *table(LAYERS, against),
-            "",
-            "Streams: convolutions of torch, one after the other, each on a tensor of its own.",
-            "",
+            *head,
+            *table(LAYERS, ["dense masking", "one plain convolution", "masked", "T+1 sliced convolutions"]),
+            "Streams: torch's convolutions, one after the other, each on a tensor of its own.",
             *table(STREAMS, ["torch", "masked"]),
-            "",
             "Widths, height 128.",
-            "",
             *table(WIDTHS, ["dense masking", "one plain convolution", "masked"]),
-            "",
-            f"The kernels alone. sgemm: {SGEMM} cubed, interleaved. Backward: input, weight and bias gradient.",
-            "",
-            *rates([*LAYERS, *STREAMS, *WIDTHS]),
-            "",
         ]
     )
 
 
 if __name__ == "__main__":
-    text = report()
-    print(text)
+    from sfg_fast.kernels.cpu import INSTRUCTION_SET, _native
+
+    chosen = sys.argv[2] if len(sys.argv) > 2 else INSTRUCTION_SET
+    _native.use(chosen)
+    text = report(chosen)
     if len(sys.argv) > 1:
         with open(sys.argv[1], "w") as file:
             file.write(text)

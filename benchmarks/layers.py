@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sfg_fast.kernels.blocks import Geometry
 from torch import Tensor
 
 from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend
 from sfg_fast.groups import Routing
-from sfg_fast.kernels.blocks import Geometry
 from sfg_fast.routed_conv import RoutedConv, routed_conv
 
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}

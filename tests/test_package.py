@@ -104,7 +104,9 @@ def test_backward_uses_the_kernels_of_the_forward(monkeypatch):
     from sfg_fast.kernels import cpu
 
     called = []
-    monkeypatch.setattr(cpu, "weight_gradient", lambda *a, **k: called.append(1) or (torch.zeros(2, 1, 3, 3), torch.zeros(2)))
+    monkeypatch.setattr(
+        cpu, "weight_gradient", lambda *a, **k: called.append(1) or (torch.zeros(2, 1, 3, 3), torch.zeros(2))
+    )
     layer = sfg_fast.SFGConv2d(1, 2, 3)
     with backend("native"):
         y = layer(torch.randn(1, 1, 4, 4))

@@ -82,7 +82,9 @@ def check(problem):
     reads = torch.tensor(p["reads"]).view(len(p["rows"]), len(p["columns"]))
     blocks = Blocks(offsets(p["rows"]), offsets(p["columns"]), reads)
     geometry = Geometry(p["stride"], p["padding"], p["dilation"])
-    mask = torch.repeat_interleave(torch.repeat_interleave(reads, torch.tensor(p["rows"]), 0), torch.tensor(p["columns"]), 1)
+    mask = torch.repeat_interleave(
+        torch.repeat_interleave(reads, torch.tensor(p["rows"]), 0), torch.tensor(p["columns"]), 1
+    )
     x, weight = random(n, c, *p["image"]), random(k, c, *p["kernel"])
     read = weight * mask[:, :, None, None]
     weight[~mask] = float("nan")  # must not be looked at
@@ -260,7 +262,9 @@ def test_in_forked_workers():
     try:
         torch.set_num_threads(2)
         expected = cpu.forward(*problem[:2], None, *problem[2:])[0]  # the pool is running now
-        loader = torch.utils.data.DataLoader(_Convolved(problem), num_workers=2, multiprocessing_context="fork", timeout=60)
+        loader = torch.utils.data.DataLoader(
+            _Convolved(problem), num_workers=2, multiprocessing_context="fork", timeout=60
+        )
         for y in loader:
             assert torch.equal(y[0], expected)
     finally:
