@@ -170,9 +170,10 @@ def report(instruction_set: str) -> str:
         "",
         f"{machine()}, native on {instruction_set}, torch on {torch.backends.cpu.get_cpu_capability()}.",
         "Batch 4, 128x128 (128 kernels: 64x64), 3x3, groups as equal as can be. Cells: time over native's, medians",
-        f"(quartiles) of {ROUNDS} interleaved rounds; every contestant in its faster memory format. A layer is convolution,",
-        "bias, ReLU and masks, called from Python. The kernels alone, into memory that is there: rates of the necessary",
-        f"work; backward is input, weight and bias gradient. sgemm: torch's, {SGEMM} cubed. copy: of input and output.",
+        f"(quartiles) of {ROUNDS} interleaved rounds; every contestant in its faster memory format. A layer is",
+        "convolution, bias, ReLU and masks, called from Python. The kernels alone, into memory that is there: rates of",
+        "the necessary work, backward being input, weight and bias gradient; roofs: torch's sgemm, "
+        f"{SGEMM} cubed, and copying input and output.",
     ]
     print("\n".join(head), flush=True)
     return "\n".join(

@@ -10,6 +10,9 @@
 #include "plan.h"
 #include "rows.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -37,6 +40,18 @@ class Buffer {
     static size_t bytes(int64_t size) { return round_up(std::max<int64_t>(size, 1) * sizeof(T), 64); }
     T* data_;
 };
+
+// Memory of this size comes fresh from the system every time (glibc maps it anew), and first has to be filled with pages:
+// in large ones that takes a third of the time off a 1x1 convolution with 34 MB of output.
+void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 4096;
+    if (bytes < int64_t(32) << 20) return;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal does no harm
+#endif
+}
 
 // body(thread) on each of `threads` threads; they share the loops inside with `omp for`.
 template <typename Body>
@@ -193,6 +208,7 @@ void convolve(const Convolution<T>& task, const Shape& p, int threads) {
     source = spread(source, sizeof(T)), detour *= task.loops.outputs;
     const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + detour) * threads);
     T* biases = packed.data() + task.weights * taps;
+    advise_large_pages(task.out, p.n * task.out_channels * task.out_plane * sizeof(T));
     std::vector<const Tile*> tiles;
     for (const Part& part : task.parts)
         for (const Tile& tile : part.tiles) tiles.push_back(&tile);
