@@ -43,6 +43,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers

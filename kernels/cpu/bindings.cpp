@@ -60,7 +60,8 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
 }
 
 Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Shape& p) {
-    require(rows.shape(0) == reads.shape(0) + 1 && columns.shape(0) == reads.shape(1) + 1, "offsets don't fit the table");
+    require(rows.shape(0) == reads.shape(0) + 1 && columns.shape(0) == reads.shape(1) + 1,
+            "offsets don't fit the table");
     const auto ascending = [](const Offsets& offsets, int64_t total) {
         if (offsets(0) != 0 || offsets(offsets.shape(0) - 1) != total) return false;
         for (size_t i = 1; i < offsets.shape(0); i++)
@@ -123,12 +124,11 @@ void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
           "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
           "padding"_a, "dilation"_a, "threads"_a);
-    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(),
-          "weight"_a.noconvert(), "dx"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
+    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
+          "dx"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
+          "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a);
-    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(),
-          "relu"_a.noconvert().none(), "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a,
-          "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // Compiled once for each instruction set (namespace SFG_ISA), with GCC's and Clang's vector extensions.
-// Nothing of the standard library's templates is used here: the linker might take such a function from the file with the
-// widest instruction set for everybody.
+// Nothing of the standard library's templates is used here: the linker might take such a function from the file with
+// the widest instruction set for everybody.
 #include "inner_loops.h"
-#include "rows.h"
 
 #include <utility>
+
+#include "rows.h"
 
 #if defined(__clang__)
 #define SFG_UNROLL _Pragma("clang loop unroll(full)")
@@ -54,8 +55,8 @@ SFG_INLINE Vector<T> broadcast(T value) {
     return value - Vector<T>{};
 }
 
-// Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of them,
-// and the load ports limit the loop (73 instead of 134 GFLOP/s in the weight gradient, GCC 12, AVX2).
+// Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of
+// them, and the load ports limit the loop (73 instead of 134 GFLOP/s in the weight gradient, GCC 12, AVX2).
 template <typename V>
 SFG_INLINE void keep(V& value) {
 #if defined(__AVX512F__)
@@ -114,14 +115,19 @@ SFG_INLINE void prefetch_row(const T* row, int64_t count) {
     for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
 }
 
-SFG_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+SFG_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
 
-SFG_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+SFG_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+    return a >= 0 ? (a + b - 1) / b : -(-a / b);
+}
 
 template <typename T>
 void copy(const Copy<T>& t) {
     const Side &v = t.vertical, &h = t.horizontal;
-    const int64_t fill = h.slots > t.pitch ? h.slots : t.pitch;  // rows may overlap in their zeros: the next one is later
+    const int64_t fill =
+        h.slots > t.pitch ? h.slots : t.pitch;  // rows may overlap in their zeros: the next one is later
     for (int64_t c = 0; c < t.channels; c++)
         for (int64_t vp = 0; vp < v.phases; vp++)
             for (int64_t hp = 0; hp < h.phases; hp++) {
@@ -219,7 +225,8 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* res
     }
 }
 
-// Widest piece of a strip, in vectors: as many sums as hide the latency of a multiply-add and leave registers for the rest.
+// Widest piece of a strip, in vectors: as many sums as hide the latency of a multiply-add and leave registers for the
+// rest.
 constexpr int widest(int outputs) {
     const int sums = REGISTERS == 32 ? 24 : 12;
     return 8 * outputs <= sums ? 8 : 4 * outputs <= sums ? 4 : 2;
@@ -233,7 +240,9 @@ void output_tile(const OutputTile<T>& t) {
         T* y = t.y + s * t.y_strip;
         const T* residual = t.residual ? t.residual + s * t.y_strip : nullptr;
         int64_t j = 0;
-        const auto advance = [&](int64_t by) { j += by, x += by, y += by, residual = residual ? residual + by : nullptr; };
+        const auto advance = [&](int64_t by) {
+            j += by, x += by, y += by, residual = residual ? residual + by : nullptr;
+        };
         for (; t.at.length - j > (W - 1) * L; advance(W * L)) output_at<T, K, W>(t, x, y, residual, t.at.length - j);
         if (W > 4 && t.at.length - j > 3 * L) output_at<T, K, 4>(t, x, y, residual, t.at.length - j), advance(4 * L);
         if (W > 2 && t.at.length - j > L) output_at<T, K, 2>(t, x, y, residual, t.at.length - j), advance(2 * L);
@@ -353,9 +362,9 @@ constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS =
 
 }  // namespace
 
-#define SFG_LOOPS(T)                                                                                             \
-    extern const InnerLoops<T> loops_##T = {LANES<T>,           OUTPUTS,                          GRADIENT_OUTPUTS, \
-                                            copy<T>,            output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>};
+#define SFG_LOOPS(T)                         \
+    extern const InnerLoops<T> loops_##T = { \
+        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>};
 SFG_LOOPS(float)
 SFG_LOOPS(double)
 

@@ -1,5 +1,5 @@
-// The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set; routed_conv.cpp,
-// compiled once, plans the work and calls them.
+// The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set;
+// routed_conv.cpp, compiled once, plans the work and calls them.
 //
 // Both work on SCRATCH: a block of image rows copied with its halo, so that the loops know no borders, strides or
 // dilations. In scratch an output stands at position (row * pitch + column) and a tap of the kernel reads at that
@@ -13,8 +13,8 @@ struct Range {
     int64_t first, last;
 };
 
-// One axis of a copy. Slot s of phase p holds the image's line (first + s) * stride + phase[p]: the lines that a strided
-// or dilated convolution reads for neighbouring outputs become neighbours.
+// One axis of a copy. Slot s of phase p holds the image's line (first + s) * stride + phase[p]: the lines that a
+// strided or dilated convolution reads for neighbouring outputs become neighbours.
 struct Side {
     const int64_t* phase;
     int64_t phases, first, stride, slots, length;  // length: lines of the image; those outside are zero
@@ -52,7 +52,7 @@ struct OutputTile {
     int64_t read_count;
     const T* weight;  // [channel read][kernel_taps][output]
     int64_t kernel_taps;
-    const T* bias;    // [output]
+    const T* bias;  // [output]
     int64_t outputs;
     bool relu;
     Strips at;
@@ -90,10 +90,10 @@ struct InnerLoops {
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum
 };
 
-#define SFG_DECLARE(isa)                             \
-    namespace isa {                                  \
-    extern const InnerLoops<float> loops_float;      \
-    extern const InnerLoops<double> loops_double;    \
+#define SFG_DECLARE(isa)                          \
+    namespace isa {                               \
+    extern const InnerLoops<float> loops_float;   \
+    extern const InnerLoops<double> loops_double; \
     }
 SFG_DECLARE(portable)
 SFG_DECLARE(avx2)

@@ -7,16 +7,22 @@ namespace sfg {
 namespace {
 
 constexpr int64_t CACHE_LINE = 64;
+constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread, within the second-level cache
 
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+int64_t floor_div(int64_t a, int64_t b) {
+    return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+int64_t ceil_div(int64_t a, int64_t b) {
+    return -floor_div(-a, b);
+}
 
 // taps: (place in the kernel, offset), offsets ascending.
 Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64_t length,
                const std::vector<std::pair<int64_t, int64_t>>& taps) {
     Axis axis{first, step, count, stride, length, {}, {}, {}, {}, 0, 0};
     for (const auto& [index, offset] : taps) {
-        const int64_t reader = std::max<int64_t>(0, ceil_div(-offset, stride));  // the first output that reads no padding
+        const int64_t reader =
+            std::max<int64_t>(0, ceil_div(-offset, stride));  // the first output that reads no padding
         if (reader >= count || reader * stride + offset >= length) continue;
         const int64_t slot = floor_div(offset, stride), phase = offset - slot * stride;
         auto at = std::find(axis.phases.begin(), axis.phases.end(), phase);
@@ -32,9 +38,65 @@ Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64
     return axis;
 }
 
+void undilate(const Axis& axis, std::vector<Axis>& axes) {
+    std::vector<std::pair<int64_t, int64_t>> list;
+    for (size_t i = 0; i < axis.tap.size(); i++)
+        list.emplace_back(axis.tap[i], axis.slot[i] * axis.stride + axis.phases[axis.phase_of[i]]);
+    const int64_t spacing = list.size() > 1 ? list[1].second - list[0].second : 1;
+    const int64_t apart = spacing / std::gcd(spacing, axis.stride);
+    if (apart <= 1) return axes.push_back(axis);
+    for (int64_t residue = 0; residue < std::min(apart, axis.count); residue++) {
+        auto shifted = list;
+        for (auto& entry : shifted) entry.second += residue * axis.stride;
+        axes.push_back(make_axis(axis.first + residue * axis.step, axis.step * apart,
+                                 ceil_div(axis.count - residue, apart), axis.stride * apart, axis.length, shifted));
+    }
+}
+
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, const Limits& limits) {
+    const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
+    // The block that copies the least halo of those that fit.
+    Layout best{};
+    double least = 0;
+    const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
+    for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
+        const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
+        const int64_t span = horizontal.slots(columns);
+        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows -= rows > 8 ? 4 : 1) {
+            const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
+            const int64_t bytes = channels * phases * vertical.slots(rows) * span * size_of_number;
+            const bool fits = bytes <= SCRATCH_BYTES && rows * columns <= limits.most_positions;
+            const bool last = cut + 1 + cut / 8 > pieces && rows == 1;
+            if (!fits && !(last && best.rows == 0)) continue;
+            const double cost = double(vertical.slots(rows)) / rows * span / columns;
+            if (best.rows == 0 || cost < least) best.rows = rows, best.columns = columns, least = cost;
+        }
+    }
+    const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
+    // Flat rows share the zeros between them, where there are any, but never an output's position.
+    const int64_t shared =
+        best.columns == horizontal.count ? std::min(horizontal.zero_slots(), span - best.columns) : 0;
+    best.flat = best.rows > 1 && limits.flat_cost * double(span - shared) < double(in_vectors);
+    best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
+    best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
+    best.phase_stride = vertical.slots(best.rows) * best.pitch;
+    const int64_t phases = vertical.phases.size() * horizontal.phases.size();
+    best.source_stride = spread(phases * best.phase_stride + best.slack, size_of_number);
+    for (size_t v = 0; v < vertical.tap.size(); v++)
+        for (size_t h = 0; h < horizontal.tap.size(); h++) {
+            const int64_t phase = vertical.phase_of[v] * int64_t(horizontal.phases.size()) + horizontal.phase_of[h];
+            best.taps.push_back({phase * best.phase_stride + (vertical.slot[v] - vertical.low) * best.pitch +
+                                     horizontal.slot[h] - horizontal.low,
+                                 vertical.tap[v] + horizontal.tap[h]});
+        }
+    return best;
+}
+
 }  // namespace
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 int64_t spread(int64_t numbers, int64_t size_of_number) {
     const int64_t lines = (numbers * size_of_number + CACHE_LINE - 1) / CACHE_LINE;
@@ -45,6 +107,19 @@ int64_t Axis::zero_slots() const {
     const int64_t phase = phases.empty() ? 0 : *std::min_element(phases.begin(), phases.end());
     const int64_t behind = count + high - ceil_div(length - phase, stride);
     return std::max<int64_t>(0, std::min(-low, behind));
+}
+
+Shape with_long_rows(Shape p) {
+    const bool pointwise =
+        p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
+    if (pointwise) {  // knows no rows: the image is one line
+        p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
+    } else if (p.w == 1 && p.ow == 1) {  // a column lies in memory as a row does
+        std::swap(p.h, p.w), std::swap(p.oh, p.ow), std::swap(p.r, p.s), std::swap(p.stride[0], p.stride[1]);
+        std::swap(p.padding[0], p.padding[1]), std::swap(p.dilation[0], p.dilation[1]);
+        std::swap(p.tap_step[0], p.tap_step[1]);
+    }
+    return p;
 }
 
 Axis forward_axis(const Shape& p, int axis) {
@@ -61,28 +136,18 @@ std::vector<Axis> gradient_axes(const Shape& p, int axis) {
         std::vector<std::pair<int64_t, int64_t>> list;
         for (int64_t t = taps - 1; t >= 0; t--) {
             const int64_t reached = residue + p.padding[axis] - t * p.dilation[axis];
-            if (reached - floor_div(reached, stride) * stride == 0) list.emplace_back(t * p.tap_step[axis], reached / stride);
+            if (reached - floor_div(reached, stride) * stride == 0)
+                list.emplace_back(t * p.tap_step[axis], reached / stride);
         }
         axes.push_back(make_axis(residue, stride, ceil_div(out - residue, stride), 1, length, list));
     }
     return axes;
 }
 
-std::vector<Axis> undilated(const Axis& axis) {
-    std::vector<std::pair<int64_t, int64_t>> list;
-    for (size_t i = 0; i < axis.tap.size(); i++)
-        list.emplace_back(axis.tap[i], axis.slot[i] * axis.stride + axis.phases[axis.phase_of[i]]);
-    const int64_t spacing = list.size() > 1 ? list[1].second - list[0].second : 1;
-    const int64_t apart = spacing / std::gcd(spacing, axis.stride);
-    if (apart <= 1) return {axis};
-    std::vector<Axis> axes;
-    for (int64_t residue = 0; residue < std::min(apart, axis.count); residue++) {
-        auto shifted = list;
-        for (auto& entry : shifted) entry.second += residue * axis.stride;
-        axes.push_back(make_axis(axis.first + residue * axis.step, axis.step * apart,
-                                 ceil_div(axis.count - residue, apart), axis.stride * apart, axis.length, shifted));
-    }
-    return axes;
+std::vector<Axis> undilated(const std::vector<Axis>& axes) {
+    std::vector<Axis> all;
+    for (const Axis& axis : axes) undilate(axis, all);
+    return all;
 }
 
 std::vector<Part> parts(const Blocks& blocks, bool transposed, int64_t most_outputs, int64_t* weights) {
@@ -105,7 +170,8 @@ std::vector<Part> parts(const Blocks& blocks, bool transposed, int64_t most_outp
                 reads.push_back({in[s], in[s + 1]});
             total += in[s + 1] - in[s];
         }
-        Part part{{}, reads.empty() ? Range{0, 0} : Range{reads.front().first, reads.back().last}, {out[g], out[g + 1]}};
+        Part part{
+            {}, reads.empty() ? Range{0, 0} : Range{reads.front().first, reads.back().last}, {out[g], out[g + 1]}};
         const int64_t count = (size + most_outputs - 1) / most_outputs;
         for (int64_t t = 0; t < count; t++) {  // tiles of equal size, give or take one
             const int64_t first = out[g] + size * t / count, last = out[g] + size * (t + 1) / count;
@@ -130,43 +196,32 @@ Strips Layout::strips(int64_t block_rows, int64_t block_columns) const {
     return {block_rows, block_columns, pitch};
 }
 
-Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, int64_t lanes, int64_t size_of_number,
-              int64_t scratch_bytes, int64_t most_positions, double flat_cost) {
-    // The block that copies the least halo of those that fit.
-    Layout best{};
-    double least = 0;
-    const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
-    for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
-        const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
-        const int64_t span = horizontal.slots(columns);
-        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows -= rows > 8 ? 4 : 1) {
-            const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
-            const int64_t bytes = channels * phases * vertical.slots(rows) * span * size_of_number;
-            const bool fits = bytes <= scratch_bytes && rows * columns <= most_positions;
-            const bool last = cut + 1 + cut / 8 > pieces && rows == 1;
-            if (!fits && !(last && best.rows == 0)) continue;
-            const double cost = double(vertical.slots(rows)) / rows * span / columns;
-            if (best.rows == 0 || cost < least) best.rows = rows, best.columns = columns, least = cost;
-        }
-    }
-    const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
-    // Flat rows share the zeros between them, where there are any, but never an output's position.
-    const int64_t shared =
-        best.columns == horizontal.count ? std::min(horizontal.zero_slots(), span - best.columns) : 0;
-    best.flat = best.rows > 1 && flat_cost * double(span - shared) < double(in_vectors);
-    best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
-    best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
-    best.phase_stride = vertical.slots(best.rows) * best.pitch;
-    const int64_t phases = vertical.phases.size() * horizontal.phases.size();
-    best.source_stride = spread(phases * best.phase_stride + best.slack, size_of_number);
-    for (size_t v = 0; v < vertical.tap.size(); v++)
-        for (size_t h = 0; h < horizontal.tap.size(); h++) {
-            const int64_t phase = vertical.phase_of[v] * int64_t(horizontal.phases.size()) + horizontal.phase_of[h];
-            best.taps.push_back({phase * best.phase_stride + (vertical.slot[v] - vertical.low) * best.pitch +
-                                     horizontal.slot[h] - horizontal.low,
-                                 vertical.tap[v] + horizontal.tap[h]});
-        }
-    return best;
+std::vector<Job> jobs(const std::vector<Part>& parts, const std::vector<Axis>& vertical,
+                      const std::vector<Axis>& horizontal, const Limits& limits, int64_t* items) {
+    std::vector<Job> list;
+    *items = 0;
+    for (const Part& part : parts)
+        for (const Axis& v : vertical)
+            for (const Axis& h : horizontal) {
+                if (v.count == 0 || h.count == 0) continue;
+                const int64_t reads = part.reads.last - part.reads.first;
+                const int64_t outputs = part.outputs.last - part.outputs.first;
+                const Layout blocks = layout(v, h, reads + (limits.outputs_too ? outputs : 0), limits);
+                const int64_t column_blocks = ceil_div(h.count, blocks.columns);
+                list.push_back({&part, &v, &h, blocks, column_blocks, *items});
+                *items += ceil_div(v.count, blocks.rows) * column_blocks;
+            }
+    return list;
+}
+
+Patch::Patch(const std::vector<Job>& jobs, int64_t item) {
+    const auto later = [](int64_t value, const Job& j) { return value < j.first_item; };
+    job = &*(std::upper_bound(jobs.begin(), jobs.end(), item, later) - 1);
+    const Layout& layout = job->layout;
+    item -= job->first_item;
+    row = item / job->column_blocks * layout.rows, column = item % job->column_blocks * layout.columns;
+    rows = std::min(layout.rows, job->vertical->count - row);
+    columns = std::min(layout.columns, job->horizontal->count - column);
 }
 
 }  // namespace sfg

@@ -17,16 +17,19 @@ struct Axis {
     int64_t low, high;  // smallest and largest slot
 
     int64_t slots(int64_t outputs) const { return outputs + high - low; }
-    int64_t zero_slots() const;  // slots that are zero in front of the first output's source as well as behind the last's
+    int64_t zero_slots() const;  // zeros in front of the first output's source as well as behind the last's
 };
+
+// The same problem with rows as long as they can be: the loops run along them.
+Shape with_long_rows(Shape);
 
 // One axis of the output of a convolution, and of its input gradient (one Axis for each residue mod stride).
 Axis forward_axis(const Shape&, int axis);
 std::vector<Axis> gradient_axes(const Shape&, int axis);
 
-// Outputs whose sources are neighbours among each other's taps: every q-th line, where dilation would otherwise leave
-// lines between the taps that only others read.
-std::vector<Axis> undilated(const Axis&);
+// Each axis cut into outputs whose sources are neighbours among each other's taps: every q-th line, where dilation
+// would otherwise leave lines between the taps that only others read.
+std::vector<Axis> undilated(const std::vector<Axis>&);
 
 // Output channels [first, first + outputs) of one group, and the source channels that they read.
 struct Tile {
@@ -42,7 +45,8 @@ struct Part {
     Range reads, outputs;
 };
 
-// transposed: for the input gradient, whose outputs are the columns. Returns all tiles' sum of outputs * reads_total, too.
+// transposed: for the input gradient, whose outputs are the columns. *weights: outputs * reads_total, summed over
+// tiles.
 std::vector<Part> parts(const Blocks&, bool transposed, int64_t most_outputs, int64_t* weights);
 
 // How the positions of an output are cut into blocks, and how a block lies in scratch.
@@ -56,11 +60,36 @@ struct Layout {
     Strips strips(int64_t block_rows, int64_t block_columns) const;
 };
 
-// channels: how many lie in scratch together. flat_cost: what a position costs in a flat block, compared to others.
-Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, int64_t lanes, int64_t size_of_number,
-              int64_t scratch_bytes, int64_t most_positions, double flat_cost);
+// What a layout has to respect.
+struct Limits {
+    int64_t lanes, size_of_number;  // of a vector; of a number, in bytes
+    int64_t most_positions;         // of a block
+    double flat_cost;               // what a position costs in a flat block, compared to others
+    bool outputs_too;               // do the outputs' channels lie in scratch, too?
+};
+
+// Where one part of the channels meets the outputs of two axes: what is done alike, block by block.
+struct Job {
+    const Part* part;
+    const Axis *vertical, *horizontal;
+    Layout layout;
+    int64_t column_blocks, first_item;  // blocks are items, counted through all jobs of an image
+};
+
+// The arguments must outlive the jobs. Returns the number of items of an image, too.
+std::vector<Job> jobs(const std::vector<Part>&, const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal,
+                      const Limits&, int64_t* items);
+
+// One item: a block of one job.
+struct Patch {
+    Patch(const std::vector<Job>&, int64_t item);
+
+    const Job* job;
+    int64_t row, rows, column, columns;
+};
 
 int64_t round_up(int64_t value, int64_t multiple);
-int64_t spread(int64_t numbers, int64_t size_of_number);  // a channel's stride: whole cache lines, an odd number of them
+// A channel's stride in scratch: whole cache lines, an odd number of them.
+int64_t spread(int64_t numbers, int64_t size_of_number);
 
 }  // namespace sfg

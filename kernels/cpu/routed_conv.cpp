@@ -20,14 +20,13 @@
 namespace sfg {
 namespace {
 
-constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread, within the second-level cache
 constexpr int64_t CONVOLUTION_POSITIONS = 4096;
 constexpr int64_t GRADIENT_POSITIONS = 2048;  // of a block, so that a tile's outputs stay in the first-level cache
-constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
+constexpr double FLAT_OUTPUT = 1.06;          // a flat block's outputs take a detour through scratch
 
 template <typename T>
 class Buffer {
-   public:
+ public:
     explicit Buffer(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, bytes(size)))) {
         if (!data_) throw std::bad_alloc();
     }
@@ -36,13 +35,13 @@ class Buffer {
     Buffer& operator=(const Buffer&) = delete;
     T* data() const { return data_; }
 
-   private:
+ private:
     static size_t bytes(int64_t size) { return round_up(std::max<int64_t>(size, 1) * sizeof(T), 64); }
     T* data_;
 };
 
-// Memory of this size comes fresh from the system every time (glibc maps it anew), and first has to be filled with pages:
-// in large ones that takes a third of the time off a 1x1 convolution with 34 MB of output.
+// Memory of this size comes fresh from the system every time (glibc maps it anew), and is filled with pages as it is
+// written: in large ones that takes a third of the time off a 1x1 convolution with 34 MB of output.
 void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = 4096;
@@ -67,87 +66,30 @@ void on_threads([[maybe_unused]] int threads, const Body& body) {
     body(0, 1);
 }
 
-// The same problem with rows as long as they can be: the loops run along them.
-Shape with_long_rows(Shape p) {
-    const bool pointwise = p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
-    if (pointwise) {  // knows no rows: the image is one line
-        p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
-    } else if (p.w == 1 && p.ow == 1) {  // a column lies in memory as a row does
-        std::swap(p.h, p.w), std::swap(p.oh, p.ow), std::swap(p.r, p.s), std::swap(p.stride[0], p.stride[1]);
-        std::swap(p.padding[0], p.padding[1]), std::swap(p.dilation[0], p.dilation[1]);
-        std::swap(p.tap_step[0], p.tap_step[1]);
-    }
-    return p;
-}
-
 template <typename T>
 Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, const Axis& v, const Axis& h, int64_t row,
                 int64_t rows, int64_t column, int64_t columns, T* scratch, const Layout& layout) {
     const int64_t offset = channels.first * plane;
-    return {image + offset,
-            relu ? relu + offset : nullptr,
-            plane,
-            channels.last - channels.first,
-            {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},
-            {h.phases.data(), int64_t(h.phases.size()), column + h.low, h.stride, h.slots(columns), h.length},
-            scratch,
-            layout.source_stride,
-            layout.phase_stride,
-            layout.pitch,
-            layout.slack};
+    return {
+        .image = image + offset,
+        .relu = relu ? relu + offset : nullptr,
+        .image_stride = plane,
+        .channels = channels.last - channels.first,
+        .vertical = {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},
+        .horizontal = {h.phases.data(), int64_t(h.phases.size()), column + h.low, h.stride, h.slots(columns), h.length},
+        .scratch = scratch,
+        .channel_stride = layout.source_stride,
+        .phase_stride = layout.phase_stride,
+        .pitch = layout.pitch,
+        .slack = layout.slack};
 }
-
-// Where one part of the channels meets one lattice of positions.
-struct Job {
-    const Part* part;
-    const Axis *vertical, *horizontal;
-    Layout layout;
-    int64_t row_blocks, column_blocks, first_item;  // items are counted through all jobs of an image
-};
-
-std::vector<Job> jobs_of(const std::vector<Part>& parts, const std::vector<Axis>& vertical,
-                         const std::vector<Axis>& horizontal, int64_t lanes, int64_t size_of_number,
-                         bool outputs_too, int64_t most_positions, double flat_cost, int64_t* items) {
-    std::vector<Job> jobs;
-    *items = 0;
-    for (const Part& part : parts)
-        for (const Axis& v : vertical)
-            for (const Axis& h : horizontal) {
-                if (v.count == 0 || h.count == 0) continue;
-                const int64_t channels = part.reads.last - part.reads.first +
-                                         (outputs_too ? part.outputs.last - part.outputs.first : 0);
-                Job job{&part, &v, &h, layout(v, h, channels, lanes, size_of_number, SCRATCH_BYTES, most_positions, flat_cost), 0, 0, *items};
-                job.row_blocks = (v.count + job.layout.rows - 1) / job.layout.rows;
-                job.column_blocks = (h.count + job.layout.columns - 1) / job.layout.columns;
-                *items += job.row_blocks * job.column_blocks;
-                jobs.push_back(job);
-            }
-    return jobs;
-}
-
-// One block of one job.
-struct Patch {
-    const Job* job;
-    int64_t row, rows, column, columns;
-
-    Patch(const std::vector<Job>& jobs, int64_t item) {
-        auto next = std::upper_bound(jobs.begin(), jobs.end(), item,
-                                     [](int64_t value, const Job& j) { return value < j.first_item; });
-        job = &*(next - 1);
-        const Layout& layout = job->layout;
-        item -= job->first_item;
-        row = item / job->column_blocks * layout.rows, column = item % job->column_blocks * layout.columns;
-        rows = std::min(layout.rows, job->vertical->count - row);
-        columns = std::min(layout.columns, job->horizontal->count - column);
-    }
-};
 
 // Forward pass and input gradient: out[n,k] = act(bias[k] + sum of weight * in) + residual.
 template <typename T>
 struct Convolution {
     const InnerLoops<T>& loops;
-    const T *in, *relu_in;           // relu_in: see Copy
-    int64_t in_channels, in_plane;   // plane: numbers in a channel
+    const T *in, *relu_in;          // relu_in: see Copy
+    int64_t in_channels, in_plane;  // plane: numbers in a channel
     const T *weight, *bias;
     int64_t output_stride, read_stride;  // of the weight
     const T* residual;
@@ -174,7 +116,8 @@ void pack(const Convolution<T>& task, int64_t taps, const Tile& tile, T* packed,
 
 // A finished block from scratch to where it belongs.
 template <typename T>
-void place(const T* from, int64_t channel_stride, const Tile& tile, const Patch& patch, const Convolution<T>& task, int64_t n) {
+void place(const T* from, int64_t channel_stride, const Tile& tile, const Patch& patch, const Convolution<T>& task,
+           int64_t n) {
     const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
     for (int64_t k = 0; k < tile.outputs; k++)
         for (int64_t i = 0; i < patch.rows; i++) {
@@ -197,8 +140,10 @@ void convolve(const Convolution<T>& task, const Shape& p, int threads) {
     int64_t items = 0;
     // Small problems are cut finer, so that every thread gets some blocks.
     const int64_t share = p.n * task.out_plane / (3 * threads);
-    const int64_t most = threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
-    const std::vector<Job> jobs = jobs_of(task.parts, task.vertical, task.horizontal, lanes, sizeof(T), false, most, FLAT_OUTPUT, &items);
+    const int64_t most =
+        threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
+    const Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
+    const std::vector<Job> jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &items);
     int64_t source = 0, detour = 0;
     for (const Job& job : jobs) {
         source = std::max(source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
@@ -228,39 +173,33 @@ void convolve(const Convolution<T>& task, const Shape& p, int threads) {
             const Axis &v = *job.vertical, &h = *job.horizontal;
             const int64_t image = n * task.in_channels * task.in_plane;
             task.loops.copy(copy_of(task.in + image, task.relu_in ? task.relu_in + image : nullptr, task.in_plane,
-                                    job.part->reads, v, h, patch.row, patch.rows, patch.column, patch.columns, x, layout));
+                                    job.part->reads, v, h, patch.row, patch.rows, patch.column, patch.columns, x,
+                                    layout));
             const bool direct = !layout.flat && h.step == 1;
             const int64_t aside_stride = spread(layout.rows * layout.pitch, sizeof(T));
             for (const Tile& tile : job.part->tiles) {
                 const int64_t at = (n * task.out_channels + tile.first) * task.out_plane +
                                    (v.first + patch.row * v.step) * task.out_width + h.first + patch.column;
-                task.loops.output({x - job.part->reads.first * layout.source_stride,
-                                   layout.source_stride,
-                                   layout.taps.data(),
-                                   int64_t(layout.taps.size()),
-                                   tile.reads.data(),
-                                   int64_t(tile.reads.size()),
-                                   packed.data() + tile.weights * taps,
-                                   taps,
-                                   biases + tile.first,
-                                   tile.outputs,
-                                   task.relu,
-                                   layout.strips(patch.rows, patch.columns),
-                                   direct ? task.out + at : aside,
-                                   direct && task.residual ? task.residual + at : nullptr,
-                                   direct ? task.out_plane : aside_stride,
-                                   direct ? v.step * task.out_width : layout.pitch});
+                task.loops.output({.x = x - job.part->reads.first * layout.source_stride,
+                                   .channel_stride = layout.source_stride,
+                                   .taps = layout.taps.data(),
+                                   .tap_count = int64_t(layout.taps.size()),
+                                   .reads = tile.reads.data(),
+                                   .read_count = int64_t(tile.reads.size()),
+                                   .weight = packed.data() + tile.weights * taps,
+                                   .kernel_taps = taps,
+                                   .bias = biases + tile.first,
+                                   .outputs = tile.outputs,
+                                   .relu = task.relu,
+                                   .at = layout.strips(patch.rows, patch.columns),
+                                   .y = direct ? task.out + at : aside,
+                                   .residual = direct && task.residual ? task.residual + at : nullptr,
+                                   .y_channel = direct ? task.out_plane : aside_stride,
+                                   .y_strip = direct ? v.step * task.out_width : layout.pitch});
                 if (!direct) place(aside, aside_stride, tile, patch, task, n);
             }
         }
     });
-}
-
-std::vector<Axis> undilated_all(const std::vector<Axis>& axes) {
-    std::vector<Axis> all;
-    for (const Axis& axis : axes)
-        for (const Axis& part : undilated(axis)) all.push_back(part);
-    return all;
 }
 
 }  // namespace
@@ -270,8 +209,25 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
              const Shape& shape, const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
     const int64_t taps = p.r * p.s;
-    Convolution<T> task{loops, x, nullptr, p.c, p.h * p.w, weight, bias, p.c * taps, taps, residual, relu, y,
-                        p.k, p.oh * p.ow, p.ow, {}, 0, undilated(forward_axis(p, 0)), {forward_axis(p, 1)}};
+    Convolution<T> task{.loops = loops,
+                        .in = x,
+                        .relu_in = nullptr,
+                        .in_channels = p.c,
+                        .in_plane = p.h * p.w,
+                        .weight = weight,
+                        .bias = bias,
+                        .output_stride = p.c * taps,
+                        .read_stride = taps,
+                        .residual = residual,
+                        .relu = relu,
+                        .out = y,
+                        .out_channels = p.k,
+                        .out_plane = p.oh * p.ow,
+                        .out_width = p.ow,
+                        .parts = {},
+                        .weights = 0,
+                        .vertical = undilated({forward_axis(p, 0)}),
+                        .horizontal = {forward_axis(p, 1)}};
     task.parts = parts(blocks, false, loops.outputs, &task.weights);
     convolve(task, p, threads);
 }
@@ -281,8 +237,26 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                     const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
     const int64_t taps = p.r * p.s;
-    Convolution<T> task{loops, dy, relu, p.k, p.oh * p.ow, weight, nullptr, taps, p.c * taps, nullptr, false, dx,
-                        p.c, p.h * p.w, p.w, {}, 0, undilated_all(gradient_axes(p, 0)), gradient_axes(p, 1)};
+    // A convolution of dy with the kernels turned around.
+    Convolution<T> task{.loops = loops,
+                        .in = dy,
+                        .relu_in = relu,
+                        .in_channels = p.k,
+                        .in_plane = p.oh * p.ow,
+                        .weight = weight,
+                        .bias = nullptr,
+                        .output_stride = taps,
+                        .read_stride = p.c * taps,
+                        .residual = nullptr,
+                        .relu = false,
+                        .out = dx,
+                        .out_channels = p.c,
+                        .out_plane = p.h * p.w,
+                        .out_width = p.w,
+                        .parts = {},
+                        .weights = 0,
+                        .vertical = undilated(gradient_axes(p, 0)),
+                        .horizontal = gradient_axes(p, 1)};
     task.parts = parts(blocks, true, loops.outputs, &task.weights);
     convolve(task, p, threads);
 }
@@ -294,10 +268,11 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     const int64_t taps = p.r * p.s, lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
     int64_t weights = 0, items = 0;
     const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
-    const std::vector<Axis> vertical = undilated(forward_axis(p, 0)), horizontal = {forward_axis(p, 1)};
+    const std::vector<Axis> vertical = undilated({forward_axis(p, 0)}), horizontal = {forward_axis(p, 1)};
     const int64_t share = p.n * out_plane / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
-    const std::vector<Job> jobs = jobs_of(channel_parts, vertical, horizontal, lanes, sizeof(T), true, most, 1, &items);
+    const Limits limits{lanes, sizeof(T), most, 1, true};
+    const std::vector<Job> jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
     int64_t source = 0, gradient = 0, streams_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;
@@ -335,10 +310,17 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             const int64_t out_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T));
             const int64_t image = (n * p.k + outputs.first) * out_plane;
             // The outputs' lines are v.first + i * v.step; columns are all there is.
-            loops.copy({dy + image, relu ? relu + image : nullptr, out_plane, outputs.last - outputs.first,
-                        {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
-                        {&none, 1, patch.column, 1, patch.columns, p.ow},
-                        dys, out_stride, 0, layout.pitch, lanes});
+            loops.copy({.image = dy + image,
+                        .relu = relu ? relu + image : nullptr,
+                        .image_stride = out_plane,
+                        .channels = outputs.last - outputs.first,
+                        .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
+                        .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
+                        .scratch = dys,
+                        .channel_stride = out_stride,
+                        .phase_stride = 0,
+                        .pitch = layout.pitch,
+                        .slack = lanes});
             if (db)
                 for (int64_t k = outputs.first; k < outputs.last; k++)
                     loops.sum(dys + (k - outputs.first) * out_stride, patch.rows, layout.pitch, patch.columns, dbs + k);
@@ -349,9 +331,15 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                 for (const Range& range : tile.reads)
                     for (int64_t c = range.first; c < range.last; c++, channel++)
                         for (const Tap& tap : layout.taps)
-                            streams[count++] = {xs + (c - job.part->reads.first) * layout.source_stride + tap.offset,
-                                                dws + ((tile.weights * taps + (channel * taps + tap.index) * tile.outputs))};
-                loops.gradient({dys + (tile.first - outputs.first) * out_stride, out_stride, tile.outputs, streams, count, strips});
+                            streams[count++] = {
+                                xs + (c - job.part->reads.first) * layout.source_stride + tap.offset,
+                                dws + ((tile.weights * taps + (channel * taps + tap.index) * tile.outputs))};
+                loops.gradient({.dy = dys + (tile.first - outputs.first) * out_stride,
+                                .channel_stride = out_stride,
+                                .outputs = tile.outputs,
+                                .streams = streams,
+                                .stream_count = count,
+                                .at = strips});
             }
         }
         // Added up in the order of the threads.
@@ -378,57 +366,13 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     });
 }
 
-namespace {
-
-template <typename T>
-const InnerLoops<T>& portable_loops();
-template <>
-const InnerLoops<float>& portable_loops<float>() { return portable::loops_float; }
-template <>
-const InnerLoops<double>& portable_loops<double>() { return portable::loops_double; }
-
-}  // namespace
-
-#ifdef SFG_X86
-const char* const* instruction_sets() {
-    static const char* const all[] = {"avx512", "avx2", "portable", nullptr};
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return all;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? all + 1 : all + 2;
-}
-#else
-const char* const* instruction_sets() {
-    static const char* const all[] = {"portable", nullptr};
-    return all;
-}
-#endif
-
-template <typename T>
-const InnerLoops<T>* inner_loops(const char* name) {
-    for (const char* const* known = instruction_sets(); *known; known++) {
-        if (std::strcmp(*known, name)) continue;
-#ifdef SFG_X86
-        if constexpr (sizeof(T) == 4) {
-            if (!std::strcmp(name, "avx512")) return &avx512::loops_float;
-            if (!std::strcmp(name, "avx2")) return &avx2::loops_float;
-        } else {
-            if (!std::strcmp(name, "avx512")) return &avx512::loops_double;
-            if (!std::strcmp(name, "avx2")) return &avx2::loops_double;
-        }
-#endif
-        return &portable_loops<T>();
-    }
-    return nullptr;
-}
-
-#define SFG_INSTANTIATE(T)                                                                                             \
-    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, const Shape&,     \
-                             const Blocks&, int);                                                                      \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, const Shape&,              \
-                                    const Blocks&, int);                                                               \
-    template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,         \
-                                     const Blocks&, int);                                                              \
-    template const InnerLoops<T>* inner_loops<T>(const char*);
+#define SFG_INSTANTIATE(T)                                                                                         \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, const Shape&, \
+                             const Blocks&, int);                                                                  \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, const Shape&,          \
+                                    const Blocks&, int);                                                           \
+    template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,     \
+                                     const Blocks&, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)
 

@@ -22,8 +22,8 @@ struct Blocks {
     int64_t groups_out, groups_in;
 };
 
-// y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on `threads`.
-// bias, residual (laid out as y): may be null.
+// y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on
+// `threads`. bias, residual (laid out as y): may be null.
 template <typename T>
 void forward(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
              const Shape&, const Blocks&, int threads);
@@ -33,8 +33,8 @@ template <typename T>
 void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, const Shape&,
                     const Blocks&, int threads);
 
-// dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added in
-// the order of the threads: the bits depend on how many there are, and on nothing else.
+// dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added
+// in the order of the threads: the bits depend on how many there are, and on nothing else.
 template <typename T>
 void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);
@@ -43,5 +43,9 @@ void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* rel
 const char* const* instruction_sets();
 template <typename T>
 const InnerLoops<T>* inner_loops(const char* name);  // null if there is none of that name
+template <>
+const InnerLoops<float>* inner_loops<float>(const char* name);
+template <>
+const InnerLoops<double>* inner_loops<double>(const char* name);
 
 }  // namespace sfg

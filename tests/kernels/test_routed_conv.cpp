@@ -18,8 +18,12 @@ using sfg::Shape;
 
 std::mt19937 generator(0);
 
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[pick(0, int64_t(values.size()) - 1)]; }
+int64_t pick(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+int64_t one_of(std::initializer_list<int64_t> values) {
+    return values.begin()[pick(0, int64_t(values.size()) - 1)];
+}
 
 template <typename T>
 std::vector<T> random_numbers(int64_t count) {
@@ -103,7 +107,8 @@ void check(const Problem& problem, const char* isa) {
     const std::vector<T> dy = random_numbers<T>(outputs);
     for (int64_t k = 0; k < p.k; k++)
         for (int64_t c = 0; c < p.c; c++)
-            if (!problem.read(k, c)) std::fill_n(weight.begin() + (k * p.c + c) * taps, taps, nan);  // not to be looked at
+            if (!problem.read(k, c))
+                std::fill_n(weight.begin() + (k * p.c + c) * taps, taps, nan);  // not to be looked at
 
     std::vector<T> y(outputs, nan), passed(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
     const T* b = problem.bias ? bias.data() : nullptr;
@@ -144,11 +149,12 @@ void check(const Problem& problem, const char* isa) {
     compare("weight gradient", dw, dw0, p.n * p.oh * p.ow);
     compare("bias gradient", db, db0, p.n * p.oh * p.ow);
     if (failures > before)
-        std::printf("  %s, %d-bit: n=%ld c=%ld k=%ld image=%ldx%ld kernel=%ldx%ld stride=%ld,%ld padding=%ld,%ld "
-                    "dilation=%ld,%ld relu=%d threads=%d\n",
-                    isa, int(8 * sizeof(T)), long(p.n), long(p.c), long(p.k), long(p.h), long(p.w), long(p.r), long(p.s),
-                    long(p.stride[0]), long(p.stride[1]), long(p.padding[0]), long(p.padding[1]), long(p.dilation[0]),
-                    long(p.dilation[1]), problem.relu, problem.threads);
+        std::printf(
+            "  %s, %d-bit: n=%ld c=%ld k=%ld image=%ldx%ld kernel=%ldx%ld stride=%ld,%ld padding=%ld,%ld "
+            "dilation=%ld,%ld relu=%d threads=%d\n",
+            isa, int(8 * sizeof(T)), long(p.n), long(p.c), long(p.k), long(p.h), long(p.w), long(p.r), long(p.s),
+            long(p.stride[0]), long(p.stride[1]), long(p.padding[0]), long(p.padding[1]), long(p.dilation[0]),
+            long(p.dilation[1]), problem.relu, problem.threads);
 }
 
 }  // namespace
