@@ -25,7 +25,7 @@ from sfg_fast.groups import FilterGroups, Routing
 
 pytestmark = pytest.mark.skipif(not available("native"), reason="native is not built")
 PHASES = ("forward", "forward+backward")
-ROUNDS = 9
+ROUNDS = 15
 SGEMM = 1024  # the size of the square matrices of the roof
 
 

@@ -1,6 +1,7 @@
 """Compare things honestly on a noisy machine: in one process, taking turns, warmed up, medians of many rounds."""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,12 +12,15 @@ import torch
 def interleaved(
     contestants: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by name: every round runs all contestants, one after the other."""
+    """Seconds of each call, by name: every round runs all contestants, one after the other, in another order. (What ran
+    just before leaves its threads awake or asleep, and the caches full of its own.)"""
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    order, shuffle = list(contestants), random.Random(0).shuffle
     for turn in range(warmup + rounds):
-        for name, call in contestants.items():
+        shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            call()
+            contestants[name]()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return times

@@ -31,14 +31,18 @@ template <>
 struct Vectors<float> {
     typedef float Vector __attribute__((vector_size(BYTES)));
     typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    typedef float Small __attribute__((vector_size(16), aligned(4), may_alias));
 };
 template <>
 struct Vectors<double> {
     typedef double Vector __attribute__((vector_size(BYTES)));
     typedef double Unaligned __attribute__((vector_size(BYTES), aligned(8), may_alias));
+    typedef double Small __attribute__((vector_size(16), aligned(8), may_alias));
 };
 template <typename T>
 using Vector = typename Vectors<T>::Vector;
+template <typename T>
+using SmallVector = typename Vectors<T>::Small;
 template <typename T>
 constexpr int LANES = BYTES / sizeof(T);
 
@@ -103,9 +107,18 @@ template <typename T>
 SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int64_t stride) {
     if (stride == 1 && !relu) return move_row(to, from, count);
     int64_t j = 0;
-    if (stride == 1)
+    if (stride == 1) {
         for (const Vector<T> none{}; j + LANES<T> <= count; j += LANES<T>)
             store<T>(to + j, load(relu + j) <= none ? none : load(from + j));
+        // The rest, or all of a short row, in small pieces, of which the last may overlap the one before.
+        constexpr int64_t piece = sizeof(SmallVector<T>) / sizeof(T);
+        for (const SmallVector<T> none{}; j < count && count >= piece; j += piece) {
+            const int64_t at = j < count - piece ? j : count - piece;
+            const auto passed = *reinterpret_cast<const SmallVector<T>*>(relu + at);
+            const auto values = *reinterpret_cast<const SmallVector<T>*>(from + at);
+            *reinterpret_cast<SmallVector<T>*>(to + at) = passed <= none ? none : values;
+        }
+    }
     for (; j < count; j++) to[j] = relu && relu[j * stride] <= 0 ? T(0) : from[j * stride];
 }
 
