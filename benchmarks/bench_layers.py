@@ -10,6 +10,7 @@ ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2 before.
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -164,10 +165,17 @@ def table(layers: list[Layer], against: list[str]) -> list[str]:
     return ["", *lines, ""]
 
 
+def _environment() -> str:
+    settings = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    used = [f"{name}={os.environ[name]}" for name in settings if name in os.environ]
+    return f" with {', '.join(used)}" if used else ""
+
+
 def report(instruction_set: str) -> str:
     head = [
         "# SFG layers on the CPU: everything else against `native`",
         "",
+        f"`python -m benchmarks.bench_layers FILE.md {instruction_set}`{_environment()}.",
         f"{machine()}, native on {instruction_set}, torch on {torch.backends.cpu.get_cpu_capability()}.",
         "Batch 4, 128x128 (128 kernels: 64x64), 3x3, groups as equal as can be. Cells: time over native's, medians",
         f"(quartiles) of {ROUNDS} interleaved rounds; every contestant in its faster memory format. A layer is",
