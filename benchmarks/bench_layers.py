@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.interleaved import interleaved, machine, ratio
-from benchmarks.layers import LAYERS, STREAMS, WIDTHS, Layer, Work, contestants, stream_contestants
+from benchmarks.layers import COMPILED, LAYERS, STREAMS, WIDTHS, Layer, Work, contestants, stream_contestants
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 
@@ -41,14 +41,14 @@ def faster(times: dict[str, list[float]], name: str) -> str:
     return min((key for key in times if key.split(",")[0] == name), key=lambda key: statistics.median(times[key]))
 
 
-def works(layer: Layer, compiled: bool = False) -> dict[str, Work]:
-    return stream_contestants(layer) if layer in STREAMS else contestants(layer, compiled)
+def works(layer: Layer) -> dict[str, Work]:
+    return stream_contestants(layer) if layer in STREAMS else contestants(layer)
 
 
 @functools.cache
-def compare(layer: Layer, phase: str, compiled: bool = False) -> dict[str, Any]:
+def compare(layer: Layer, phase: str) -> dict[str, Any]:
     """{contestant: (median, quartiles) of its time over native's}, each in its faster form."""
-    times = interleaved(calls(works(layer, compiled), phase), ROUNDS)
+    times = interleaved(calls(works(layer), phase), ROUNDS)
     names = dict.fromkeys(key.split(",")[0] for key in times)
     return {name: ratio(times, faster(times, name), "native") for name in names if name != "native"}
 
@@ -103,7 +103,6 @@ def kernel_rates(layer: Layer) -> dict[str, float]:
 
 
 TIMED = [layer for layer in LAYERS if layer.name in ("1->16", "16", "64", "128")] + [STREAMS[0], STREAMS[3]]
-COMPILED = ("16",)  # compiling takes longer than timing
 
 
 def cases() -> list[Any]:
@@ -127,7 +126,7 @@ def _names(layer: Layer) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _works_of(layer: Layer) -> dict[str, Work]:
-    return works(layer, layer.name in COMPILED)
+    return works(layer)
 
 
 @pytest.mark.parametrize(("layer", "phase", "name"), cases())

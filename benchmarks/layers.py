@@ -5,7 +5,9 @@ Everything is timed on torch tensors of the caller's making; parameters, inputs 
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from sfg_fast.groups import Routing
 from sfg_fast.routed_conv import RoutedConv, routed_conv
 
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
-Call = Callable[[], Tensor]
+Call = Callable[[], Tensor | Sequence[Tensor]]
 
 
 class Layer(NamedTuple):
@@ -66,18 +68,21 @@ STREAMS = [
     *(Layer(f"own, 3 x {k}", (k, k, k), routing="own") for k in (16, 32, 64)),
     *(Layer(f"1x1 merge, {k}", (k, k, k), kernel=1) for k in (16, 32, 64)),
 ]
+COMPILED = ("16", "64")  # where torch.compile's form of dense masking takes part: compiling takes longer than timing
 WIDTHS = [Layer(f"32, width {w}", (11, 10, 11), (128, w)) for w in (128, 1, 7, 100, 130)]
 
 
 class Work(NamedTuple):
-    """A contestant: its forward pass, and what a training step differentiates it by."""
+    """A contestant: its forward pass, and what a training step differentiates it by. One output or several: what the
+    next layer of its kind would take."""
 
     forward: Call
     leaves: Sequence[Tensor]
-    gradient: Tensor
+    gradients: Sequence[Tensor]
 
     def step(self) -> None:
-        torch.autograd.grad(self.forward(), self.leaves, self.gradient)
+        y = self.forward()
+        torch.autograd.grad([y] if isinstance(y, Tensor) else list(y), self.leaves, self.gradients)
 
 
 def _leaf(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -89,14 +94,14 @@ def _gradient(shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
 
 
 def _on(name: str, call: Call) -> Call:
-    def forward() -> Tensor:
+    def forward() -> Tensor | Sequence[Tensor]:
         with backend(name):
             return call()
 
     return forward
 
 
-def contestants(layer: Layer, compiled: bool = False) -> dict[str, Work]:
+def contestants(layer: Layer) -> dict[str, Work]:
     """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name."""
     torch.manual_seed(0)
     assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups))
@@ -116,7 +121,7 @@ def contestants(layer: Layer, compiled: bool = False) -> dict[str, Work]:
     for name in ("native", "masked"):
         leaf, gradient = _leaf(x), torch.randn(shape)
         call = _on(name, functools.partial(packed, leaf))
-        work[name] = Work(call, (leaf, conv.weight, conv.bias), gradient)
+        work[name] = Work(call, (leaf, conv.weight, conv.bias), [gradient])
 
     for suffix, memory_format in FORMATS.items():
         leaf, weight = _leaf(x, memory_format), _leaf(conv.weight, memory_format)
@@ -126,45 +131,29 @@ def contestants(layer: Layer, compiled: bool = False) -> dict[str, Work]:
         def plain(leaf: Tensor = leaf, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
             return F.relu(F.conv2d(leaf, weight, bias, 1, layer.dilation, layer.dilation))
 
-        work["one plain convolution" + suffix] = Work(plain, (leaf, weight, bias), gradient)
+        work["one plain convolution" + suffix] = Work(plain, (leaf, weight, bias), [gradient])
 
         dense = [leaf] if image else [_leaf(x * mask, memory_format) for mask in masks]
-        three = torch.cat([gradient] * 3, 1).contiguous(memory_format=memory_format)
+        three = [_gradient(shape, memory_format) for _ in masks]
+        masking = copy.deepcopy(conv).to(memory_format=memory_format)  # type: ignore[call-overload]
 
-        def reference(dense: list[Tensor] = dense) -> Tensor:
-            return _joined(conv(dense[0] if image else dense))
+        def reference(dense: list[Tensor] = dense, masking: SFGConv2d = masking) -> Sequence[Tensor]:
+            return list(masking(dense[0] if image else dense))
 
-        leaves = (*dense, conv.weight, conv.bias)
+        leaves = (*dense, masking.weight, masking.bias)
         work["dense masking" + suffix] = Work(_on("reference", reference), leaves, three)
-        if compiled:
+        if layer.name in COMPILED:
             script = torch.compile(_dense_masking, dynamic=False)
-            call = functools.partial(_script, script, dense, weight, bias, masks, layer.dilation)
+            call = functools.partial(script, dense, weight, bias, masks, layer.dilation)
             work["dense masking, compiled" + suffix] = Work(call, (*dense, weight, bias), three)
         if not image:
             pieces = [_leaf(piece, memory_format) for piece in x.split(layer.groups, 1)]
-            rows = [_leaf(piece, memory_format) for piece in conv.weight.split(layer.groups)]
-            call = functools.partial(_sliced, pieces, rows, bias, layer)
-            work["T+1 sliced convolutions" + suffix] = Work(call, (*pieces, *rows, bias), gradient)
+            rows = [_leaf(rows, memory_format) for rows in _read_weights(conv.weight, layer)]
+            biases = [_leaf(piece) for piece in conv.bias.split(layer.groups)]  # type: ignore[union-attr]
+            call = functools.partial(_sliced, pieces, rows, biases, layer)
+            gradients = [_gradient(piece.shape, memory_format) for piece in pieces]
+            work["T+1 sliced convolutions" + suffix] = Work(call, (*pieces, *rows, *biases), gradients)
     return work
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """A cheap way to let one gradient flow into all of a list: no copy is made of the tensors."""
-    return _Join.apply(*tensors)
-
-
-class _Join(torch.autograd.Function):
-    """T+1 tensors as the (never written) channel slices of one: its gradient is cut into views."""
-
-    @staticmethod
-    def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
-        ctx.channels = tensors[0].shape[1]
-        n, k, h, w = tensors[0].shape
-        return tensors[0].new_empty(1).expand(n, k * len(tensors), h, w)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return gradient.split(ctx.channels, 1)
 
 
 def _dense_masking(
@@ -180,24 +169,23 @@ def _dense_masking(
     )
 
 
-def _script(script, dense, weight, bias, masks, dilation):  # type: ignore[no-untyped-def]
-    return _joined(script(dense, weight, bias, masks, dilation))
+def _read_weights(weight: Tensor, layer: Layer) -> list[Tensor]:
+    """Of each group's kernels the channels that it reads, shared first."""
+    shared, starts = layer.groups[0], itertools.accumulate(layer.groups, initial=0)
+    rows = []
+    for group, (start, size) in enumerate(zip(starts, layer.groups, strict=False)):
+        own = weight[start : start + size]
+        rows.append(torch.cat([own[:, :shared], own[:, start : start + size]], 1) if group else own[:, :shared])
+    return rows
 
 
-def _sliced(pieces: list[Tensor], rows: list[Tensor], bias: Tensor, layer: Layer) -> Tensor:
+def _sliced(pieces: list[Tensor], rows: list[Tensor], biases: list[Tensor], layer: Layer) -> list[Tensor]:
     """One torch convolution for each group, on the channels it reads."""
-    shared = layer.groups[0]
-    start, out = 0, []
-    for group, (piece, weight) in enumerate(zip(pieces, rows, strict=True)):
-        size = layer.groups[group]
-        reads, columns = piece, weight[:, :shared]
-        if group:
-            first = sum(layer.groups[:group])
-            reads = torch.cat([pieces[0], piece], 1)
-            columns = torch.cat([columns, weight[:, first : first + size]], 1)
-        out.append(F.relu(F.conv2d(reads, columns, bias[start : start + size], 1, layer.dilation, layer.dilation)))
-        start += size
-    return torch.cat(out, 1)
+    reads = [pieces[0], *(torch.cat([pieces[0], piece], 1) for piece in pieces[1:])]
+    return [
+        F.relu(F.conv2d(x, weight, bias, 1, layer.dilation, layer.dilation))
+        for x, weight, bias in zip(reads, rows, biases, strict=True)
+    ]
 
 
 def stream_contestants(layer: Layer) -> dict[str, Work]:
@@ -219,16 +207,16 @@ def stream_contestants(layer: Layer) -> dict[str, Work]:
     work: dict[str, Work] = {}
     for name in ("native", "masked"):
         leaves = [_leaf(t) for t in (x, weight, bias)]
-        work[name] = Work(_on(name, functools.partial(routed_conv, *leaves, spec)), leaves, torch.randn(shape))
+        work[name] = Work(_on(name, functools.partial(routed_conv, *leaves, spec)), leaves, [torch.randn(shape)])
     for suffix, memory_format in FORMATS.items():
         streams = x.split(k, 1)
         inputs = streams if own else [torch.cat([streams[t], streams[0]], 1) for t in (1, 2)]
         leaves = [_leaf(t, memory_format) for t in (*inputs, *weight.split(k))] + [_leaf(t) for t in bias.split(k)]
 
-        def separate(leaves: list[Tensor] = leaves) -> Tensor:
-            return _joined(
-                [F.conv2d(leaves[t], leaves[tasks + t], leaves[2 * tasks + t], 1, padding) for t in range(tasks)]
-            )
+        def separate(leaves: list[Tensor] = leaves) -> list[Tensor]:
+            return [F.conv2d(leaves[t], leaves[tasks + t], leaves[2 * tasks + t], 1, padding) for t in range(tasks)]
 
-        work["torch, separately" + suffix] = Work(separate, leaves, _gradient(shape, memory_format))
+        one = torch.Size((layer.batch, k, *layer.size))
+        gradients = [_gradient(one, memory_format) for _ in range(tasks)]
+        work["torch, separately" + suffix] = Work(separate, leaves, gradients)
     return work

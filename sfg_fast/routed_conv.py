@@ -70,7 +70,6 @@ def _apply(
     assert residual is None or not (relu or spec.rows.drawn), "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    everything = None
     if _same_work_for_every_group(spec) and spec.rows.drawn is None:
         plain = _plain(spec, weight)
         live = _fold(x, spec, lambda streams: _convolve(streams, weight, bias, None, kernels, plain, relu)[0])
@@ -79,10 +78,8 @@ def _apply(
         live = F.conv2d(x, weight, bias, stride, padding, dilation, len(spec.columns.names))
         live = F.relu(live) if relu else live
     else:
-        residual = None if residual is None else residual.to(dtype)
-        live, everything = _convolve(x, weight, bias, residual, kernels, spec, relu)
-        residual = None
-    return live if residual is None else live + residual, everything
+        return _convolve(x, weight, bias, residual, kernels, spec, relu)
+    return live if residual is None else live + residual, None
 
 
 def _convolve(
@@ -96,13 +93,12 @@ def _convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """ReLU and addition in the kernels, where these can do it."""
     if kernels is not masked:
-        live, everything = _RoutedConv.apply(x, weight, bias, residual, kernels, spec, relu)
-    else:
-        live, everything = _RoutedConv.apply(x, weight, bias, None, kernels, spec, False)
-        if relu:
-            live, everything = F.relu(live), F.relu(everything) if spec.rows.drawn is not None else None
-        live = live if residual is None else live + residual
-    return live, everything if spec.rows.drawn is not None else None
+        residual = None if residual is None else residual.to(x.dtype)
+        return _RoutedConv.apply(x, weight, bias, residual, kernels, spec, relu)
+    live, everything = _RoutedConv.apply(x, weight, bias, None, kernels, spec, False)
+    if relu:
+        live, everything = F.relu(live), None if everything is None else F.relu(everything)
+    return live if residual is None else live + residual, everything
 
 
 class _RoutedConv(torch.autograd.Function):
@@ -125,7 +121,7 @@ class _RoutedConv(torch.autograd.Function):
         if _same_work_for_every_group(spec):
             plain = _plain(spec, weight).blocks()
             u = _fold(x, spec, lambda t: kernels.forward(t, weight, bias, plain, spec.geometry, **fused))
-        elif spec.routing is Routing.ALL and spec.rows.full and residual is None:
+        elif spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1 and residual is None:
             # Every group convolves the image with the same kernels: once is enough.
             u = kernels.forward(x, weight, bias, _plain(spec, weight).blocks(), spec.geometry, **fused)
             u = u.repeat(1, len(spec.rows.names), 1, 1)
@@ -158,12 +154,13 @@ class _RoutedConv(torch.autograd.Function):
         if wants_weight:
             live = spec._replace(columns=spec.columns.live)
             kernel = tuple(weight.shape[2:])
-            packed, packed_bias = ctx.kernels.weight_gradient(live_x, dy, live.blocks(), spec.geometry, kernel, **fused)
+            arguments = (live_x, dy, live.blocks(), spec.geometry, kernel)
+            packed, db = ctx.kernels.weight_gradient(*arguments, **fused, bias=wants_bias)
             dw = unpack(packed, live.rows, live.columns)
-            db = unpack_dim(packed_bias, 0, spec.rows)
         elif wants_bias:
-            db = unpack_dim((dy if passed is None else dy.where(passed > 0, 0)).sum((0, 2, 3)), 0, spec.rows)
-        return dx, dw, db if wants_bias else None, residual_gradient, None, None, None
+            db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
+        db = None if db is None else unpack_dim(db, 0, spec.rows)
+        return dx, dw, db, residual_gradient, None, None, None
 
 
 def _same_work_for_every_group(spec: RoutedConv) -> bool:

@@ -112,3 +112,24 @@ def test_backward_uses_the_kernels_of_the_forward(monkeypatch):
         y = layer(torch.randn(1, 1, 4, 4))
     y.packed.sum().backward()  # outside the `with`
     assert called
+
+
+def test_auto_never_fails_for_tensors_that_native_can_not_take():
+    from torch._subclasses import FakeTensorMode
+
+    layer = sfg_fast.SFGConv2d(1, 2, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(1, 1, 5, 5)).packed.shape[2:] == (3, 3)
+    complex_layer = sfg_fast.SFGConv2d(1, 2, 3, dtype=torch.complex64).eval()
+    complex_layer.assign(torch.zeros(2, dtype=torch.int64))
+    assert complex_layer(torch.randn(1, 1, 5, 5, dtype=torch.complex64)).packed.dtype == torch.complex64
+
+
+@pytest.mark.parametrize("name", ["masked", "auto"])
+def test_second_derivatives_raise_instead_of_being_wrong(name):
+    layer = sfg_fast.SFGConv2d(1, 3, 3, activation="relu")
+    with backend(name):
+        y = layer(torch.randn(1, 1, 5, 5))
+    first = torch.autograd.grad(y.packed.square().sum(), layer.logits, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

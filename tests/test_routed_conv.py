@@ -174,24 +174,6 @@ def test_same_bits_twice(name):
 
 
 @pytest.mark.skipif(not available("native"), reason="not built")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_native_bits_do_not_depend_on_the_number_of_threads(threads):
-    x, weight, bias, spec = small_problem(torch.float32)
-    before = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            with backend("native"):
-                y = routed_conv(x, weight, bias, spec)
-                runs.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(not available("native"), reason="not built")
 def test_native_float32_is_as_near_to_float64_as_torch_is():
     x, weight, bias, spec = small_problem()
     exact = routed_conv(x, weight, bias, spec)

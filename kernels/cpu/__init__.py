@@ -18,6 +18,8 @@ def cannot(x: Tensor) -> str | None:
         return f"the tensor is on {x.device}, the native kernels run on the CPU"
     if x.dtype not in (torch.float32, torch.float64):
         return f"the tensor is {x.dtype}, the native kernels take float32 and float64"
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided:
+        return f"the tensor is a {type(x).__name__} ({x.layout}), the native kernels need plain memory"
     return None
 
 
@@ -30,6 +32,12 @@ def forward(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
+    for length, taps, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry[1:], strict=True):
+        if length + 2 * pad < dilation * (taps - 1) + 1:
+            raise RuntimeError(
+                f"the image has size {tuple(x.shape[2:])}, with padding {geometry.padding} that is less than the "
+                f"kernel's {tuple(weight.shape[2:])} with dilation {geometry.dilation}"
+            )
     size = [
         (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
         for length, taps, stride, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
@@ -61,9 +69,10 @@ def weight_gradient(
     geometry: Geometry,
     kernel: tuple[int, int],
     relu: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     dw = x.new_empty(dy.shape[1], x.shape[1], *kernel)
-    db = x.new_empty(dy.shape[1])
+    db = x.new_empty(dy.shape[1]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
     _native.weight_gradient(*arrays, *blocks, *geometry, torch.get_num_threads())
     return dw, db

@@ -46,7 +46,9 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
     p.r = w.shape(2), p.s = w.shape(3), p.tap_step[0] = p.s, p.tap_step[1] = 1;
     require(w.shape(0) == y.shape(1) && w.shape(1) == x.shape(1), "the weight does not fit input and output channels");
     require(y.shape(0) == x.shape(0), "input and output differ in batch size");
+    const int64_t image[] = {p.h, p.w}, taps[] = {p.r, p.s};
     for (int i = 0; i < 2; i++) {
+        require(image[i] + 2 * padding[i] >= dilation[i] * (taps[i] - 1) + 1, "the kernel is larger than the image");
         require(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0, "stride, dilation or padding out of range");
         p.stride[i] = stride[i], p.padding[i] = padding[i], p.dilation[i] = dilation[i];
     }
@@ -92,8 +94,10 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* add = data<T>(residual, p, "the residual does not fit the output");
     const Blocks b = blocks(rows, columns, reads, p);
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::forward<T>(loops<T>(), x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), p, b, threads);
+    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), p, b, threads);
 }
 
 template <typename T>
@@ -102,8 +106,10 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::input_gradient<T>(loops<T>(), dy.data(), passed, w.data(), dx.data(), p, b, threads);
+    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), p, b, threads);
 }
 
 template <typename T>
@@ -114,9 +120,10 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
     const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::weight_gradient<T>(loops<T>(), x.data(), dy.data(), passed, dw.data(), db ? db->data() : nullptr, p, b,
-                            threads);
+    sfg::weight_gradient<T>(inner, x.data(), dy.data(), passed, dw.data(), db ? db->data() : nullptr, p, b, threads);
 }
 
 template <typename T>

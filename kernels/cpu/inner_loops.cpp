@@ -286,9 +286,9 @@ SFG_INLINE void add_sums(const Vector<T>* vectors, T* to) {
     if constexpr (N > L) add_sums<T, N - L>(vectors + L, to + L);
 }
 
-// K outputs x NS streams, summed over all positions.
+// K outputs x NS shifted, summed over all positions.
 template <typename T, int K, int NS>
-SFG_INLINE void gradient_at(const GradientTile<T>& t, const Stream<T>* streams, int64_t count) {
+SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted, int64_t count) {
     constexpr int L = LANES<T>;
     Vector<T> sum[NS][K];
     SFG_UNROLL
@@ -298,7 +298,7 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Stream<T>* streams, 
     }
     const T* x[NS];
     SFG_UNROLL
-    for (int i = 0; i < NS; i++) x[i] = streams[i < count ? i : count - 1].x;  // spare places repeat the last stream
+    for (int i = 0; i < NS; i++) x[i] = shifted[i < count ? i : count - 1].x;  // spare places repeat the last one
     for (int64_t s = 0; s < t.at.strips; s++) {
         const int64_t end = s * t.at.pitch + t.at.length;
         for (int64_t j = s * t.at.pitch; j < end; j += L) {
@@ -336,7 +336,7 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Stream<T>* streams, 
     SFG_UNROLL
     for (int i = 0; i < NS; i++) {
         if (i < count) {
-            add_sums<T, K>(sum[i], streams[i].gradient);
+            add_sums<T, K>(sum[i], shifted[i].gradient);
         }
     }
 }
@@ -344,8 +344,8 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Stream<T>* streams, 
 template <typename T, int K>
 void gradient_tile(const GradientTile<T>& t) {
     constexpr int sums = REGISTERS == 32 ? 24 : 12, NS = sums / K < 9 ? sums / K : 9;
-    for (int64_t i = 0; i < t.stream_count; i += NS)
-        gradient_at<T, K, NS>(t, t.streams + i, t.stream_count - i < NS ? t.stream_count - i : NS);
+    for (int64_t i = 0; i < t.shifted_count; i += NS)
+        gradient_at<T, K, NS>(t, t.shifted + i, t.shifted_count - i < NS ? t.shifted_count - i : NS);
 }
 
 template <typename T, int K>

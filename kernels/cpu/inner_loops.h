@@ -1,7 +1,7 @@
 // The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set;
 // routed_conv.cpp, compiled once, plans the work and calls them.
 //
-// Both work on SCRATCH: a block of image rows copied with its halo, so that the loops know no borders, strides or
+// The loops work on SCRATCH: a block of image rows copied with its halo, so that the loops know no borders, strides or
 // dilations. In scratch an output stands at position (row * pitch + column) and a tap of the kernel reads at that
 // position plus a constant offset.
 #pragma once
@@ -63,19 +63,19 @@ struct OutputTile {
 
 // An input channel as seen by one tap, and where its gradients [output] are summed.
 template <typename T>
-struct Stream {
+struct Shifted {
     const T* x;
     T* gradient;
 };
 
-// gradient[k] += sum over positions of dy[k] * x, for each stream and a few output channels of one group.
+// gradient[k] += sum over positions of dy[k] * x, for each shifted channel and a few output channels of one group.
 template <typename T>
 struct GradientTile {
     const T* dy;
     int64_t channel_stride;
     int64_t outputs;
-    const Stream<T>* streams;
-    int64_t stream_count;
+    const Shifted<T>* shifted;
+    int64_t shifted_count;
     Strips at;  // length is a whole number of vectors; dy is zero where there is no output
 };
 

@@ -55,7 +55,9 @@ void undilate(const Axis& axis, std::vector<Axis>& axes) {
 
 Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, const Limits& limits) {
     const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
-    // The block that copies the least halo of those that fit.
+    // The block that copies the least halo of those that fit: columns cut into ever more pieces, whole vectors each,
+    // and rows tried from many to few (in larger steps where a row more or less hardly matters). If none fits, the
+    // smallest.
     Layout best{};
     double least = 0;
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);

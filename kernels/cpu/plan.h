@@ -39,7 +39,7 @@ struct Tile {
     int64_t weights;  // offset of its packed weights, or gradients, in units of a whole kernel
 };
 
-// Tiles that read overlapping channels, and the hull of these. Different parts have nothing to do with each other.
+// Tiles of neighbouring groups that read overlapping channels, and the hull of these: they share a copy.
 struct Part {
     std::vector<Tile> tiles;
     Range reads, outputs;

@@ -52,18 +52,17 @@ void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t 
 #endif
 }
 
-// body(thread) on each of `threads` threads; they share the loops inside with `omp for`.
+// body(thread, number of threads) on each of them. They share the loops inside with `omp for`, which all of them must
+// reach; nothing inside may throw.
 template <typename Body>
 void on_threads([[maybe_unused]] int threads, const Body& body) {
-    // One thread enters no parallel region: after a fork (data loading workers) the pool's threads are gone.
 #ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        body(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
+    // A region of one thread wakes nobody: after a fork (data loading workers) the pool's threads are gone.
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    body(omp_get_thread_num(), omp_get_num_threads());
+#else
     body(0, 1);
+#endif
 }
 
 template <typename T>
@@ -269,22 +268,24 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     int64_t weights = 0, items = 0;
     const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
     const std::vector<Axis> vertical = undilated({forward_axis(p, 0)}), horizontal = {forward_axis(p, 1)};
+    threads =
+        int(std::clamp<int64_t>(p.n * out_plane / (8 * lanes), 1, threads));  // each needs a copy of the gradients
     const int64_t share = p.n * out_plane / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
     const Limits limits{lanes, sizeof(T), most, 1, true};
     const std::vector<Job> jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
-    int64_t source = 0, gradient = 0, streams_most = 0;
+    int64_t source = 0, gradient = 0, shifted_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;
         const int64_t out_stride = spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T));
         source = std::max(source, reads * job.layout.source_stride);
         gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * out_stride);
-        streams_most = std::max(streams_most, reads * taps);
+        shifted_most = std::max(shifted_most, reads * taps);
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
     const int64_t sums = spread(weights * taps + p.k, sizeof(T)), per_thread = source + gradient + sums;
     const Buffer<T> scratch(per_thread * threads);
-    const Buffer<Stream<T>> stream_lists(streams_most * threads);
+    const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
     const auto sums_of = [&](int thread) { return scratch.data() + per_thread * thread + source + gradient; };
     std::vector<const Tile*> tiles;
     for (const Part& part : channel_parts)
@@ -295,7 +296,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     on_threads(threads, [&](int thread, int team) {
         T* xs = scratch.data() + per_thread * thread;
         T *dys = xs + source, *dws = dys + gradient, *dbs = dws + weights * taps;
-        Stream<T>* streams = stream_lists.data() + streams_most * thread;
+        Shifted<T>* shifted = shifted_lists.data() + shifted_most * thread;
         std::memset(xs, 0, per_thread * sizeof(T));
         const int64_t last = total * (thread + 1) / team;  // a fixed share, for the sake of equal bits
         for (int64_t item = total * thread / team; item < last; item++) {
@@ -331,14 +332,14 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                 for (const Range& range : tile.reads)
                     for (int64_t c = range.first; c < range.last; c++, channel++)
                         for (const Tap& tap : layout.taps)
-                            streams[count++] = {
+                            shifted[count++] = {
                                 xs + (c - job.part->reads.first) * layout.source_stride + tap.offset,
                                 dws + ((tile.weights * taps + (channel * taps + tap.index) * tile.outputs))};
                 loops.gradient({.dy = dys + (tile.first - outputs.first) * out_stride,
                                 .channel_stride = out_stride,
                                 .outputs = tile.outputs,
-                                .streams = streams,
-                                .stream_count = count,
+                                .shifted = shifted,
+                                .shifted_count = count,
                                 .at = strips});
             }
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from ..features import SFGFeatures
@@ -149,6 +150,7 @@ class _Gate(torch.autograd.Function):
         return live.new_zeros(n, gates.numel(), h, w).index_copy_(1, live_rows, live)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, df: Tensor) -> Any:
         everything, live_rows = ctx.saved_tensors
         precise = torch.promote_types(df.dtype, ctx.gates_dtype)  # half precision would overflow in the sum

@@ -171,8 +171,6 @@ def test_against_float64_at_length(instruction_set, problem):
 @pytest.mark.parametrize(("kernel", "dilation", "stride"), [(3, 1, 1), (3, 4, 1), (3, 1, 2), (1, 1, 1), (5, 2, 1)])
 def test_usual_layers(instruction_set, size, kernel, dilation, stride):
     padding = dilation * (kernel // 2)
-    if min(size) + 2 * padding < dilation * (kernel - 1) + 1:
-        pytest.skip("nothing to compute")
     check(
         {
             "rows": [21, 22, 21],
@@ -216,7 +214,6 @@ def test_nan_and_infinity_reach_just_their_neighbours(instruction_set, value):
 def test_several_python_threads_at_once(instruction_set):
     x, weight, blocks, geometry = plain_problem()
     expected = cpu.forward(x, weight, None, blocks, geometry)
-    gradient = cpu.weight_gradient(x, expected, blocks, geometry, (3, 3))[0]
     before, results = torch.get_num_threads(), []
 
     def work():
@@ -298,6 +295,8 @@ def test_offsets_beyond_32_bits():
         ({"rows": torch.tensor([0, 4, 8, 13])}, "offsets don't cover the channels"),
         ({"rows": torch.tensor([0, 8, 4, 12])}, "offsets don't cover the channels"),
         ({"stride": (0, 1)}, "out of range"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"dilation": (1, 20)}, "the kernel is larger than the image"),
     ],
 )
 def test_the_module_checks_what_it_indexes_with(change, message):
@@ -308,3 +307,24 @@ def test_the_module_checks_what_it_indexes_with(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _native.forward(**{**arguments, **change})
+
+
+def test_a_kernel_larger_than_the_image_is_refused():
+    x, weight, blocks, geometry = plain_problem(size=2)
+    with pytest.raises(RuntimeError, match=r"the image has size \(2, 2\), with padding \(0, 0\) that is less"):
+        cpu.forward(x, weight, None, blocks, geometry._replace(padding=(0, 0)))
+
+
+@pytest.mark.parametrize("empty", ["batch", "channels_last"])
+def test_unusual_inputs(empty):
+    x, weight, blocks, geometry = plain_problem()
+    if empty == "batch":
+        y = cpu.forward(x[:0], weight, None, blocks, geometry)
+        assert y.shape == (0, 12, 33, 33)
+        dw, db = cpu.weight_gradient(x[:0], y, blocks, geometry, (3, 3))
+        assert not dw.any()
+        assert not db.any()
+    else:
+        strange = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(*(cpu.forward(t, weight, None, blocks, geometry) for t in (x, strange)))
+    assert cpu.weight_gradient(x, torch.ones_like(x), blocks, geometry, (3, 3), bias=False)[1] is None
