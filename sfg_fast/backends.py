@@ -61,9 +61,9 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
 
 
 def _fastest(x: Tensor) -> ModuleType:
-    """Measured (benchmarks/results/layers.md): with AVX2 or AVX-512 `native` takes 0.3 to 1.0 of the time of `masked`
-    (1.08 on images 7 wide, forward), and in float32 about as long as `masked` in bfloat16. Other instruction sets were
-    not measured."""
+    """Measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.3 to 1.0 of the
+    time of `masked` (exceptions, forward only: 1.08 on images 7 wide; 1.16 on AVX2 for 3 x 64 streams), and in float32
+    about as long as `masked` in bfloat16. Other instruction sets were not measured."""
     masked = _load("masked")
     if x.device.type != "cpu" or not available("native"):
         return masked
