@@ -160,10 +160,10 @@ def _dense_masking(
     dense: list[Tensor], weight: Tensor, bias: Tensor, masks: Tensor, dilation: int
 ) -> tuple[Tensor, ...]:
     """What a script would write, for torch.compile."""
-    reads = dense * 3 if len(dense) == 1 else [dense[0], dense[1] + dense[0], dense[2] + dense[0]]
-    if len(dense) == 1:
-        u = F.relu(F.conv2d(reads[0], weight, bias, 1, dilation, dilation))
+    if len(dense) == 1:  # the image: convolved once
+        u = F.relu(F.conv2d(dense[0], weight, bias, 1, dilation, dilation))
         return tuple(u * mask for mask in masks)
+    reads = [dense[0], dense[1] + dense[0], dense[2] + dense[0]]
     return tuple(
         F.relu(F.conv2d(x, weight, bias, 1, dilation, dilation)) * mask for x, mask in zip(reads, masks, strict=True)
     )

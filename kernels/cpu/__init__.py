@@ -32,16 +32,15 @@ def forward(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    for length, taps, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry[1:], strict=True):
-        if length + 2 * pad < dilation * (taps - 1) + 1:
-            raise RuntimeError(
-                f"the image has size {tuple(x.shape[2:])}, with padding {geometry.padding} that is less than the "
-                f"kernel's {tuple(weight.shape[2:])} with dilation {geometry.dilation}"
-            )
     size = [
         (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
         for length, taps, stride, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
     ]
+    if min(size) < 1:
+        raise RuntimeError(
+            f"the image has size {tuple(x.shape[2:])}, with padding {geometry.padding} that is less than the "
+            f"kernel's {tuple(weight.shape[2:])} with dilation {geometry.dilation}"
+        )
     y = x.new_empty(x.shape[0], weight.shape[0], *size)
     optional = _plain_or_none(bias), _plain_or_none(residual)
     _native.forward(_plain(x), _plain(weight), *optional, relu, y, *blocks, *geometry, torch.get_num_threads())

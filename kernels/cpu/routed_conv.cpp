@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 
 #include "plan.h"
@@ -83,6 +82,13 @@ Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, co
         .slack = layout.slack};
 }
 
+std::vector<const Tile*> tiles_of(const std::vector<Part>& parts) {
+    std::vector<const Tile*> tiles;
+    for (const Part& part : parts)
+        for (const Tile& tile : part.tiles) tiles.push_back(&tile);
+    return tiles;
+}
+
 // Forward pass and input gradient: out[n,k] = act(bias[k] + sum of weight * in) + residual.
 template <typename T>
 struct Convolution {
@@ -153,9 +159,7 @@ void convolve(const Convolution<T>& task, const Shape& p, int threads) {
     const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + detour) * threads);
     T* biases = packed.data() + task.weights * taps;
     advise_large_pages(task.out, p.n * task.out_channels * task.out_plane * sizeof(T));
-    std::vector<const Tile*> tiles;
-    for (const Part& part : task.parts)
-        for (const Tile& tile : part.tiles) tiles.push_back(&tile);
+    const std::vector<const Tile*> tiles = tiles_of(task.parts);
 
     on_threads(threads, [&](int thread, int) {
         T* x = scratch.data() + (source + detour) * thread;
@@ -287,10 +291,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     const Buffer<T> scratch(per_thread * threads);
     const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
     const auto sums_of = [&](int thread) { return scratch.data() + per_thread * thread + source + gradient; };
-    std::vector<const Tile*> tiles;
-    for (const Part& part : channel_parts)
-        for (const Tile& tile : part.tiles) tiles.push_back(&tile);
-
+    const std::vector<const Tile*> tiles = tiles_of(channel_parts);
     const int64_t none = 0, total = p.n * items;
 
     on_threads(threads, [&](int thread, int team) {
