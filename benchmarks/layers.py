@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sfg_fast.kernels.blocks import Geometry
+from sfg_fast.kernels.spec import Geometry
 from torch import Tensor
 
 from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend

@@ -1,19 +1,22 @@
-"""The arithmetic of the routed convolution, and nothing else: no autograd, no modules, no sampling.
+"""The arithmetic of the routed convolution, and nothing else: no autograd, no modules, no random numbers.
 
 This folder is installed, and imported, as `sfg_fast.kernels`.
 
-Every module here offers the same four functions:
+Every module here offers the same functions; `spec` (spec.py) says who reads whom, and the geometry:
 
-    forward(x [N,C,H,W], weight [K,C,R,S], bias [K] | None, blocks, geometry)  -> y [N,K,H',W']
-    input_gradient(dy, weight, blocks, geometry, size (H, W))                  -> dx [N,C,H,W]
-    weight_gradient(x, dy, blocks, geometry, kernel (R, S), bias=True)         -> dw [K,C,R,S], db [K] | None
+    sample(log_p [K,G], noise [K,G] | None)       -> assignment [K] (argmax of the sum), order [K], offsets [G+1]
+    pack(weight [K,C,R,S], bias [K] | None, spec, dtype)  -> packed, opaque: the parameters as the passes want them
+    forward(x, packed, spec)                      live columns -> all rows: y [N,rows,H',W']
+    input_gradient(dy, packed, spec, size (H, W)) live rows -> all columns: dx [N,columns,H,W]
+    weight_gradient(x, dy, spec, kernel (R, S), bias=True)
+                                                  live rows x live columns -> dw [K,C,R,S], db [K] | None
     cannot(x) -> why a tensor like x can't be used, or None
 
-Channels are packed (sorted by group); `blocks` says which blocks of the weight are read. The weight comes packed; dw is
-zero where it is not read. `masked` wants the weight zero there, too; the others don't look.
+x and dy are packed: their channels are sorted by group. Weights come in the layer's own order, and their gradients go
+back in it, zero where no row reads. Two flags tell what else the kernels of a module do:
 
-Kernels of our own (not `masked`, behind which torch's operations follow) also fuse what stands around a convolution:
-
-    forward(..., relu=False, residual=None)   y = relu(conv + bias) + residual
-    *_gradient(..., relu=None)                relu: the output y of the ReLU that dy has yet to go back through
+    FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
+                     relu=y, the output of the ReLU that dy has yet to go back through
+    SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
+                     them is computed once and added to all outputs that read it
 """

@@ -3,38 +3,50 @@
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, Geometry
+from ..groups import FilterGroups
+from .packing import Packed, pack_parameters, unpack, unpack_dim
+from .spec import RoutedConv
+
+FUSES = SHARES_PRODUCTS = False
 
 
 def cannot(x: Tensor) -> str | None:
     return None
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks, geometry: Geometry) -> Tensor:
-    return torch.nn.functional.conv2d(x, weight, bias, *geometry)
+def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    assignment = (log_p if noise is None else log_p + noise).argmax(1)
+    groups = FilterGroups.from_assignment(assignment, log_p.shape[1] - 1)
+    return assignment, groups.order, groups.offsets
 
 
-def input_gradient(dy: Tensor, weight: Tensor, blocks: Blocks, geometry: Geometry, size: tuple[int, int]) -> Tensor:
-    x = dy.new_empty(dy.shape[0], weight.shape[1], *size)  # just a shape: an expanded one would be copied
-    return _backward(dy, x, weight, geometry, 0)
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+    return pack_parameters(weight, bias, spec, dtype, zero_unread=True)
+
+
+def forward(x: Tensor, packed: Packed, spec: RoutedConv) -> Tensor:
+    return torch.nn.functional.conv2d(x, packed.forward, packed.bias, *spec.geometry)
+
+
+def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]) -> Tensor:
+    x = dy.new_empty(dy.shape[0], packed.backward.shape[1], *size)  # just a shape: an expanded one would be copied
+    return _backward(dy, x, packed.backward, spec, 0)
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, blocks: Blocks, geometry: Geometry, kernel: tuple[int, int], bias: bool = True
+    x: Tensor, dy: Tensor, spec: RoutedConv, kernel: tuple[int, int], bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    weight = x.new_empty(dy.shape[1], x.shape[1], *kernel)
-    dw = _backward(dy, x, weight, geometry, 1)
-    rows, columns = (
-        torch.repeat_interleave(offsets.diff(), output_size=size)
-        for offsets, size in ((blocks.rows, dw.shape[0]), (blocks.columns, dw.shape[1]))
-    )
-    dw = dw.where(blocks.reads[rows[:, None], columns][:, :, None, None], 0)
-    return dw, dy.sum((0, 2, 3)) if bias else None
+    rows, columns = spec.rows.live, spec.columns.live
+    dw = _backward(dy, x, x.new_empty(dy.shape[1], x.shape[1], *kernel), spec, 1)
+    reads = spec.blocks()[2][rows.ids[:, None], columns.ids]
+    dw = unpack(dw.where(reads[:, :, None, None], 0), rows, columns)
+    return dw, unpack_dim(dy.sum((0, 2, 3)), 0, rows) if bias else None
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: int) -> Tensor:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, spec: RoutedConv, wanted: int) -> Tensor:
+    stride, padding, dilation = spec.geometry
     mask = [wanted == 0, wanted == 1, False]
     gradients = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1, mask
+        dy.contiguous(), x, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
     )
     return gradients[wanted]

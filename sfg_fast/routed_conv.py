@@ -8,8 +8,7 @@ where a group does not read another. An SFG layer goes on with  y = z * act(norm
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +18,8 @@ from torch.nn import functional as F
 from . import backends
 from .groups import FilterGroups, Routing
 from .kernels import masked
-from .kernels.blocks import Blocks, Geometry
-from .packing import pack, unpack, unpack_dim
-
-
-class RoutedConv(NamedTuple):
-    """Who convolves with whom, and how."""
-
-    rows: FilterGroups  # the output's channels
-    columns: FilterGroups  # the input's channels
-    routing: Routing
-    geometry: Geometry
-
-    def blocks(self) -> Blocks:
-        reads = self.routing.reads(len(self.rows.names), len(self.columns.names), self.rows.order.device)
-        return Blocks(self.rows.offsets, self.columns.offsets, reads)
+from .kernels.packing import unpack_dim
+from .kernels.spec import RoutedConv
 
 
 def routed_conv(
@@ -69,13 +55,14 @@ def _apply(
 ) -> tuple[Tensor, Tensor | None]:
     assert residual is None or not (relu or spec.rows.drawn), "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if _same_work_for_every_group(spec) and spec.rows.drawn is None:
-        plain = _plain(spec, weight)
-        live = _fold(x, spec, lambda streams: _convolve(streams, weight, bias, None, kernels, plain, relu)[0])
+    x = x.to(dtype)
+    if spec.rows.drawn is None and _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+        plain = _plain(spec, *weight.shape[:2])
+        live = _unfold(_convolve(_fold(x, spec), weight, bias, None, kernels, plain, relu)[0], spec)
     elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
         stride, padding, dilation = spec.geometry
-        live = F.conv2d(x, weight, bias, stride, padding, dilation, len(spec.columns.names))
+        bias = None if bias is None else bias.to(dtype)
+        live = F.conv2d(x, weight.to(dtype), bias, stride, padding, dilation, len(spec.columns.names))
         live = F.relu(live) if relu else live
     else:
         return _convolve(x, weight, bias, residual, kernels, spec, relu)
@@ -92,7 +79,7 @@ def _convolve(
     relu: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """ReLU and addition in the kernels, where these can do it."""
-    if kernels is not masked:
+    if kernels.FUSES:
         residual = None if residual is None else residual.to(x.dtype)
         return _RoutedConv.apply(x, weight, bias, residual, kernels, spec, relu)
     live, everything = _RoutedConv.apply(x, weight, bias, None, kernels, spec, False)
@@ -115,23 +102,28 @@ class _RoutedConv(torch.autograd.Function):
         spec: RoutedConv,
         relu: bool,
     ) -> Any:
-        live = spec._replace(columns=spec.columns.live)
         live_x = x if spec.columns.drawn is None else x.index_select(1, spec.columns.live.rows_in_streams)
-        fused = {} if kernels is masked else {"relu": relu, "residual": residual}
-        if _same_work_for_every_group(spec):
-            plain = _plain(spec, weight).blocks()
-            u = _fold(x, spec, lambda t: kernels.forward(t, weight, bias, plain, spec.geometry, **fused))
+        fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
+        packed = kernels.pack(weight, bias, spec, x.dtype)
+        if _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+            plain = _plain(spec, *weight.shape[:2])
+            u = _unfold(
+                kernels.forward(_fold(x, spec), kernels.pack(weight, bias, plain, x.dtype), plain, **fused), spec
+            )
         elif spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1 and residual is None:
             # Every group convolves the image with the same kernels: once is enough.
-            u = kernels.forward(x, weight, bias, _plain(spec, weight).blocks(), spec.geometry, **fused)
+            plain = _plain(spec, *weight.shape[:2])
+            u = kernels.forward(x, kernels.pack(weight, bias, plain, x.dtype), plain, **fused)
             u = u.repeat(1, len(spec.rows.names), 1, 1)
         else:
-            packed = pack(weight, live.rows, live.columns, spec.routing if kernels is masked else None)
-            packed_bias = None if bias is None else bias[spec.rows.order]
-            u = kernels.forward(live_x, packed, packed_bias, live.blocks(), spec.geometry, **fused)
+            u = kernels.forward(live_x, packed, spec, **fused)
         y = u if spec.rows.drawn is None else u.index_select(1, spec.rows.drawn.rows_in_streams)
-        ctx.save_for_backward(live_x, weight, y if relu else None)  # what passed the ReLU is positive
-        ctx.kernels, ctx.spec, ctx.size = kernels, spec, tuple(x.shape[2:])
+        ctx.save_for_backward(live_x, y if relu else None)  # what passed the ReLU is positive
+        ctx.kernels, ctx.packed, ctx.spec = kernels, packed, spec
+        ctx.size, ctx.weight = (
+            tuple(x.shape[2:]),
+            (weight.shape[2:], weight.dtype, None if bias is None else bias.dtype),
+        )
         if spec.rows.drawn is None:
             return y, None
         ctx.mark_non_differentiable(u)
@@ -140,26 +132,26 @@ class _RoutedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        live_x, weight, passed = ctx.saved_tensors
-        spec = ctx.spec._replace(rows=ctx.spec.rows.live)
+        live_x, passed = ctx.saved_tensors
+        kernels, spec = ctx.kernels, ctx.spec
+        kernel, weight_dtype, bias_dtype = ctx.weight
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        fused = {} if ctx.kernels is masked else {"relu": passed}
+        fused = {"relu": passed} if kernels.FUSES else {}
         residual_gradient = dy if wants_residual else None
         dx = dw = db = None
-        if wants_x or wants_weight:
-            dy = dy.contiguous()
         if wants_x:
-            packed = pack(weight, spec.rows, spec.columns, spec.routing if ctx.kernels is masked else None)
-            dx = ctx.kernels.input_gradient(dy, packed, spec.blocks(), spec.geometry, ctx.size, **fused)
+            dx = kernels.input_gradient(dy, ctx.packed, spec, ctx.size, **fused)
         if wants_weight:
-            live = spec._replace(columns=spec.columns.live)
-            kernel = tuple(weight.shape[2:])
-            arguments = (live_x, dy, live.blocks(), spec.geometry, kernel)
-            packed, db = ctx.kernels.weight_gradient(*arguments, **fused, bias=wants_bias)
-            dw = unpack(packed, live.rows, live.columns)
+            if spec.rows.live.full and _same_work_for_every_group(spec):
+                live_x, dy = _fold(live_x, spec), _fold_rows(dy, spec)
+                fused = {} if passed is None else {"relu": _fold_rows(passed, spec)}
+                spec = _plain(spec, dy.shape[1], live_x.shape[1])
+            dw, db = kernels.weight_gradient(live_x, dy, spec, tuple(kernel), **fused, bias=wants_bias)
+            dw = dw.to(weight_dtype)
         elif wants_bias:
             db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
-        db = None if db is None else unpack_dim(db, 0, spec.rows)
+            db = unpack_dim(db, 0, spec.rows.live)
+        db = None if db is None else db.to(bias_dtype)
         return dx, dw, db, residual_gradient, None, None, None
 
 
@@ -169,18 +161,26 @@ def _same_work_for_every_group(spec: RoutedConv) -> bool:
     return spec.columns.full and spec.columns.drawn is None and spec.rows.full and spec.routing is not Routing.ALL
 
 
-def _plain(spec: RoutedConv, weight: Tensor) -> RoutedConv:
+def _plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:
     """The same convolution with one group on either side: all kernels read all channels."""
-    kernels, channels = weight.shape[:2]
-    rows, columns = (FilterGroups.blocks([size], ("all",), weight.device) for size in (kernels, channels))
+    device = spec.rows.order.device
+    rows, columns = (FilterGroups.blocks([size], ("all",), device) for size in (kernels, channels))
     return RoutedConv(rows, columns, Routing.ALL, spec.geometry)
 
 
-def _fold(x: Tensor, spec: RoutedConv, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-    """The groups folded into the batch: each reads its tensor (plus the shared one), all have the same kernels."""
-    n, groups = x.shape[0], len(spec.columns.names)
-    streams = x.unflatten(1, (groups, -1))
+def _fold(x: Tensor, spec: RoutedConv) -> Tensor:
+    """Streams [N, GC, H, W] -> [NG, C, H, W], the groups folded into the batch: what each group reads."""
+    streams = x.unflatten(1, (len(spec.columns.names), -1))
     if spec.routing is Routing.ARROW:
         streams = torch.cat([streams[:, :1], streams[:, 1:] + streams[:, :1]], 1)
-    u = convolve(streams.flatten(0, 1))
-    return u.unflatten(0, (n, groups)).flatten(1, 2)
+    return streams.flatten(0, 1)
+
+
+def _fold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
+    """Full rows [N, GK, H, W] -> [NG, K, H, W]."""
+    return y.unflatten(1, (len(spec.rows.names), -1)).flatten(0, 1)
+
+
+def _unfold(y: Tensor, spec: RoutedConv) -> Tensor:
+    """The inverse of `_fold_rows`."""
+    return y.unflatten(0, (-1, len(spec.rows.names))).flatten(1, 2)

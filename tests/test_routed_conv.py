@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.blocks import Geometry
+from sfg_fast.kernels.spec import Geometry
 
 from sfg_fast import backend
 from sfg_fast.backends import available

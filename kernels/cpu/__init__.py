@@ -7,8 +7,15 @@ the bit; weight and bias gradients do: each thread sums its part of the position
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
 
-from ..blocks import Blocks, Geometry
+from ...groups import FilterGroups
+from ..masked import sample
+from ..packing import Packed, pack_parameters, unpack, unpack_dim
+from ..spec import RoutedConv
 from . import _native
+
+__all__ = ["FUSES", "SHARES_PRODUCTS", "cannot", "forward", "input_gradient", "pack", "sample", "weight_gradient"]
+
+FUSES, SHARES_PRODUCTS = True, False
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
 
@@ -23,58 +30,46 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    blocks: Blocks,
-    geometry: Geometry,
-    relu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    size = [
-        (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
-        for length, taps, stride, pad, dilation in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
-    ]
-    if min(size) < 1:
-        raise RuntimeError(
-            f"the image has size {tuple(x.shape[2:])}, with padding {geometry.padding} that is less than the "
-            f"kernel's {tuple(weight.shape[2:])} with dilation {geometry.dilation}"
-        )
-    y = x.new_empty(x.shape[0], weight.shape[0], *size)
-    optional = _plain_or_none(bias), _plain_or_none(residual)
-    _native.forward(_plain(x), _plain(weight), *optional, relu, y, *blocks, *geometry, torch.get_num_threads())
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+    return pack_parameters(weight.detach(), bias, spec, dtype, zero_unread=False)
+
+
+def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    weight = packed.forward
+    y = x.new_empty(x.shape[0], weight.shape[0], *spec.geometry.output_size(x.shape[2:], weight.shape[2:]))
+    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, y
+    _native.forward(*arrays, *_blocks(spec.rows, spec.columns.live, spec), *spec.geometry, torch.get_num_threads())
     return y
 
 
 def input_gradient(
-    dy: Tensor,
-    weight: Tensor,
-    blocks: Blocks,
-    geometry: Geometry,
-    size: tuple[int, int],
-    relu: Tensor | None = None,
+    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
 ) -> Tensor:
-    dx = dy.new_empty(dy.shape[0], weight.shape[1], *size)
-    arrays = _plain(dy), _plain_or_none(relu), _plain(weight), dx
-    _native.input_gradient(*arrays, *blocks, *geometry, torch.get_num_threads())
+    dx = dy.new_empty(dy.shape[0], packed.backward.shape[1], *size)
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.backward), dx
+    blocks = _blocks(spec.rows.live, spec.columns, spec)
+    _native.input_gradient(*arrays, *blocks, *spec.geometry, torch.get_num_threads())
     return dx
 
 
 def weight_gradient(
     x: Tensor,
     dy: Tensor,
-    blocks: Blocks,
-    geometry: Geometry,
+    spec: RoutedConv,
     kernel: tuple[int, int],
     relu: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
+    rows, columns = spec.rows.live, spec.columns.live
     dw = x.new_empty(dy.shape[1], x.shape[1], *kernel)
     db = x.new_empty(dy.shape[1]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
-    _native.weight_gradient(*arrays, *blocks, *geometry, torch.get_num_threads())
-    return dw, db
+    _native.weight_gradient(*arrays, *_blocks(rows, columns, spec), *spec.geometry, torch.get_num_threads())
+    return unpack(dw, rows, columns), None if db is None else unpack_dim(db, 0, rows)
+
+
+def _blocks(rows: FilterGroups, columns: FilterGroups, spec: RoutedConv) -> tuple[Tensor, Tensor, Tensor]:
+    return spec._replace(rows=rows, columns=columns).blocks()
 
 
 def _plain(tensor: Tensor) -> Tensor:

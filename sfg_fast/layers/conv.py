@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends, reference
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing
-from ..kernels.blocks import Geometry
+from ..kernels.spec import Geometry
 from ..reference import DenseFeatures, activate
 from ..routed_conv import RoutedConv, routed_conv, routed_conv_expanded
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
-from ..kernels.blocks import Geometry
+from ..kernels.spec import Geometry
 from ..reference import DenseFeatures
 from ..routed_conv import RoutedConv, routed_conv
 from .conv import Features, SFGConv2d, for_backend

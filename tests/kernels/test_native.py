@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.blocks import Blocks, Geometry
+from sfg_fast.kernels.spec import Geometry, RoutedConv
 
 from sfg_fast.backends import available
+from sfg_fast.groups import FilterGroups, Routing
 
 if not available("native"):
     pytest.skip("native is not built", allow_module_level=True)
@@ -80,7 +81,7 @@ def check(problem):
 
     k, c, n = sum(p["rows"]), sum(p["columns"]), p["batch"]
     reads = torch.tensor(p["reads"]).view(len(p["rows"]), len(p["columns"]))
-    blocks = Blocks(offsets(p["rows"]), offsets(p["columns"]), reads)
+    blocks = offsets(p["rows"]), offsets(p["columns"]), reads
     geometry = Geometry(p["stride"], p["padding"], p["dilation"])
     mask = torch.repeat_interleave(
         torch.repeat_interleave(reads, torch.tensor(p["rows"]), 0), torch.tensor(p["columns"]), 1
@@ -193,17 +194,21 @@ def test_usual_layers(instruction_set, size, kernel, dilation, stride):
 
 
 def plain_problem(n=2, c=12, size=33):
-    blocks = Blocks(offsets([4, 4, 4]), offsets([4, 4, 4]), torch.eye(3, dtype=torch.bool) | torch.eye(3)[0].bool())
+    groups = FilterGroups.blocks([4, 4, 4], ("shared", "task1", "task2"))
     x, weight = torch.randn(n, c, size, size), torch.randn(c, c, 3, 3)
-    return x, weight, blocks, Geometry((1, 1), (1, 1), (1, 1))
+    return x, weight, RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+
+
+def convolve(x, weight, spec, **options):
+    return cpu.forward(x, cpu.pack(weight, None, spec, x.dtype), spec, **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_reach_just_their_neighbours(instruction_set, value):
-    x, weight, blocks, geometry = plain_problem(n=1)
-    clean = cpu.forward(x, weight, None, blocks, geometry, relu=True)
+    x, weight, spec = plain_problem(n=1)
+    clean = convolve(x, weight, spec, relu=True)
     x[0, 0, 10, 10] = value  # shared: everybody reads it
-    y = cpu.forward(x, weight, None, blocks, geometry, relu=True)
+    y = convolve(x, weight, spec, relu=True)
     touched = torch.zeros(33, 33, dtype=torch.bool)
     touched[9:12, 9:12] = True
     assert torch.equal(y[..., ~touched], clean[..., ~touched])
@@ -212,19 +217,19 @@ def test_nan_and_infinity_reach_just_their_neighbours(instruction_set, value):
 
 
 def test_several_python_threads_at_once(instruction_set):
-    x, weight, blocks, geometry = plain_problem()
-    expected = cpu.forward(x, weight, None, blocks, geometry)
+    x, weight, spec = plain_problem()
+    expected = convolve(x, weight, spec)
     before, results = torch.get_num_threads(), []
 
     def work():
         torch.set_num_threads(2)
         for _ in range(5):
-            y = cpu.forward(x, weight, None, blocks, geometry)
-            results.append((y, cpu.weight_gradient(x, y, blocks, geometry, (3, 3))[0]))
+            y = convolve(x, weight, spec)
+            results.append((y, cpu.weight_gradient(x, y, spec, (3, 3))[0]))
 
     torch.set_num_threads(2)
     try:
-        gradient = cpu.weight_gradient(x, expected, blocks, geometry, (3, 3))[0]
+        gradient = cpu.weight_gradient(x, expected, spec, (3, 3))[0]
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -248,8 +253,7 @@ class _Convolved(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, index):
-        x, weight, blocks, geometry = self.problem
-        return cpu.forward(x, weight, None, blocks, geometry)[0]
+        return convolve(*self.problem)[0]
 
 
 def test_in_forked_workers():
@@ -258,7 +262,7 @@ def test_in_forked_workers():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        expected = cpu.forward(*problem[:2], None, *problem[2:])[0]  # the pool is running now
+        expected = convolve(*problem)[0]  # the pool is running now
         loader = torch.utils.data.DataLoader(
             _Convolved(problem), num_workers=2, multiprocessing_context="fork", timeout=60
         )
@@ -276,12 +280,12 @@ def test_offsets_beyond_32_bits():
     x = torch.from_numpy(np.zeros((1, 1, height, width), dtype=np.float32))
     assert x.numel() > 2**31
     x[0, 0, -64, 64] = 3  # output row -1, column 1
-    blocks = Blocks(offsets([1]), offsets([1]), torch.ones(1, 1, dtype=torch.bool))
-    geometry = Geometry((64, 64), (0, 0), (1, 1))
-    y = cpu.forward(x, torch.full((1, 1, 1, 1), 2.0), None, blocks, geometry)
+    image = FilterGroups.blocks([1], ("image",))
+    spec = RoutedConv(image, image, Routing.ALL, Geometry((64, 64), (0, 0), (1, 1)))
+    y = convolve(x, torch.full((1, 1, 1, 1), 2.0), spec)
     assert y[0, 0, -1, 1] == 6
     assert y.count_nonzero() == 1
-    dw, _ = cpu.weight_gradient(x, torch.ones_like(y), blocks, geometry, (1, 1))
+    dw, _ = cpu.weight_gradient(x, torch.ones_like(y), spec, (1, 1))
     assert dw.item() == 3
 
 
@@ -300,31 +304,32 @@ def test_offsets_beyond_32_bits():
     ],
 )
 def test_the_module_checks_what_it_indexes_with(change, message):
-    x, weight, blocks, geometry = plain_problem()
+    x, weight, spec = plain_problem()
     arguments = {
         "x": x, "weight": weight, "bias": None, "residual": None, "relu": False, "y": torch.empty_like(x),
-        **blocks._asdict(), **geometry._asdict(), "threads": 1,
+        **dict(zip(("rows", "columns", "reads"), spec.blocks(), strict=True)), **spec.geometry._asdict(), "threads": 1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _native.forward(**{**arguments, **change})
 
 
 def test_a_kernel_larger_than_the_image_is_refused():
-    x, weight, blocks, geometry = plain_problem(size=2)
+    x, weight, spec = plain_problem(size=2)
+    spec = spec._replace(geometry=spec.geometry._replace(padding=(0, 0)))
     with pytest.raises(RuntimeError, match=r"the image has size \(2, 2\), with padding \(0, 0\) that is less"):
-        cpu.forward(x, weight, None, blocks, geometry._replace(padding=(0, 0)))
+        convolve(x, weight, spec)
 
 
 @pytest.mark.parametrize("empty", ["batch", "channels_last"])
 def test_unusual_inputs(empty):
-    x, weight, blocks, geometry = plain_problem()
+    x, weight, spec = plain_problem()
     if empty == "batch":
-        y = cpu.forward(x[:0], weight, None, blocks, geometry)
+        y = convolve(x[:0], weight, spec)
         assert y.shape == (0, 12, 33, 33)
-        dw, db = cpu.weight_gradient(x[:0], y, blocks, geometry, (3, 3))
+        dw, db = cpu.weight_gradient(x[:0], y, spec, (3, 3))
         assert not dw.any()
         assert not db.any()
     else:
         strange = x.contiguous(memory_format=torch.channels_last)
-        assert torch.equal(*(cpu.forward(t, weight, None, blocks, geometry) for t in (x, strange)))
-    assert cpu.weight_gradient(x, torch.ones_like(x), blocks, geometry, (3, 3), bias=False)[1] is None
+        assert torch.equal(*(convolve(t, weight, spec) for t in (x, strange)))
+    assert cpu.weight_gradient(x, torch.ones_like(x), spec, (3, 3), bias=False)[1] is None

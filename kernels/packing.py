@@ -1,16 +1,34 @@
-"""Weights between a layer's own order and the packed order of its input and output."""
+"""Weights between a layer's own order and the packed order of its input and output, in torch operations."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from .groups import FilterGroups, Routing
+from ..groups import FilterGroups, Routing
+from .spec import RoutedConv
 
 
-def read_mask(rows: FilterGroups, columns: FilterGroups, routing: Routing) -> Tensor:
-    """bool [rows, columns]: which entries of a packed weight are read."""
-    reads = routing.reads(len(rows.names), len(columns.names), rows.order.device)
-    return reads[rows.ids[:, None], columns.ids]
+class Packed(NamedTuple):
+    """A layer's parameters, packed for both passes."""
+
+    forward: Tensor  # [rows, live columns, kH, kW]
+    bias: Tensor | None  # [rows]
+    backward: Tensor  # [live rows, columns, kH, kW]
+
+
+def pack_parameters(
+    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, zero_unread: bool
+) -> Packed:
+    """Weight [K, C, kH, kW] and bias [K] in the layer's order -> packed, as `dtype`."""
+    weight, routing = weight.to(dtype), spec.routing if zero_unread else None
+    forward = pack(weight, spec.rows, spec.columns.live, routing)
+    backward = forward
+    if spec.rows.drawn is not None or spec.columns.drawn is not None:
+        backward = pack(weight, spec.rows.live, spec.columns, routing)
+    return Packed(forward, None if bias is None else bias.to(dtype)[spec.rows.order], backward)
 
 
 def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Routing | None) -> Tensor:
@@ -19,7 +37,8 @@ def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Rou
     packed = weight.index_select(0, rows.order).index_select(1, columns.order)
     if routing is None:
         return packed
-    return packed.where(read_mask(rows, columns, routing)[:, :, None, None], 0)
+    reads = routing.reads(len(rows.names), len(columns.names), rows.order.device)
+    return packed.where(reads[rows.ids[:, None], columns.ids][:, :, None, None], 0)
 
 
 def unpack(packed: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:

@@ -1,0 +1,50 @@
+"""Who convolves with whom, and how: the argument that all kernels share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..groups import FilterGroups, Routing
+
+
+class Geometry(NamedTuple):
+    """Stride, zero padding and dilation, each (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """Of an image of `size` (H, W). Raises RuntimeError if the kernel is larger than the padded image."""
+        height, width = (
+            (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+            for length, taps, stride, pad, dilation in zip(size, kernel, *self, strict=True)
+        )
+        if min(height, width) < 1:
+            raise RuntimeError(
+                f"the image has size {tuple(size)}, with padding {self.padding} that is less than the "
+                f"kernel's {tuple(kernel)} with dilation {self.dilation}"
+            )
+        return height, width
+
+
+class RoutedConv(NamedTuple):
+    """One routed convolution."""
+
+    rows: FilterGroups  # the output's channels
+    columns: FilterGroups  # the input's channels
+    routing: Routing
+    geometry: Geometry
+
+    @property
+    def live(self) -> RoutedConv:
+        """Between the rows and the columns that may be other than zero."""
+        return self._replace(rows=self.rows.live, columns=self.columns.live)
+
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The block structure of the packed weight: offsets of the rows' groups, int64 [groups out + 1], and of the
+        columns', and which is read, bool [groups out, groups in]."""
+        reads = self.routing.reads(len(self.rows.names), len(self.columns.names), self.rows.order.device)
+        return self.rows.offsets, self.columns.offsets, reads
