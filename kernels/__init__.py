@@ -8,7 +8,7 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
     pack(weight [K,C,R,S], bias [K] | None, spec, dtype)  -> packed, opaque: the parameters as the passes want them
     forward(x, packed, spec)                      live columns -> all rows: y [N,rows,H',W']
     input_gradient(dy, packed, spec, size (H, W)) live rows -> all columns: dx [N,columns,H,W]
-    weight_gradient(x, dy, spec, kernel (R, S), bias=True)
+    weight_gradient(x, dy, packed, spec, bias=True)
                                                   live rows x live columns -> dw [K,C,R,S], db [K] | None
     cannot(x) -> why a tensor like x can't be used, or None
 

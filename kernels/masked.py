@@ -34,10 +34,10 @@ def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, spec: RoutedConv, kernel: tuple[int, int], bias: bool = True
+    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = spec.rows.live, spec.columns.live
-    dw = _backward(dy, x, x.new_empty(dy.shape[1], x.shape[1], *kernel), spec, 1)
+    dw = _backward(dy, x, x.new_empty(dy.shape[1], x.shape[1], *packed.forward.shape[2:]), spec, 1)
     reads = spec.blocks()[2][rows.ids[:, None], columns.ids]
     dw = unpack(dw.where(reads[:, :, None, None], 0), rows, columns)
     return dw, unpack_dim(dy.sum((0, 2, 3)), 0, rows) if bias else None

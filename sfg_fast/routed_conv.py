@@ -56,8 +56,10 @@ def _apply(
     assert residual is None or not (relu or spec.rows.drawn), "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
     x = x.to(dtype)
-    if spec.rows.drawn is None and _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
-        plain = _plain(spec, *weight.shape[:2])
+    plain = _plain(spec, *weight.shape[:2])
+    if spec.rows.drawn is None and _one_image_for_every_group(spec):
+        live = _convolve(x, weight, bias, None, kernels, plain, relu)[0].repeat(1, len(spec.rows.names), 1, 1)
+    elif spec.rows.drawn is None and _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
         live = _unfold(_convolve(_fold(x, spec), weight, bias, None, kernels, plain, relu)[0], spec)
     elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
         stride, padding, dilation = spec.geometry
@@ -105,25 +107,22 @@ class _RoutedConv(torch.autograd.Function):
         live_x = x if spec.columns.drawn is None else x.index_select(1, spec.columns.live.rows_in_streams)
         fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
         packed = kernels.pack(weight, bias, spec, x.dtype)
-        if _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
-            plain = _plain(spec, *weight.shape[:2])
-            u = _unfold(
-                kernels.forward(_fold(x, spec), kernels.pack(weight, bias, plain, x.dtype), plain, **fused), spec
-            )
-        elif spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1 and residual is None:
-            # Every group convolves the image with the same kernels: once is enough.
-            plain = _plain(spec, *weight.shape[:2])
-            u = kernels.forward(x, kernels.pack(weight, bias, plain, x.dtype), plain, **fused)
+        alike = _plain(spec, *weight.shape[:2])  # where all groups have the same kernels
+        if _one_image_for_every_group(spec):
+            u = kernels.forward(x, kernels.pack(weight, bias, alike, x.dtype), alike, **fused)
             u = u.repeat(1, len(spec.rows.names), 1, 1)
+        elif _same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+            u = kernels.forward(_fold(x, spec), kernels.pack(weight, bias, alike, x.dtype), alike, **fused)
+            u = _unfold(u, spec)
         else:
             u = kernels.forward(live_x, packed, spec, **fused)
         y = u if spec.rows.drawn is None else u.index_select(1, spec.rows.drawn.rows_in_streams)
         ctx.save_for_backward(live_x, y if relu else None)  # what passed the ReLU is positive
-        ctx.kernels, ctx.packed, ctx.spec = kernels, packed, spec
-        ctx.size, ctx.weight = (
-            tuple(x.shape[2:]),
-            (weight.shape[2:], weight.dtype, None if bias is None else bias.dtype),
-        )
+        ctx.kernels, ctx.packed, ctx.spec, ctx.size = kernels, packed, spec, tuple(x.shape[2:])
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.alike = None
+        if spec.rows.drawn is None and _same_work_for_every_group(spec):
+            ctx.alike = alike, kernels.pack(weight, bias, alike, x.dtype)
         if spec.rows.drawn is None:
             return y, None
         ctx.mark_non_differentiable(u)
@@ -133,25 +132,25 @@ class _RoutedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         live_x, passed = ctx.saved_tensors
-        kernels, spec = ctx.kernels, ctx.spec
-        kernel, weight_dtype, bias_dtype = ctx.weight
+        kernels, spec, packed = ctx.kernels, ctx.spec, ctx.packed
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        fused = {"relu": passed} if kernels.FUSES else {}
         residual_gradient = dy if wants_residual else None
         dx = dw = db = None
         if wants_x:
-            dx = kernels.input_gradient(dy, ctx.packed, spec, ctx.size, **fused)
+            fused = {"relu": passed} if kernels.FUSES else {}
+            dx = kernels.input_gradient(dy, packed, spec, ctx.size, **fused)
         if wants_weight:
-            if spec.rows.live.full and _same_work_for_every_group(spec):
+            if ctx.alike is not None:  # the groups folded into the batch: one weight gradient for all
                 live_x, dy = _fold(live_x, spec), _fold_rows(dy, spec)
-                fused = {} if passed is None else {"relu": _fold_rows(passed, spec)}
-                spec = _plain(spec, dy.shape[1], live_x.shape[1])
-            dw, db = kernels.weight_gradient(live_x, dy, spec, tuple(kernel), **fused, bias=wants_bias)
-            dw = dw.to(weight_dtype)
+                passed = None if passed is None else _fold_rows(passed, spec)
+                spec, packed = ctx.alike
+            fused = {"relu": passed} if kernels.FUSES else {}
+            dw, db = kernels.weight_gradient(live_x, dy, packed, spec, **fused, bias=wants_bias)
+            dw = dw.to(ctx.dtypes[0])
         elif wants_bias:
             db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
             db = unpack_dim(db, 0, spec.rows.live)
-        db = None if db is None else db.to(bias_dtype)
+        db = None if db is None else db.to(ctx.dtypes[1])
         return dx, dw, db, residual_gradient, None, None, None
 
 
@@ -159,6 +158,11 @@ def _same_work_for_every_group(spec: RoutedConv) -> bool:
     """Do all groups convolve full-width tensors with the same kernels? Then one block-masked convolution would do (T+1)
     times the work that is needed."""
     return spec.columns.full and spec.columns.drawn is None and spec.rows.full and spec.routing is not Routing.ALL
+
+
+def _one_image_for_every_group(spec: RoutedConv) -> bool:
+    """Do all groups convolve the same image with the same kernels? Then once is enough."""
+    return spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1
 
 
 def _plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:

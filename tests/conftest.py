@@ -1,8 +1,13 @@
 """Settings for all tests: deterministic, float32 by default, no hypothesis database, threads as a laptop has them."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on CPU tensors
 
 hypothesis.settings.register_profile("sfg", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("sfg")

@@ -13,7 +13,11 @@ from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_expanded
 from tests.oracle import assert_close
 
-BACKENDS = ["masked", pytest.param("native", marks=pytest.mark.skipif(not available("native"), reason="not built"))]
+BACKENDS = [
+    "masked",
+    pytest.param("native", marks=pytest.mark.skipif(not available("native"), reason="not built")),
+    pytest.param("triton", marks=pytest.mark.skipif(not available("triton"), reason="Triton is not installed")),
+]
 
 
 @st.composite

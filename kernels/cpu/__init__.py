@@ -55,13 +55,13 @@ def input_gradient(
 def weight_gradient(
     x: Tensor,
     dy: Tensor,
+    packed: Packed,
     spec: RoutedConv,
-    kernel: tuple[int, int],
     relu: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = spec.rows.live, spec.columns.live
-    dw = x.new_empty(dy.shape[1], x.shape[1], *kernel)
+    dw = x.new_empty(dy.shape[1], x.shape[1], *packed.forward.shape[2:])
     db = x.new_empty(dy.shape[1]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
     _native.weight_gradient(*arrays, *_blocks(rows, columns, spec), *spec.geometry, torch.get_num_threads())

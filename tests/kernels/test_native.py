@@ -203,6 +203,10 @@ def convolve(x, weight, spec, **options):
     return cpu.forward(x, cpu.pack(weight, None, spec, x.dtype), spec, **options)
 
 
+def weight_gradient(x, dy, weight, spec, **options):
+    return cpu.weight_gradient(x, dy, cpu.pack(weight, None, spec, x.dtype), spec, **options)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_reach_just_their_neighbours(instruction_set, value):
     x, weight, spec = plain_problem(n=1)
@@ -225,11 +229,11 @@ def test_several_python_threads_at_once(instruction_set):
         torch.set_num_threads(2)
         for _ in range(5):
             y = convolve(x, weight, spec)
-            results.append((y, cpu.weight_gradient(x, y, spec, (3, 3))[0]))
+            results.append((y, weight_gradient(x, y, weight, spec)[0]))
 
     torch.set_num_threads(2)
     try:
-        gradient = cpu.weight_gradient(x, expected, spec, (3, 3))[0]
+        gradient = weight_gradient(x, expected, weight, spec)[0]
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -285,7 +289,7 @@ def test_offsets_beyond_32_bits():
     y = convolve(x, torch.full((1, 1, 1, 1), 2.0), spec)
     assert y[0, 0, -1, 1] == 6
     assert y.count_nonzero() == 1
-    dw, _ = cpu.weight_gradient(x, torch.ones_like(y), spec, (1, 1))
+    dw, _ = weight_gradient(x, torch.ones_like(y), torch.ones(1, 1, 1, 1), spec)
     assert dw.item() == 3
 
 
@@ -326,10 +330,10 @@ def test_unusual_inputs(empty):
     if empty == "batch":
         y = convolve(x[:0], weight, spec)
         assert y.shape == (0, 12, 33, 33)
-        dw, db = cpu.weight_gradient(x[:0], y, spec, (3, 3))
+        dw, db = weight_gradient(x[:0], y, weight, spec)
         assert not dw.any()
         assert not db.any()
     else:
         strange = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(*(convolve(t, weight, spec) for t in (x, strange)))
-    assert cpu.weight_gradient(x, torch.ones_like(x), spec, (3, 3), bias=False)[1] is None
+    assert weight_gradient(x, torch.ones_like(x), weight, spec, bias=False)[1] is None

@@ -1,0 +1,252 @@
+"""The routed convolution in Triton, for CUDA and ROCm devices; on CPU tensors in Triton's interpreter.
+
+Tensors are channels_last (others are copied). Nothing here waits for the device: what a drawn grouping decides (which
+channels are read, where a kernel went) stays in device memory, so a training step can be captured in a CUDA graph.
+Sums are float32 (float64 for float64 tensors) and made in a fixed order: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Geometry, RoutedConv
+from . import config
+from .config import Gradient, Pass, Tiles
+from .convolve import convolve_all_kernel, convolve_kernel
+from .pack import pack_kernel, sample_kernel
+from .rowwalk import rowwalk_kernel
+from .wgrad import reduce_kernel, weight_gradient_kernel
+
+FUSES = SHARES_PRODUCTS = True
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Packed(NamedTuple):
+    """A layer's parameters as the passes want them, and where each kernel went."""
+
+    kernel: tuple[int, int]
+    forward: Tensor  # [taps, channels, kernels], padded
+    backward: Tensor  # [taps, kernels, channels], padded
+    bias: Tensor | None  # [rows], float32
+    row_places: Tensor  # int32 [groups, K]: the live row of kernel k in group g, or -1
+    column_places: Tensor  # int32 [groups, C]
+
+
+def cannot(x: Tensor) -> str | None:
+    if INTERPRETED:
+        if x.device.type != "cpu":
+            return f"the tensor is on {x.device}, Triton's interpreter (TRITON_INTERPRET=1) runs on the CPU"
+        if x.dtype not in (torch.float16, torch.float32, torch.float64):
+            return f"the tensor is {x.dtype}, in Triton's interpreter products are right in float16, 32 and 64 only"
+    else:
+        if x.device.type != "cuda":
+            return f"the tensor is on {x.device}, the Triton kernels run on a GPU (or with TRITON_INTERPRET=1)"
+        if x.dtype not in DTYPES:
+            return f"the tensor is {x.dtype}, the Triton kernels take {', '.join(map(str, DTYPES))}"
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided:
+        return f"the tensor is a {type(x).__name__} ({x.layout}), the Triton kernels need plain memory"
+    return None
+
+
+def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, groups = log_p.shape
+    log_p = log_p.contiguous()
+    assignment, order = (log_p.new_empty(kernels, dtype=torch.int64) for _ in range(2))
+    offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
+    noise = None if noise is None else noise.contiguous()
+    sizes = (kernels, groups, triton.next_power_of_2(kernels), triton.next_power_of_2(groups))
+    arrays = (log_p, log_p if noise is None else noise, assignment, order, offsets)
+    sample_kernel[(1,)](*arrays, *sizes, noise is not None)
+    return assignment, order, offsets
+
+
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+    kernels, channels = weight.shape[:2]
+    kernel = (weight.shape[2], weight.shape[3])
+    forward_pass, backward_pass, gradient = _passes(spec, kernel, dtype)
+    if weight.stride(2) != weight.stride(3) * kernel[1] and kernel[0] > 1:
+        weight = weight.contiguous()
+    forward_weight, backward_weight = (
+        torch.empty(size, dtype=dtype, device=weight.device) for size in (forward_pass.size, backward_pass.size)
+    )
+    row_places = torch.empty(gradient.row_groups, kernels, dtype=torch.int32, device=weight.device)
+    column_places = torch.empty(gradient.column_groups, channels, dtype=torch.int32, device=weight.device)
+    packed_bias = None
+    if bias is not None:
+        packed_bias = torch.empty(forward_pass.out_channels, dtype=_sums(dtype)[0], device=weight.device)
+    orders = [
+        tensor
+        for groups in (spec.rows, spec.rows.live, spec.columns, spec.columns.live)
+        for tensor in (groups.order, groups.offsets)
+    ]
+    block = 1024
+    sizes = forward_pass.size, backward_pass.size, row_places.numel(), column_places.numel(), forward_pass.out_channels
+    _launch(
+        pack_kernel, sum(-(-size // block) for size in sizes), 1,
+        weight, weight if bias is None else bias, forward_weight, backward_weight,
+        weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
+        weight.stride(0), weight.stride(1), weight.stride(3), forward_pass, backward_pass, gradient, kernels, channels,
+        bias is not None, block,
+    )  # fmt: skip
+    return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places)
+
+
+def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    p = _passes(spec, packed.kernel, x.dtype)[0]
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
+    offsets = spec.rows.offsets, spec.columns.live.offsets
+    return _convolve(x, packed.forward, p, offsets, size, size, relu, residual=residual, bias=packed.bias)
+
+
+def input_gradient(
+    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
+) -> Tensor:
+    p = _passes(spec, packed.kernel, dy.dtype)[1]
+    grid = -(-size[0] // p.out_step_h), -(-size[1] // p.out_step_w)
+    offsets = spec.columns.offsets, spec.rows.live.offsets
+    return _convolve(dy, packed.backward, p, offsets, size, grid, relu is not None, passed=relu)
+
+
+def weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    relu: Tensor | None = None,
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    g = _passes(spec, packed.kernel, x.dtype)[2]
+    x, dy, passed = _nhwc(x), _nhwc(dy), dy if relu is None else _nhwc(relu)
+    n, _, height, width = dy.shape
+    pixels_h, pixels_w = config.pixel_tile(height, width, 64 if x.element_size() == 2 else 32)
+    tiles = n * -(-height // pixels_h) * -(-width // pixels_w)
+    splits = config.splits(g.programs, tiles, x.device)
+    wide = max(x[:1].numel(), dy[:1].numel()) >= 2**31
+    t = Tiles(pixels_h, pixels_w, relu is not None, False, bias, config.precision(), wide)
+    torch_sum, sum_type = _sums(x.dtype)
+    new = {"dtype": torch_sum, "device": x.device}
+    kernels, channels, taps = spec.rows.width, spec.columns.width, g.taps_h * g.taps_w
+    partial = torch.empty(splits * taps * g.channels * g.out_channels, **new)  # what is not read stays undefined
+    partial_bias = torch.empty(splits * g.out_channels if bias else 0, **new)
+    dw = torch.empty(kernels, channels, *packed.kernel, **new)
+    db = torch.empty(kernels, **new) if bias else None
+    sizes = x.shape[2], x.shape[3], height, width, tiles, -(-tiles // splits)
+    offsets = spec.rows.live.offsets, spec.columns.live.offsets
+    _launch(
+        weight_gradient_kernel, g.programs, splits, x, dy, passed, partial, partial_bias, *offsets, *sizes, g, t,
+        sum_type, **config.launch_options(g.block_c, g.block_k, pixels_h * pixels_w * min(g.block_c, g.block_k)),
+    )  # fmt: skip
+    block = 256
+    places = packed.row_places, packed.column_places
+    _launch(
+        reduce_kernel, -(-dw.numel() // block), 1, partial, partial_bias, dw, dw if db is None else db, *places, splits,
+        g, kernels, channels, bias, sum_type, block,
+    )  # fmt: skip
+    return dw, db
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    p: Pass,
+    offsets: tuple[Tensor, Tensor],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    relu: bool,
+    passed: Tensor | None = None,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`offsets` of the groups of the tensor that is written, and of the one that is read; `grid` of pixels."""
+    x = _nhwc(x)
+    passed = x if passed is None else _nhwc(passed)
+    channels = p.out_channels * (p.out_groups if p.shares_products else 1)
+    y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not y.numel():
+        return y
+    walks = config.walks(p, x.element_size() * 8, x.device)
+    pixels = 128 if x.element_size() == 2 and p.block_n < 64 else 64
+    pixels_h, pixels_w = (1, config.strip(size[1])) if walks else config.pixel_tile(*grid, pixels)
+    wide = max(x[:1].numel(), y[:1].numel()) >= 2**31
+    t = Tiles(pixels_h, pixels_w, relu, residual is not None, bias is not None, config.precision(), wide)
+    tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
+    programs = tiles_n * x.shape[0] * -(-grid[0] // pixels_h) * -(-grid[1] // pixels_w)
+    bias = weight if bias is None else bias
+    added = y if residual is None else _nhwc(residual)
+    sizes = x.shape[2], x.shape[3], *size
+    options = config.launch_options(pixels_h * pixels_w, p.block_n, p.block_k * p.block_n)
+    constants = p, t, _sums(x.dtype)[1]
+    if walks:
+        steps = config.walk_steps(p, x.shape[0], *size, pixels_w, x.device)
+        programs = tiles_n * x.shape[0] * p.dilation_h * -(-size[1] // pixels_w)
+        programs *= -(-(-(-size[0] // p.dilation_h)) // steps)
+        _launch(
+            rowwalk_kernel, programs, 1, x, passed, weight, bias, added, y, *sizes, steps, *constants, **options
+        )  # fmt: skip
+    elif p.shares_products:
+        assert residual is None, "no residual to all rows"
+        arrays = x, passed, weight, bias, y, offsets[1]
+        _launch(convolve_all_kernel, programs, phases, *arrays, *sizes, *grid, *constants, **options)
+    else:
+        arrays = x, passed, weight, bias, added, y, *offsets
+        _launch(convolve_kernel, programs, phases, *arrays, *sizes, *grid, *constants, **options)
+    return y
+
+
+def _passes(spec: RoutedConv, kernel: tuple[int, int], dtype: torch.dtype) -> tuple[Pass, Pass, Gradient]:
+    """Forward pass, input gradient and weight gradient, from sizes alone."""
+    sides = [
+        (len(groups.names), groups.width, groups.order.numel(), groups.live.order.numel())
+        for groups in (spec.rows, spec.columns)
+    ]
+    return _passes_of(spec.geometry, kernel, spec.routing.value, sides[0], sides[1], dtype.itemsize * 8)
+
+
+@functools.cache
+def _passes_of(
+    geometry: Geometry,
+    kernel: tuple[int, int],
+    routing: str,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    bits: int,
+) -> tuple[Pass, Pass, Gradient]:
+    """`rows` and `columns`: number of groups, width, channels, live channels."""
+
+    def one(adjoint: bool, out: tuple[int, int, int, int], read: tuple[int, int, int, int]) -> Pass:
+        groups, width, channels, _ = out
+        shares = groups > 1 and channels == groups * width and routing != "all"
+        own_rows = shares and read[3] == read[0] * read[1]
+        written = width if shares else channels
+        return Pass.of(
+            geometry, kernel, adjoint, read[3], written, read[0], groups, routing, shares, own_rows, bits
+        )  # fmt: skip
+
+    gradient = Gradient.of(geometry, kernel, columns[3], rows[3], columns[0], rows[0], routing, bits)
+    return one(False, rows, columns), one(True, columns, rows), gradient
+
+
+def _launch(kernel: Any, programs: int, second: int, *arguments: Any, **options: int) -> None:
+    """On the device of the first argument, a tensor."""
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs, second)](*arguments, **options)
+    else:
+        kernel[(programs, second)](*arguments, **options)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _sums(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """What sums are made in."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)

@@ -1,0 +1,229 @@
+"""Which tiles, by formula: from sizes, dtype and the device, never by timing and never from a drawn grouping.
+
+So there is one compiled kernel for each combination of sizes and dtype, and the same bits on every run.
+The dataclasses are what the kernels are compiled for: each distinct value is one compiled kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..spec import Geometry
+
+FEW_CHANNELS = 16  # below this a matrix instruction over the channels of one tap would mostly multiply padding
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward pass or an input gradient ("adjoint") computes; see convolve.py for the pixel arithmetic."""
+
+    adjoint: bool
+    channels: int  # of the tensor that is read
+    out_channels: int  # of the tensor that is written; of one group where `shares_products`
+    in_groups: int
+    out_groups: int
+    routing: str  # arrow, own or all
+    shares_products: bool  # every group on the output side has all out_channels
+    own_rows: bool  # and so has every group on the input side
+    taps_h: int
+    taps_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+    # how the grid of pixels steps through both tensors
+    in_step_h: int
+    in_step_w: int
+    out_step_h: int
+    out_step_w: int
+    tap_step_h: int
+    tap_step_w: int
+    tap_offset_h: int
+    tap_offset_w: int
+    # the packed weight [taps, rows, columns]
+    flat: bool  # taps and channels are one dimension
+    block_n: int
+    block_k: int
+    rows: int
+    columns: int
+    size: int
+
+    @staticmethod
+    def of(
+        geometry: Geometry, kernel: tuple[int, int], adjoint: bool, channels: int, out_channels: int, in_groups: int,
+        out_groups: int, routing: str, shares_products: bool, own_rows: bool, bits: int,
+    ) -> Pass:  # fmt: skip
+        taps = kernel[0] * kernel[1]
+        (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = geometry
+        strides, dilations = geometry.stride, geometry.dilation
+        if adjoint:
+            steps = [stride // math.gcd(stride, dilation) for stride, dilation in zip(strides, dilations, strict=True)]
+            offsets = [-step * d // s for step, d, s in zip(steps, dilations, strides, strict=True)]
+        else:
+            steps, offsets = [1, 1], list(dilations)
+        flat = channels < FEW_CHANNELS and not shares_products and (not adjoint or strides == (1, 1))
+        width = channels // in_groups if own_rows else channels
+        block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, shares_products, bits)
+        columns = _up(out_channels, block_n)
+        if flat:
+            block_k = 16 if taps * channels <= 16 else 32
+            rows, size = channels, _up(taps * channels, block_k) * columns
+        else:
+            rows = _up(width, 8) + block_k  # a range starts at a multiple of 8 and may reach beyond the last channel
+            size = taps * rows * columns
+        one = (1, 1)
+        return Pass(
+            adjoint, channels, out_channels, in_groups, out_groups, routing, shares_products, own_rows, *kernel,
+            stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, *(one if adjoint else strides),
+            *(strides if adjoint else one), *steps, *offsets, flat, block_n, block_k, rows, columns, size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one launch is cut up, and what is fused into it."""
+
+    pixels_h: int
+    pixels_w: int
+    relu: bool
+    residual: bool
+    bias: bool
+    precision: str  # of float32 products: ieee or tf32
+    wide: bool  # offsets inside one image need 64 bits
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a weight gradient computes."""
+
+    channels: int
+    out_channels: int
+    row_groups: int
+    column_groups: int
+    routing: str
+    taps_h: int
+    taps_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+    flat: bool
+    block_c: int
+    block_k: int
+    taps: int  # of one program: dy is read once for all of them
+
+    @staticmethod
+    def of(
+        geometry: Geometry, kernel: tuple[int, int], channels: int, out_channels: int, column_groups: int,
+        row_groups: int, routing: str, bits: int,
+    ) -> Gradient:  # fmt: skip
+        flat = channels < FEW_CHANNELS
+        columns = kernel[0] * kernel[1] * channels if flat else channels
+        largest = 64 if bits == 16 else 32
+        block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
+        if not flat and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
+            block_c, block_k = 32, 16
+        taps = 1 if flat or kernel[1] > 3 else kernel[1]
+        (stride, padding, dilation) = geometry
+        return Gradient(
+            channels, out_channels, row_groups, column_groups, routing, *kernel, *stride, *padding, *dilation, flat,
+            block_c, block_k, taps,
+        )  # fmt: skip
+
+    @property
+    def programs(self) -> int:
+        """Of one split."""
+        taps = self.taps_h * self.taps_w
+        columns = self.channels * taps if self.flat else self.channels
+        tap_groups = 1 if self.flat else taps // self.taps
+        return tap_groups * -(-columns // self.block_c) * -(-self.out_channels // self.block_k)
+
+
+def _blocks(
+    channels: int, out_channels: int, groups: int, adjoint: bool, shares_products: bool, bits: int
+) -> tuple[int, int]:
+    """Output channels of a tile, and channels of a chunk.
+
+    Large tiles read the input fewer times, small ones skip more of what is not read. From 128 channels on arithmetic
+    is the limit: the largest tile that executes at most 1.4 times the necessary products for an even split.
+    """
+    block_n = min(_power_of_two(out_channels), 64 if bits == 16 else 32)
+    block_k = min(_power_of_two(channels), 32 if bits == 16 else 16)
+    if shares_products or groups == 1 or min(channels, out_channels) < 128:
+        return block_n, block_k
+    return (16, 32) if adjoint else (32, 16)
+
+
+def pixel_tile(height: int, width: int, pixels: int) -> tuple[int, int]:
+    """The shape of a tile of `pixels`: as wide as the image, if that is narrower."""
+    tile_w = min(_power_of_two(width, 1), pixels)
+    return pixels // tile_w, tile_w
+
+
+def strip(width: int) -> int:
+    """Pixels of a row that one walk takes."""
+    return min(_power_of_two(width), 64)
+
+
+def launch_options(block_m: int, block_n: int, loaded: int) -> dict[str, int]:
+    """Warps and the depth of the software pipeline. `loaded`: elements of the smallest tile that the loop loads; a
+    thread should get 8 of them, 16 bytes."""
+    warps = 8 if block_m * block_n > 64 * 128 else 4
+    return {"num_warps": max(1, min(warps, loaded // (32 * 8))), "num_stages": 3}
+
+
+def walks(p: Pass, bits: int, device: torch.device) -> bool:
+    """Is rowwalk.py the way? Before Hopper a matrix instruction wants the nine weight tiles in registers, where more
+    than 32 channels don't fit."""
+    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products
+    return fits and bits == 16 and p.channels <= (64 if capability(device) >= 90 else 32)
+
+
+def walk_steps(p: Pass, images: int, height: int, width: int, strip: int, device: torch.device) -> int:
+    """Output rows of one program: at least 8, since each walk reads two more rows; else about eight programs for each
+    multiprocessor."""
+    strips = images * p.dilation_h * (p.columns // p.block_n) * -(-width // strip)
+    rows = -(-height // p.dilation_h)
+    return min(rows, max(8, -(-rows * strips // (8 * multiprocessors(device)))))
+
+
+def splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Into how many parts the pixels of a weight gradient are split: about four programs for each multiprocessor."""
+    return max(1, min(tiles, -(-4 * multiprocessors(device) // programs)))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for Hopper; AMD's matrix cores are like Ampere's here; the interpreter has no limits."""
+    if device.type == "cpu":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 80 if torch.version.hip else 10 * major + minor
+
+
+def precision() -> str:
+    """Of float32 products: TF32 only if torch may use it in its own convolutions."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _power_of_two(size: int, least: int = 16) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,135 @@
+"""Weight and bias gradient: a matrix product [input channels, pixels] x [pixels, output channels] for every tap.
+
+The pixels are split over programs; each writes its partial sum (float32) to a place of its own, and a second pass adds
+them in a fixed order and scatters back to the layer's order. No atomics: the same bits every time.
+"""
+
+import triton
+import triton.language as tl
+
+from .convolve import pixels
+
+
+@triton.jit
+def reads_any(rows, columns, k0, c0, G: tl.constexpr):
+    """Does any row of the tile from k0 read any column of the tile from c0?"""
+    ROW_GROUPS: tl.constexpr = G.row_groups
+    COLUMN_GROUPS: tl.constexpr = G.column_groups
+    live = k0 < 0
+    for go in tl.static_range(ROW_GROUPS):
+        first = tl.load(rows + go)
+        last = tl.load(rows + go + 1)
+        row_here = (first < k0 + G.block_k) & (last > k0) & (last > first)
+        for gi in tl.static_range(COLUMN_GROUPS):
+            if G.routing == "all" or gi == go or (G.routing == "arrow" and gi == 0):
+                first = tl.load(columns + gi)
+                last = tl.load(columns + gi + 1)
+                live = live | (row_here & (first < c0 + G.block_c) & (last > c0) & (last > first))
+    return live
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x, dy, passed, partial, partial_bias, rows, columns, H, W, OH, OW, tiles, tiles_per_split,
+    G: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows x columns, G.taps neighbouring taps, one split of the pixels -> partial[split, tap, c, k].
+
+    dy is read once for all G.taps taps. G.flat (few channels): the "columns" are all (tap, channel) pairs.
+    """
+    BLOCK_C: tl.constexpr = G.block_c
+    BLOCK_K: tl.constexpr = G.block_k
+    TAPS: tl.constexpr = G.taps
+    ALL_TAPS: tl.constexpr = G.taps_h * G.taps_w
+    TILES_K: tl.constexpr = (G.out_channels + G.block_k - 1) // G.block_k
+    TAP_GROUPS: tl.constexpr = 1 if G.flat else ALL_TAPS // G.taps
+    split = tl.program_id(1)
+    tap0 = tl.program_id(0) % TAP_GROUPS * TAPS
+    k0 = tl.program_id(0) // TAP_GROUPS % TILES_K * BLOCK_K
+    c0 = tl.program_id(0) // TAP_GROUPS // TILES_K * BLOCK_C
+    with_bias = (tap0 == 0) & (c0 == 0)
+    if not G.flat:
+        live = reads_any(rows, columns, k0, c0, G)
+        if T.bias:
+            live = live | with_bias
+        if not live:
+            return
+    k = k0 + tl.arange(0, BLOCK_K)
+    c = c0 + tl.arange(0, BLOCK_C)
+    image_x = tl.cast(H, tl.int64) * W * G.channels
+    image_y = tl.cast(OH, tl.int64) * OW * G.out_channels
+    accs = (tl.zeros((BLOCK_C, BLOCK_K), ACC),) * TAPS
+    bias = tl.zeros((BLOCK_K,), ACC)
+    for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
+        in_x, in_y, i, j = pixels(tile, OH, OW, image_x, image_y, T)
+        valid = (i < OH) & (j < OW)
+        at = ((i * OW + j) * G.out_channels)[:, None] + k[None, :]
+        mask = valid[:, None] & (k < G.out_channels)[None, :]
+        d = tl.load(dy + in_y + at, mask=mask, other=0.0)  # [pixels, BLOCK_K]
+        if T.relu:
+            d = tl.where(tl.load(passed + in_y + at, mask=mask, other=1.0) <= 0, 0.0, d)
+        if T.bias:
+            bias += tl.sum(d.to(ACC), 0)
+        new = ()
+        for t in tl.static_range(TAPS):
+            if G.flat:
+                tap = c // G.channels
+                h = (i * G.stride_h - G.padding_h)[:, None] + (tap // G.taps_w * G.dilation_h)[None, :]
+                v = (j * G.stride_w - G.padding_w)[:, None] + (tap % G.taps_w * G.dilation_w)[None, :]
+                inside = valid[:, None] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+                mask = inside & (c < ALL_TAPS * G.channels)[None, :]
+                at = (h * W + v) * G.channels + (c % G.channels)[None, :]
+            else:
+                h = i * G.stride_h - G.padding_h + (tap0 + t) // G.taps_w * G.dilation_h
+                v = j * G.stride_w - G.padding_w + (tap0 + t) % G.taps_w * G.dilation_w
+                inside = valid & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+                mask = inside[:, None] & (c < G.channels)[None, :]
+                at = ((h * W + v) * G.channels)[:, None] + c[None, :]
+            a = tl.load(x + in_x + at, mask=mask, other=0.0)  # [pixels, BLOCK_C]
+            new = new + (tl.dot(tl.trans(a), d, accs[t], input_precision=T.precision, out_dtype=ACC),)  # noqa: RUF005
+        accs = new
+    C_END: tl.constexpr = ALL_TAPS * G.channels if G.flat else G.channels
+    mask = (c < C_END)[:, None] & (k < G.out_channels)[None, :]
+    for t in tl.static_range(TAPS):
+        block = ((split * ALL_TAPS + tap0 + t) * G.channels).to(tl.int64) * G.out_channels
+        tl.store(partial + block + c[:, None] * G.out_channels + k[None, :], accs[t], mask=mask)
+    if T.bias:
+        tl.store(partial_bias + split * G.out_channels + k, bias, mask=(k < G.out_channels) & with_bias)
+
+
+@triton.jit
+def reduce_kernel(
+    partial, partial_bias, dw, db, row_places, column_places, splits,
+    G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the splits in order -> dw [K, C, taps], db [K] in the layer's order.
+
+    A kernel's entry is the sum over all places that its row and column have in the packed tensors and that are read.
+    """
+    TAPS: tl.constexpr = G.taps_h * G.taps_w
+    ROW_GROUPS: tl.constexpr = G.row_groups
+    COLUMN_GROUPS: tl.constexpr = G.column_groups
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = index % K  # fastest: partial sums are read in (nearly) the order they lie in
+    c = index // K % C
+    tap = index // (K * C)
+    valid = tap < TAPS
+    total = tl.zeros((BLOCK,), ACC)
+    for go in tl.static_range(ROW_GROUPS):
+        row = tl.load(row_places + go * K + k)
+        for gi in tl.static_range(COLUMN_GROUPS):
+            if G.routing == "all" or gi == go or (G.routing == "arrow" and gi == 0):
+                column = tl.load(column_places + gi * C + c)
+                live = valid & (row >= 0) & (column >= 0)
+                for split in range(0, splits):
+                    at = ((split * TAPS + tap) * G.channels + column).to(tl.int64) * G.out_channels + row
+                    total += tl.load(partial + at, mask=live, other=0.0)
+    tl.store(dw + (k * C + c) * TAPS + tap, total, mask=valid)
+    if BIAS:
+        sums = tl.zeros((BLOCK,), ACC)
+        for go in tl.static_range(ROW_GROUPS):
+            row = tl.load(row_places + go * K + k)
+            for split in range(0, splits):
+                at = split * G.out_channels + row
+                sums += tl.load(partial_bias + at, mask=(index < K) & (row >= 0), other=0.0)
+        tl.store(db + k, sums, mask=index < K)
