@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..groups import FilterGroups
+from ..groups import sort_by_group
 from .packing import Packed, pack_parameters, unpack, unpack_dim
 from .spec import RoutedConv
 
@@ -16,8 +16,7 @@ def cannot(x: Tensor) -> str | None:
 
 def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     assignment = (log_p if noise is None else log_p + noise).argmax(1)
-    groups = FilterGroups.from_assignment(assignment, log_p.shape[1] - 1)
-    return assignment, groups.order, groups.offsets
+    return assignment, *sort_by_group(assignment, log_p.shape[1])
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:

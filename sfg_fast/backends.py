@@ -60,10 +60,19 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
     return module, dtype
 
 
+def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: (order, offsets). The
+    same on every backend."""
+    module = _load("triton" if current() == "triton" else "masked")
+    assignment, order, offsets = module.sample(log_p.detach(), noise)
+    return assignment, (order, offsets)
+
+
 def _fastest(x: Tensor) -> ModuleType:
     """Measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.3 to 1.0 of the
     time of `masked` (exceptions, forward only: 1.08 on images 7 wide; 1.16 on AVX2 for 3 x 64 streams), and in float32
-    about as long as `masked` in bfloat16. Other instruction sets were not measured."""
+    about as long as `masked` in bfloat16. Other instruction sets were not measured, and `triton` on no GPU yet: it has
+    to be asked for."""
     masked = _load("masked")
     if x.device.type != "cpu" or not available("native"):
         return masked

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .groups import FilterGroups, group_names
 
 # --- the start: initial p ---------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class GroupGates(nn.Module):
         estimator = ESTIMATORS[self.estimator]
         log_p = self.log_p()
         if not (self.training or self.sampling or estimator.gates is None):
-            return self._one_row_per_kernel(log_p.argmax(1), log_p.dtype)
+            return self._one_row_per_kernel(log_p, None)
         noise = gumbel_noise(log_p)
         if self.training and estimator.gates is not None:
             learns = log_p.requires_grad and torch.is_grad_enabled()
@@ -224,12 +225,14 @@ class GroupGates(nn.Module):
                 return FilterGroups.relaxed(estimator.gates(log_p, noise, self._temperature), tasks)
             if learns:
                 gates = estimator.gates(log_p, noise, self._temperature)
-                return FilterGroups.expanded(gates.detach().argmax(1), gates, tasks)
-        return self._one_row_per_kernel((log_p + noise).argmax(1), log_p.dtype)
+                assignment, by_group = backends.sample(gates)
+                return FilterGroups.expanded(assignment, gates, tasks, by_group)
+        return self._one_row_per_kernel(log_p, noise)
 
-    def _one_row_per_kernel(self, assignment: Tensor, dtype: torch.dtype) -> FilterGroups:
-        gates = one_hot(assignment, len(self.group_names), dtype)
-        return FilterGroups.from_assignment(assignment, self.group_names[1:], gates)
+    def _one_row_per_kernel(self, log_p: Tensor, noise: Tensor | None) -> FilterGroups:
+        assignment, by_group = backends.sample(log_p, noise)
+        gates = one_hot(assignment, len(self.group_names), log_p.dtype)
+        return FilterGroups.from_assignment(assignment, self.group_names[1:], gates, by_group)
 
     def weight_of(self, groups: FilterGroups) -> Tensor:
         """The layer's `weight` for a step with these groups. If their gates don't want a gradient, the logits get zeros

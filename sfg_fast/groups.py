@@ -77,25 +77,35 @@ class FilterGroups:
 
     @staticmethod
     def from_assignment(
-        assignment: Tensor | Sequence[int], tasks: int | Iterable[str] = 2, gates: Tensor | None = None
+        assignment: Tensor | Sequence[int],
+        tasks: int | Iterable[str] = 2,
+        gates: Tensor | None = None,
+        by_group: tuple[Tensor, Tensor] | None = None,
     ) -> FilterGroups:
-        """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default."""
+        """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default. `by_group`: order and
+        offsets, if they are known already."""
         names = group_names(tasks)
         if not isinstance(assignment, Tensor) and any(not 0 <= group < len(names) for group in assignment):
             raise ValueError(f"assignment={list(assignment)}: expected groups 0 (shared) to {len(names) - 1}")
         assignment = torch.as_tensor(assignment, dtype=torch.int64)
         if assignment.dim() != 1:
             raise ValueError(f"assignment has shape {tuple(assignment.shape)}, expected [K]")
-        onehot = assignment[:, None] == torch.arange(len(names), device=assignment.device)
         if gates is None:
-            gates = onehot.to(torch.get_default_dtype())
-        order = torch.argsort(assignment, stable=True)
-        return FilterGroups(order, _offsets(onehot.sum(0)), names, assignment.numel(), assignment, gates)
+            gates = (assignment[:, None] == torch.arange(len(names), device=assignment.device)).to(
+                torch.get_default_dtype()
+            )
+        order, offsets = sort_by_group(assignment, len(names)) if by_group is None else by_group
+        return FilterGroups(order, offsets, names, assignment.numel(), assignment, gates)
 
     @staticmethod
-    def expanded(assignment: Tensor, gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:
+    def expanded(
+        assignment: Tensor,
+        gates: Tensor,
+        tasks: int | Iterable[str],
+        by_group: tuple[Tensor, Tensor] | None = None,
+    ) -> FilterGroups:
         """All (T+1)K rows of a one-hot draw: the drawn ones live, the others zero, but every gate gets a gradient."""
-        drawn = FilterGroups.from_assignment(assignment, tasks, gates)
+        drawn = FilterGroups.from_assignment(assignment, tasks, gates, by_group)
         streams = FilterGroups.streams(assignment.numel(), tasks, assignment.device)
         return dataclasses.replace(streams, assignment=assignment, gates=gates, drawn=drawn)
 
@@ -201,6 +211,12 @@ class FilterGroups:
     def __repr__(self) -> str:
         kind = "expanded" if self.drawn else "full" if self.full else "packed"
         return f"FilterGroups({kind}, groups={self.names}, kernels={self.width})"
+
+
+def sort_by_group(assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """int64 [K] -> order int64 [K], the kernels sorted by group (stably), and offsets int64 [groups + 1]."""
+    onehot = assignment[:, None] == torch.arange(groups, device=assignment.device)
+    return torch.argsort(assignment, stable=True), _offsets(onehot.sum(0))
 
 
 def _offsets(counts: Tensor) -> Tensor:

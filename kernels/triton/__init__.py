@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..spec import Geometry, RoutedConv
 from . import config
-from .config import Gradient, Pass, Tiles
+from .config import Gradient, Launch, Pass
 from .convolve import convolve_all_kernel, convolve_kernel
 from .pack import pack_kernel, sample_kernel
 from .rowwalk import rowwalk_kernel
@@ -63,7 +63,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     noise = None if noise is None else noise.contiguous()
     sizes = (kernels, groups, triton.next_power_of_2(kernels), triton.next_power_of_2(groups))
     arrays = (log_p, log_p if noise is None else noise, assignment, order, offsets)
-    sample_kernel[(1,)](*arrays, *sizes, noise is not None)
+    _launch(sample_kernel, 1, *arrays, *sizes, noise is not None)
     return assignment, order, offsets
 
 
@@ -89,7 +89,7 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     block = 1024
     sizes = forward_pass.size, backward_pass.size, row_places.numel(), column_places.numel(), forward_pass.out_channels
     _launch(
-        pack_kernel, sum(-(-size // block) for size in sizes), 1,
+        pack_kernel, sum(config.cdiv(size, block) for size in sizes),
         weight, weight if bias is None else bias, forward_weight, backward_weight,
         weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
         weight.stride(0), weight.stride(1), weight.stride(3), forward_pass, backward_pass, gradient, kernels, channels,
@@ -102,16 +102,15 @@ def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, res
     p = _passes(spec, packed.kernel, x.dtype)[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     offsets = spec.rows.offsets, spec.columns.live.offsets
-    return _convolve(x, packed.forward, p, offsets, size, size, relu, residual=residual, bias=packed.bias)
+    return _convolve(x, packed.forward, p, offsets, size, relu, residual=residual, bias=packed.bias)
 
 
 def input_gradient(
     dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
 ) -> Tensor:
     p = _passes(spec, packed.kernel, dy.dtype)[1]
-    grid = -(-size[0] // p.out_step_h), -(-size[1] // p.out_step_w)
     offsets = spec.columns.offsets, spec.rows.live.offsets
-    return _convolve(dy, packed.backward, p, offsets, size, grid, relu is not None, passed=relu)
+    return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu)
 
 
 def weight_gradient(
@@ -123,31 +122,31 @@ def weight_gradient(
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     g = _passes(spec, packed.kernel, x.dtype)[2]
-    x, dy, passed = _nhwc(x), _nhwc(dy), dy if relu is None else _nhwc(relu)
-    n, _, height, width = dy.shape
-    pixels_h, pixels_w = config.pixel_tile(height, width, 64 if x.element_size() == 2 else 32)
-    tiles = n * -(-height // pixels_h) * -(-width // pixels_w)
-    splits = config.splits(g.programs, tiles, x.device)
-    wide = max(x[:1].numel(), dy[:1].numel()) >= 2**31
-    t = Tiles(pixels_h, pixels_w, relu is not None, False, bias, config.precision(), wide)
+    x, dy = _nhwc(x), _nhwc(dy)
+    passed = dy if relu is None else _nhwc(relu)
+    size = dy.shape[2], dy.shape[3]
+    fused = relu is not None, bias, max(x[:1].numel(), dy[:1].numel()) >= 2**31
+    launch = config.plan_gradient(g, x.element_size() * 8, dy.shape[0], size, config.device_of(x.device), *fused)
     torch_sum, sum_type = _sums(x.dtype)
     new = {"dtype": torch_sum, "device": x.device}
-    kernels, channels, taps = spec.rows.width, spec.columns.width, g.taps_h * g.taps_w
-    partial = torch.empty(splits * taps * g.channels * g.out_channels, **new)  # what is not read stays undefined
+    kernels, channels, splits = spec.rows.width, spec.columns.width, launch.second
+    # What is not read stays undefined.
+    partial = torch.empty(splits * g.taps_h * g.taps_w * g.channels * g.out_channels, **new)
     partial_bias = torch.empty(splits * g.out_channels if bias else 0, **new)
     dw = torch.empty(kernels, channels, *packed.kernel, **new)
     db = torch.empty(kernels, **new) if bias else None
-    sizes = x.shape[2], x.shape[3], height, width, tiles, -(-tiles // splits)
     offsets = spec.rows.live.offsets, spec.columns.live.offsets
+    pixel_tiles = (
+        dy.shape[0] * config.cdiv(size[0], launch.tiles.pixels_h) * config.cdiv(size[1], launch.tiles.pixels_w)
+    )
     _launch(
-        weight_gradient_kernel, g.programs, splits, x, dy, passed, partial, partial_bias, *offsets, *sizes, g, t,
-        sum_type, **config.launch_options(g.block_c, g.block_k, pixels_h * pixels_w * min(g.block_c, g.block_k)),
+        weight_gradient_kernel, launch, x, dy, passed, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size,
+        pixel_tiles, launch.steps, g, launch.tiles, sum_type,
     )  # fmt: skip
     block = 256
-    places = packed.row_places, packed.column_places
     _launch(
-        reduce_kernel, -(-dw.numel() // block), 1, partial, partial_bias, dw, dw if db is None else db, *places, splits,
-        g, kernels, channels, bias, sum_type, block,
+        reduce_kernel, config.cdiv(dw.numel(), block), partial, partial_bias, dw, dw if db is None else db,
+        packed.row_places, packed.column_places, splits, g, kernels, channels, bias, sum_type, block,
     )  # fmt: skip
     return dw, db
 
@@ -158,45 +157,32 @@ def _convolve(
     p: Pass,
     offsets: tuple[Tensor, Tensor],
     size: tuple[int, int],
-    grid: tuple[int, int],
     relu: bool,
     passed: Tensor | None = None,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`offsets` of the groups of the tensor that is written, and of the one that is read; `grid` of pixels."""
+    """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read."""
     x = _nhwc(x)
     passed = x if passed is None else _nhwc(passed)
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
         return y
-    walks = config.walks(p, x.element_size() * 8, x.device)
-    pixels = 128 if x.element_size() == 2 and p.block_n < 64 else 64
-    pixels_h, pixels_w = (1, config.strip(size[1])) if walks else config.pixel_tile(*grid, pixels)
-    wide = max(x[:1].numel(), y[:1].numel()) >= 2**31
-    t = Tiles(pixels_h, pixels_w, relu, residual is not None, bias is not None, config.precision(), wide)
-    tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    programs = tiles_n * x.shape[0] * -(-grid[0] // pixels_h) * -(-grid[1] // pixels_w)
+    fused = relu, residual is not None, bias is not None, max(x[:1].numel(), y[:1].numel()) >= 2**31
+    launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     bias = weight if bias is None else bias
     added = y if residual is None else _nhwc(residual)
     sizes = x.shape[2], x.shape[3], *size
-    options = config.launch_options(pixels_h * pixels_w, p.block_n, p.block_k * p.block_n)
-    constants = p, t, _sums(x.dtype)[1]
-    if walks:
-        steps = config.walk_steps(p, x.shape[0], *size, pixels_w, x.device)
-        programs = tiles_n * x.shape[0] * p.dilation_h * -(-size[1] // pixels_w)
-        programs *= -(-(-(-size[0] // p.dilation_h)) // steps)
-        _launch(
-            rowwalk_kernel, programs, 1, x, passed, weight, bias, added, y, *sizes, steps, *constants, **options
-        )  # fmt: skip
-    elif p.shares_products:
+    grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
+    constants = p, launch.tiles, _sums(x.dtype)[1]
+    if launch.kernel == "rowwalk":
+        _launch(rowwalk_kernel, launch, x, passed, weight, bias, added, y, *sizes, launch.steps, *constants)
+    elif launch.kernel == "convolve_all":
         assert residual is None, "no residual to all rows"
-        arrays = x, passed, weight, bias, y, offsets[1]
-        _launch(convolve_all_kernel, programs, phases, *arrays, *sizes, *grid, *constants, **options)
+        _launch(convolve_all_kernel, launch, x, passed, weight, bias, y, offsets[1], *sizes, *grid, *constants)
     else:
-        arrays = x, passed, weight, bias, added, y, *offsets
-        _launch(convolve_kernel, programs, phases, *arrays, *sizes, *grid, *constants, **options)
+        _launch(convolve_kernel, launch, x, passed, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
     return y
 
 
@@ -233,14 +219,15 @@ def _passes_of(
     return one(False, rows, columns), one(True, columns, rows), gradient
 
 
-def _launch(kernel: Any, programs: int, second: int, *arguments: Any, **options: int) -> None:
-    """On the device of the first argument, a tensor."""
+def _launch(kernel: Any, launch: Launch | int, *arguments: Any) -> None:
+    """On the device of the first argument, a tensor. `launch` may be just a number of programs."""
+    grid, options = ((launch,), {}) if isinstance(launch, int) else ((launch.programs, launch.second), launch.options)
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs, second)](*arguments, **options)
+            kernel[grid](*arguments, **options)
     else:
-        kernel[(programs, second)](*arguments, **options)
+        kernel[grid](*arguments, **options)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -144,7 +145,7 @@ class Gradient:
         taps = self.taps_h * self.taps_w
         columns = self.channels * taps if self.flat else self.channels
         tap_groups = 1 if self.flat else taps // self.taps
-        return tap_groups * -(-columns // self.block_c) * -(-self.out_channels // self.block_k)
+        return tap_groups * cdiv(columns, self.block_c) * cdiv(self.out_channels, self.block_k)
 
 
 def _blocks(
@@ -162,15 +163,80 @@ def _blocks(
     return (16, 32) if adjoint else (32, 16)
 
 
-def pixel_tile(height: int, width: int, pixels: int) -> tuple[int, int]:
-    """The shape of a tile of `pixels`: as wide as the image, if that is narrower."""
-    tile_w = min(_power_of_two(width, 1), pixels)
-    return pixels // tile_w, tile_w
+class Device(NamedTuple):
+    """What the formulas want to know of a device."""
+
+    multiprocessors: int
+    capability: int  # 90 for Hopper
+
+    @property
+    def multiplies_from_shared_memory(self) -> bool:
+        """Hopper and data-centre Blackwell; others hold both factors of a matrix instruction in registers."""
+        return 90 <= self.capability < 120
 
 
-def strip(width: int) -> int:
-    """Pixels of a row that one walk takes."""
-    return min(_power_of_two(width), 64)
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    if device.type == "cpu":  # the interpreter
+        return Device(1, 90)
+    properties = torch.cuda.get_device_properties(device)
+    capability = 80 if torch.version.hip else 10 * properties.major + properties.minor
+    return Device(properties.multi_processor_count, capability)
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched."""
+
+    kernel: str  # rowwalk, convolve_all, convolve or weight_gradient
+    tiles: Tiles
+    programs: int
+    second: int  # second dimension of the grid of programs: phases of the stride, or splits of the pixels
+    steps: int  # rowwalk: output rows of a program; weight_gradient: pixel tiles of a split
+    options: dict[str, int]
+
+
+def plan(
+    p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, residual: bool = False,
+    bias: bool = False, wide: bool = False,
+) -> Launch:  # fmt: skip
+    """Of a forward pass or an input gradient that writes images of `size`."""
+    tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
+    fused = relu, residual, bias, precision(), wide
+    if walks(p, bits, device):
+        strip = min(_power_of_two(size[1]), 64)
+        tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
+        strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
+        # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
+        steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
+        options = launch_options(strip, p.block_n, 2048)
+        return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
+    grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
+    pixels = 128 if bits == 16 and p.block_n < 64 else 64
+    tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
+    programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
+    options = launch_options(pixels, p.block_n, p.block_k * p.block_n)
+    return Launch("convolve_all" if p.shares_products else "convolve", tiles, programs, phases, 0, options)
+
+
+def plan_gradient(
+    g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, bias: bool = False,
+    wide: bool = False,
+) -> Launch:  # fmt: skip
+    """Of a weight gradient; `size` is that of dy. The pixels are split so that there are about four programs for each
+    multiprocessor."""
+    pixels = 64 if bits == 16 else 32
+    tiles = Tiles(*_pixel_tile(size[1], pixels), relu, False, bias, precision(), wide)
+    pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
+    splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
+    options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k))
+    return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
+
+
+def walks(p: Pass, bits: int, device: Device) -> bool:
+    """Is rowwalk.py the way? Where the nine weight tiles have to be in registers, those of more than 32 channels don't
+    fit."""
+    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products
+    return fits and bits == 16 and p.channels <= (64 if device.multiplies_from_shared_memory else 32)
 
 
 def launch_options(block_m: int, block_n: int, loaded: int) -> dict[str, int]:
@@ -180,50 +246,25 @@ def launch_options(block_m: int, block_n: int, loaded: int) -> dict[str, int]:
     return {"num_warps": max(1, min(warps, loaded // (32 * 8))), "num_stages": 3}
 
 
-def walks(p: Pass, bits: int, device: torch.device) -> bool:
-    """Is rowwalk.py the way? Before Hopper a matrix instruction wants the nine weight tiles in registers, where more
-    than 32 channels don't fit."""
-    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products
-    return fits and bits == 16 and p.channels <= (64 if capability(device) >= 90 else 32)
-
-
-def walk_steps(p: Pass, images: int, height: int, width: int, strip: int, device: torch.device) -> int:
-    """Output rows of one program: at least 8, since each walk reads two more rows; else about eight programs for each
-    multiprocessor."""
-    strips = images * p.dilation_h * (p.columns // p.block_n) * -(-width // strip)
-    rows = -(-height // p.dilation_h)
-    return min(rows, max(8, -(-rows * strips // (8 * multiprocessors(device)))))
-
-
-def splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Into how many parts the pixels of a weight gradient are split: about four programs for each multiprocessor."""
-    return max(1, min(tiles, -(-4 * multiprocessors(device) // programs)))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """90 for Hopper; AMD's matrix cores are like Ampere's here; the interpreter has no limits."""
-    if device.type == "cpu":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 80 if torch.version.hip else 10 * major + minor
-
-
 def precision() -> str:
     """Of float32 products: TF32 only if torch may use it in its own convolutions."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _pixel_tile(width: int, pixels: int) -> tuple[int, int]:
+    """The shape of a tile of `pixels`: as wide as the grid, if that is narrower."""
+    tile_w = min(_power_of_two(width, 1), pixels)
+    return pixels // tile_w, tile_w
 
 
 def _power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def cdiv(size: int, by: int) -> int:
+    """Rounded up."""
+    return -(-size // by)
+
+
 def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return cdiv(size, multiple) * multiple

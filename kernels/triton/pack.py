@@ -20,7 +20,9 @@ def pack_weight(
 ):  # fmt: skip
     """The weight of one pass, [taps, rows (in), columns (out)].
 
-    Zero in the padding and where an output does not read an input. Where P.shares_products the output side stays in the layer's order and nothing is zeroed."""
+    Zero in the padding and where an output does not read an input. Where P.shares_products, the output side stays in
+    the layer's order and nothing is zeroed.
+    """
     OUT_GROUPS: tl.constexpr = P.out_groups
     IN_GROUPS: tl.constexpr = P.in_groups
     index = block * BLOCK + tl.arange(0, BLOCK)
