@@ -35,7 +35,7 @@ def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int
 def weight_gradient(
     x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    rows, columns = spec.rows.live, spec.columns.live
+    rows, columns, dy = spec.rows.live, spec.columns.live, dy.contiguous()
     dw = _backward(dy, x, x.new_empty(dy.shape[1], x.shape[1], *packed.forward.shape[2:]), spec, 1)
     reads = spec.blocks()[2][rows.ids[:, None], columns.ids]
     dw = unpack(dw.where(reads[:, :, None, None], 0), rows, columns)

@@ -6,8 +6,8 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on CPU tensors
+# Before Triton is imported: its kernels run on CPU tensors then. (On a GPU: benchmarks/gpu_suite.py.)
+os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("sfg", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("sfg")

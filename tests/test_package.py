@@ -90,10 +90,15 @@ def test_unknown_backend():
         pass
 
 
-def test_forced_backend_never_falls_back():
+def test_forced_backend_never_falls_back(monkeypatch):
     layer = sfg_fast.SFGConv2d(1, 2, 3)
-    with backend("triton"), pytest.raises(BackendError, match="'triton' is not there"):
-        layer(torch.randn(1, 1, 4, 4))
+    with monkeypatch.context() as without:
+        without.setattr(backends, "_import", lambda name: ImportError("No module named 'triton'"))
+        with backend("triton"), pytest.raises(BackendError, match="'triton' is not there: No module named 'triton'"):
+            layer(torch.randn(1, 1, 4, 4))
+    if backends.available("triton"):
+        with backend("triton"), pytest.raises(BackendError, match="bfloat16, in Triton's interpreter"):
+            layer.bfloat16()(torch.randn(1, 1, 4, 4, dtype=torch.bfloat16))
     if backends.available("native"):
         with backend("native"), pytest.raises(BackendError, match="bfloat16"):
             layer.bfloat16()(torch.randn(1, 1, 4, 4, dtype=torch.bfloat16))

@@ -208,6 +208,28 @@ def convolve_kernel(
 
 
 @triton.jit
+def convolve_group(
+    g: tl.constexpr, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase,
+    P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Group g of `convolve_all_kernel`: stored, and returned for the groups that follow."""
+    ALL: tl.constexpr = P.out_groups * P.out_channels
+    from_carried: tl.constexpr = P.routing == "arrow" and (g == 0 if P.adjoint else g > 0)
+    acc = carried if from_carried else tl.zeros_like(carried)
+    if g < P.in_groups:
+        low = tl.load(in_offsets + g).to(tl.int32)
+        high = tl.load(in_offsets + g + 1).to(tl.int32)
+        start = low // 8 * 8
+        chunks = tl.where(high > low, tl.cdiv(high - start, P.block_k), 0)
+        acc = accumulate(acc, x, passed, w, i, j, n, H, W, phase, 0, start, chunks, low, high, P, T)
+    valid = n < P.out_channels
+    if T.bias and (g == 0 or P.routing == "own"):
+        acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]
+    store_tile(acc, y, y, image_out, i, j, g * P.out_channels + n, valid, OH, OW, phase, ALL, P, T)
+    return acc
+
+
+@triton.jit
 def convolve_all_kernel(
     x, passed, w, bias, y, in_offsets, H, W, OH, OW, IH, IW, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
 ):
@@ -227,32 +249,27 @@ def convolve_all_kernel(
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
     TILES_N: tl.constexpr = P.columns // P.block_n
     GROUPS: tl.constexpr = P.out_groups
-    ALL: tl.constexpr = P.out_groups * P.out_channels
     n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = n < P.out_channels
     phase = tl.program_id(1)
     image_in = tl.cast(H, tl.int64) * W * P.channels
-    image_out = tl.cast(OH, tl.int64) * OW * ALL
+    image_out = tl.cast(OH, tl.int64) * OW * P.out_groups * P.out_channels
     image_in, image_out, i, j = pixels(tl.program_id(0) // TILES_N, IH, IW, image_in, image_out, T)
-    nothing = tl.zeros((PIXELS, BLOCK_N), ACC)
-    carried = nothing  # P_shared, or the sum so far
-    for turn in tl.static_range(GROUPS):
-        g: tl.constexpr = (turn + 1) % GROUPS if P.adjoint else turn  # the shared group last where it is the sum
-        from_carried: tl.constexpr = P.routing == "arrow" and (g == 0 if P.adjoint else g > 0)
-        acc = carried if from_carried else nothing
-        if g < P.in_groups:
-            low = tl.load(in_offsets + g).to(tl.int32)
-            high = tl.load(in_offsets + g + 1).to(tl.int32)
-            start = low // 8 * 8
-            chunks = tl.where(high > low, tl.cdiv(high - start, P.block_k), 0)
-            acc = accumulate(
-                acc, x + image_in, passed + image_in, w, i, j, n, H, W, phase, 0, start, chunks, low, high, P, T
+    x += image_in
+    passed += image_in
+    carried = tl.zeros((PIXELS, BLOCK_N), ACC)  # P_shared, or the sum so far
+    if P.adjoint:  # the shared group last: where it is the sum, it is that of the others
+        for g in tl.static_range(1, GROUPS):
+            carried += convolve_group(
+                g, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
             )
-        if T.bias and (g == 0 or P.routing == "own"):
-            acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]
-        if P.routing == "arrow":
-            if P.adjoint:
-                carried += acc
-            elif g == 0:
-                carried = acc
-        store_tile(acc, y, y, image_out, i, j, g * P.out_channels + n, valid, OH, OW, phase, ALL, P, T)
+        convolve_group(
+            0, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
+        )
+    else:
+        carried = convolve_group(
+            0, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
+        )
+        for g in tl.static_range(1, GROUPS):
+            convolve_group(
+                g, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
+            )

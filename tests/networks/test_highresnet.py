@@ -34,11 +34,35 @@ def run(model, name, x):
     return y, gradients, dict(model.named_buffers())
 
 
+DRAWN = ["fixed", "straight_through", "gumbel_softmax", "none", "eval"]
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("norm", ["batch", None])
-@pytest.mark.parametrize("drawn", ["fixed", "straight_through", "gumbel_softmax", "none", "eval"])
+@pytest.mark.parametrize("drawn", DRAWN)
 @pytest.mark.parametrize("residual", ["separate", "routed"])
 def test_equals_itself_under_dense_masking(residual, drawn, norm, name, float64):
+    check_against_dense_masking(residual, drawn, norm, name)
+
+
+@pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("residual", "drawn", "norm"),
+    [
+        ("routed", "straight_through", "batch"),
+        *(
+            pytest.param(residual, drawn, norm, marks=pytest.mark.slow)
+            for residual in ("separate", "routed")
+            for drawn in DRAWN
+            for norm in ("batch", None)
+        ),
+    ],
+)
+def test_equals_itself_on_triton(residual, drawn, norm, float64):
+    check_against_dense_masking(residual, drawn, norm, "triton")
+
+
+def check_against_dense_masking(residual, drawn, norm, name):
     results = []
     for one in ("reference", name):
         estimator = drawn if drawn in ("gumbel_softmax", "none") else "straight_through"

@@ -1,0 +1,291 @@
+"""The Triton kernels, in Triton's interpreter, against float64 convolution with a masked weight, written plainly.
+
+What test_routed_conv.py does not reach: several chunks and tiles of channels, half precision, fused operations, every
+path forced, NaN in all memory that a kernel should write.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sfg_fast.kernels.spec import Geometry, RoutedConv
+
+from sfg_fast.backends import available
+from sfg_fast.groups import FilterGroups, Routing
+
+if not available("triton"):
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from sfg_fast.kernels import masked
+from sfg_fast.kernels import triton as kernels
+from sfg_fast.kernels.triton import config
+
+
+FORCED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # the fixtures are to hold for all examples
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory is full of NaN: what a kernel leaves out, or reads too early, is seen."""
+    empty = torch.empty
+
+    def full_of_nan(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(2**30)
+
+    monkeypatch.setattr(kernels.torch, "empty", full_of_nan)
+
+
+@pytest.fixture(params=["tiles", "rowwalk"])
+def path(request, monkeypatch):
+    """Both ways to convolve, whatever the dtype and the number of channels."""
+    if request.param == "rowwalk":
+        monkeypatch.setattr(config, "FEW_CHANNELS", 0)
+        monkeypatch.setattr(config, "walks", lambda p, bits, device, walks=config.walks: walks(p, 16, device))
+    else:
+        monkeypatch.setattr(config, "walks", lambda *_: False)
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90))  # several walks and splits
+    kernels._passes_of.cache_clear()
+    yield request.param
+    kernels._passes_of.cache_clear()
+
+
+def sizes(draw, groups, most):
+    return draw(st.lists(st.integers(0, most), min_size=groups, max_size=groups).filter(any))
+
+
+@st.composite
+def problems(draw, most):
+    """Up to `most` channels a group; half of the kernels are 3x3 with stride 1."""
+    groups = draw(st.integers(2, 4))
+    rowwalk = draw(st.booleans())
+    kernel = (3, 3) if rowwalk else tuple(draw(st.integers(1, 4)) for _ in range(2))
+    dilation = tuple(draw(st.integers(1, 3)) for _ in range(2))
+    padding = tuple(draw(st.integers(0, 4)) for _ in range(2))
+    image = tuple(
+        max(1, d * (k - 1) + 1 - 2 * p) + draw(st.integers(0, 9))
+        for d, k, p in zip(dilation, kernel, padding, strict=True)
+    )
+    return {
+        "rows": sizes(draw, groups, most),
+        "columns": sizes(draw, groups, most),
+        "routing": draw(st.sampled_from(["arrow", "own"])),
+        "kernel": kernel,
+        "stride": (1, 1) if rowwalk else tuple(draw(st.integers(1, 3)) for _ in range(2)),
+        "padding": padding,
+        "dilation": dilation,
+        "image": image,
+        "batch": draw(st.integers(1, 2)),
+        "relu": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check(p):
+    """Forward and gradients on blocks, the weight in the layer's own shuffled order.
+
+    Bounds: rounding to the dtype, and sums of n products of standard normal numbers in float32, which are as large as
+    sqrt(n) and whose errors add up like a random walk.
+    """
+    generator = torch.Generator().manual_seed(p["seed"])
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(p["dtype"]).double()
+
+    groups, rows, columns = len(p["rows"]), p["rows"], p["columns"]
+    k, c = sum(rows), sum(columns)
+    into, out = (
+        torch.repeat_interleave(torch.arange(groups), torch.tensor(n))[torch.randperm(sum(n), generator=generator)]
+        for n in (columns, rows)
+    )
+    geometry = Geometry(p["stride"], p["padding"], p["dilation"])
+    sides = [FilterGroups.from_assignment(side, groups - 1) for side in (out, into)]
+    spec = RoutedConv(*sides, Routing(p["routing"]), geometry)
+    mask = into == out[:, None]
+    if p["routing"] == "arrow":
+        mask |= into == 0
+    x, weight = random(p["batch"], c, *p["image"]), random(k, c, *p["kernel"])
+    bias = random(k) if p["bias"] else None
+
+    read = weight * mask[:, :, None, None]
+    leaves = [x.clone().requires_grad_(), read.requires_grad_(), torch.zeros(k, dtype=torch.float64)]
+    leaves[2].requires_grad_()
+    exact = F.conv2d(leaves[0], leaves[1], leaves[2] if bias is None else bias + leaves[2], *geometry)
+    residual = random(*exact.shape) if p["residual"] else None
+
+    def packed(t, side, dim=1):
+        return None if t is None else t.index_select(dim, side.order).to(p["dtype"])
+
+    given = kernels.pack(weight.to(p["dtype"]), None if bias is None else bias.to(p["dtype"]), spec, p["dtype"])
+    px = packed(x, sides[1])
+    y = kernels.forward(px, given, spec, p["relu"], packed(residual, sides[0]))
+    wanted = (exact.relu() if p["relu"] else exact).detach() + (0 if residual is None else residual)
+    taps = p["kernel"][0] * p["kernel"][1]
+    eps = torch.finfo(p["dtype"]).eps
+    close(y, wanted[:, sides[0].order], eps, int(mask.sum(1).max()) * taps + 2, "forward")
+
+    # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
+    passed = kernels.forward(px, given, spec, True)
+    dy = random(*exact.shape)
+    inverse = sides[0].inverse
+    exact.backward(dy * (passed > 0)[:, inverse] if p["relu"] else dy)
+    dy = packed(dy, sides[0])
+    relu = passed if p["relu"] else None
+    dx = kernels.input_gradient(dy, given, spec, p["image"], relu)
+    close(dx, leaves[0].grad[:, sides[1].order], eps, max(int(mask.sum(0).max()) * taps, 1), "input gradient")
+    dw, db = kernels.weight_gradient(px, dy, given, spec, relu)
+    positions = exact.numel() // max(k, 1)
+    assert dw.dtype == db.dtype == torch.float32
+    assert not dw[~mask].any(), "zero where not read"
+    eps = torch.finfo(torch.float32).eps  # never rounded to half precision
+    close(dw, leaves[1].grad * mask[:, :, None, None], eps, positions, "weight gradient")
+    close(db, leaves[2].grad, eps, positions, "bias gradient")
+    for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec, relu), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"], relu))
+    assert torch.equal(passed, kernels.forward(px, given, spec, True))
+
+
+def close(actual, exact, eps, terms, what):
+    if actual.numel():
+        error, bound = (actual.double() - exact).abs().max().item(), 4 * eps * terms
+        assert error <= bound, f"{what}: error {error:.2e}, bound {bound:.2e} for {terms} terms"
+        rms = ((actual.double() - exact) ** 2).mean().sqrt().item()
+        assert rms <= bound / 4, f"{what}: error (root mean square) {rms:.2e}, bound {bound / 4:.2e}"
+
+
+@settings(max_examples=12, **FORCED)
+@given(problem=problems(most=12))
+def test_against_float64(path, poisoned, problem):
+    check(problem)
+
+
+@settings(max_examples=2, **FORCED)
+@given(problem=problems(most=40))
+def test_several_chunks_and_tiles(path, poisoned, problem):
+    check(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **FORCED)
+@given(problem=problems(most=24))
+def test_against_float64_at_length(path, poisoned, problem):
+    check(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, **FORCED)
+@given(problem=problems(most=150))
+def test_many_channels(path, poisoned, problem):
+    check(problem)
+
+
+def small_problem(dtype=torch.float32):
+    into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
+    spec = RoutedConv(
+        *(FilterGroups.from_assignment(side) for side in (out, into)), Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1))
+    )
+    return torch.randn(2, 5, 6, 5, dtype=dtype), torch.randn(4, 5, 3, 3, dtype=dtype), spec
+
+
+def test_64_bit_offsets_give_the_same(monkeypatch):
+    x, weight, spec = small_problem()
+    results = []
+    for wide in (False, True):
+        plan, plan_gradient = config.plan, config.plan_gradient
+        with monkeypatch.context() as forced:
+            forced.setattr(config, "plan", lambda *a, plan=plan, wide=wide: plan(*a[:-1], wide))
+            forced.setattr(config, "plan_gradient", lambda *a, plan=plan_gradient, wide=wide: plan(*a[:-1], wide))
+            packed = kernels.pack(weight, None, spec, x.dtype)
+            y = kernels.forward(x, packed, spec)
+            dx = kernels.input_gradient(y, packed, spec, (6, 5), y)
+            results.append([y, dx, *kernels.weight_gradient(x, y, packed, spec)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_goes_where_torch_lets_it_go():
+    x, weight, spec = small_problem()
+    x[0, 0, 3, 3] = float("nan")  # shared: everybody reads it
+    packed = kernels.pack(weight, None, spec, x.dtype)
+    y = kernels.forward(x, packed, spec, relu=True)
+    assert y[0, :, 2:5, 2:5].isnan().all()
+    assert not y[1].isnan().any()
+    dy = torch.ones_like(y)
+    assert (
+        kernels.weight_gradient(x, dy, packed, spec, relu=y)[1].isfinite().all()
+    )  # NaN has passed the ReLU: dy counts
+    assert kernels.input_gradient(dy, packed, spec, (6, 5), relu=y).isfinite().all()
+
+
+def test_weights_that_are_not_read_may_hold_anything(poisoned):
+    x, weight, spec = small_problem()
+    packed = kernels.pack(weight, None, spec, x.dtype)
+    expected = kernels.forward(x, packed, spec)
+    out, into = spec.rows.assignment, spec.columns.assignment
+    weight[~((into == 0) | (into == out[:, None]))] = float("nan")
+    assert torch.equal(kernels.forward(x, kernels.pack(weight, None, spec, x.dtype), spec), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 2), (64, 3), (200, 7)])
+@pytest.mark.parametrize("noise", [False, True])
+def test_sample_is_what_torch_draws(shape, noise):
+    log_p = torch.randn(shape).round()  # ties
+    arguments = log_p, torch.randn(shape).round() if noise else None
+    for a, b in zip(kernels.sample(*arguments), masked.sample(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_compiled_kernel_for_all_draws():
+    """What a kernel is compiled for depends on sizes, never on the drawn groups, so nor does the number of programs."""
+    plans = set()
+    for _ in range(50):
+        out, into = torch.randint(3, (32,)), torch.randint(3, (48,))
+        spec = RoutedConv(
+            *(FilterGroups.from_assignment(side) for side in (out, into)),
+            Routing.ARROW,
+            Geometry((1, 1), (1, 1), (1, 1)),
+        )
+        *both, gradient = kernels._passes(spec, (3, 3), torch.float16)
+        device = config.Device(132, 90)
+        launches = [config.plan(p, 16, 4, (96, 96), device) for p in both]
+        launches.append(config.plan_gradient(gradient, 16, 4, (96, 96), device))
+        plans.add(repr((both, gradient, launches)))
+    assert len(plans) == 1
+
+
+def test_tf32_only_if_torch_may_use_it():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert config.precision() == ("tf32" if allowed else "ieee")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_what_can_not_be():
+    assert "bfloat16, in Triton's interpreter products are right in float16, 32 and 64 only" in kernels.cannot(
+        torch.zeros(1, dtype=torch.bfloat16)
+    )
+    assert "on meta" in kernels.cannot(torch.zeros(1, device="meta"))
+    assert kernels.cannot(torch.zeros(1)) is None
+    x, weight, spec = small_problem()
+    spec = spec._replace(geometry=Geometry((1, 1), (0, 0), (3, 3)))
+    with pytest.raises(RuntimeError, match=r"the image has size \(6, 5\), with padding \(0, 0\) that is less"):
+        kernels.forward(x, kernels.pack(weight, None, spec, x.dtype), spec)
+
+
+def test_an_empty_batch():
+    x, weight, spec = small_problem()
+    packed = kernels.pack(weight, torch.zeros(4), spec, x.dtype)
+    y = kernels.forward(x[:0], packed, spec)
+    assert y.shape == (0, 4, 6, 5)
+    assert kernels.input_gradient(y, packed, spec, (6, 5)).shape == (0, 5, 6, 5)
+    dw, db = kernels.weight_gradient(x[:0], y, packed, spec)
+    assert not dw.any()
+    assert not db.any()
