@@ -18,5 +18,7 @@ back in it, zero where no row reads. Two flags tell what else the kernels of a m
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
                      relu=y, the output of the ReLU that dy has yet to go back through
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
-                     them is computed once and added to all outputs that read it
+                     them is computed once and added to all outputs that read it. For the gates' gradient,
+                     gate_gradient(x, packed, spec, df [N,rows,H',W'], scale [G,K] | None, shift, relu) gives
+                     <df, act(scale * u + shift)> for all (full) rows, and u is never stored: dz [rows]
 """

@@ -56,3 +56,14 @@ def unpack_dim(packed: Tensor, dim: int, groups: FilterGroups) -> Tensor:
     shape = list(packed.shape)
     shape[dim] = groups.width
     return packed.new_zeros(shape).index_add_(dim, groups.order, packed)
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def select_channels(x: Tensor, channels: Tensor) -> Tensor:
+    """x[:, channels], channels_last if x is: index_select alone would give plain contiguous."""
+    if channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(3, channels).permute(0, 3, 1, 2)
+    return x.index_select(1, channels)

@@ -8,7 +8,8 @@ where a group does not read another. An SFG layer goes on with  y = z * act(norm
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from . import backends
 from .groups import FilterGroups, Routing
 from .kernels import masked
-from .kernels.packing import unpack_dim
+from .kernels.packing import select_channels, unpack_dim
 from .kernels.spec import RoutedConv
 
 
@@ -40,19 +41,61 @@ def routed_conv(
     return _apply(x, weight, bias, spec, relu, residual)[0]
 
 
+class AllRows(NamedTuple):
+    """u of all rows of a one-hot draw, without gradient: the gates of rows that are not live want it for their own.
+
+    Either kept, or (kernels that share products) to be computed again from the layer's input.
+    """
+
+    kept: Tensor | None  # [N, rows, H', W']
+    x: Tensor | None  # [N, live columns, H, W]
+    weight: Tensor | None
+    bias: Tensor | None
+    kernels: Any
+    spec: RoutedConv
+    relu: bool  # is it relu(u)?
+
+    def values(self) -> Tensor:
+        """[N, rows, H', W']."""
+        if self.kept is not None:
+            return self.kept
+        assert self.x is not None
+        return self.kernels.forward(self.x, self._packed(), self.spec, relu=self.relu)
+
+    def gate_gradient(self, df: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor | None:
+        """<df, act(scale * u + shift)> for each row, scale and shift [T+1, K]; None if values() are to be used."""
+        if self.kept is not None:
+            return None
+        return self.kernels.gate_gradient(self.x, self._packed(), self.spec, df, scale, shift, relu or self.relu)
+
+    def split(self) -> tuple[tuple[Tensor | None, ...], AllRows]:
+        """The tensors, for autograd to keep, and what is left; `joined` is the way back."""
+        return self[:4], AllRows(None, None, None, None, *self[4:])
+
+    def joined(self, tensors: Sequence[Tensor | None]) -> AllRows:
+        kept, x, weight, bias = tensors
+        return self._replace(kept=kept, x=x, weight=weight, bias=bias)
+
+    def _packed(self) -> Any:
+        assert self.x is not None
+        return self.kernels.pack(self.weight, self.bias, self.spec, self.x.dtype)
+
+
 def routed_conv_expanded(
     x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, relu: bool = False
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, AllRows]:
     """(u of the live rows with its gradient, u of all rows without); `relu`: of both.
 
     The rows that are not live have gate zero. So no gradient comes back through them; only the gates want their values.
     """
-    return _apply(x, weight, bias, spec, relu, None)
+    live, all_rows = _apply(x, weight, bias, spec, relu, None)
+    assert all_rows is not None, "only expanded groups have rows that are not live"
+    return live, all_rows
 
 
 def _apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, relu: bool, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, AllRows | None]:
     assert residual is None or not (relu or spec.rows.drawn), "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
     x = x.to(dtype)
@@ -79,19 +122,33 @@ def _convolve(
     kernels: Any,
     spec: RoutedConv,
     relu: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, AllRows | None]:
     """ReLU and addition in the kernels, where these can do it."""
+    fused = kernels.FUSES and relu
     if kernels.FUSES:
         residual = None if residual is None else residual.to(x.dtype)
-        return _RoutedConv.apply(x, weight, bias, residual, kernels, spec, relu)
-    live, everything = _RoutedConv.apply(x, weight, bias, None, kernels, spec, False)
-    if relu:
-        live, everything = F.relu(live), None if everything is None else F.relu(everything)
-    return live if residual is None else live + residual, everything
+        live, rest = _RoutedConv.apply(x, weight, bias, residual, kernels, spec, relu)
+    else:
+        live, rest = _RoutedConv.apply(x, weight, bias, None, kernels, spec, False)
+        live = F.relu(live) if relu else live
+        live = live if residual is None else live + residual
+    if spec.rows.drawn is None:
+        return live, None
+    if _recomputes(kernels, spec):
+        parameters = weight.detach(), None if bias is None else bias.detach()
+        return live, AllRows(None, rest, *parameters, kernels, spec, relu)
+    return live, AllRows(rest if fused or not relu else F.relu(rest), None, None, None, kernels, spec, relu)
+
+
+def _recomputes(kernels: Any, spec: RoutedConv) -> bool:
+    """Are rows that are not live left out in the forward pass, and computed for the gates' gradient alone?"""
+    return kernels.SHARES_PRODUCTS and spec.rows.drawn is not None and not _one_image_for_every_group(spec)
 
 
 class _RoutedConv(torch.autograd.Function):
-    """Forward: live columns -> all rows. Backward: live rows -> all columns, and live rows x live columns."""
+    """Forward: live columns -> all rows. Backward: live rows -> all columns, and live rows x live columns.
+
+    Returns u of the live rows, and what their unselected gates need (`AllRows`): u of all rows, or the live columns."""
 
     @staticmethod
     def forward(
@@ -104,7 +161,10 @@ class _RoutedConv(torch.autograd.Function):
         spec: RoutedConv,
         relu: bool,
     ) -> Any:
-        live_x = x if spec.columns.drawn is None else x.index_select(1, spec.columns.live.rows_in_streams)
+        live_x = x if spec.columns.drawn is None else select_channels(x, spec.columns.live.rows_in_streams)
+        recomputes = _recomputes(kernels, spec)
+        if recomputes:
+            spec = spec._replace(rows=spec.rows.live)
         fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
         packed = kernels.pack(weight, bias, spec, x.dtype)
         alike = _plain(spec, *weight.shape[:2])  # where all groups have the same kernels
@@ -116,17 +176,18 @@ class _RoutedConv(torch.autograd.Function):
             u = _unfold(u, spec)
         else:
             u = kernels.forward(live_x, packed, spec, **fused)
-        y = u if spec.rows.drawn is None else u.index_select(1, spec.rows.drawn.rows_in_streams)
+        y = u if spec.rows.drawn is None else select_channels(u, spec.rows.drawn.rows_in_streams)
         ctx.save_for_backward(live_x, y if relu else None)  # what passed the ReLU is positive
         ctx.kernels, ctx.packed, ctx.spec, ctx.size = kernels, packed, spec, tuple(x.shape[2:])
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.alike = None
         if spec.rows.drawn is None and _same_work_for_every_group(spec):
             ctx.alike = alike, kernels.pack(weight, bias, alike, x.dtype)
-        if spec.rows.drawn is None:
+        if spec.rows.drawn is None and not recomputes:
             return y, None
-        ctx.mark_non_differentiable(u)
-        return y, u
+        rest = live_x.detach() if recomputes else u
+        ctx.mark_non_differentiable(rest)
+        return y, rest
 
     @staticmethod
     @once_differentiable

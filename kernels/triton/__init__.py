@@ -18,7 +18,8 @@ from torch import Tensor
 from ..spec import Geometry, RoutedConv
 from . import config
 from .config import Gradient, Launch, Pass
-from .convolve import convolve_all_kernel, convolve_kernel
+from .convolve import convolve_kernel
+from .expanded import convolve_all_kernel, gate_gradient_kernel
 from .pack import pack_kernel, sample_kernel
 from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
@@ -111,6 +112,34 @@ def input_gradient(
     p = _passes(spec, packed.kernel, dy.dtype)[1]
     offsets = spec.columns.offsets, spec.rows.live.offsets
     return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu)
+
+
+def gate_gradient(
+    x: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    df: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    p = _passes(spec, packed.kernel, x.dtype)[0]
+    assert p.shares_products, "rows that are not full have no unselected gates"
+    x, df = _nhwc(x), _nhwc(df)
+    size = df.shape[2], df.shape[3]
+    torch_sum, sum_type = _sums(x.dtype)
+    affine = scale is not None
+    scale, shift = (df if values is None else values.to(torch_sum).contiguous() for values in (scale, shift))
+    fused = relu, False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
+    launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
+    tiles = launch.programs // (p.columns // p.block_n)
+    partial = torch.empty(tiles, p.out_groups * p.out_channels, dtype=torch_sum, device=x.device)
+    bias = packed.forward if packed.bias is None else packed.bias
+    arrays = x, packed.forward, bias, df, scale, shift, partial, spec.columns.live.offsets
+    if tiles:
+        sizes = x.shape[2], x.shape[3], *size
+        _launch(gate_gradient_kernel, launch, *arrays, *sizes, p, launch.tiles, affine, sum_type)
+    return partial.sum(0)
 
 
 def weight_gradient(

@@ -212,6 +212,8 @@ def plan(
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     pixels = 128 if bits == 16 and p.block_n < 64 else 64
+    if p.own_rows and p.in_groups > 4:
+        pixels = 16  # a sum for each group: they have to fit into the registers
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
     options = launch_options(pixels, p.block_n, p.block_k * p.block_n)

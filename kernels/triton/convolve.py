@@ -105,7 +105,7 @@ def accumulate(
     """acc [BM, BN] + the product over all taps and over the chunks of channels. Taps are innermost: a chunk's shifted
     reads follow one another and hit the cache.
 
-    If all output channels read all of a group (P.shares_products), only channels low .. high count.
+    If all output channels read all of a group (P.shares_products, expanded.py), only channels low .. high count.
     An adjoint pass with T.relu: x is a gradient that has yet to go back through the ReLU whose output is `passed`.
     """
     BLOCK_K: tl.constexpr = P.block_k
@@ -113,7 +113,6 @@ def accumulate(
     h_base = i * P.in_step_h + offset_h
     w_base = j * P.in_step_w + offset_w
     taps = count_r * count_s
-    shift = low if P.own_rows else 0
     for it in range(0, taps * chunks):
         chunk = it // taps
         tap = it % taps
@@ -132,7 +131,7 @@ def accumulate(
         row = ((first_r + r * P.tap_step_h) * P.taps_w + first_s + s * P.tap_step_w) * P.rows + c
         if P.shares_products:
             wanted = (c >= low) & (c < high)
-            b = tl.load(w + (row - shift)[:, None] * P.columns + n[None, :], mask=wanted[:, None], other=0.0)
+            b = tl.load(w + row[:, None] * P.columns + n[None, :], mask=wanted[:, None], other=0.0)
         else:
             b = tl.load(w + row[:, None] * P.columns + n[None, :])  # [BK, BN]
         acc = tl.dot(a, b, acc, input_precision=T.precision, out_dtype=acc.dtype)
@@ -205,71 +204,3 @@ def convolve_kernel(
     if T.bias:
         acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]
     store_tile(acc, y, residual, image_out, i, j, n, valid, OH, OW, phase, P.out_channels, P, T)
-
-
-@triton.jit
-def convolve_group(
-    g: tl.constexpr, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase,
-    P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Group g of `convolve_all_kernel`: stored, and returned for the groups that follow."""
-    ALL: tl.constexpr = P.out_groups * P.out_channels
-    from_carried: tl.constexpr = P.routing == "arrow" and (g == 0 if P.adjoint else g > 0)
-    acc = carried if from_carried else tl.zeros_like(carried)
-    if g < P.in_groups:
-        low = tl.load(in_offsets + g).to(tl.int32)
-        high = tl.load(in_offsets + g + 1).to(tl.int32)
-        start = low // 8 * 8
-        chunks = tl.where(high > low, tl.cdiv(high - start, P.block_k), 0)
-        acc = accumulate(acc, x, passed, w, i, j, n, H, W, phase, 0, start, chunks, low, high, P, T)
-    valid = n < P.out_channels
-    if T.bias and (g == 0 or P.routing == "own"):
-        acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]
-    store_tile(acc, y, y, image_out, i, j, g * P.out_channels + n, valid, OH, OW, phase, ALL, P, T)
-    return acc
-
-
-@triton.jit
-def convolve_all_kernel(
-    x, passed, w, bias, y, in_offsets, H, W, OH, OW, IH, IW, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
-):
-    """All output channels of every group on the output side ("expanded" rows, or streams).
-
-    P_g is the product of the input channels of group g with all output channels. Each is computed once:
-
-        forward, arrow    out_shared = P_shared,          out_t = P_shared + P_t
-        adjoint, arrow    out_shared = sum over g of P_g, out_t = P_t
-        own               out_g = P_g
-
-    so that the work is one plain convolution for ANY grouping of the input's channels, where a block-sparse matrix
-    with a row for every (group, kernel) would take s + T s + sum of t (s: the shared fraction of the input).
-    P.own_rows: the input holds full-width tensors, too, one for each group, and all share the weight's rows.
-    """
-    BLOCK_N: tl.constexpr = P.block_n
-    PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
-    TILES_N: tl.constexpr = P.columns // P.block_n
-    GROUPS: tl.constexpr = P.out_groups
-    n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    phase = tl.program_id(1)
-    image_in = tl.cast(H, tl.int64) * W * P.channels
-    image_out = tl.cast(OH, tl.int64) * OW * P.out_groups * P.out_channels
-    image_in, image_out, i, j = pixels(tl.program_id(0) // TILES_N, IH, IW, image_in, image_out, T)
-    x += image_in
-    passed += image_in
-    carried = tl.zeros((PIXELS, BLOCK_N), ACC)  # P_shared, or the sum so far
-    if P.adjoint:  # the shared group last: where it is the sum, it is that of the others
-        for g in tl.static_range(1, GROUPS):
-            carried += convolve_group(
-                g, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
-            )
-        convolve_group(
-            0, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
-        )
-    else:
-        carried = convolve_group(
-            0, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
-        )
-        for g in tl.static_range(1, GROUPS):
-            convolve_group(
-                g, carried, x, passed, w, bias, y, in_offsets, image_out, i, j, n, H, W, OH, OW, phase, P, T, ACC
-            )

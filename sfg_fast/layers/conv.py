@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 from .. import backends, reference
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing
+from ..kernels.packing import channels_last, select_channels
 from ..kernels.spec import Geometry
 from ..reference import DenseFeatures, activate
-from ..routed_conv import RoutedConv, routed_conv, routed_conv_expanded
+from ..routed_conv import AllRows, RoutedConv, routed_conv, routed_conv_expanded
 
 Features = SFGFeatures | DenseFeatures
 
@@ -69,9 +70,8 @@ class SFGConv2d(reference.SFGConv2d):
         if groups.drawn is None:
             u = routed_conv(packed, weight, self.bias, spec, relu)
             return SFGFeatures(self._epilogue(u, groups, relu), groups)
-        live, everything = routed_conv_expanded(packed, weight, self.bias, spec, relu)
-        assert everything is not None
-        return SFGFeatures(self._epilogue_expanded(live, everything, groups, relu), groups)
+        live, all_rows = routed_conv_expanded(packed, weight, self.bias, spec, relu)
+        return SFGFeatures(self._epilogue_expanded(live, all_rows, groups, relu), groups)
 
     def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool) -> Tensor:
         """Norm, activation (unless done) and gate for rows that are all live."""
@@ -84,20 +84,16 @@ class SFGConv2d(reference.SFGConv2d):
         assert gates is not None
         return (h.to(gates.dtype) * gates[:, None, None]).to(h.dtype)  # so that the gates' gradient is summed in fp32
 
-    def _epilogue_expanded(self, live: Tensor, everything: Tensor, groups: FilterGroups, activated: bool) -> Tensor:
+    def _epilogue_expanded(self, live: Tensor, all_rows: AllRows, groups: FilterGroups, activated: bool) -> Tensor:
         """The same for expanded groups: autograd follows the live rows; the others only give their gate a gradient."""
         assert groups.drawn is not None
+        affine = None
         if self.norm is not None:
-            live, scale, shift = self.norm(live, groups.drawn)
-            scale, shift = (values.reshape(-1, 1, 1).to(everything.dtype) for values in (scale, shift))
-            everything = torch.addcmul(shift, everything, scale)
-        if not activated:
-            live = activate(live, self.activation)
-            with torch.no_grad():
-                everything = activate(everything, self.activation)
-        gates = groups.row_gates()
+            live, *affine = self.norm(live, groups.drawn)
+        activation = None if activated else self.activation
+        live, gates = activate(live, activation), groups.row_gates()
         assert gates is not None
-        return _Gate.apply(live, gates, everything, groups.drawn.rows_in_streams)
+        return _Gate.apply(live, gates, all_rows, affine, activation, groups.drawn.rows_in_streams)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):
@@ -135,24 +131,51 @@ def _image(x: Tensor) -> SFGFeatures:
     return SFGFeatures(x, FilterGroups.blocks([channels], ("image",), x.device), Routing.ALL)
 
 
+def _affine(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    scale, shift = (values.reshape(-1, 1, 1).to(h.dtype) for values in (scale, shift))
+    return torch.addcmul(shift, h, scale)
+
+
 class _Gate(torch.autograd.Function):
-    """F[g,k] = z[g,k] h[g,k] for all rows of a one-hot draw.
+    """F[g,k] = z[g,k] h[g,k], h = act(scale * u + shift), for all rows of a one-hot draw.
 
     Forward only has to put the live rows in place: the other gates are zero. Backward gives every gate its
     dz[g,k] = <dL/dF[g,k], h[g,k]>.
     """
 
     @staticmethod
-    def forward(ctx: Any, live: Tensor, gates: Tensor, everything: Tensor, live_rows: Tensor) -> Tensor:
-        ctx.save_for_backward(everything, live_rows)
-        ctx.gates_dtype = gates.dtype
+    def forward(
+        ctx: Any,
+        live: Tensor,
+        gates: Tensor,
+        all_rows: AllRows,
+        affine: Sequence[Tensor] | None,
+        activation: Any,
+        live_rows: Tensor,
+    ) -> Tensor:
+        """`affine`: scale and shift, each [T+1, K]."""
+        tensors, ctx.all_rows = all_rows.split()
+        ctx.save_for_backward(live_rows, *(affine or (None, None)), *tensors)
+        ctx.gates_dtype, ctx.activation = gates.dtype, activation
         n, _, h, w = live.shape
-        return live.new_zeros(n, gates.numel(), h, w).index_copy_(1, live_rows, live)
+        layout = torch.channels_last if channels_last(live) else torch.contiguous_format
+
+        out = torch.empty((n, gates.numel(), h, w), dtype=live.dtype, device=live.device, memory_format=layout)
+        return out.zero_().index_copy_(1, live_rows, live)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, df: Tensor) -> Any:
-        everything, live_rows = ctx.saved_tensors
-        precise = torch.promote_types(df.dtype, ctx.gates_dtype)  # half precision would overflow in the sum
-        dz = torch.linalg.vecdot(df.flatten(2).to(precise), everything.flatten(2).to(precise)).sum(0)
-        return df.index_select(1, live_rows), dz.to(ctx.gates_dtype), None, None
+        live_rows, scale, shift, *tensors = ctx.saved_tensors
+        all_rows = ctx.all_rows.joined(tensors)
+        dz = None
+        if ctx.activation in (None, "relu"):
+            dz = all_rows.gate_gradient(df, scale, shift, ctx.activation == "relu")
+        if dz is None:
+            h = all_rows.values()
+            if scale is not None:
+                h = _affine(h, scale, shift)
+            h = activate(h, ctx.activation)
+            precise = torch.promote_types(df.dtype, ctx.gates_dtype)  # half precision would overflow in the sum
+            dz = torch.linalg.vecdot(df.flatten(2).to(precise), h.flatten(2).to(precise)).sum(0)
+        return select_channels(df, live_rows), dz.to(ctx.gates_dtype), None, None, None, None

@@ -21,7 +21,6 @@ from sfg_fast.kernels import masked
 from sfg_fast.kernels import triton as kernels
 from sfg_fast.kernels.triton import config
 
-
 FORCED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # the fixtures are to hold for all examples
 
 
