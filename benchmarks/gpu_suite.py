@@ -46,7 +46,8 @@ def use_checkout() -> None:
     sys.path.insert(0, str(ROOT))
     name = "sfg_fast.kernels"
     spec = importlib.util.spec_from_file_location(name, ROOT / "kernels/__init__.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     spec.submodule_search_locations = [str(ROOT / "kernels")]
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
@@ -55,8 +56,7 @@ def use_checkout() -> None:
 if __name__ == "__main__":
     if DRY:
         os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("sfg_fast") is None or not DRY:
-        use_checkout()
+    use_checkout()
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ from torch import Tensor
 
 from sfg_fast import SFGConv2d, SFGHighResNet, backend
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import routed_conv, routed_conv_expanded
+from sfg_fast.routed_conv import AllRows, routed_conv, routed_conv_expanded
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 HALF = torch.float16 if DRY else torch.bfloat16  # the interpreter can't multiply bfloat16
@@ -152,13 +152,16 @@ def check(case: Case, dtype: torch.dtype, relu: bool) -> dict[str, float]:
     weight, bias = random(k, c, *case.kernel).requires_grad_(), random(k).requires_grad_()
     leaves = (x, weight, bias)
 
-    def run() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, AllRows | None, tuple[Tensor, ...]]:
         with backend("triton"):
-            live, everything = routed_conv_expanded(x, weight, bias, spec, relu)
+            if rows.drawn is None:
+                live, all_rows = routed_conv(x, weight, bias, spec, relu), None
+            else:
+                live, all_rows = routed_conv_expanded(x, weight, bias, spec, relu)
         torch.manual_seed(1)
-        return live, everything, torch.autograd.grad(live, leaves, random(*live.shape))
+        return live, all_rows, torch.autograd.grad(live, leaves, random(*live.shape))
 
-    live, everything, gradients = run()
+    live, all_rows, gradients = run()
     again = run()
     for a, b in zip((live, *gradients), (again[0], *again[2]), strict=True):
         assert torch.equal(a, b), "a second run gave other bits"
@@ -177,8 +180,14 @@ def check(case: Case, dtype: torch.dtype, relu: bool) -> dict[str, float]:
         assert exact[0].shape == gradients[0].shape
     pairs = {"forward": (live, picked), "dx": (gradients[0], exact[0]), "dw": (gradients[1], exact[1]),
              "db": (gradients[2], exact[2])}  # fmt: skip
-    if everything is not None:
-        pairs["all rows"] = (everything, exact_all)
+    if all_rows is not None:
+        pairs["all rows"] = (all_rows.values(), exact_all)
+        df = random(*exact_all.shape)
+        scale, shift = (torch.randn(groups, k, device=DEVICE) for _ in range(2))
+        dz = all_rows.gate_gradient(df, scale, shift, True)
+        assert dz is not None
+        h = (exact_all * scale.double().reshape(-1, 1, 1) + shift.double().reshape(-1, 1, 1)).relu()
+        pairs["gates"] = (dz, (df.double() * h).sum((0, 2, 3)))
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
 
 
@@ -480,7 +489,7 @@ def forced(**functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def alternatives() -> dict[str, dict[str, Callable[..., Any]]]:
-    blocks, plan, options = config._blocks, config.plan, config.launch_options
+    power, plan, options = config._power_of_two, config.plan, config.launch_options
     found: dict[str, dict[str, Callable[..., Any]]] = {"as chosen": {}}
     found["no rowwalk"] = {"walks": lambda *_: False}
     for stages in (1, 2, 4):
@@ -492,9 +501,7 @@ def alternatives() -> dict[str, dict[str, Callable[..., Any]]]:
     for n, k in ((128, 32), (64, 32), (64, 64), (32, 32)):
         found[f"tiles of {n} x {k} channels"] = {
             "walks": lambda *_: False,
-            "_blocks": lambda c, o, *a, n=n, k=k: tuple(
-                map(min, blocks(c, o, *a)[:0] + (max(16, o), max(16, c)), (n, k))
-            ),
+            "_blocks": lambda channels, out, *_, n=n, k=k: (min(power(out), n), min(power(channels), k)),
         }
 
     def wide_strip(*arguments: Any, **more: Any) -> config.Launch:
@@ -530,24 +537,27 @@ def variants(layer: Layer, rounds: int) -> dict[str, Any]:
     sets = 1 if DRY else max(2, -(-256_000_000 // (layer.batch * k * layer.size**2 * 2)))
     x, dy = ([torch.randn(shape, device=DEVICE).to(HALF).contiguous(memory_format=torch.channels_last)
               for _ in range(sets)] for _ in range(2))  # fmt: skip
+
+    def passes() -> dict[str, float]:
+        packed = kernels.pack(weight, bias, spec, HALF)
+        y = [kernels.forward(one, packed, spec, True) for one in x]
+        calls = {
+            "forward": lambda i: kernels.forward(x[i], packed, spec, True),
+            "input gradient": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:], y[i]),
+            "input gradient without ReLU": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:]),
+            "weight gradient": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec, y[i]),
+            "weight gradient without ReLU": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec),
+            "pack": lambda _: kernels.pack(weight, bias, spec, HALF),
+        }
+        return {
+            what: statistics.median(eager_us(captured(call, sets), 1, rounds)) / sets for what, call in calls.items()
+        }
+
     result: dict[str, Any] = {}
     for name, functions in itertools.islice(alternatives().items(), 2 if DRY else None):
         try:
             with forced(**functions):
-                packed = kernels.pack(weight, bias, spec, HALF)
-                y = [kernels.forward(one, packed, spec, True) for one in x]
-                passes = {
-                    "forward": lambda i: kernels.forward(x[i], packed, spec, True),
-                    "input gradient": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:], y[i]),
-                    "input gradient without ReLU": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:]),
-                    "weight gradient": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec, y[i]),
-                    "weight gradient without ReLU": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec),
-                    "pack": lambda _: kernels.pack(weight, bias, spec, HALF),
-                }
-                result[name] = {
-                    what: statistics.median(eager_us(captured(call, sets), 1, rounds)) / sets
-                    for what, call in passes.items()
-                }
+                result[name] = passes()
         except Exception as error:  # some alternatives don't fit a device: that is a finding, too
             result[name] = f"{type(error).__name__}: {error}"[:300]
     return result

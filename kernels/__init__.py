@@ -13,8 +13,9 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
     cannot(x) -> why a tensor like x can't be used, or None
 
 x and dy are packed: their channels are sorted by group. Weights come in the layer's own order, and their gradients go
-back in it, zero where no row reads. Two flags tell what else the kernels of a module do:
+back in it, zero where no row reads. And every module says of itself:
 
+    MEMORY_FORMAT    of the images that it returns; None: that of x
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
                      relu=y, the output of the ReLU that dy has yet to go back through
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with

@@ -8,6 +8,7 @@ from .packing import Packed, pack_parameters, unpack, unpack_dim
 from .spec import RoutedConv
 
 FUSES = SHARES_PRODUCTS = False
+MEMORY_FORMAT = None
 
 
 def cannot(x: Tensor) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -38,8 +37,9 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def current() -> str:
-    """The forced backend's name, or `auto`."""
+    """The forced backend's name, or `auto`. (A compiled graph keeps the one in force when it was compiled.)"""
     return _forced.get() or _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
 
 
@@ -83,6 +83,11 @@ def _fastest(x: Tensor) -> ModuleType:
     return masked if native.cannot(probe) else native
 
 
+def module(folder: str) -> ModuleType:
+    """The module of that name in kernels/: what an operator of a compiled graph goes by."""
+    return importlib.import_module(f"sfg_fast.kernels.{folder}")
+
+
 def available(name: str) -> bool:
     """Can this backend be used at all on this machine?"""
     if _checked(name, "backend") in ("reference", "masked"):
@@ -105,19 +110,26 @@ _MODULES = {"masked": "masked", "native": "cpu", "triton": "triton"}
 
 
 def _load(name: str) -> ModuleType:
-    module = _import(name)
-    if isinstance(module, ImportError):
-        raise BackendError(f"backend {name!r} is not there: {module}") from module
-    return module
+    problem = _import(name)
+    if problem:
+        raise BackendError(f"backend {name!r} is not there: {problem}")
+    return _loaded[name]
 
 
-@functools.cache
-def _import(name: str) -> ModuleType | ImportError:
-    """Tried once: a failed import is slow, and auto asks for every convolution."""
-    try:
-        return importlib.import_module(f"sfg_fast.kernels.{_MODULES[name]}")
-    except ImportError as error:
-        return error
+_loaded: dict[str, ModuleType] = {}
+_problems: dict[str, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _import(name: str) -> str:
+    """Why it can't be imported, or nothing. Tried once: failing is slow, and auto asks for every convolution."""
+    if name not in _problems:
+        try:
+            _loaded[name] = module(_MODULES[name])
+            _problems[name] = ""
+        except ImportError as error:
+            _problems[name] = str(error) or "it can't be imported"
+    return _problems[name]
 
 
 def _checked(name: str, where: str) -> str:

@@ -250,7 +250,7 @@ def test_unfinished_run_is_not_predicted(made, tmp_path, capsys):
 
 @pytest.mark.parametrize(("value", "message"), [("foo", "SFG_FAST_BACKEND='foo'"), ("triton", "not there")])
 def test_backend_of_the_environment(monkeypatch, capsys, value, message):
-    monkeypatch.setattr("sfg_fast.backends._import", lambda name: ImportError("no such module"))
+    monkeypatch.setattr("sfg_fast.backends._import", lambda name: "no such module")
     monkeypatch.setenv("SFG_FAST_BACKEND", value)
     refused(capsys, ["phantom", "somewhere"], message)
 

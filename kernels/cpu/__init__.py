@@ -13,9 +13,20 @@ from ..packing import Packed, pack_parameters, unpack, unpack_dim
 from ..spec import RoutedConv
 from . import _native
 
-__all__ = ["FUSES", "SHARES_PRODUCTS", "cannot", "forward", "input_gradient", "pack", "sample", "weight_gradient"]
+__all__ = [
+    "FUSES",
+    "MEMORY_FORMAT",
+    "SHARES_PRODUCTS",
+    "cannot",
+    "forward",
+    "input_gradient",
+    "pack",
+    "sample",
+    "weight_gradient",
+]
 
 FUSES, SHARES_PRODUCTS = True, False
+MEMORY_FORMAT = torch.contiguous_format
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
 

@@ -25,6 +25,7 @@ from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
 FUSES = SHARES_PRODUCTS = True
+MEMORY_FORMAT = torch.channels_last
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -159,7 +159,6 @@ class _Gate(torch.autograd.Function):
         ctx.gates_dtype, ctx.activation = gates.dtype, activation
         n, _, h, w = live.shape
         layout = torch.channels_last if channels_last(live) else torch.contiguous_format
-
         out = torch.empty((n, gates.numel(), h, w), dtype=live.dtype, device=live.device, memory_format=layout)
         return out.zero_().index_copy_(1, live_rows, live)
 
