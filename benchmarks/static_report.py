@@ -79,8 +79,14 @@ class Configuration(NamedTuple):
     kernels: int
     dtype: str
     architecture: Architecture
+    kernel: str
     what: Pass | Gradient
-    launch: config.Launch
+    launch: config.Launch | None  # None: a small launch around the convolutions, with Triton's defaults
+    constants: dict[str, Any]  # what the kernel is compiled for
+
+    @property
+    def warps(self) -> int:
+        return 4 if self.launch is None else self.launch.options["num_warps"]
 
 
 def even_split(width: int, groups: int = 3) -> FilterGroups:
@@ -104,46 +110,71 @@ def layer(channels: int, width: int, expanded: bool = False) -> RoutedConv:
 def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
-    """Forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; and all rows at once."""
-    batch, *size = image
+    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; all rows
+    at once, and the gates' gradient behind a norm and a ReLU; and the small launches."""
     for architecture in architectures:
         for dtype in dtypes:
-            bits = DTYPES[dtype].itemsize * 8
             for c in (1, *channels):
                 for k in channels:
-                    height, width = size
-                    forward, adjoint, gradient = kernels._passes(layer(c, k), (3, 3), DTYPES[dtype])
-                    some = [("forward", forward, True), ("input gradient", adjoint, False)]
-                    if c > 1:
-                        spec = layer(c, k, expanded=True)
-                        forward, adjoint, _ = kernels._passes(spec, (3, 3), DTYPES[dtype])
-                        some += [("forward, all rows", forward, True), ("input gradient, all rows", adjoint, False)]
-                    for direction, p, bias in some:
-                        launch = config.plan(p, bits, batch, (height, width), architecture.device, True, False, bias)
-                        yield Configuration(direction, c, k, dtype, architecture, p, launch)
-                    launch = config.plan_gradient(
-                        gradient, bits, batch, (height, width), architecture.device, True, True
-                    )
-                    yield Configuration("weight gradient", c, k, dtype, architecture, gradient, launch)
+                    yield from layer_configurations(c, k, dtype, architecture, image)
+
+
+def layer_configurations(
+    c: int, k: int, dtype: str, architecture: Architecture, image: tuple[int, int, int], spec: RoutedConv | None = None
+) -> Iterator[Configuration]:
+    """`spec`: an even split, if not given."""
+    batch, height, width = image
+    bits, device, size = DTYPES[dtype].itemsize * 8, architecture.device, (height, width)
+
+    def one(direction: str, p: Pass, bias: bool, kernel: str = "", **constants: Any) -> Configuration:
+        launch = config.plan(p, bits, batch, size, device, True, False, bias)
+        constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
+        return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
+
+    forward, adjoint, gradient = kernels._passes(spec or layer(c, k), (3, 3), DTYPES[dtype])
+    yield one("forward", forward, True)
+    yield one("input gradient", adjoint, False)
+    launch = config.plan_gradient(gradient, bits, batch, size, device, True, True)
+    constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
+    yield Configuration(
+        "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
+    )  # fmt: skip
+    if c > 1:
+        all_forward, all_adjoint, _ = kernels._passes(layer(c, k, expanded=True), (3, 3), DTYPES[dtype])
+        yield one("forward, all rows", all_forward, True)
+        yield one("input gradient, all rows", all_adjoint, False)
+        yield one("gates' gradient", all_forward, True, "gate_gradient", AFFINE=True)
+    small = {
+        "pack": {"F": forward, "B": adjoint, "G": gradient, "K": k, "C": c, "BIAS": True, "BLOCK": 1024, "PLACES": 64},
+        "reduce": {"G": gradient, "K": k, "C": c, "BIAS": True, "ACC": tl.float32, "BLOCK": 256},
+        "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
+    }
+    for kernel, constants in small.items():
+        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants)
+
+
+TYPES = {
+    **dict.fromkeys(("x", "passed", "w", "residual", "y", "dy", "df", "weight", "forward", "backward"), None),
+    **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
+    **dict.fromkeys(("log_p", "noise"), "fp32"),
+    **dict.fromkeys(("row_places", "column_places"), "i32"),
+}
 
 
 def source(one: Configuration) -> ASTSource:
     """What Triton would compile at the first launch."""
-    kernel = getattr(kernels, one.launch.kernel + "_kernel")
-    tensors = {"x", "passed", "w", "residual", "y", "dy"}
-    sums = {"bias", "partial", "partial_bias"}
-    offsets = {"out_offsets", "in_offsets", "rows", "columns"}
-    constants = {"T": one.launch.tiles, "ACC": tl.float32, "G" if isinstance(one.what, Gradient) else "P": one.what}
+    kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants:
+        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment")
+        if name in one.constants:
             signature[name] = "constexpr"
-        elif name in tensors | sums | offsets:
-            signature[name] = "*" + (one.dtype if name in tensors else "fp32" if name in sums else "i64")
+        elif name in TYPES or indices:
+            signature[name] = "*" + ("i64" if indices else TYPES[name] or one.dtype)
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    return ASTSource(kernel, signature, constants, aligned)
+    return ASTSource(kernel, signature, one.constants, aligned)
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
@@ -168,9 +199,9 @@ class Code(NamedTuple):
 
 
 def compile_one(one: Configuration) -> Code:
-    architecture, options = one.architecture, one.launch.options
+    architecture, options = one.architecture, {} if one.launch is None else one.launch.options
     compiled = triton.compile(source(one), target=architecture.target, options=options)
-    threads = options["num_warps"] * (64 if architecture.target.backend == "hip" else 32)
+    threads = one.warps * (64 if architecture.target.backend == "hip" else 32)
     shared = compiled.metadata.shared
     if architecture.target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -291,8 +322,8 @@ def tile_ranges(p: Pass, out: FilterGroups, read: FilterGroups) -> list[tuple[in
 
 
 def work(one: Configuration) -> Work | None:
-    """Of a configuration; None for all rows at once, which skip nothing and repeat nothing."""
-    if "all rows" in one.direction:
+    """Of a configuration; None for all rows at once, which skip nothing and repeat nothing, and for small launches."""
+    if one.direction not in LIMITS or one.launch is None:
         return None
     spec, itemsize = layer(one.channels, one.kernels), DTYPES[one.dtype].itemsize
     rows, columns = (torch.repeat_interleave(torch.arange(3), side.offsets.diff()) if len(side.names) > 1 else None
@@ -341,9 +372,9 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
     found = []
     if code.stack and one.architecture.name in ("sm_90", "sm_100"):
         found.append(f"{name}: {code.stack} bytes of stack")
-    if half and not code.matrix:
+    if half and one.launch is not None and not code.matrix:
         found.append(f"{name}: no matrix instruction")
-    if half and nvidia and one.channels % 8 == 0 and min(code.load, code.store) < 16:
+    if half and nvidia and one.launch is not None and one.channels % 8 == 0 and min(code.load, code.store) < 16:
         found.append(f"{name}: accesses of {min(code.load, code.store)} bytes in the main loop")
     if half and done is not None and min(one.channels, one.kernels) >= 128:
         ratio = done.executed / done.necessary
@@ -353,26 +384,20 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
 
 
 def keys_of_resampled_groups(samples: int = 50) -> int:
-    """How many kernels Triton would compile for one layer and many drawn groupings."""
+    """How many sets of kernels Triton would compile for one layer and many drawn groupings."""
     keys = set()
     for _ in range(samples):
         rows, columns = (FilterGroups.from_assignment(torch.randint(3, (64,))) for _ in range(2))
         spec = RoutedConv(rows, columns, Routing.ARROW, GEOMETRY)
-        forward, adjoint, gradient = kernels._passes(spec, (3, 3), torch.float16)
-        device, hashes = ARCHITECTURES[1], []
-        for p in (forward, adjoint):
-            launch = config.plan(p, 16, 4, (96, 96), device.device, True)
-            hashes.append(source(Configuration("", 64, 64, "fp16", device, p, launch)).hash())
-        launch = config.plan_gradient(gradient, 16, 4, (96, 96), device.device, True)
-        hashes.append(source(Configuration("", 64, 64, "fp16", device, gradient, launch)).hash())
-        keys.add(tuple(hashes))
+        some = layer_configurations(64, 64, "fp16", ARCHITECTURES[1], (4, 96, 96), spec)
+        keys.add(tuple(source(one).hash() for one in some))
     return len(keys)
 
 
 def row(one: Configuration, code: Code, done: Work | None) -> dict[str, Any]:
     figures = {
         "architecture": one.architecture.name, "dtype": one.dtype, "C": one.channels, "K": one.kernels,
-        "pass": one.direction, "kernel": one.launch.kernel, "warps": one.launch.options["num_warps"],
+        "pass": one.direction, "kernel": one.kernel, "warps": one.warps,
         **code._asdict(), "issue_ratio": round(code.issue_ratio, 4),
     }  # fmt: skip
     if done is not None:
@@ -404,13 +429,13 @@ def trade_off() -> str:
         "At C = K = 64, fp16, forward, even split: products executed / necessary, and channels of x read per pixel:"
     ]
     passes = kernels._passes(layer(64, 64), (3, 3), torch.float16)[0]
+    usual = work(next(layer_configurations(64, 64, "fp16", ARCHITECTURES[1], (1, 64, 64))))
+    assert usual is not None
     for n, k in ((16, 16), (32, 16), (32, 32), (64, 32)):
         p = dataclasses.replace(passes, block_n=n, block_k=k, columns=64)
         spec = layer(64, 64)
         chunks = sum(chunks for _, _, chunks in tile_ranges(p, spec.rows, spec.columns))
-        necessary = work(Configuration("forward", 64, 64, "fp16", ARCHITECTURES[1], p,
-                                       config.plan(p, 16, 1, (64, 64), ARCHITECTURES[1].device))).necessary  # fmt: skip
-        lines.append(f"  tiles of {n:2} x {k:2}: {chunks * k * n / necessary:.2f}, 9 x {chunks * k:3}")
+        lines.append(f"  tiles of {n:2} x {k:2}: {chunks * k * n / usual.necessary:.2f}, 9 x {chunks * k:3}")
     lines.append("  rowwalk     : 1.80 and its halo, 3 x  64")
     lines.append(
         "Rowwalk is taken on sm_90 and sm_100: by count it reads 3 to 8 times less from the cache. Unmeasured."

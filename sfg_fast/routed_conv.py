@@ -66,6 +66,7 @@ class AllRows(NamedTuple):
         """<df, act(scale * u + shift)> for each row, scale and shift [T+1, K]; None if values() are to be used."""
         if self.kept is not None:
             return None
+        assert scale is None or not self.relu, "a norm behind the ReLU"
         return self.kernels.gate_gradient(self.x, self._packed(), self.spec, df, scale, shift, relu or self.relu)
 
     def split(self) -> tuple[tuple[Tensor | None, ...], AllRows]:

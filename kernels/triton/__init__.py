@@ -88,14 +88,15 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         for groups in (spec.rows, spec.rows.live, spec.columns, spec.columns.live)
         for tensor in (groups.order, groups.offsets)
     ]
-    block = 1024
-    sizes = forward_pass.size, backward_pass.size, row_places.numel(), column_places.numel(), forward_pass.out_channels
+    block, places = 1024, 64
+    programs = sum(config.cdiv(p, block) for p in (forward_pass.size, backward_pass.size, forward_pass.out_channels))
+    programs += sum(config.cdiv(p.numel(), places) for p in (row_places, column_places))
     _launch(
-        pack_kernel, sum(config.cdiv(size, block) for size in sizes),
+        pack_kernel, programs,
         weight, weight if bias is None else bias, forward_weight, backward_weight,
         weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
         weight.stride(0), weight.stride(1), weight.stride(3), forward_pass, backward_pass, gradient, kernels, channels,
-        bias is not None, block,
+        bias is not None, block, places,
     )  # fmt: skip
     return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places)
 

@@ -73,18 +73,18 @@ def pack_kernel(
     row_order, row_offsets, live_row_order, live_row_offsets,
     column_order, column_offsets, live_column_order, live_column_offsets, stride_k, stride_c, stride_tap,
     F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Everything that the forward pass F, its adjoint B and the weight gradient G want, in one launch: both weights,
-    the bias, and where each kernel and input channel went."""
+    the bias, and where each kernel and input channel went. A program does BLOCK elements, or PLACES places."""
     ROW_GROUPS: tl.constexpr = G.row_groups
     COLUMN_GROUPS: tl.constexpr = G.column_groups
     ROWS: tl.constexpr = G.out_channels
     COLUMNS: tl.constexpr = G.channels
     forward_end: tl.constexpr = (F.size + BLOCK - 1) // BLOCK
     backward_end: tl.constexpr = forward_end + (B.size + BLOCK - 1) // BLOCK
-    rows_end: tl.constexpr = backward_end + (G.row_groups * K + BLOCK - 1) // BLOCK
-    columns_end: tl.constexpr = rows_end + (G.column_groups * C + BLOCK - 1) // BLOCK
+    rows_end: tl.constexpr = backward_end + (G.row_groups * K + PLACES - 1) // PLACES
+    columns_end: tl.constexpr = rows_end + (G.column_groups * C + PLACES - 1) // PLACES
     block = tl.program_id(0)
     if block < forward_end:
         pack_weight(
@@ -97,10 +97,10 @@ def pack_kernel(
             stride_c, stride_k, stride_tap, B, BLOCK,
         )  # fmt: skip
     elif block < rows_end:
-        find_places(block - backward_end, row_places, live_row_order, live_row_offsets, K, ROWS, ROW_GROUPS, BLOCK)
+        find_places(block - backward_end, row_places, live_row_order, live_row_offsets, K, ROWS, ROW_GROUPS, PLACES)
     elif block < columns_end:
         block -= rows_end
-        find_places(block, column_places, live_column_order, live_column_offsets, C, COLUMNS, COLUMN_GROUPS, BLOCK)
+        find_places(block, column_places, live_column_order, live_column_offsets, C, COLUMNS, COLUMN_GROUPS, PLACES)
     elif BIAS:
         row = (block - columns_end) * BLOCK + tl.arange(0, BLOCK)
         valid = row < F.out_channels
