@@ -1,0 +1,118 @@
+"""The static report: it runs, and it would see a broken guarantee."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfg_fast.backends import available
+from sfg_fast.groups import FilterGroups, Routing
+
+if not available("triton"):
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from sfg_fast.kernels import triton as kernels
+from sfg_fast.kernels.spec import RoutedConv
+from sfg_fast.kernels.triton.convolve import ranges_read
+
+from benchmarks import static_report
+
+SCRIPT = Path(static_report.__file__)
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[1]
+    )
+
+
+def test_guarantees_hold_on_hopper():
+    done = run("--quick")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "All guarantees hold for 48 compiled kernels." in done.stdout
+
+
+@triton.jit
+def _ranges(out_offsets, in_offsets, table, P: tl.constexpr):
+    tile = tl.program_id(0)
+    prefix, start, chunks = ranges_read(out_offsets, in_offsets, tile * P.block_n, P)
+    tl.store(table + 3 * tile, prefix)
+    tl.store(table + 3 * tile + 1, start)
+    tl.store(table + 3 * tile + 2, chunks)
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+@pytest.mark.parametrize("sizes", [((5, 6, 5), (5, 6, 5)), ((43, 42, 43), (70, 0, 60)), ((0, 0, 130), (17, 40, 3))])
+def test_ranges_of_the_report_are_those_of_the_kernels(routing, sizes):
+    """So executed products are counted from what the device really does."""
+    groups = [
+        FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(3), torch.tensor(side))) for side in sizes
+    ]
+    spec = RoutedConv(*groups, routing, static_report.GEOMETRY)
+    for p, out, read in zip(kernels._passes(spec, (3, 3), torch.float16)[:2], groups, groups[::-1], strict=True):
+        if p.flat:
+            continue
+        tiles = p.columns // p.block_n
+        table = torch.full((tiles, 3), -1, dtype=torch.int32)
+        _ranges[(tiles,)](out.offsets, read.offsets, table, p)
+        expected = static_report.tile_ranges(p, out, read)
+        for found, wanted in zip(table.tolist(), expected, strict=True):
+            assert found[2] == wanted[2]
+            if wanted[2]:  # a tile that reads nothing may say anything of where
+                assert found[0] == wanted[0]
+                assert found[2] == found[0] or found[1] == wanted[1]
+
+
+GOOD = static_report.Code(128, 0, 32768, 4, 16, 100, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"matrix": 0}, "no matrix instruction"),
+        ({"load": 8}, "accesses of 8 bytes"),
+        ({"store": 2}, "accesses of 2 bytes"),
+    ],
+)
+def test_a_broken_guarantee_is_found(change, message):
+    one = next(static_report.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
+    found = static_report.problems(one, GOOD._replace(**change), static_report.work(one))
+    assert found == [] if message is None else len(found) == 1 and message in found[0]
+
+
+def test_tiles_that_skip_nothing_are_found():
+    one = next(static_report.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
+    large = dataclasses.replace(one.what, block_n=128, block_k=128, columns=128)
+    done = static_report.work(one._replace(what=large))
+    assert done.executed / done.necessary == pytest.approx(1.8, abs=0.01)
+    assert "1.797 times the necessary products" in static_report.problems(one, GOOD, done)[0]
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], desc[UR4][R2.64] ;
+        /*0020*/                   LDGDEPBAR ;
+        /*0030*/              @!P0 LDG.E.U16 R7, desc[UR4][R2.64] ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R2, R4 ;
+        /*0050*/               @P1 BRA 0x10 ;
+        /*0060*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0070*/                   BRA 0x70 ;
+"""
+
+
+def test_machine_code_is_read():
+    code = static_report.nvidia_instructions(SASS)
+    loop = static_report.main_loop(code, static_report.re.compile("HMMA"))
+    assert [op.split(".")[0] for op in loop] == ["LDGSTS", "LDGDEPBAR", "LDG", "HMMA", "BRA"]
+    assert [static_report.width(op) for op in loop if static_report.re.match(static_report.LOADS, op)] == [16, 2]
+    assert static_report.width("global_load_dwordx4") == 16
+    assert static_report.width("global_load_ushort") == 2
