@@ -484,12 +484,12 @@ def forced(**functions: Callable[..., Any]) -> Iterator[None]:
     try:
         for name, function in functions.items():
             setattr(config, name, function)
-        kernels._passes_of.cache_clear()
+        config._passes.cache_clear()
         yield
     finally:
         for name, function in before.items():
             setattr(config, name, function)
-        kernels._passes_of.cache_clear()
+        config._passes.cache_clear()
 
 
 def alternatives() -> dict[str, dict[str, Callable[..., Any]]]:

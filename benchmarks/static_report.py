@@ -131,7 +131,7 @@ def layer_configurations(
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
         return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
 
-    forward, adjoint, gradient = kernels._passes(spec or layer(c, k), (3, 3), DTYPES[dtype])
+    forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), DTYPES[dtype], device)
     yield one("forward", forward, True)
     yield one("input gradient", adjoint, False)
     launch = config.plan_gradient(gradient, bits, batch, size, device, True, True)
@@ -140,7 +140,7 @@ def layer_configurations(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
     )  # fmt: skip
     if c > 1:
-        all_forward, all_adjoint, _ = kernels._passes(layer(c, k, expanded=True), (3, 3), DTYPES[dtype])
+        all_forward, all_adjoint, _ = config.passes(layer(c, k, expanded=True), (3, 3), DTYPES[dtype], device)
         yield one("forward, all rows", all_forward, True)
         yield one("input gradient, all rows", all_adjoint, False)
         yield one("gates' gradient", all_forward, True, "gate_gradient", AFFINE=True)
@@ -428,7 +428,7 @@ def trade_off() -> str:
     lines = [
         "At C = K = 64, fp16, forward, even split: products executed / necessary, and channels of x read per pixel:"
     ]
-    passes = kernels._passes(layer(64, 64), (3, 3), torch.float16)[0]
+    passes = config.passes(layer(64, 64), (3, 3), torch.float16, ARCHITECTURES[1].device)[0]
     usual = work(next(layer_configurations(64, 64, "fp16", ARCHITECTURES[1], (1, 64, 64))))
     assert usual is not None
     for n, k in ((16, 16), (32, 16), (32, 32), (64, 32)):

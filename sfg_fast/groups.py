@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -31,7 +32,7 @@ class Routing(enum.Enum):
             return torch.ones(groups_out, groups_in, dtype=torch.bool, device=device)
         table = torch.eye(groups_out, groups_in, dtype=torch.bool, device=device)
         if self is Routing.ARROW:
-            table[:, 0] = True
+            table[:, 0].fill_(True)
         return table
 
 
@@ -133,10 +134,10 @@ class FilterGroups:
     @staticmethod
     def blocks(sizes: Sequence[int], names: tuple[str, ...], device: torch.device | None = None) -> FilterGroups:
         """Group g has `sizes[g]` rows that nobody else has (an image is one block)."""
-        total = sum(sizes)
-        return FilterGroups(
-            torch.arange(total, device=device), _offsets(torch.tensor(sizes, device=device)), names, total
-        )
+        # Filled on the device: a copy from host memory would wait for it, and can't be captured in a graph.
+        ends = [0, *itertools.accumulate(sizes)]
+        offsets = torch.stack([torch.full((), end, dtype=torch.int64, device=device) for end in ends])
+        return FilterGroups(torch.arange(ends[-1], device=device), offsets, names, ends[-1])
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ def _apply(
         live = F.relu(live) if relu else live
     else:
         return _convolve(x, weight, bias, residual, kernels, spec, relu)
-    return live if residual is None else live + residual, None
+    return live if residual is None else live + residual.to(live.dtype), None
 
 
 def _convolve(

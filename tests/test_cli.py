@@ -249,10 +249,10 @@ def test_unfinished_run_is_not_predicted(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("value", "message"), [("foo", "SFG_FAST_BACKEND='foo'"), ("triton", "not there")])
-def test_backend_of_the_environment(monkeypatch, capsys, value, message):
+def test_backend_of_the_environment(monkeypatch, tmp_path, capsys, value, message):
     monkeypatch.setattr("sfg_fast.backends._import", lambda name: "no such module")
     monkeypatch.setenv("SFG_FAST_BACKEND", value)
-    refused(capsys, ["phantom", "somewhere"], message)
+    refused(capsys, ["phantom", str(tmp_path / "cohort")], message)
 
 
 def test_duplicate_case_names(made, tmp_path, capsys):

@@ -7,7 +7,6 @@ Sums are float32 (float64 for float64 tensors) and made in a fixed order: the sa
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Geometry, RoutedConv
+from ..spec import RoutedConv
 from . import config
-from .config import Gradient, Launch, Pass
+from .config import Launch, Pass
 from .convolve import convolve_kernel
 from .expanded import convolve_all_kernel, gate_gradient_kernel
 from .pack import pack_kernel, sample_kernel
@@ -72,9 +71,15 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
     kernels, channels = weight.shape[:2]
     kernel = (weight.shape[2], weight.shape[3])
-    forward_pass, backward_pass, gradient = _passes(spec, kernel, dtype)
-    if weight.stride(2) != weight.stride(3) * kernel[1] and kernel[0] > 1:
+    forward_pass, backward_pass, gradient = config.passes(spec, kernel, dtype, config.device_of(weight.device))
+    if (kernels, channels) != (spec.rows.width, spec.columns.width):
+        raise RuntimeError(
+            f"the weight has shape {tuple(weight.shape)}, expected [{spec.rows.width}, {spec.columns.width}, ...]"
+        )
+    if min(kernel) > 1 and weight.stride(2) != weight.stride(3) * kernel[1]:
         weight = weight.contiguous()
+    stride_tap = weight.stride(2) if kernel[1] == 1 else weight.stride(3)
+    bias = None if bias is None else bias.contiguous()
     forward_weight, backward_weight = (
         torch.empty(size, dtype=dtype, device=weight.device) for size in (forward_pass.size, backward_pass.size)
     )
@@ -95,23 +100,25 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         pack_kernel, programs,
         weight, weight if bias is None else bias, forward_weight, backward_weight,
         weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
-        weight.stride(0), weight.stride(1), weight.stride(3), forward_pass, backward_pass, gradient, kernels, channels,
+        weight.stride(0), weight.stride(1), stride_tap, forward_pass, backward_pass, gradient, kernels, channels,
         bias is not None, block, places,
     )  # fmt: skip
     return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places)
 
 
 def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-    p = _passes(spec, packed.kernel, x.dtype)[0]
+    p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     offsets = spec.rows.offsets, spec.columns.live.offsets
+    if p.shares_products and residual is not None:
+        return _convolve(x, packed.forward, p, offsets, size, relu, bias=packed.bias) + residual
     return _convolve(x, packed.forward, p, offsets, size, relu, residual=residual, bias=packed.bias)
 
 
 def input_gradient(
     dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
 ) -> Tensor:
-    p = _passes(spec, packed.kernel, dy.dtype)[1]
+    p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.live.offsets
     return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu)
 
@@ -125,10 +132,12 @@ def gate_gradient(
     shift: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    p = _passes(spec, packed.kernel, x.dtype)[0]
+    p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     assert p.shares_products, "rows that are not full have no unselected gates"
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
+    _check(x, "the input", (df.shape[0], p.channels, *x.shape[2:]))
+    _check(df, "the gradient", (df.shape[0], p.out_groups * p.out_channels, *size))
     x, df = _nhwc(x), _nhwc(df)
-    size = df.shape[2], df.shape[3]
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
     scale, shift = (df if values is None else values.to(torch_sum).contiguous() for values in (scale, shift))
@@ -152,10 +161,13 @@ def weight_gradient(
     relu: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    g = _passes(spec, packed.kernel, x.dtype)[2]
+    g = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[2]
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
+    _check(x, "the input", (dy.shape[0], g.channels, *x.shape[2:]))
+    _check(dy, "the gradient", (dy.shape[0], g.out_channels, *size))
+    _check(relu, "the ReLU's output", tuple(dy.shape))
     x, dy = _nhwc(x), _nhwc(dy)
     passed = dy if relu is None else _nhwc(relu)
-    size = dy.shape[2], dy.shape[3]
     fused = relu is not None, bias, max(x[:1].numel(), dy[:1].numel()) >= 2**31
     launch = config.plan_gradient(g, x.element_size() * 8, dy.shape[0], size, config.device_of(x.device), *fused)
     torch_sum, sum_type = _sums(x.dtype)
@@ -194,9 +206,12 @@ def _convolve(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read."""
+    channels = p.out_channels * (p.out_groups if p.shares_products else 1)
+    _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
+    _check(passed, "the ReLU's output", tuple(x.shape))
+    _check(residual, "the residual", (x.shape[0], channels, *size))
     x = _nhwc(x)
     passed = x if passed is None else _nhwc(passed)
-    channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
         return y
@@ -210,44 +225,10 @@ def _convolve(
     if launch.kernel == "rowwalk":
         _launch(rowwalk_kernel, launch, x, passed, weight, bias, added, y, *sizes, launch.steps, *constants)
     elif launch.kernel == "convolve_all":
-        assert residual is None, "no residual to all rows"
         _launch(convolve_all_kernel, launch, x, passed, weight, bias, y, offsets[1], *sizes, *grid, *constants)
     else:
         _launch(convolve_kernel, launch, x, passed, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
     return y
-
-
-def _passes(spec: RoutedConv, kernel: tuple[int, int], dtype: torch.dtype) -> tuple[Pass, Pass, Gradient]:
-    """Forward pass, input gradient and weight gradient, from sizes alone."""
-    sides = [
-        (len(groups.names), groups.width, groups.order.numel(), groups.live.order.numel())
-        for groups in (spec.rows, spec.columns)
-    ]
-    return _passes_of(spec.geometry, kernel, spec.routing.value, sides[0], sides[1], dtype.itemsize * 8)
-
-
-@functools.cache
-def _passes_of(
-    geometry: Geometry,
-    kernel: tuple[int, int],
-    routing: str,
-    rows: tuple[int, int, int, int],
-    columns: tuple[int, int, int, int],
-    bits: int,
-) -> tuple[Pass, Pass, Gradient]:
-    """`rows` and `columns`: number of groups, width, channels, live channels."""
-
-    def one(adjoint: bool, out: tuple[int, int, int, int], read: tuple[int, int, int, int]) -> Pass:
-        groups, width, channels, _ = out
-        shares = groups > 1 and channels == groups * width and routing != "all"
-        own_rows = shares and read[3] == read[0] * read[1]
-        written = width if shares else channels
-        return Pass.of(
-            geometry, kernel, adjoint, read[3], written, read[0], groups, routing, shares, own_rows, bits
-        )  # fmt: skip
-
-    gradient = Gradient.of(geometry, kernel, columns[3], rows[3], columns[0], rows[0], routing, bits)
-    return one(False, rows, columns), one(True, columns, rows), gradient
 
 
 def _launch(kernel: Any, launch: Launch | int, *arguments: Any) -> None:
@@ -259,6 +240,12 @@ def _launch(kernel: Any, launch: Launch | int, *arguments: Any) -> None:
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def _check(x: Tensor | None, what: str, shape: tuple[int, ...]) -> None:
+    """Kernels don't look where memory ends."""
+    if x is not None and tuple(x.shape) != shape:
+        raise RuntimeError(f"{what} has shape {tuple(x.shape)}, expected {shape}")
 
 
 def _nhwc(x: Tensor) -> Tensor:

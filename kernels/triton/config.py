@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..spec import Geometry
+from ..spec import Geometry, RoutedConv
 
 FEW_CHANNELS = 16  # below this a matrix instruction over the channels of one tap would mostly multiply padding
 
@@ -76,7 +76,8 @@ class Pass:
             block_k = 16 if taps * channels <= 16 else 32
             rows, size = channels, _up(taps * channels, block_k) * columns
         else:
-            rows = _up(width, 8) + block_k  # a range starts at a multiple of 8 and may reach beyond the last channel
+            # A range starts at a multiple of 8 and may reach beyond the last channel; a walk takes a power of two.
+            rows = max(_up(width, 8) + block_k, _power_of_two(width) if width <= 64 else 0)
             size = taps * rows * columns
         one = (1, 1)
         return Pass(
@@ -124,11 +125,11 @@ class Gradient:
     @staticmethod
     def of(
         geometry: Geometry, kernel: tuple[int, int], channels: int, out_channels: int, column_groups: int,
-        row_groups: int, routing: str, bits: int,
+        row_groups: int, routing: str, largest: int,
     ) -> Gradient:  # fmt: skip
+        """`largest`: tile of rows or columns that fits."""
         flat = channels < FEW_CHANNELS
         columns = kernel[0] * kernel[1] * channels if flat else channels
-        largest = 64 if bits == 16 else 32
         block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
         if not flat and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
@@ -184,6 +185,45 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, capability)
 
 
+def passes(
+    spec: RoutedConv, kernel: tuple[int, int], dtype: torch.dtype, device: Device
+) -> tuple[Pass, Pass, Gradient]:
+    """Forward pass, input gradient and weight gradient, from sizes alone."""
+    sides = [
+        (len(groups.names), groups.width, groups.order.numel(), groups.live.order.numel())
+        for groups in (spec.rows, spec.columns)
+    ]
+    bits = dtype.itemsize * 8
+    # Three sums of a 64 x 64 tile and both factors don't fit into registers.
+    largest = 64 if bits == 16 and device.multiplies_from_shared_memory else 32
+    return _passes(spec.geometry, kernel, spec.routing.value, sides[0], sides[1], bits, largest)
+
+
+@functools.cache
+def _passes(
+    geometry: Geometry,
+    kernel: tuple[int, int],
+    routing: str,
+    rows: tuple[int, int, int, int],
+    columns: tuple[int, int, int, int],
+    bits: int,
+    largest: int,
+) -> tuple[Pass, Pass, Gradient]:
+    """`rows` and `columns`: number of groups, width, channels, live channels."""
+
+    def one(adjoint: bool, out: tuple[int, int, int, int], read: tuple[int, int, int, int]) -> Pass:
+        groups, width, channels, _ = out
+        shares = groups > 1 and channels == groups * width and routing != "all"
+        own_rows = shares and read[3] == read[0] * read[1]
+        written = width if shares else channels
+        return Pass.of(
+            geometry, kernel, adjoint, read[3], written, read[0], groups, routing, shares, own_rows, bits
+        )  # fmt: skip
+
+    gradient = Gradient.of(geometry, kernel, columns[3], rows[3], columns[0], rows[0], routing, largest)
+    return one(False, rows, columns), one(True, columns, rows), gradient
+
+
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
@@ -201,7 +241,7 @@ def plan(
 ) -> Launch:  # fmt: skip
     """Of a forward pass or an input gradient that writes images of `size`."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    fused = relu, residual, bias, precision(), wide
+    fused = relu, residual, bias, precision(bits), wide
     if walks(p, bits, device):
         strip = min(_power_of_two(size[1]), 64)
         tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
@@ -216,7 +256,7 @@ def plan(
         pixels = 16  # a sum for each group: they have to fit into the registers
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
-    options = launch_options(pixels, p.block_n, p.block_k * p.block_n)
+    options = launch_options(pixels, p.block_n, 2048 if p.own_rows else p.block_k * p.block_n)
     return Launch("convolve_all" if p.shares_products else "convolve", tiles, programs, phases, 0, options)
 
 
@@ -227,7 +267,7 @@ def plan_gradient(
     """Of a weight gradient; `size` is that of dy. The pixels are split so that there are about four programs for each
     multiprocessor."""
     pixels = 64 if bits == 16 else 32
-    tiles = Tiles(*_pixel_tile(size[1], pixels), relu, False, bias, precision(), wide)
+    tiles = Tiles(*_pixel_tile(size[1], pixels), relu, False, bias, precision(bits), wide)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
     options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k))
@@ -248,9 +288,10 @@ def launch_options(block_m: int, block_n: int, loaded: int) -> dict[str, int]:
     return {"num_warps": max(1, min(warps, loaded // (32 * 8))), "num_stages": 3}
 
 
-def precision() -> str:
-    """Of float32 products: TF32 only if torch may use it in its own convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+def precision(bits: int) -> str:
+    """Of float32 products: TF32 only if torch may use it in its own convolutions. (AMD's GPUs mostly have none.)"""
+    allowed = bits == 32 and torch.version.hip is None and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def _pixel_tile(width: int, pixels: int) -> tuple[int, int]:

@@ -124,6 +124,7 @@ def sample_kernel(
     score = tl.load(log_p + at, mask=valid, other=float("-inf"))
     if NOISE:
         score += tl.load(noise + at, mask=valid, other=0.0)
+    score = tl.where(valid & (score != score), float("inf"), score)  # NaN is the largest, as in torch
     drawn = tl.argmax(score, 1, tie_break_left=True)
     onehot = ((drawn[:, None] == g[None, :]) & valid).to(tl.int32)
     before = tl.cumsum(onehot, 0) - onehot  # how many kernels of the same group come first

@@ -29,7 +29,7 @@ def input_tile(x, passed, h, v, c, H, W, P: tl.constexpr, T: tl.constexpr):
     return a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def rowwalk_kernel(
     x, passed, w, bias, residual, y, H, W, OH, OW, steps, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
 ):

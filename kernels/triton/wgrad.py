@@ -28,7 +28,7 @@ def reads_any(rows, columns, k0, c0, G: tl.constexpr):
     return live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tiles_per_split"])
 def weight_gradient_kernel(
     x, dy, passed, partial, partial_bias, rows, columns, H, W, OH, OW, tiles, tiles_per_split,
     G: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
@@ -97,7 +97,7 @@ def weight_gradient_kernel(
         tl.store(partial_bias + split * G.out_channels + k, bias, mask=(k < G.out_channels) & with_bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
     partial, partial_bias, dw, db, row_places, column_places, splits,
     G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,

@@ -17,8 +17,8 @@ if not available("triton"):
 
 import triton
 import triton.language as tl
-from sfg_fast.kernels import triton as kernels
 from sfg_fast.kernels.spec import RoutedConv
+from sfg_fast.kernels.triton import config
 from sfg_fast.kernels.triton.convolve import ranges_read
 
 from benchmarks import static_report
@@ -56,7 +56,9 @@ def test_ranges_of_the_report_are_those_of_the_kernels(routing, sizes):
         FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(3), torch.tensor(side))) for side in sizes
     ]
     spec = RoutedConv(*groups, routing, static_report.GEOMETRY)
-    for p, out, read in zip(kernels._passes(spec, (3, 3), torch.float16)[:2], groups, groups[::-1], strict=True):
+    for p, out, read in zip(
+        config.passes(spec, (3, 3), torch.float16, config.Device(132, 90))[:2], groups, groups[::-1], strict=True
+    ):
         if p.flat:
             continue
         tiles = p.columns // p.block_n

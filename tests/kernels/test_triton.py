@@ -45,9 +45,9 @@ def path(request, monkeypatch):
     else:
         monkeypatch.setattr(config, "walks", lambda *_: False)
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90))  # several walks and splits
-    kernels._passes_of.cache_clear()
+    config._passes.cache_clear()
     yield request.param
-    kernels._passes_of.cache_clear()
+    config._passes.cache_clear()
 
 
 def sizes(draw, groups, most):
@@ -249,7 +249,7 @@ def test_one_compiled_kernel_for_all_draws():
             Routing.ARROW,
             Geometry((1, 1), (1, 1), (1, 1)),
         )
-        *both, gradient = kernels._passes(spec, (3, 3), torch.float16)
+        *both, gradient = config.passes(spec, (3, 3), torch.float16, config.Device(132, 90))
         device = config.Device(132, 90)
         launches = [config.plan(p, 16, 4, (96, 96), device) for p in both]
         launches.append(config.plan_gradient(gradient, 16, 4, (96, 96), device))
@@ -262,7 +262,8 @@ def test_tf32_only_if_torch_may_use_it():
     try:
         for allowed in (True, False):
             torch.backends.cudnn.allow_tf32 = allowed
-            assert config.precision() == ("tf32" if allowed else "ieee")
+            assert config.precision(32) == ("tf32" if allowed else "ieee")
+            assert config.precision(16) == "ieee"
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
@@ -277,6 +278,40 @@ def test_what_can_not_be():
     spec = spec._replace(geometry=Geometry((1, 1), (0, 0), (3, 3)))
     with pytest.raises(RuntimeError, match=r"the image has size \(6, 5\), with padding \(0, 0\) that is less"):
         kernels.forward(x, kernels.pack(weight, None, spec, x.dtype), spec)
+
+
+def test_what_does_not_fit_is_refused():
+    """A kernel would read beyond the memory."""
+    x, weight, spec = small_problem()
+    packed = kernels.pack(weight, None, spec, x.dtype)
+    y = kernels.forward(x, packed, spec)
+    for call, message in (
+        (
+            lambda: kernels.pack(weight[:3], None, spec, x.dtype),
+            r"the weight has shape \(3, 5, 3, 3\), expected \[4, 5",
+        ),
+        (
+            lambda: kernels.forward(x[:, :4], packed, spec),
+            r"the input has shape \(2, 4, 6, 5\), expected \(2, 5, 6, 5\)",
+        ),
+        (lambda: kernels.forward(x, packed, spec, residual=y[:, :, :1]), r"the residual has shape \(2, 4, 1, 5\)"),
+        (lambda: kernels.input_gradient(x, packed, spec, (6, 5)), r"the input has shape \(2, 5, 6, 5\)"),
+        (lambda: kernels.weight_gradient(x, y[..., 1:], packed, spec), r"the gradient has shape \(2, 4, 6, 4\)"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("kernel", [(4, 1), (1, 4), (2, 3), (1, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)])
+def test_weights_and_biases_with_strange_strides(kernel, order):
+    x, _, spec = small_problem()
+    shape = (4, 5, *kernel)
+    weight = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
+    bias = torch.randn(8)[::2]
+    plain = weight.clone(memory_format=torch.contiguous_format), bias.clone()
+    a, b = (kernels.forward(x, kernels.pack(w, b, spec, x.dtype), spec) for w, b in ((weight, bias), plain))
+    assert torch.equal(a, b)
 
 
 def test_an_empty_batch():

@@ -94,6 +94,32 @@ def check_against_dense_masking(residual, drawn, norm, name):
         assert_close(fast_buffers[what].double(), expected.double(), what=what)
 
 
+class _AsksTheDevice(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes operations that on a GPU would make the host wait: they can't be captured in a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal", "unique", "item")
+        if str(operation).split(".")[1] in waits:
+            self.found.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["masked"] + ["triton"] * available("triton"))
+@pytest.mark.parametrize("residual", ["separate", "routed"])
+def test_a_training_step_never_waits_for_the_device(name, residual):
+    model = network(residual)
+    x = torch.randn(1, 2, 4, 4)
+    with _AsksTheDevice() as asked:
+        with backend(name):
+            y = model(x)
+        sum(out.square().mean() for out in y.values()).backward()
+    assert asked.found == []
+
+
 @pytest.mark.parametrize("residual", ["separate", "routed"])
 def test_reference_network_is_the_paper_written_plainly(residual, float64):
     """A plain script of the network, from its parameters alone, with a fixed assignment and no norm."""
