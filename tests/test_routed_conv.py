@@ -13,6 +13,17 @@ from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_expanded
 from tests.oracle import assert_close
 
+def check_gates(all_rows, u, random):
+    """<dF, act(scale * u + shift)> of all rows, where the kernels sum it themselves."""
+    df, scale, shift = random(*u.shape), *(random(u.shape[1]) for _ in range(2))
+    for affine in ((None, None), (scale, shift)):
+        for relu in (False, True):
+            h = u if affine[0] is None else u * scale[:, None, None] + shift[:, None, None]
+            dz = all_rows.gate_gradient(df, *affine, relu)
+            if dz is not None:
+                assert_close(dz, (df * (h.clamp_min(0) if relu else h)).sum((0, 2, 3)), what="gates")
+
+
 BACKENDS = [
     "masked",
     pytest.param("native", marks=pytest.mark.skipif(not available("native"), reason="not built")),
@@ -104,6 +115,7 @@ def check(problem, name):
         everything = all_rows.values()
         assert not everything.requires_grad
         assert_close(everything, expected_all, what="all rows")
+        check_gates(all_rows, expected_all.detach(), random)
     for what, a, b in zip(("input", "weight", "bias"), got, wanted, strict=False):
         assert_close(a, b, what=f"gradient of the {what}")
 
