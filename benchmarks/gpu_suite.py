@@ -484,12 +484,12 @@ def forced(**functions: Callable[..., Any]) -> Iterator[None]:
     try:
         for name, function in functions.items():
             setattr(config, name, function)
-        config._passes.cache_clear()
+        config.forget()
         yield
     finally:
         for name, function in before.items():
             setattr(config, name, function)
-        config._passes.cache_clear()
+        config.forget()
 
 
 def alternatives() -> dict[str, dict[str, Callable[..., Any]]]:

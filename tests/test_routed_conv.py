@@ -13,6 +13,7 @@ from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_expanded
 from tests.oracle import assert_close
 
+
 def check_gates(all_rows, u, random):
     """<dF, act(scale * u + shift)> of all rows, where the kernels sum it themselves."""
     df, scale, shift = random(*u.shape), *(random(u.shape[1]) for _ in range(2))

@@ -1,7 +1,8 @@
 """Which tiles, by formula: from sizes, dtype and the device, never by timing and never from a drawn grouping.
 
 So there is one compiled kernel for each combination of sizes and dtype, and the same bits on every run.
-The dataclasses are what the kernels are compiled for: each distinct value is one compiled kernel.
+The dataclasses are what the kernels are compiled for. They are made once for each combination (the functions that make
+them are cached) and compared by identity: Triton looks its compiled kernels up by them at every launch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from ..spec import Geometry, RoutedConv
 FEW_CHANNELS = 16  # below this a matrix instruction over the channels of one tap would mostly multiply padding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """What a forward pass or an input gradient ("adjoint") computes; see convolve.py for the pixel arithmetic."""
 
@@ -87,7 +88,7 @@ class Pass:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """How one launch is cut up, and what is fused into it."""
 
@@ -100,7 +101,7 @@ class Tiles:
     wide: bool  # offsets inside one image need 64 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradient:
     """What a weight gradient computes."""
 
@@ -240,8 +241,13 @@ def plan(
     bias: bool = False, wide: bool = False,
 ) -> Launch:  # fmt: skip
     """Of a forward pass or an input gradient that writes images of `size`."""
+    return _plan(p, bits, images, size, device, relu, residual, bias, precision(bits), wide)
+
+
+@functools.cache
+def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+    """`fused`: the last fields of Tiles."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    fused = relu, residual, bias, precision(bits), wide
     if walks(p, bits, device):
         strip = min(_power_of_two(size[1]), 64)
         tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
@@ -266,12 +272,23 @@ def plan_gradient(
 ) -> Launch:  # fmt: skip
     """Of a weight gradient; `size` is that of dy. The pixels are split so that there are about four programs for each
     multiprocessor."""
+    return _plan_gradient(g, bits, images, size, device, relu, False, bias, precision(bits), wide)
+
+
+@functools.cache
+def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
     pixels = 64 if bits == 16 else 32
-    tiles = Tiles(*_pixel_tile(size[1], pixels), relu, False, bias, precision(bits), wide)
+    tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
     options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k))
     return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
+
+
+def forget() -> None:
+    """Make everything anew: after a formula was replaced, to force or to try another path."""
+    for cached in (_passes, _plan, _plan_gradient):
+        cached.cache_clear()
 
 
 def walks(p: Pass, bits: int, device: Device) -> bool:

@@ -45,9 +45,9 @@ def path(request, monkeypatch):
     else:
         monkeypatch.setattr(config, "walks", lambda *_: False)
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90))  # several walks and splits
-    config._passes.cache_clear()
+    config.forget()
     yield request.param
-    config._passes.cache_clear()
+    config.forget()
 
 
 def sizes(draw, groups, most):

@@ -1,0 +1,86 @@
+"""Launches the Triton kernels through Triton's own machinery, compiled for Hopper, with a driver that runs nothing.
+
+What the interpreter can't show: that arguments bind, that a second launch finds the compiled kernel of the first, and
+how many kernels 50 drawn groupings take. Run by test_triton_launch.py in a process of its own; prints JSON.
+"""
+
+import json
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from sfg_fast.kernels import triton as kernels
+from sfg_fast.kernels.spec import Geometry, RoutedConv
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from sfg_fast.groups import FilterGroups, Routing
+
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device):
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+    def unload_module(self, *_):
+        pass
+
+
+class Launcher:
+    launched: list[str] = []  # noqa: RUF012
+
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, *_):
+        assert min(x, y, z) > 0
+        assert max(y, z) < 65536
+        self.launched.append(self.name)
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    x = torch.randn(2, 64, 16, 16).half().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(64, 64, 3, 3), torch.randn(64)
+    for stride in (1, 2):
+        for _ in range(50):
+            kernels.sample(torch.randn(64, 3), torch.randn(64, 3))
+            drawn = torch.randint(3, (64,))  # nothing was run
+            groups = FilterGroups.from_assignment(drawn)
+            for rows in (groups, FilterGroups.expanded(drawn, groups.gates, 2)):
+                for columns in (groups, FilterGroups.streams(64, 2)):
+                    geometry = Geometry((stride, stride), (1, 1), (1, 1))
+                    spec = RoutedConv(rows, columns, Routing.ARROW, geometry)
+                    packed = kernels.pack(weight, bias, spec, torch.float16)
+                    live_x = x if columns is groups else torch.cat([x] * 3, 1)
+                    y = kernels.forward(live_x, packed, spec, relu=True)
+                    if rows is not groups:
+                        kernels.gate_gradient(live_x, packed, spec, y, None, None, True)
+                    dy = y[:, :64]
+                    kernels.input_gradient(dy, packed, spec, (16, 16), relu=dy)
+                    kernels.weight_gradient(live_x, dy, packed, spec, relu=dy)
+    found = {}
+    for name in ("sample", "pack", "rowwalk", "convolve", "convolve_all", "gate_gradient", "weight_gradient", "reduce"):
+        function = getattr(kernels, name + "_kernel")
+        found[name] = sum(len(caches[0]) for caches in function.device_caches.values())
+    print(json.dumps({"compiled": found, "launched": len(Launcher.launched)}))
+
+
+if __name__ == "__main__":
+    main()
