@@ -20,8 +20,8 @@ from .groups import FilterGroups, Routing
 from .kernels.packing import channels_last
 from .kernels.spec import Geometry, RoutedConv
 
-# An operator takes tensors, numbers and strings. Of each side: order and offsets, and those of the live rows if not all
-# are; `sizes`: groups and width of the rows, and of the columns.
+# An operator takes tensors, numbers and strings. `sides`: of the rows, and of the columns, order and offsets, and those
+# of the live ones (empty tensors, if all are); `sizes`: groups and width of the rows, and of the columns.
 
 
 def routed_conv(
@@ -37,8 +37,8 @@ def routed_conv(
     name = kernels.__name__.rsplit(".", 1)[1]
     sizes = [len(spec.rows.names), spec.rows.width, len(spec.columns.names), spec.columns.width]
     geometry = [number for pair in spec.geometry for number in pair]
-    sides = *_tensors(spec.rows), *_tensors(spec.columns)
-    live, rest = _forward(x, weight, bias, residual, *sides, sizes, geometry, spec.routing.value, relu, name)
+    sides = [*_tensors(spec.rows), *_tensors(spec.columns)]
+    live, rest = _forward(x, weight, bias, residual, sides, sizes, geometry, spec.routing.value, relu, name)
     return live, rest if _has_rest(kernels, spec) else None
 
 
@@ -48,30 +48,14 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    rows: Tensor,
-    row_offsets: Tensor,
-    live_rows: Tensor | None,
-    live_row_offsets: Tensor | None,
-    columns: Tensor,
-    column_offsets: Tensor,
-    live_columns: Tensor | None,
-    live_column_offsets: Tensor | None,
+    sides: Sequence[Tensor],
     sizes: Sequence[int],
     geometry: Sequence[int],
     routing: str,
     relu: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    sides = (
-        (rows, row_offsets, live_rows, live_row_offsets),
-        (
-            columns,
-            column_offsets,
-            live_columns,
-            live_column_offsets,
-        ),
-    )
-    spec = _spec(*sides, sizes, geometry, routing)
+    spec = _spec(sides, sizes, geometry, routing)
     live, rest, _, _ = passes.forward(x, weight, bias, residual, backends.module(kernels), spec, relu)
     layout = _format(kernels, x)
     return live.contiguous(memory_format=layout), x.new_empty(0) if rest is None else rest.contiguous(
@@ -85,14 +69,7 @@ def _(
     weight: Tensor,
     bias: Any,
     residual: Any,
-    rows: Tensor,
-    row_offsets: Any,
-    live_rows: Tensor | None,
-    live_row_offsets: Any,
-    columns: Any,
-    column_offsets: Any,
-    live_columns: Tensor | None,
-    live_column_offsets: Any,
+    sides: Sequence[Tensor],
     sizes: Sequence[int],
     geometry: Sequence[int],
     routing: str,
@@ -100,15 +77,13 @@ def _(
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
     size = _geometry(geometry).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
-    live = rows if live_rows is None else live_rows
-    y = _empty(x, live.shape[0], size, kernels)
-    spec = _spec((rows, None, live_rows, None), (columns, None, live_columns, None), sizes, geometry, routing)
+    spec = _spec(sides, sizes, geometry, routing)
+    y = _empty(x, spec.rows.live.order.shape[0], size, kernels)
     if not _has_rest(backends.module(kernels), spec):
         return y, x.new_empty(0)
     if passes.recomputes(backends.module(kernels), spec):
-        assert live_columns is not None
-        return y, _empty(x, live_columns.shape[0], (x.shape[2], x.shape[3]), kernels)
-    return y, _empty(x, rows.shape[0], size, kernels)
+        return y, _empty(x, spec.columns.live.order.shape[0], (x.shape[2], x.shape[3]), kernels)
+    return y, _empty(x, spec.rows.order.shape[0], size, kernels)
 
 
 @torch.library.custom_op("sfg_fast::routed_conv_backward", mutates_args=())
@@ -117,30 +92,14 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     passed: Tensor | None,
-    rows: Tensor,
-    row_offsets: Tensor,
-    live_rows: Tensor | None,
-    live_row_offsets: Tensor | None,
-    columns: Tensor,
-    column_offsets: Tensor,
-    live_columns: Tensor | None,
-    live_column_offsets: Tensor | None,
+    sides: Sequence[Tensor],
     sizes: Sequence[int],
     geometry: Sequence[int],
     routing: str,
     kernels: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sides = (
-        (rows, row_offsets, live_rows, live_row_offsets),
-        (
-            columns,
-            column_offsets,
-            live_columns,
-            live_column_offsets,
-        ),
-    )
-    spec = _spec(*sides, sizes, geometry, routing)
+    spec = _spec(sides, sizes, geometry, routing)
     module = backends.module(kernels)
     live_x, kept = passes.prepare_backward(x, weight, module, spec)
     gradients = passes.backward(dy, live_x, passed, kept, module, spec, (x.shape[2], x.shape[3]), wants)
@@ -156,14 +115,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     passed: Any,
-    rows: Any,
-    row_offsets: Any,
-    live_rows: Any,
-    live_row_offsets: Any,
-    columns: Any,
-    column_offsets: Any,
-    live_columns: Any,
-    live_column_offsets: Any,
+    sides: Sequence[Tensor],
     sizes: Sequence[int],
     geometry: Any,
     routing: Any,
@@ -176,8 +128,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, *sides_and_rest = inputs
-    sides, (sizes, geometry, routing, relu, kernels) = sides_and_rest[:8], sides_and_rest[8:]
+    x, weight, bias, _, sides, sizes, geometry, routing, relu, kernels = inputs
     ctx.save_for_backward(x, weight, output[0] if relu else None, *sides)
     ctx.rest, ctx.bias_dtype = (sizes, geometry, routing, kernels), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
@@ -186,36 +137,31 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradient(ctx: Any, dy: Tensor, _: Any) -> Any:
     x, weight, passed, *sides = ctx.saved_tensors
     *wants, wants_residual = ctx.needs_input_grad[:4]
-    dx, dw, db = _backward(dy, x, weight, passed, *sides, *ctx.rest, wants)
+    dx, dw, db = _backward(dy, x, weight, passed, sides, *ctx.rest, wants)
     found = [gradient if wanted else None for gradient, wanted in zip((dx, dw, db), wants, strict=True)]
     if found[2] is not None:
         found[2] = found[2].to(ctx.bias_dtype)
-    return *found, dy if wants_residual else None, *[None] * 13
+    return *found, dy if wants_residual else None, [None] * len(sides), *[None] * 5
 
 
 _forward.register_autograd(_gradient, setup_context=_keep)
 
 
-def _tensors(groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _tensors(groups: FilterGroups) -> list[Tensor]:
     drawn = groups.drawn
-    return (
-        groups.order,
-        groups.offsets,
-        None if drawn is None else drawn.order,
-        None if drawn is None else drawn.offsets,
-    )
+    live = [groups.order.new_empty(0)] * 2 if drawn is None else [drawn.order, drawn.offsets]
+    return [groups.order, groups.offsets, *live]
 
 
-def _spec(
-    rows: Sequence[Any], columns: Sequence[Any], sizes: Sequence[int], geometry: Sequence[int], routing: str
-) -> RoutedConv:
-    def groups(order: Any, offsets: Any, live: Any, live_offsets: Any, number: int, width: int) -> FilterGroups:
+def _spec(sides: Sequence[Tensor], sizes: Sequence[int], geometry: Sequence[int], routing: str) -> RoutedConv:
+    both = []
+    for (order, offsets, live, live_offsets), (number, width) in zip(
+        (sides[:4], sides[4:]), (sizes[:2], sizes[2:]), strict=True
+    ):
         names = tuple(map(str, range(number)))
-        drawn = None if live is None else FilterGroups(live, live_offsets, names, width)
-        return FilterGroups(order, offsets, names, width, drawn=drawn)
-
-    both = groups(*rows, *sizes[:2]), groups(*columns, *sizes[2:])
-    return RoutedConv(*both, Routing(routing), _geometry(geometry))
+        drawn = FilterGroups(live, live_offsets, names, width) if live_offsets.shape[0] else None
+        both.append(FilterGroups(order, offsets, names, width, drawn=drawn))
+    return RoutedConv(both[0], both[1], Routing(routing), _geometry(geometry))
 
 
 def _format(kernels: str, x: Tensor) -> torch.memory_format:

@@ -69,8 +69,8 @@ def test_opcheck(name, kind):
     for groups in (spec.rows, spec.columns):
         drawn = groups.drawn
         sides += [groups.order, groups.offsets]
-        sides += [None, None] if drawn is None else [drawn.order, drawn.offsets]
+        sides += [torch.empty(0, dtype=torch.int64)] * 2 if drawn is None else [drawn.order, drawn.offsets]
     sizes, numbers = [3, 4, len(spec.columns.names), 5], [2, 1, 1, 1, 1, 1]
-    arguments = (x, weight, bias, None, *sides, sizes, numbers, spec.routing.value, name != "masked", folder)
+    arguments = (x, weight, bias, None, sides, sizes, numbers, spec.routing.value, name != "masked", folder)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.sfg_fast.routed_conv.default, arguments, test_utils=tests)
