@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all test-cpp test-sanitize lint bench clean
+.PHONY: install demo test test-all test-cpp test-sanitize lint bench static-report clean
 
 install: $(STAMP)
 
@@ -48,6 +48,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
 	$(BIN)/python -m benchmarks.bench_reference
+
+# What the compilers make of the Triton kernels, for GPUs that need not be there: about 20 minutes.
+static-report: $(STAMP)
+	$(BIN)/python benchmarks/static_report.py --markdown benchmarks/results/triton_static.md
 
 clean:
 	rm -rf build $(VENV)

@@ -61,11 +61,16 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = [
-    Architecture("sm_80", GPUTarget("cuda", 80, 32), config.Device(108, 80), 65536, 164 << 10, 2048, r"HMMA"),
-    Architecture("sm_90", GPUTarget("cuda", 90, 32), config.Device(132, 90), 65536, 228 << 10, 2048, r"HGMMA|HMMA"),
-    Architecture("sm_100", GPUTarget("cuda", 100, 32), config.Device(148, 100), 65536, 228 << 10, 2048, r"UT\w*MMA|HMMA"),  # noqa: E501
-    Architecture("gfx942", GPUTarget("hip", "gfx942", 64), config.Device(304, 80), 4 * 512 * 64, 64 << 10, 2048, r"v_mfma"),  # noqa: E501
-]  # fmt: skip
+    Architecture(
+        name, target, config.Device(processors, capability, block << 10), registers, shared << 10, 2048, matrix
+    )
+    for name, target, processors, capability, block, registers, shared, matrix in (
+        ("sm_80", GPUTarget("cuda", 80, 32), 108, 80, 163, 65536, 164, r"HMMA"),
+        ("sm_90", GPUTarget("cuda", 90, 32), 132, 90, 227, 65536, 228, r"HGMMA|HMMA"),
+        ("sm_100", GPUTarget("cuda", 100, 32), 148, 100, 227, 65536, 228, r"UT\w*MMA|HMMA"),
+        ("gfx942", GPUTarget("hip", "gfx942", 64), 304, 80, 64, 4 * 512 * 64, 64, r"v_mfma"),
+    )
+]
 
 
 # --- what to compile --------------------------------------------------------------------------------------------------
@@ -95,13 +100,16 @@ def even_split(width: int, groups: int = 3) -> FilterGroups:
     return FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes)), groups - 1)
 
 
-def layer(channels: int, width: int, expanded: bool = False) -> RoutedConv:
-    """An SFG layer on SFG features; on an image, if `channels` is 1."""
+def layer(channels: int, width: int, kind: str = "packed") -> RoutedConv:
+    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: packed, expanded or soft (relaxed)."""
     rows = even_split(width)
     if channels == 1:
         return RoutedConv(rows, FilterGroups.blocks([1], ("image",)), Routing.ALL, GEOMETRY)
     columns = even_split(channels)
-    if expanded:
+    if kind == "soft":
+        sides = FilterGroups.relaxed(rows.gates, 2), FilterGroups.streams(channels, 2)
+        return RoutedConv(*sides, Routing.ARROW, GEOMETRY)
+    if kind == "expanded":
         sides = (FilterGroups.expanded(side.assignment, side.gates, 2) for side in (rows, columns))
         return RoutedConv(*sides, Routing.ARROW, GEOMETRY)
     return RoutedConv(rows, columns, Routing.ARROW, GEOMETRY)
@@ -110,8 +118,9 @@ def layer(channels: int, width: int, expanded: bool = False) -> RoutedConv:
 def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
-    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; all rows
-    at once, and the gates' gradient behind a norm and a ReLU; and the small launches."""
+    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; the
+    expanded pass and back, and a relaxed draw, with the gates' gradient behind a norm and a ReLU; and the small
+    launches."""
     for architecture in architectures:
         for dtype in dtypes:
             for c in (1, *channels):
@@ -140,10 +149,11 @@ def layer_configurations(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
     )  # fmt: skip
     if c > 1:
-        all_forward, all_adjoint, _ = config.passes(layer(c, k, expanded=True), (3, 3), DTYPES[dtype], device)
-        yield one("forward, all rows", all_forward, True)
-        yield one("input gradient, all rows", all_adjoint, False)
-        yield one("gates' gradient", all_forward, True, "gate_gradient", AFFINE=True)
+        for kind in ("expanded", "soft"):
+            all_forward, all_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), DTYPES[dtype], device)
+            yield one(f"forward, {kind}", all_forward, True)
+            yield one(f"input gradient, {kind}", all_adjoint, False)
+            yield one(f"gates' gradient, {kind}", all_forward, True, "gate_gradient", AFFINE=True)
     small = {
         "pack": {"F": forward, "B": adjoint, "G": gradient, "K": k, "C": c, "BIAS": True, "BLOCK": 1024, "PLACES": 64},
         "reduce": {"G": gradient, "K": k, "C": c, "BIAS": True, "ACC": tl.float32, "BLOCK": 256},
@@ -322,7 +332,7 @@ def tile_ranges(p: Pass, out: FilterGroups, read: FilterGroups) -> list[tuple[in
 
 
 def work(one: Configuration) -> Work | None:
-    """Of a configuration; None for all rows at once, which skip nothing and repeat nothing, and for small launches."""
+    """Of a configuration; None for small launches, and where all rows are made at once: these repeat nothing."""
     if one.direction not in LIMITS or one.launch is None:
         return None
     spec, itemsize = layer(one.channels, one.kernels), DTYPES[one.dtype].itemsize
@@ -372,6 +382,8 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
     found = []
     if code.stack and one.architecture.name in ("sm_90", "sm_100"):
         found.append(f"{name}: {code.stack} bytes of stack")
+    if code.shared > one.architecture.device.shared:
+        found.append(f"{name}: {code.shared} bytes of shared memory, there are {one.architecture.device.shared}")
     if half and one.launch is not None and not code.matrix:
         found.append(f"{name}: no matrix instruction")
     if half and nvidia and one.launch is not None and one.channels % 8 == 0 and min(code.load, code.store) < 16:
@@ -445,8 +457,8 @@ def trade_off() -> str:
 
 def report(some: list[Configuration], workers: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Figures of all configurations, and what is wrong."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        codes = list(tqdm(pool.map(compile_one, some), total=len(some), desc="compiling", disable=None))
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        codes = list(tqdm(pool.map(compile_one, some, chunksize=8), total=len(some), desc="compiling", disable=None))
     figures, wrong = [], []
     for one, code in zip(some, codes, strict=True):
         done = work(one)

@@ -10,6 +10,7 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
     input_gradient(dy, packed, spec, size (H, W)) live rows -> all columns: dx [N,columns,H,W]
     weight_gradient(x, dy, packed, spec, bias=True)
                                                   live rows x live columns -> dw [K,C,R,S], db [K] | None
+    missing() -> what this machine lacks for them, or None
     cannot(x) -> why a tensor like x can't be used, or None
 
 x and dy are packed: their channels are sorted by group. Weights come in the layer's own order, and their gradients go

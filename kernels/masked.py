@@ -11,6 +11,10 @@ FUSES = SHARES_PRODUCTS = False
 MEMORY_FORMAT = None
 
 
+def missing() -> str | None:
+    return None
+
+
 def cannot(x: Tensor) -> str | None:
     return None
 

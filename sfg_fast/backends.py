@@ -49,7 +49,7 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
     name = current()
     if name == "reference":
         raise BackendError("backend 'reference' can't run this: it is a packed operation, call a layer or a network")
-    module = _fastest(x) if name == "auto" else _load(name)
+    module = _fastest(x) if name == "auto" else load(name)
     dtype = autocast_dtype(x)
     if dtype is not None and module.cannot(x.new_empty(0, dtype=dtype)):
         dtype = torch.float32
@@ -63,7 +63,7 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
 def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: (order, offsets). The
     same on every backend."""
-    module = _load("triton" if current() == "triton" else "masked")
+    module = load("triton" if current() == "triton" else "masked")
     assignment, order, offsets = module.sample(log_p.detach(), noise)
     return assignment, (order, offsets)
 
@@ -73,10 +73,10 @@ def _fastest(x: Tensor) -> ModuleType:
     time of `masked` (exceptions, forward only: 1.08 on images 7 wide; 1.16 on AVX2 for 3 x 64 streams), and in float32
     about as long as `masked` in bfloat16. Other instruction sets were not measured, and `triton` on no GPU yet: it has
     to be asked for."""
-    masked = _load("masked")
+    masked = load("masked")
     if x.device.type != "cpu" or not available("native"):
         return masked
-    native = _load("native")
+    native = load("native")
     if native.INSTRUCTION_SET not in ("avx2", "avx512"):
         return masked
     probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
@@ -93,7 +93,7 @@ def available(name: str) -> bool:
     if _checked(name, "backend") in ("reference", "masked"):
         return True
     try:
-        _load(name)
+        load(name)
     except BackendError:
         return False
     return True
@@ -109,7 +109,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 _MODULES = {"masked": "masked", "native": "cpu", "triton": "triton"}
 
 
-def _load(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
+    """The kernels of a backend. Raises BackendError, with the reason, if they are not there."""
     problem = _import(name)
     if problem:
         raise BackendError(f"backend {name!r} is not there: {problem}")
@@ -122,11 +123,11 @@ _problems: dict[str, str] = {}
 
 @torch.compiler.assume_constant_result
 def _import(name: str) -> str:
-    """Why it can't be imported, or nothing. Tried once: failing is slow, and auto asks for every convolution."""
+    """Why it can't be used here, or nothing. Tried once: failing is slow, and auto asks for every convolution."""
     if name not in _problems:
         try:
             _loaded[name] = module(_MODULES[name])
-            _problems[name] = ""
+            _problems[name] = _loaded[name].missing() or ""
         except ImportError as error:
             _problems[name] = str(error) or "it can't be imported"
     return _problems[name]

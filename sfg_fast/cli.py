@@ -214,10 +214,12 @@ def _check_backend() -> None:
     from . import backends
 
     try:
-        if not (name := backends.current()) == "auto" and not backends.available(name):
-            raise InputError(f"{backends.ENVIRONMENT}={name!r}: this backend is not there")
+        if (name := backends.current()) not in ("auto", "reference"):
+            backends.load(name)
     except ValueError as error:
         raise InputError(str(error)) from error
+    except backends.BackendError as error:
+        raise InputError(f"{backends.ENVIRONMENT}: {error}") from error
 
 
 def _underscored(argument: str) -> str:

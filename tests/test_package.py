@@ -1,6 +1,7 @@
 """The house: light imports, downward imports, a forced backend."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_environment_forces_a_backend(monkeypatch):
     monkeypatch.setenv("SFG_FAST_BACKEND", "mask")
     with pytest.raises(ValueError, match="SFG_FAST_BACKEND='mask'"):
         backends.current()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not backends.available("triton"), reason="Triton is not installed")
+def test_triton_without_a_gpu_says_so(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sfg_fast.cli", "demo", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"SFG_FAST_BACKEND": "triton"})
+    assert done.returncode == 2
+    reason = "backend 'triton' is not there: there is no GPU, and TRITON_INTERPRET=1 is not set"
+    assert done.stderr.strip().endswith(reason)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_backend():

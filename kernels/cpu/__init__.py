@@ -8,7 +8,7 @@ import torch  # its OpenMP runtime must be loaded first: the extension then uses
 from torch import Tensor
 
 from ...groups import FilterGroups
-from ..masked import sample
+from ..masked import missing, sample
 from ..packing import Packed, pack_parameters, unpack, unpack_dim
 from ..spec import RoutedConv
 from . import _native
@@ -20,6 +20,7 @@ __all__ = [
     "cannot",
     "forward",
     "input_gradient",
+    "missing",
     "pack",
     "sample",
     "weight_gradient",

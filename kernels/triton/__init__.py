@@ -40,6 +40,12 @@ class Packed(NamedTuple):
     column_places: Tensor  # int32 [groups, C]
 
 
+def missing() -> str | None:
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "there is no GPU, and TRITON_INTERPRET=1 is not set"
+
+
 def cannot(x: Tensor) -> str | None:
     if INTERPRETED:
         if x.device.type != "cpu":

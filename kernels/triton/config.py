@@ -170,6 +170,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     capability: int  # 90 for Hopper
+    shared: int  # bytes of shared memory that one program may have
 
     @property
     def multiplies_from_shared_memory(self) -> bool:
@@ -180,10 +181,12 @@ class Device(NamedTuple):
 @functools.cache
 def device_of(device: torch.device) -> Device:
     if device.type == "cpu":  # the interpreter
-        return Device(1, 90)
+        return Device(1, 90, 227 << 10)
     properties = torch.cuda.get_device_properties(device)
-    capability = 80 if torch.version.hip else 10 * properties.major + properties.minor
-    return Device(properties.multi_processor_count, capability)
+    if torch.version.hip:
+        return Device(properties.multi_processor_count, 80, 64 << 10)
+    capability = 10 * properties.major + properties.minor
+    return Device(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)
 
 
 def passes(
@@ -254,15 +257,15 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
-        options = launch_options(strip, p.block_n, 2048)
+        options = launch_options(strip, p.block_n, 2048, device)
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     pixels = 128 if bits == 16 and p.block_n < 64 else 64
-    if p.own_rows and p.in_groups > 4:
-        pixels = 16  # a sum for each group: they have to fit into the registers
+    if p.own_rows:  # a sum for each group: they have to fit into the registers
+        pixels = 16 if p.in_groups > 4 else 64 if bits == 16 else 32
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
-    options = launch_options(pixels, p.block_n, 2048 if p.own_rows else p.block_k * p.block_n)
+    options = launch_options(pixels, p.block_n, p.block_k * p.block_n, device)
     return Launch("convolve_all" if p.shares_products else "convolve", tiles, programs, phases, 0, options)
 
 
@@ -281,7 +284,7 @@ def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], d
     tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
-    options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k))
+    options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device)
     return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
 
 
@@ -298,11 +301,12 @@ def walks(p: Pass, bits: int, device: Device) -> bool:
     return fits and bits == 16 and p.channels <= (64 if device.multiplies_from_shared_memory else 32)
 
 
-def launch_options(block_m: int, block_n: int, loaded: int) -> dict[str, int]:
+def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:
     """Warps and the depth of the software pipeline. `loaded`: elements of the smallest tile that the loop loads; a
     thread should get 8 of them, 16 bytes."""
     warps = 8 if block_m * block_n > 64 * 128 else 4
-    return {"num_warps": max(1, min(warps, loaded // (32 * 8))), "num_stages": 3}
+    stages = 3 if device.shared >= 160 << 10 else 2
+    return {"num_warps": max(1, min(warps, loaded // (32 * 8))), "num_stages": stages}
 
 
 def precision(bits: int) -> str:

@@ -44,7 +44,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(config, "walks", lambda p, bits, device, walks=config.walks: walks(p, 16, device))
     else:
         monkeypatch.setattr(config, "walks", lambda *_: False)
-    monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90))  # several walks and splits
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90, 227 << 10))  # several walks and splits
     config.forget()
     yield request.param
     config.forget()
@@ -249,8 +249,8 @@ def test_one_compiled_kernel_for_all_draws():
             Routing.ARROW,
             Geometry((1, 1), (1, 1), (1, 1)),
         )
-        *both, gradient = config.passes(spec, (3, 3), torch.float16, config.Device(132, 90))
-        device = config.Device(132, 90)
+        *both, gradient = config.passes(spec, (3, 3), torch.float16, config.Device(132, 90, 227 << 10))
+        device = config.Device(132, 90, 227 << 10)
         launches = [config.plan(p, 16, 4, (96, 96), device) for p in both]
         launches.append(config.plan_gradient(gradient, 16, 4, (96, 96), device))
         plans.add(repr((both, gradient, launches)))
