@@ -135,6 +135,16 @@ def test_triton_against_dense_masking(problem):
     check(problem, "triton")
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("routing", Routing)
+@pytest.mark.parametrize("columns", ["packed", "expanded", "streams"])
+@pytest.mark.parametrize("rows", ["packed", "expanded", "relaxed"])
+def test_every_kind_of_rows_and_columns(name, rows, columns, routing):
+    problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
+    problem |= {"dilation": (1, 1), "image": (5, 6), "batch": 2, "bias": True, "seed": 0}
+    check(problem | {"routing": routing, "columns": columns, "rows": rows}, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=3000)
