@@ -132,6 +132,8 @@ class Gradient:
         flat = channels < FEW_CHANNELS
         columns = kernel[0] * kernel[1] * channels if flat else channels
         block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
+        if block_c == 32:  # both factors come from registers: the sums of a wider tile don't fit beside them
+            block_k = min(block_k, 32)
         if not flat and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
         taps = 1 if flat or kernel[1] > 3 else kernel[1]
@@ -260,7 +262,7 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         options = launch_options(strip, p.block_n, 2048, device)
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
-    pixels = 128 if bits == 16 and p.block_n < 64 else 64
+    pixels = 128 if bits == 16 and p.block_n < 64 and not p.shares_products else 64
     if p.own_rows:  # a sum for each group: they have to fit into the registers
         pixels = 16 if p.in_groups > 4 else 64 if bits == 16 else 32
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
@@ -280,7 +282,7 @@ def plan_gradient(
 
 @functools.cache
 def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
-    pixels = 64 if bits == 16 else 32
+    pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
     tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
