@@ -6,21 +6,32 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
 
     sample(log_p [K,G], noise [K,G] | None)       -> assignment [K] (argmax of the sum), order [K], offsets [G+1]
     pack(weight [K,C,R,S], bias [K] | None, spec, dtype)  -> packed, opaque: the parameters as the passes want them
-    forward(x, packed, spec)                      live columns -> all rows: y [N,rows,H',W']
-    input_gradient(dy, packed, spec, size (H, W)) live rows -> all columns: dx [N,columns,H,W]
-    weight_gradient(x, dy, packed, spec, bias=True)
-                                                  live rows x live columns -> dw [K,C,R,S], db [K] | None
+    forward(x, packed, spec, keep=False)          -> y [N,rows,H',W'], a
+    input_gradient(dy, packed, spec, size (H, W)) -> dx [N,columns,H,W], dothers
+    weight_gradient(x, dy, packed, spec, bias=True)       -> dw [K,C,R,S], db [K] | None
+    gate_gradient(x, a, packed, spec, dothers, scale, shift, relu)  -> dz [G-1,rows]
     missing() -> what this machine lacks for them, or None
     cannot(x) -> why a tensor like x can't be used, or None
 
 x and dy are packed: their channels are sorted by group. Weights come in the layer's own order, and their gradients go
-back in it, zero where no row reads. And every module says of itself:
+back in it, zero where no row reads.
+
+The gate z of a kernel in a group it was not drawn into wants a gradient, too (DESIGN: "Gates"): an OTHER of its row,
+in the order tasks, then shared (`FilterGroups.others`). The features of others are zero and never stored, but
+
+    forward          with `keep` (spec.rows.all_gates) also returns a [N,rows,H',W'], what others are made of: the
+                     product of the shared channels with all rows, and the bias; u of task t is a + what t's channels
+                     add. (Routing.ALL: all u are alike, a is y. Routing.OWN: nothing is shared, a is None.)
+    input_gradient   where spec.columns.all_gates, also returns the gradient of the columns' others, dothers
+                     [N,(G-1)*columns,H,W]; otherwise None
+    gate_gradient    dz = <dothers, act(scale * u + shift)> for the others of all rows, summed over images and
+                     positions; scale and shift [G-1,rows] or None. u is never stored.
+
+Every module says of itself:
 
     MEMORY_FORMAT    of the images that it returns; None: that of x
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
                      relu=y, the output of the ReLU that dy has yet to go back through
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
-                     them is computed once and added to all outputs that read it. For the gates' gradient,
-                     gate_gradient(x, packed, spec, df [N,rows,H',W'], scale [G,K] | None, shift, relu) gives
-                     <df, act(scale * u + shift)> for all (full) rows, and u is never stored: dz [rows]
+                     them is computed once and added to all outputs that read it
 """

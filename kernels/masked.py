@@ -1,10 +1,17 @@
-"""One torch convolution on the packed tensor, the weight being zero where it is not read: every device, any dtype."""
+"""Torch convolutions on the packed tensor, the weight being zero where it is not read: every device, any dtype.
+
+What the gates' gradient needs is computed group by group. On the CPU a group's channels are cut out; elsewhere the host
+doesn't know where they lie, and the weight is zero for all others.
+"""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..groups import sort_by_group
-from .packing import Packed, pack_parameters, unpack, unpack_dim
+from ..groups import FilterGroups, Routing, sort_by_group
+from .packing import Packed, pack_parameters, read, unpack, unpack_dim
 from .spec import RoutedConv
 
 FUSES = SHARES_PRODUCTS = False
@@ -28,26 +35,127 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     return pack_parameters(weight, bias, spec, dtype, zero_unread=True)
 
 
-def forward(x: Tensor, packed: Packed, spec: RoutedConv) -> Tensor:
-    return torch.nn.functional.conv2d(x, packed.forward, packed.bias, *spec.geometry)
+def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+    if not (keep and spec.routing is Routing.ARROW):
+        y = F.conv2d(x, packed.weight, packed.bias, *spec.geometry)
+        return y, y if keep and spec.routing is Routing.ALL else None
+    a = _product(x, packed.weight, packed.bias, spec, 0)
+    if not x.is_cpu:
+        tasks = (spec.columns.ids > 0)[:, None, None]
+        return a + F.conv2d(x, packed.weight.where(tasks, 0), None, *spec.geometry), a
+    y = a.clone()
+    for g, rows in enumerate(_ranges(spec.rows)):
+        if g and rows.start < rows.stop:
+            y[:, rows] += _product(x, packed.weight[rows], None, spec, g)
+    return y, a
 
 
-def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]) -> Tensor:
-    x = dy.new_empty(dy.shape[0], packed.backward.shape[1], *size)  # just a shape: an expanded one would be copied
-    return _backward(dy, x, packed.backward, spec, 0)
+def input_gradient(
+    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    x = dy.new_empty(dy.shape[0], packed.weight.shape[1], *size)  # just a shape: an expanded one would be copied
+    if not spec.columns.all_gates:
+        return _backward(dy, x, packed.weight, spec, 0), None
+    products = []
+    for g in range(len(spec.columns.names)):
+        if dy.is_cpu:
+            rows = _ranges(spec.rows)[g]
+            products.append(_backward(dy[:, rows], x, packed.everything[rows], spec, 0))
+        else:
+            own = packed.everything.where((spec.rows.ids == g)[:, None, None, None], 0)
+            products.append(_backward(dy, x, own, spec, 0))
+    if spec.routing is Routing.ARROW:  # what is shared is read by all
+        products[0] = torch.stack(products).sum(0)
+    dx, others = by_place(products, spec.columns)
+    return dx, torch.cat(others, 1)
 
 
 def weight_gradient(
     x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    rows, columns, dy = spec.rows.live, spec.columns.live, dy.contiguous()
-    dw = _backward(dy, x, x.new_empty(dy.shape[1], x.shape[1], *packed.forward.shape[2:]), spec, 1)
-    reads = spec.blocks()[2][rows.ids[:, None], columns.ids]
-    dw = unpack(dw.where(reads[:, :, None, None], 0), rows, columns)
-    return dw, unpack_dim(dy.sum((0, 2, 3)), 0, rows) if bias else None
+    dy = dy.contiguous()
+    dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(read(spec), 0)
+    return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
+
+
+def gate_gradient(
+    x: Tensor,
+    a: Tensor | None,
+    packed: Packed,
+    spec: RoutedConv,
+    dothers: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    dz = []
+    for n, (u, df) in enumerate(zip(others(x, a, packed, spec), dothers.chunk(len(spec.rows.names) - 1, 1), strict=True)):
+        h = u if scale is None or shift is None else torch.addcmul(shift[n][:, None, None], u, scale[n][:, None, None])
+        dz.append(channel_dots(df, F.relu(h) if relu else h))
+    return torch.stack(dz)
+
+
+def others(x: Tensor, a: Tensor | None, packed: Packed, spec: RoutedConv) -> list[Tensor]:
+    """u of the others: G-1 tensors [N, rows, H', W']."""
+    if spec.routing is Routing.ALL:
+        assert a is not None
+        return [a] * (len(spec.rows.names) - 1)
+    products = []
+    for g, rows in enumerate(_ranges(spec.rows) if x.is_cpu else [slice(0, 0)] * len(spec.rows.names)):
+        if g == 0 and a is not None:
+            products.append(a)
+            continue
+        # Rows of group g are no others of g: left out, where it is known which they are.
+        before, behind = (packed.everything[part] for part in (slice(0, rows.start), slice(rows.stop, None)))
+        bias = None if packed.bias is None or a is not None else torch.cat([packed.bias[: rows.start], packed.bias[rows.stop :]])
+        u = _product(x, torch.cat([before, behind]), bias, spec, g)
+        if rows.start < rows.stop:
+            none = u.new_zeros(u.shape[0], rows.stop - rows.start, *u.shape[2:])
+            u = torch.cat([u[:, : rows.start], none, u[:, rows.start :]], 1)
+        products.append(u if a is None else a + u)
+    return by_place(products, spec.rows)[1]
+
+
+def by_place(products: list[Tensor], groups: FilterGroups) -> tuple[Tensor, list[Tensor]]:
+    """From one tensor [N, rows, H, W] for each group (shared first) what belongs to each row's own group, and to its
+    others."""
+    last = len(products) - 1
+    products = [*products[1:], products[0]]
+    place = torch.where(groups.ids == 0, last, groups.ids - 1)[:, None, None]
+    own = products[0]
+    for n in range(1, last + 1):
+        own = products[n].where(place == n, own)
+    return own, [products[n].where(place > n, products[n + 1]) for n in range(last)]
+
+
+def channel_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each channel, [C] from two [N, C, H, W]. At least float32: half precision would overflow."""
+    precise = torch.promote_types(a.dtype, torch.float32)
+    return torch.linalg.vecdot(a.flatten(2).to(precise), b.flatten(2).to(precise)).sum(0)
+
+
+def _ranges(groups: FilterGroups) -> list[slice]:
+    ends = groups.offsets.tolist()
+    return [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, g: int) -> Tensor:
+    """The convolution of the channels of group g with all kernels of `weight` [.., columns, kH, kW]."""
+    if x.is_cpu:
+        own = _ranges(spec.columns)[g]
+        x, weight = x[:, own], weight[:, own]
+    else:
+        weight = weight.where((spec.columns.ids == g)[:, None, None], 0)
+    if weight.numel():
+        return F.conv2d(x, weight, bias, *spec.geometry)
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    zeros = x.new_zeros(x.shape[0], weight.shape[0], *size)
+    return zeros if bias is None else zeros + bias[:, None, None]
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, spec: RoutedConv, wanted: int) -> Tensor:
+    if not weight.numel():
+        return torch.zeros_like((x, weight)[wanted])
     stride, padding, dilation = spec.geometry
     mask = [wanted == 0, wanted == 1, False]
     gradients = torch.ops.aten.convolution_backward(

@@ -7,42 +7,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import FilterGroups, Routing
+from ..groups import FilterGroups
 from .spec import RoutedConv
 
 
 class Packed(NamedTuple):
-    """A layer's parameters, packed for both passes."""
+    """A layer's parameters, packed."""
 
-    forward: Tensor  # [rows, live columns, kH, kW]
+    weight: Tensor  # [rows, columns, kH, kW], zero where not read if the kernels need that
     bias: Tensor | None  # [rows]
-    backward: Tensor  # [live rows, columns, kH, kW]
+    everything: Tensor  # the weight without zeros: the gates' gradient wants what no group reads, too
 
 
 def pack_parameters(
     weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, zero_unread: bool
 ) -> Packed:
     """Weight [K, C, kH, kW] and bias [K] in the layer's order -> packed, as `dtype`."""
-    weight, routing = weight.to(dtype), spec.routing if zero_unread else None
-    forward = pack(weight, spec.rows, spec.columns.live, routing)
-    backward = forward
-    if spec.rows.drawn is not None or spec.columns.drawn is not None:
-        backward = pack(weight, spec.rows.live, spec.columns, routing)
-    return Packed(forward, None if bias is None else bias.to(dtype)[spec.rows.order], backward)
+    everything = pack(weight.to(dtype), spec.rows, spec.columns)
+    packed = everything.where(read(spec), 0) if zero_unread else everything
+    return Packed(packed, None if bias is None else bias.to(dtype)[spec.rows.order], everything)
 
 
-def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups, routing: Routing | None) -> Tensor:
-    """Weight [K, C, kH, kW] in the layer's order -> [rows, columns, kH, kW] packed, zero where `routing` does not read
-    (None: left as it is, for kernels that don't look there)."""
-    packed = weight.index_select(0, rows.order).index_select(1, columns.order)
-    if routing is None:
-        return packed
-    reads = routing.reads(len(rows.names), len(columns.names), rows.order.device)
-    return packed.where(reads[rows.ids[:, None], columns.ids][:, :, None, None], 0)
+def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
+    """Weight [K, C, kH, kW] in the layer's order -> [rows, columns, kH, kW] packed."""
+    return weight.index_select(0, rows.order).index_select(1, columns.order)
+
+
+def read(spec: RoutedConv) -> Tensor:
+    """bool [rows, columns, 1, 1]: which entries of the packed weight are read."""
+    return spec.blocks()[2][spec.rows.ids[:, None], spec.columns.ids][:, :, None, None]
 
 
 def unpack(packed: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
-    """The adjoint of `pack` (its mask aside): entries of one kernel and input channel are summed -> [K, C, kH, kW]."""
+    """The adjoint of `pack`: entries of one kernel and input channel are summed -> [K, C, kH, kW]."""
     return unpack_dim(unpack_dim(packed, 0, rows), 1, columns)
 
 

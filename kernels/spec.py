@@ -38,11 +38,6 @@ class RoutedConv(NamedTuple):
     routing: Routing
     geometry: Geometry
 
-    @property
-    def live(self) -> RoutedConv:
-        """Between the rows and the columns that may be other than zero."""
-        return self._replace(rows=self.rows.live, columns=self.columns.live)
-
     def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """The block structure of the packed weight: offsets of the rows' groups, int64 [groups out + 1], and of the
         columns', and which is read, bool [groups out, groups in]."""

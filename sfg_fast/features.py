@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .groups import FilterGroups, Routing
+from .kernels.packing import select_channels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +23,15 @@ class SFGFeatures:
         groups: what each channel is.
         routing: how the next layer reads these features: `ARROW` merges by summation (paper, section 2.1), `OWN` when
             every group's tensor already holds what that group is to read (after a merge).
+        others: zeros that take no memory, [N, T * rows, H, W]: what the kernels have in the T groups they were not
+            drawn into (`FilterGroups.others`). Their gradient is what the gates of those groups learn from; None if
+            these gates don't learn.
     """
 
     packed: Tensor
     groups: FilterGroups
     routing: Routing = Routing.ARROW
+    others: Tensor | None = None
 
     def dense(self, group: int | str) -> Tensor:
         """F_group as [N, K, H, W]: kernels in their own order, zero where a kernel is in another group."""
@@ -44,20 +49,13 @@ class SFGFeatures:
         if self.groups.full:
             parts = [self.packed[:, group * width : (group + 1) * width] for group in groups]
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        wanted = torch.zeros_like(self.groups.ids, dtype=torch.bool)
-        for group in groups:
-            wanted = wanted | (self.groups.ids == group)
-        # `where`, not a product: a NaN of one task must not reach another.
-        kept = self.packed.where(wanted[:, None, None], 0)
-        return kept.index_select(1, self.groups.inverse)
+        return _Dense.apply(self.packed, self.others, self.groups, groups)
 
     def streams(self) -> Tensor:
         """All groups' dense tensors side by side, [N, (T+1)K, H, W]."""
         if self.groups.full:
             return self.packed
-        n, _, h, w = self.packed.shape
-        zeros = self.packed.new_zeros(n, len(self.groups.names) * self.groups.width, h, w)
-        return zeros.index_copy(1, self.groups.rows_in_streams, self.packed)
+        return torch.cat(list(self), 1)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The T+1 dense tensors, shared first: code written for dense masking runs unchanged."""
@@ -78,12 +76,25 @@ class SFGFeatures:
                 "features of different groupings can't be added: let both convolutions share one draw "
                 f"(conv(x, groups=features.groups)); got {self.groups} and {other.groups}"
             )
-        return dataclasses.replace(self, packed=self.packed + other.packed)
+        inputs = [features.others for features in (self, other) if features.others is not None]
+        others = no_memory(inputs[0].shape, inputs[0], *inputs) if inputs else None
+        return dataclasses.replace(self, packed=self.packed + other.packed, others=others)
+
+    def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
+        """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
+        others = None if self.others is None else _OnZeros.apply(self.others, operation)
+        return dataclasses.replace(self, packed=operation(self.packed), others=others)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
         """As `Tensor.to`, for every tensor held (a dtype for the floating point ones)."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        return self._map(lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking))
+
+        def move(t: Tensor) -> Tensor:
+            if t is self.others:  # `Tensor.to` would give it memory
+                return no_memory(t.shape, t.new_empty(0).to(device, dtype), t)
+            return t.to(device, dtype if t.is_floating_point() else None, non_blocking)
+
+        return self._map(move)
 
     def float(self) -> SFGFeatures:
         return self.to(torch.float32)
@@ -92,7 +103,8 @@ class SFGFeatures:
         return self._map(torch.Tensor.detach)
 
     def _map(self, fn) -> SFGFeatures:  # type: ignore[no-untyped-def]
-        return dataclasses.replace(self, packed=fn(self.packed), groups=self.groups.map(fn))
+        others = None if self.others is None else fn(self.others)
+        return dataclasses.replace(self, packed=fn(self.packed), groups=self.groups.map(fn), others=others)
 
     @property
     def shape(self) -> torch.Size:
@@ -104,14 +116,76 @@ class SFGFeatures:
         return f"SFGFeatures(packed={tuple(self.packed.shape)}, {self.groups}, routing={self.routing.value})"
 
 
+class _NoMemory(torch.autograd.Function):
+    """Zeros that take no memory. Their gradient goes to all `inputs`, which are like them."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Sequence[int], like: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.likes = [(tensor.dtype, tensor.device) for tensor in inputs]
+        return like.new_zeros(()).expand(*shape)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        return None, None, *(df.to(dtype=dtype, device=device) for dtype, device in ctx.likes)
+
+
+no_memory = _NoMemory.apply
+
+
+class _OnZeros(torch.autograd.Function):
+    """An operation on zeros that take no memory, whose result is zero, too. Its gradient there is what it is."""
+
+    @staticmethod
+    def forward(ctx: Any, others: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.shape, ctx.operation = others.shape, operation
+        shape = operation(torch.empty_like(others, device="meta")).shape
+        return others.new_zeros(()).expand(*shape)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        with torch.enable_grad():
+            zeros = df.new_zeros(ctx.shape).requires_grad_()
+            return torch.autograd.grad(ctx.operation(zeros), zeros, df)[0], None
+
+
+class _Dense(torch.autograd.Function):
+    """The rows of some groups -> [N, K, H, W], zero where a kernel is in none of them; so are its others, but they get
+    their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, others: Tensor | None, groups: FilterGroups, wanted: Sequence[int]) -> Tensor:
+        ctx.groups, ctx.wanted = groups, wanted
+        here = _one_of(groups.ids, wanted)
+        ctx.save_for_backward(here)
+        # `where`, not a product: a NaN of one task must not reach another.
+        return select_channels(packed.where(here[:, None, None], 0), groups.inverse)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        (here,) = ctx.saved_tensors
+        df = select_channels(df, ctx.groups.order)
+        dothers = None
+        if ctx.needs_input_grad[1]:
+            rows = _one_of(ctx.groups.others, ctx.wanted)
+            dothers = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
+        return df.where(here[:, None, None], 0), dothers, None, None
+
+
+def _one_of(ids: Tensor, groups: Sequence[int]) -> Tensor:
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for group in groups:
+        found |= ids == group
+    return found
+
+
 def _unflatten(children: Iterable[Any], routing: str) -> SFGFeatures:
-    packed, groups = children
-    return SFGFeatures(packed, groups, Routing(routing))
+    packed, groups, others = children
+    return SFGFeatures(packed, groups, Routing(routing), others)
 
 
 pytree.register_pytree_node(
     SFGFeatures,
-    lambda features: ([features.packed, features.groups], features.routing.value),
+    lambda features: ([features.packed, features.groups, features.others], features.routing.value),
     _unflatten,
     serialized_type_name="sfg_fast.SFGFeatures",
     to_dumpable_context=lambda context: context,

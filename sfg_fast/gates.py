@@ -1,20 +1,19 @@
-"""How a kernel's group is drawn and how its probabilities p are learnt (paper, section 2.2).
+"""How a kernel's group is drawn (paper, section 2.2). How its probabilities p are learnt: estimators.py.
 
-The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits). Sampling is relaxed by Gumbel-softmax:
-z = softmax((log p + Gumbel noise) / temperature). The noise belongs to LOG p: added to p itself, as in the authors'
-public code, p = [0, 1, 0] would still draw the first group one time in five.
+The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argmax(log p + Gumbel noise).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
+from .estimators import ESTIMATORS, Estimator, straight_through
 from .groups import FilterGroups, group_names
 
 # --- the start: initial p ---------------------------------------------------------------------------------------------
@@ -60,32 +59,6 @@ def one_hot(assignment: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return (assignment[:, None] == torch.arange(groups, device=assignment.device)).to(dtype)
 
 
-def gumbel_softmax(log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
-    """A relaxed draw, [K, T+1]: softmax((log p + noise) / temperature). Jang et al. 2016, the paper's ref. [14]."""
-    return ((log_p + noise) / temperature).softmax(1)
-
-
-def straight_through(log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
-    """A one-hot draw with the gradient of the relaxed one (the argmax of both is the same). Jang et al. 2016."""
-    relaxed = gumbel_softmax(log_p, noise, temperature)
-    drawn = one_hot(relaxed.detach().argmax(1), relaxed.shape[1], relaxed.dtype)
-    return drawn + (relaxed - relaxed.detach())
-
-
-class Estimator(NamedTuple):
-    """How gates are drawn in training, and how their gradient reaches the logits."""
-
-    gates: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # None: a plain draw, logits frozen
-    relaxed: bool  # are the gates anything but one-hot?
-
-
-ESTIMATORS = {
-    "gumbel_softmax": Estimator(gumbel_softmax, relaxed=True),
-    "straight_through": Estimator(straight_through, relaxed=False),
-    "none": Estimator(None, relaxed=False),
-}
-
-
 def temperature_at(progress: float, start: float = 1.0, end: float = 0.1, until: float = 0.8) -> float:
     """The annealed temperature: exponential from `start` to `end`, reached at `until` of the run (progress in 0..1),
     constant after that ("we start at a high temperature and anneal to a small but non-zero value", section 2.2)."""
@@ -100,13 +73,16 @@ class GroupGates(nn.Module):
 
     Attributes:
         logits: float [K, T+1], log-probabilities up to a constant, shared first. Never decayed.
-        estimator: a name of `ESTIMATORS`; `none` freezes the logits.
+        estimator: a name of `estimators.ESTIMATORS`, or an `Estimator`; `none` freezes the logits.
+        every: n > 1: only every n-th step looks at the groups that a kernel was not drawn into, and what it finds
+            counts n times. The steps between are as cheap as `selected`, the mean over n steps is the same.
         sampling: draw also in `eval()`, which otherwise uses argmax p. (Constant p, estimator `none`, always draws:
             argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
     """
 
     _temperature: Tensor
     fixed_assignment: Tensor
+    learning_steps: Tensor
 
     def __init__(
         self,
@@ -126,21 +102,36 @@ class GroupGates(nn.Module):
         self.register_buffer("_temperature", torch.ones((), device=device))
         # -1: sampled. A buffer, so that a checkpoint of a constant mask is one.
         self.register_buffer("fixed_assignment", torch.full((kernels,), -1, device=device))
+        # How many draws could be learnt from: a resumed run goes on with the right step of every n.
+        self.register_buffer("learning_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self._learning_steps = 0  # the same, known to the host
         self.assigned = False
         self.sampling = False
+        self.every = 1
         self.shares_grouping = False
         self.estimator = estimator
 
     @property
-    def estimator(self) -> str:
+    def estimator(self) -> str | Estimator:
         return self._estimator
 
     @estimator.setter
-    def estimator(self, name: str) -> None:
-        if name not in ESTIMATORS:
-            raise ValueError(f"estimator={name!r} is unknown, expected one of {', '.join(ESTIMATORS)}")
-        self._estimator = name
-        self.logits.requires_grad_(ESTIMATORS[name].gates is not None)
+    def estimator(self, estimator: str | Estimator) -> None:
+        if isinstance(estimator, str) and estimator not in ESTIMATORS:
+            raise ValueError(f"estimator={estimator!r} is unknown, expected one of {', '.join(ESTIMATORS)}")
+        self._estimator = estimator
+        self._rule = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+        self.logits.requires_grad_(self._rule.gates is not None)
+
+    @property
+    def every(self) -> int:
+        return self._every
+
+    @every.setter
+    def every(self, steps: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"every={steps!r}: expected a number of steps, at least 1")
+        self._every = steps
 
     @property
     def temperature(self) -> Tensor:
@@ -156,7 +147,7 @@ class GroupGates(nn.Module):
     @property
     def learns_grouping(self) -> bool:
         """Do the logits of this layer get a gradient of their own?"""
-        return ESTIMATORS[self.estimator].gates is not None and not self.assigned and not self.shares_grouping
+        return self._rule.gates is not None and not self.assigned and not self.shares_grouping
 
     @property
     def gates_dtype(self) -> torch.dtype:
@@ -214,20 +205,37 @@ class GroupGates(nn.Module):
         if self.assigned:
             gates = one_hot(self.fixed_assignment, groups, self.gates_dtype)
             return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
-        estimator = ESTIMATORS[self.estimator]
-        log_p = self.log_p()
-        if not (self.training or self.sampling or estimator.gates is None):
+        rule, log_p = self._rule, self.log_p()
+        if not (self.training or self.sampling or rule.gates is None):
             return self._one_row_per_kernel(log_p, None)
         noise = gumbel_noise(log_p)
-        if self.training and estimator.gates is not None:
-            learns = log_p.requires_grad and torch.is_grad_enabled()
-            if estimator.relaxed:
-                return FilterGroups.relaxed(estimator.gates(log_p, noise, self._temperature), tasks)
-            if learns:
-                gates = estimator.gates(log_p, noise, self._temperature)
-                assignment, by_group = backends.sample(gates)
-                return FilterGroups.expanded(assignment, gates, tasks, by_group)
-        return self._one_row_per_kernel(log_p, noise)
+        if not self.training or rule.gates is None:
+            return self._one_row_per_kernel(log_p, noise)
+        learns = log_p.requires_grad and torch.is_grad_enabled()
+        if not learns and not rule.relaxed:
+            return self._one_row_per_kernel(log_p, noise)
+        assignment, by_group = backends.sample(log_p, noise)
+        drawn, noise = one_hot(assignment, groups, log_p.dtype), noise[None]
+        if rule.samples:
+            noise = torch.cat([noise, gumbel_noise(log_p.expand(rule.samples, -1, -1))])
+        everywhere = not learns or self._looks_everywhere()
+        formula = rule.gates if everywhere or not rule.relaxed else straight_through
+        gates = formula(drawn, log_p, noise, self._temperature)
+        all_gates = rule.all_gates and everywhere
+        if not all_gates or self.every > 1:  # how often the gradient counts
+            counts = self.every - (self.every - 1) * drawn if all_gates else drawn
+            gates = gates.detach() + (gates - gates.detach()) * counts
+        if rule.relaxed and everywhere:
+            return FilterGroups.relaxed(gates, tasks)
+        return FilterGroups.from_assignment(assignment, tasks, gates, by_group, all_gates)
+
+    def _looks_everywhere(self) -> bool:
+        """Is this a step that looks at the groups that were not drawn?"""
+        if self.every == 1:
+            return True
+        self._learning_steps += 1
+        self.learning_steps += 1
+        return self._learning_steps % self.every == 0
 
     def _one_row_per_kernel(self, log_p: Tensor, noise: Tensor | None) -> FilterGroups:
         assignment, by_group = backends.sample(log_p, noise)
@@ -246,6 +254,7 @@ class GroupGates(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.assigned = bool((self.fixed_assignment >= 0).all())
+        self._learning_steps = int(self.learning_steps)
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
 

@@ -53,9 +53,7 @@ class FilterGroups:
     Channels (rows) are sorted by group, and by kernel index within a group. There are three kinds:
 
     * one row per kernel: a drawn or fixed assignment (`from_assignment`);
-    * `full`: one row for every (group, kernel) pair, group after group. All of them live: a relaxed draw, or
-      streams. Or `drawn` tells the K rows that are live, the others being zero with a gate that wants a gradient
-      (`expanded`);
+    * `full`: one row for every (group, kernel) pair, group after group: a relaxed draw, or streams;
     * `blocks`: rows of their own for every group (heads, merges), used to address a weight.
 
     Attributes:
@@ -65,7 +63,8 @@ class FilterGroups:
         width: K, the number of kernels.
         assignment: int64 [K], the drawn group of each kernel; None for streams and blocks.
         gates: [K, groups] the gate z of each kernel in each group; None where all are one (streams, blocks).
-        drawn: the K live rows of expanded groups, as groups of their own; otherwise None: all rows are live.
+        all_gates: do the gates of the groups that a kernel was not drawn into want a gradient, too? Their rows are
+            zero, and no part of the packed tensor.
     """
 
     order: Tensor
@@ -74,7 +73,7 @@ class FilterGroups:
     width: int
     assignment: Tensor | None = None
     gates: Tensor | None = None
-    drawn: FilterGroups | None = None
+    all_gates: bool = False
 
     @staticmethod
     def from_assignment(
@@ -82,6 +81,7 @@ class FilterGroups:
         tasks: int | Iterable[str] = 2,
         gates: Tensor | None = None,
         by_group: tuple[Tensor, Tensor] | None = None,
+        all_gates: bool = False,
     ) -> FilterGroups:
         """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default. `by_group`: order and
         offsets, if they are known already."""
@@ -96,19 +96,7 @@ class FilterGroups:
                 torch.get_default_dtype()
             )
         order, offsets = sort_by_group(assignment, len(names)) if by_group is None else by_group
-        return FilterGroups(order, offsets, names, assignment.numel(), assignment, gates)
-
-    @staticmethod
-    def expanded(
-        assignment: Tensor,
-        gates: Tensor,
-        tasks: int | Iterable[str],
-        by_group: tuple[Tensor, Tensor] | None = None,
-    ) -> FilterGroups:
-        """All (T+1)K rows of a one-hot draw: the drawn ones live, the others zero, but every gate gets a gradient."""
-        drawn = FilterGroups.from_assignment(assignment, tasks, gates, by_group)
-        streams = FilterGroups.streams(assignment.numel(), tasks, assignment.device)
-        return dataclasses.replace(streams, assignment=assignment, gates=gates, drawn=drawn)
+        return FilterGroups(order, offsets, names, assignment.numel(), assignment, gates, all_gates)
 
     @staticmethod
     def relaxed(gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:
@@ -169,10 +157,14 @@ class FilterGroups:
         """int64 [K], kernel -> its row, for one row per kernel."""
         return torch.argsort(self.order)
 
-    @property
-    def live(self) -> FilterGroups:
-        """The rows that may be non-zero."""
-        return self if self.drawn is None else self.drawn
+    @cached_property
+    def others(self) -> Tensor:
+        """int64 [groups - 1, rows], for one row per kernel: the groups that the row's kernel was not drawn into, the
+        tasks in order, then shared."""
+        last = len(self.names) - 1
+        nth = torch.arange(last, device=self.ids.device)[:, None]
+        place = torch.where(self.ids == 0, last, self.ids - 1)  # of the row's own group in that order
+        return (nth + (nth >= place) + 1) % (last + 1)
 
     def row_gates(self) -> Tensor | None:
         """[rows], the gate of each row; None where all are one."""
@@ -198,11 +190,9 @@ class FilterGroups:
             return True
         if self.names != other.names or self.width != other.width or self.order.numel() != other.order.numel():
             return False
-        if (self.drawn is None) != (other.drawn is None) or (self.assignment is None) != (other.assignment is None):
+        if (self.assignment is None) != (other.assignment is None):
             return False
-        if not self.full:
-            return torch.equal(self.order, other.order) and torch.equal(self.offsets, other.offsets)
-        return self.drawn is None or other.drawn is None or self.drawn.same_as(other.drawn)
+        return self.full or (torch.equal(self.order, other.order) and torch.equal(self.offsets, other.offsets))
 
     def map(self, fn) -> FilterGroups:  # type: ignore[no-untyped-def]
         """`fn` applied to every tensor held."""
@@ -210,7 +200,7 @@ class FilterGroups:
         return pytree.tree_unflatten([fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
     def __repr__(self) -> str:
-        kind = "expanded" if self.drawn else "full" if self.full else "packed"
+        kind = "full" if self.full else "packed"
         return f"FilterGroups({kind}, groups={self.names}, kernels={self.width})"
 
 
@@ -224,14 +214,14 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-_TENSORS = ("order", "offsets", "assignment", "gates", "drawn")
+_TENSORS = ("order", "offsets", "assignment", "gates")
 pytree.register_pytree_node(
     FilterGroups,
-    lambda groups: ([getattr(groups, name) for name in _TENSORS], (groups.names, groups.width)),
+    lambda groups: ([getattr(groups, name) for name in _TENSORS], (groups.names, groups.width, groups.all_gates)),
     lambda children, context: FilterGroups(
-        names=context[0], width=context[1], **dict(zip(_TENSORS, children, strict=True))
+        **dict(zip(_TENSORS, children, strict=True)), **dict(zip(("names", "width", "all_gates"), context, strict=True))
     ),
     serialized_type_name="sfg_fast.FilterGroups",
     to_dumpable_context=list,
-    from_dumpable_context=lambda context: (tuple(context[0]), context[1]),
+    from_dumpable_context=lambda context: (tuple(context[0]), *context[1:]),
 )

@@ -1,6 +1,6 @@
 """The two passes of the routed convolution, on any kernels and without autograd.
 
-What stands between the one operation and the kernels: which rows and columns are live, and when the groups share work.
+What stands between the one operation and the kernels: when the groups share work.
 """
 
 from __future__ import annotations
@@ -12,100 +12,76 @@ import torch
 from torch import Tensor
 
 from .groups import FilterGroups, Routing
-from .kernels.packing import select_channels, unpack_dim
+from .kernels.packing import unpack_dim
 from .kernels.spec import RoutedConv
-
-
-def recomputes(kernels: Any, spec: RoutedConv) -> bool:
-    """Are rows that are not live left out in the forward pass, and computed for the gates' gradient alone?"""
-    return kernels.SHARES_PRODUCTS and spec.rows.drawn is not None and not one_image_for_every_group(spec)
 
 
 class Kept(NamedTuple):
     """What the backward pass wants of the forward pass, the layer's input aside."""
 
     packed: Any
-    alike: tuple[RoutedConv, Any] | None  # a relaxed draw: the plain convolution that all groups do, and its parameters
+    alike: tuple[RoutedConv, Any] | None  # a relaxed draw: the plain convolution that all groups do, and its weight
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kernels: Any, spec: RoutedConv, relu: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Kept]:
-    """Live columns -> all rows.
-
-    Returns u of the live rows; what the gates of the others need (`AllRows`), unless that is x: u of all rows, or the
-    live columns; the live columns; and what is kept.
-    """
-    live_x = x if spec.columns.drawn is None else select_channels(x, spec.columns.live.rows_in_streams)
-    rest = None
-    if recomputes(kernels, spec):
-        rest = None if live_x is x else live_x
-        spec = spec._replace(rows=spec.rows.live)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernels: Any,
+    spec: RoutedConv,
+    relu: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Kept]:
+    """Returns u (`relu`: relu(u)), with `keep` what the gates of the others need besides x, and what is kept."""
     fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
-    packed = kernels.pack(weight, bias, spec, x.dtype)
-    alike = None
-    if one_image_for_every_group(spec) or same_work_for_every_group(spec):
-        one = plain(spec, *weight.shape[:2])
-        alike = one, kernels.pack(weight, bias, one, x.dtype)
-    if one_image_for_every_group(spec):
-        assert alike is not None
-        u = kernels.forward(x, alike[1], alike[0], **fused).repeat(1, len(spec.rows.names), 1, 1)
-    elif alike is not None and not kernels.SHARES_PRODUCTS:
-        u = unfold(kernels.forward(fold(x, spec), alike[1], alike[0], **fused), spec)
-    else:
-        u = kernels.forward(live_x, packed, spec, **fused)
-    if spec.rows.drawn is not None:
-        alike = None  # the live rows don't do the same work
-    if spec.rows.drawn is None:
-        return u, rest, live_x, Kept(packed, alike)
-    return select_channels(u, spec.rows.drawn.rows_in_streams), u, live_x, Kept(packed, alike)
+    kept = prepare(weight, bias, kernels, spec, x.dtype)
+    fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
+    return *kernels.forward(x, kept.packed, spec, **fused, keep=keep), kept
 
 
-def prepare_backward(x: Tensor, weight: Tensor, kernels: Any, spec: RoutedConv) -> tuple[Tensor, Kept]:
-    """The live columns and what `forward` would have kept."""
-    live_x = x if spec.columns.drawn is None else select_channels(x, spec.columns.live.rows_in_streams)
-    spec = spec._replace(rows=spec.rows.live)
+def prepare(weight: Tensor, bias: Tensor | None, kernels: Any, spec: RoutedConv, dtype: torch.dtype) -> Kept:
+    """The parameters, packed."""
     alike = None
     if same_work_for_every_group(spec):
         one = plain(spec, *weight.shape[:2])
-        alike = one, kernels.pack(weight, None, one, x.dtype)
-    return live_x, Kept(kernels.pack(weight, None, spec, x.dtype), alike)
+        alike = one, kernels.pack(weight, None, one, dtype)
+    return Kept(kernels.pack(weight, bias, spec, dtype), alike)
 
 
 def backward(
     dy: Tensor,
-    live_x: Tensor,
+    x: Tensor,
     passed: Tensor | None,
     kept: Kept,
     kernels: Any,
     spec: RoutedConv,
-    size: tuple[int, int],
     wants: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Live rows -> all columns, and live rows x live columns: dx, dw, db, where wanted. `passed`: the ReLU's output."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dothers (`kernels/__init__.py`), dw, db, where wanted. `passed`: the ReLU's output."""
     wants_x, wants_weight, wants_bias = wants
     packed = kept.packed
-    dx = dw = db = None
+    dx = dothers = dw = db = None
     if wants_x:
         fused = {"relu": passed} if kernels.FUSES else {}
-        dx = kernels.input_gradient(dy, packed, spec, size, **fused)
+        dx, dothers = kernels.input_gradient(dy, packed, spec, tuple(x.shape[2:]), **fused)
     if wants_weight:
         if kept.alike is not None:  # the groups folded into the batch: one weight gradient for all
-            live_x, dy = fold(live_x, spec), fold_rows(dy, spec)
+            x, dy = fold(x, spec), fold_rows(dy, spec)
             passed = None if passed is None else fold_rows(passed, spec)
             spec, packed = kept.alike
         fused = {"relu": passed} if kernels.FUSES else {}
-        dw, db = kernels.weight_gradient(live_x, dy, packed, spec, **fused, bias=wants_bias)
+        dw, db = kernels.weight_gradient(x, dy, packed, spec, **fused, bias=wants_bias)
     elif wants_bias:
         db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
-        db = unpack_dim(db, 0, spec.rows.live)
-    return dx, dw, db
+        db = unpack_dim(db, 0, spec.rows)
+    return dx, dothers, dw, db
 
 
 def same_work_for_every_group(spec: RoutedConv) -> bool:
     """Do all groups convolve full-width tensors with the same kernels? Then one block-masked convolution would do (T+1)
     times the work that is needed."""
-    return spec.columns.full and spec.columns.drawn is None and spec.rows.full and spec.routing is not Routing.ALL
+    return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
 
 
 def one_image_for_every_group(spec: RoutedConv) -> bool:

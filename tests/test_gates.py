@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, straight_through, temperature_at
+from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, temperature_at
 from tests import oracle
 
 DRAWS = 20000
@@ -59,7 +59,9 @@ def test_gates_and_their_gradient_are_the_formula(estimator, float64):
 
 
 def test_straight_through_is_one_hot_to_the_bit():
-    z = straight_through(torch.randn(500, 3).log_softmax(1), gumbel_noise(torch.empty(500, 3)), torch.tensor(0.7))
+    gates = GroupGates(500, 2, "dirichlet", "straight_through")
+    gates.temperature = 0.7
+    z = gates.draw().gates
     assert torch.equal(z, z.round())
     assert torch.equal(z.sum(1), torch.ones(500))
 

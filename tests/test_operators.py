@@ -7,41 +7,34 @@ from sfg_fast.kernels.spec import Geometry, RoutedConv
 from sfg_fast import backend
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import routed_conv, routed_conv_expanded
+from sfg_fast.routed_conv import routed_conv, routed_conv_kept
 
 BACKENDS = ["masked"] + ["native"] * available("native") + ["triton"] * available("triton")
-KINDS = ["packed", "expanded", "expanded rows", "relaxed", "image"]
+KINDS = ["packed", "with others", "rows with others", "relaxed", "image"]
 
 
 def problem(kind):
-    """x, weight, bias, spec: 5 channels, 4 kernels, two tasks; stride 2 down."""
+    """x, others, weight, bias, spec: 5 channels, 4 kernels, two tasks; stride 2 down."""
     into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
-    gates_in, gates_out = (torch.nn.functional.one_hot(side, 3).float() for side in (into, out))
-    columns = {
-        "packed": FilterGroups.from_assignment(into),
-        "expanded": FilterGroups.expanded(into, gates_in, 2),
-        "expanded rows": FilterGroups.from_assignment(into),
-        "relaxed": FilterGroups.streams(5, 2),
-        "image": FilterGroups.blocks([5], ("image",)),
-    }[kind]
-    if kind == "packed":
-        rows = FilterGroups.from_assignment(out)
-    elif kind == "relaxed":
-        rows = FilterGroups.relaxed(gates_out, 2)
-    else:
-        rows = FilterGroups.expanded(out, gates_out, 2)
+    columns = FilterGroups.from_assignment(into, all_gates=kind == "with others")
+    rows = FilterGroups.from_assignment(out, all_gates=kind != "packed")
+    routing = Routing.ARROW
+    if kind == "relaxed":
+        columns, rows = FilterGroups.streams(5, 2), FilterGroups.relaxed(rows.gates, 2)
+    if kind == "image":
+        columns, routing = FilterGroups.blocks([5], ("image",)), Routing.ALL
     x = torch.randn(2, len(columns.order), 6, 5)
-    if kind == "expanded":
-        x = x * gates_in.t().reshape(-1)[:, None, None]
-    routing = Routing.ALL if kind == "image" else Routing.ARROW
+    others = x.new_zeros(()).expand(2, 2 * 5, 6, 5).requires_grad_() if columns.all_gates else None
     spec = RoutedConv(rows, columns, routing, Geometry((2, 1), (1, 1), (1, 1)))
-    return x.requires_grad_(), torch.randn(4, 5, 3, 3).requires_grad_(), torch.randn(4).requires_grad_(), spec
+    return x.requires_grad_(), others, torch.randn(4, 5, 3, 3).requires_grad_(), torch.randn(4).requires_grad_(), spec
 
 
-def run(x, weight, bias, spec, relu):
-    if spec.rows.drawn is None:
-        return routed_conv(x, weight, bias, spec, relu)
-    return routed_conv_expanded(x, weight, bias, spec, relu)[0]
+def run(x, others, weight, bias, spec, relu):
+    """u, and what the gates of its others need."""
+    if not spec.rows.all_gates:
+        return routed_conv(x, weight, bias, spec, relu, others=others), torch.empty(0)
+    u, recipe = routed_conv_kept(x, weight, bias, spec, relu, others)
+    return u, recipe.a
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -53,9 +46,10 @@ def test_a_compiled_graph_gives_the_same(name, kind, relu):
     compiled = torch.compile(lambda *leaves: run(*leaves, spec, relu), fullgraph=True, backend="aot_eager")
     with backend(name):
         results = [call(*leaves) for call in (lambda *leaves: run(*leaves, spec, relu), compiled)]
-    dy = torch.randn_like(results[0])
-    gradients = [torch.autograd.grad(result, leaves, dy) for result in results]
-    for a, b in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+    dy = torch.randn_like(results[0][0])
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    gradients = [torch.autograd.grad(u, inputs, dy) for u, _ in results]
+    for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -63,14 +57,11 @@ def test_a_compiled_graph_gives_the_same(name, kind, relu):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(name, kind):
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""
-    x, weight, bias, spec = problem(kind)
+    x, others, weight, bias, spec = problem(kind)
     folder = {"masked": "masked", "native": "cpu", "triton": "triton"}[name]
-    sides = []
-    for groups in (spec.rows, spec.columns):
-        drawn = groups.drawn
-        sides += [groups.order, groups.offsets]
-        sides += [torch.empty(0, dtype=torch.int64)] * 2 if drawn is None else [drawn.order, drawn.offsets]
+    sides = [spec.rows.order, spec.rows.offsets, spec.columns.order, spec.columns.offsets]
     sizes, numbers = [3, 4, len(spec.columns.names), 5], [2, 1, 1, 1, 1, 1]
-    arguments = (x, weight, bias, None, sides, sizes, numbers, spec.routing.value, name != "masked", folder)
+    fused, keep = name != "masked", kind in ("with others", "rows with others")
+    arguments = (x, others, weight, bias, None, sides, sizes, numbers, spec.routing.value, fused, keep, folder)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.sfg_fast.routed_conv.default, arguments, test_utils=tests)

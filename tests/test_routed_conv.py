@@ -6,23 +6,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfg_fast.kernels.spec import Geometry
+from torch.utils.flop_counter import FlopCounterMode
 
 from sfg_fast import backend
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_expanded
+from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_kept
 from tests.oracle import assert_close
 
 
-def check_gates(all_rows, u, random):
-    """<dF, act(scale * u + shift)> of all rows, where the kernels sum it themselves."""
-    df, scale, shift = random(*u.shape), *(random(u.shape[1]) for _ in range(2))
+def check_others(recipe, u, random):
+    """u of the others, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
+    for n, found in enumerate(recipe.values()):
+        assert_close(found, u[:, n], what="others")
+    df, scale, shift = random(*u.shape), *(random(*u.shape[1:3]) for _ in range(2))
     for affine in ((None, None), (scale, shift)):
         for relu in (False, True):
-            h = u if affine[0] is None else u * scale[:, None, None] + shift[:, None, None]
-            dz = all_rows.gate_gradient(df, *affine, relu)
-            if dz is not None:
-                assert_close(dz, (df * (h.clamp_min(0) if relu else h)).sum((0, 2, 3)), what="gates")
+            h = u if affine[0] is None else u * scale[:, :, None, None] + shift[:, :, None, None]
+            dz = recipe.gate_gradient(df.flatten(1, 2), *affine, relu)
+            assert_close(dz, (df * (h.clamp_min(0) if relu else h)).sum((0, 3, 4)), what="gates")
 
 
 BACKENDS = [
@@ -51,8 +53,8 @@ def problems(draw):
         "batch": draw(st.integers(1, 3)),
         "bias": draw(st.booleans()),
         "routing": draw(st.sampled_from(list(Routing))),
-        "columns": draw(st.sampled_from(["packed", "expanded", "streams"])),
-        "rows": draw(st.sampled_from(["packed", "expanded", "relaxed"])),
+        "columns": draw(st.sampled_from(["packed", "with others", "streams"])),
+        "rows": draw(st.sampled_from(["packed", "with others", "relaxed"])),
         "seed": draw(st.integers(0, 2**16)),
     }
 
@@ -69,55 +71,52 @@ def check(problem, name):
         return torch.randint(groups, (width,), generator=generator)
 
     into, out = assignment(p["channels"]), assignment(p["kernels"])
-    onehot_in = F.one_hot(into, groups).to(torch.float64)
     onehot_out = F.one_hot(out, groups).to(torch.float64)
     if p["routing"] is Routing.ALL:
         columns = FilterGroups.blocks([p["channels"]], ("image",))
-        x = random(p["batch"], p["channels"], *p["image"]).requires_grad_()
-        dense = [x] * groups
+        everything = random(p["batch"], p["channels"], *p["image"]).requires_grad_()
+        live, dense = slice(None), [everything] * groups
     else:
-        columns = {
-            "packed": FilterGroups.from_assignment(into, p["tasks"], onehot_in),
-            "expanded": FilterGroups.expanded(into, onehot_in, p["tasks"]),
-            "streams": FilterGroups.streams(p["channels"], p["tasks"]),
-        }[p["columns"]]
-        x = random(p["batch"], len(columns.order), *p["image"])
-        if columns.drawn is not None:  # only the drawn rows can be other than zero
-            x *= onehot_in.t().reshape(-1)[:, None, None]
-        x.requires_grad_()
-        place = torch.eye(groups * p["channels"], dtype=torch.float64)[columns.rows_in_streams]  # row -> stream
-        dense = list(torch.einsum("nrhw,rs->nshw", x, place).split(p["channels"], 1))
+        columns = FilterGroups.streams(p["channels"], p["tasks"])
+        if p["columns"] != "streams":
+            columns = FilterGroups.from_assignment(into, p["tasks"], all_gates=p["columns"] == "with others")
+        live = columns.rows_in_streams
+        everything = torch.zeros(p["batch"], groups * p["channels"], *p["image"], dtype=torch.float64)
+        everything[:, live] = random(p["batch"], len(live), *p["image"])  # others are zero
+        everything.requires_grad_()
+        dense = list(everything.split(p["channels"], 1))
         if p["routing"] is Routing.ARROW:
             dense = [dense[0]] + [task + dense[0] for task in dense[1:]]
-    rows = {
-        "packed": FilterGroups.from_assignment(out, p["tasks"], onehot_out),
-        "expanded": FilterGroups.expanded(out, onehot_out, p["tasks"]),
-        "relaxed": FilterGroups.relaxed(onehot_out, p["tasks"]),
-    }[p["rows"]]
+    rows = FilterGroups.relaxed(onehot_out, p["tasks"])
+    if p["rows"] != "relaxed":
+        rows = FilterGroups.from_assignment(out, p["tasks"], onehot_out, all_gates=p["rows"] == "with others")
     weight = random(p["kernels"], p["channels"], *p["kernel_size"]).requires_grad_()
     bias = random(p["kernels"]).requires_grad_() if p["bias"] else None
-    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
+    parameters = [leaf for leaf in (weight, bias) if leaf is not None]
 
     u = torch.cat([F.conv2d(d, weight, bias, p["stride"], p["padding"], p["dilation"]) for d in dense], 1)
-    expected_all = u[:, rows.rows_in_streams]
-    expected = u[:, rows.live.rows_in_streams]
+    expected = u[:, rows.rows_in_streams]
     dy = random(*expected.shape)
-    wanted = torch.autograd.grad(expected, leaves, dy)
+    dx, *wanted = torch.autograd.grad(expected, [everything, *parameters], dy)
 
     spec = RoutedConv(rows, columns, p["routing"], Geometry(p["stride"], p["padding"], p["dilation"]))
+    x = everything.detach()[:, live].requires_grad_()
+    others = None
+    if columns.all_gates:
+        of_columns = columns.others * columns.width + columns.order
+        others = x.new_zeros(()).expand(p["batch"], of_columns.numel(), *p["image"]).requires_grad_()
+        wanted.append(dx[:, of_columns.flatten()])
     with backend(name):
-        if rows.drawn is None:
-            live = routed_conv(x, weight, bias, spec)
+        if rows.all_gates:
+            y, recipe = routed_conv_kept(x, weight, bias, spec, others=others)
+            of_rows = rows.others * rows.width + rows.order
+            check_others(recipe, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
         else:
-            live, all_rows = routed_conv_expanded(x, weight, bias, spec)
-    got = torch.autograd.grad(live, leaves, dy)
-    assert_close(live, expected, what="live rows")
-    if rows.drawn is not None:
-        everything = all_rows.values()
-        assert not everything.requires_grad
-        assert_close(everything, expected_all, what="all rows")
-        check_gates(all_rows, expected_all.detach(), random)
-    for what, a, b in zip(("input", "weight", "bias"), got, wanted, strict=False):
+            y = routed_conv(x, weight, bias, spec, others=others)
+    inputs = [x, *parameters] + ([] if others is None else [others])
+    assert_close(y, expected, what="u")
+    names = ["input", "weight", "bias"][: 1 + len(parameters)] + ["others"]
+    for what, a, b in zip(names, torch.autograd.grad(y, inputs, dy), [dx[:, live], *wanted], strict=False):
         assert_close(a, b, what=f"gradient of the {what}")
 
 
@@ -137,8 +136,8 @@ def test_triton_against_dense_masking(problem):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("routing", Routing)
-@pytest.mark.parametrize("columns", ["packed", "expanded", "streams"])
-@pytest.mark.parametrize("rows", ["packed", "expanded", "relaxed"])
+@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
+@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
 def test_every_kind_of_rows_and_columns(name, rows, columns, routing):
     problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
     problem |= {"dilation": (1, 1), "image": (5, 6), "batch": 2, "bias": True, "seed": 0}
@@ -223,20 +222,27 @@ def test_native_float32_is_as_near_to_float64_as_torch_is():
     assert error < 45 * torch.finfo(torch.float32).eps  # at most 5 * 9 products in a sum
 
 
-def test_flops_of_a_straight_through_step_on_masked():
-    """Forward K -> (T+1)K, input gradient K -> (T+1)K, weight gradient K x K: 7 plain convolutions at T = 2, never the
-    9 + 9 + 9 of one block-masked convolution of (T+1)K x (T+1)K."""
-    from torch.utils.flop_counter import FlopCounterMode
+SPLITS = [[4, 4, 4], [7, 3, 2], [11, 1, 0], [12, 0, 0], [0, 6, 6], [3, 3, 3, 3], [0, 0, 0, 12]]
 
-    kernels, size = 6, 16
-    into, out = torch.arange(kernels) % 3, torch.arange(kernels) // 2
-    onehot = F.one_hot(out, 3).float()
-    columns = FilterGroups.expanded(into, F.one_hot(into, 3).float(), 2)
-    rows = FilterGroups.expanded(out, onehot, 2)
-    x = (torch.randn(1, 3 * kernels, size, size) * F.one_hot(into, 3).t().reshape(-1)[:, None, None]).requires_grad_()
+
+@pytest.mark.parametrize("into", SPLITS, ids=str)
+@pytest.mark.parametrize("out", SPLITS, ids=str)
+def test_flops_of_a_straight_through_step(into, out):
+    """A step with the gates' gradient costs at most three plain convolutions for any split (DESIGN, section 6); dense
+    masking takes 9 for two tasks."""
+    if len(into) != len(out):
+        return
+    kernels, size, tasks = 12, 8, len(into) - 1
+    columns, rows = (
+        FilterGroups.from_assignment(torch.repeat_interleave(torch.tensor(sizes)), tasks, all_gates=True)
+        for sizes in (into, out)
+    )
+    x = torch.randn(1, kernels, size, size, requires_grad=True)
+    others = x.new_zeros(()).expand(1, tasks * kernels, size, size).requires_grad_()
     weight = torch.randn(kernels, kernels, 3, 3, requires_grad=True)
     spec = RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
     with FlopCounterMode(display=False) as counter, backend("masked"):
-        routed_conv_expanded(x, weight, None, spec)[0].sum().backward()
-    plain = 2 * kernels * kernels * 9 * size * size
-    assert counter.get_total_flops() == 7 * plain
+        y, recipe = routed_conv_kept(x, weight, None, spec, others=others)
+        y.sum().backward()
+        recipe.gate_gradient(torch.randn(1, tasks * kernels, size, size), None, None, True)
+    assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size

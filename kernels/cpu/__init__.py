@@ -19,6 +19,7 @@ __all__ = [
     "SHARES_PRODUCTS",
     "cannot",
     "forward",
+    "gate_gradient",
     "input_gradient",
     "missing",
     "pack",
@@ -46,22 +47,47 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     return pack_parameters(weight.detach(), bias, spec, dtype, zero_unread=False)
 
 
-def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-    weight = packed.forward
+def forward(
+    x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    weight = packed.weight
     y = x.new_empty(x.shape[0], weight.shape[0], *spec.geometry.output_size(x.shape[2:], weight.shape[2:]))
-    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, y
-    _native.forward(*arrays, *_blocks(spec.rows, spec.columns.live, spec), *spec.geometry, torch.get_num_threads())
-    return y
+    a = torch.empty_like(y) if keep else None
+    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, y, a
+    _native.forward(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    return y, a
 
 
 def input_gradient(
     dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    images, channels, groups = dy.shape[0], packed.weight.shape[1], len(spec.columns.names)
+    dx = dy.new_empty(images, channels, *size)
+    dothers = dy.new_empty(images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, dothers
+    _native.input_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    return dx, dothers
+
+
+def gate_gradient(
+    x: Tensor,
+    a: Tensor | None,
+    packed: Packed,
+    spec: RoutedConv,
+    dothers: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    dx = dy.new_empty(dy.shape[0], packed.backward.shape[1], *size)
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.backward), dx
-    blocks = _blocks(spec.rows.live, spec.columns, spec)
-    _native.input_gradient(*arrays, *blocks, *spec.geometry, torch.get_num_threads())
-    return dx
+    rows, others = packed.weight.shape[0], len(spec.rows.names) - 1
+    dz = x.new_empty(others, rows)
+    affine = (None if values is None else values.to(x.dtype).contiguous() for values in (scale, shift))
+    inputs = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a), _plain(dothers)
+    size = tuple(dothers.shape[2:])
+    _native.gate_gradient(
+        *inputs, *affine, relu, dz, size, *spec.blocks(), *spec.geometry, torch.get_num_threads()
+    )
+    return dz
 
 
 def weight_gradient(
@@ -72,16 +98,11 @@ def weight_gradient(
     relu: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    rows, columns = spec.rows.live, spec.columns.live
-    dw = x.new_empty(dy.shape[1], x.shape[1], *packed.forward.shape[2:])
+    dw = x.new_empty(packed.weight.shape)
     db = x.new_empty(dy.shape[1]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
-    _native.weight_gradient(*arrays, *_blocks(rows, columns, spec), *spec.geometry, torch.get_num_threads())
-    return unpack(dw, rows, columns), None if db is None else unpack_dim(db, 0, rows)
-
-
-def _blocks(rows: FilterGroups, columns: FilterGroups, spec: RoutedConv) -> tuple[Tensor, Tensor, Tensor]:
-    return spec._replace(rows=rows, columns=columns).blocks()
+    _native.weight_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    return unpack(dw, spec.rows, spec.columns), None if db is None else unpack_dim(db, 0, spec.rows)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -38,14 +38,15 @@ void require(bool condition, const char* message) {
 }
 
 // Everything the kernels index with is checked here, against every array.
-template <typename X, typename W, typename Y>
-Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair dilation) {
+template <typename X, typename W>
+Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, Pair stride, Pair padding, Pair dilation) {
     Shape p{};
     p.n = x.shape(0), p.c = x.shape(1), p.h = x.shape(2), p.w = x.shape(3);
-    p.k = y.shape(1), p.oh = y.shape(2), p.ow = y.shape(3);
+    p.k = y[1], p.oh = y[2], p.ow = y[3];
     p.r = w.shape(2), p.s = w.shape(3), p.tap_step[0] = p.s, p.tap_step[1] = 1;
-    require(w.shape(0) == y.shape(1) && w.shape(1) == x.shape(1), "the weight does not fit input and output channels");
-    require(y.shape(0) == x.shape(0), "input and output differ in batch size");
+    require(int64_t(w.shape(0)) == p.k && int64_t(w.shape(1)) == p.c,
+            "the weight does not fit input and output channels");
+    require(y[0] == p.n, "input and output differ in batch size");
     const int64_t image[] = {p.h, p.w}, taps[] = {p.r, p.s};
     for (int i = 0; i < 2; i++) {
         require(image[i] + 2 * padding[i] >= dilation[i] * (taps[i] - 1) + 1, "the kernel is larger than the image");
@@ -59,6 +60,14 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
                 p.ow == size(p.w, p.s, stride[1], padding[1], dilation[1]),
             "the output has the wrong height or width");
     return p;
+}
+
+template <typename X, typename W, typename Y>
+Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair dilation) {
+    return shape(x, w,
+                 std::array<int64_t, 4>{int64_t(y.shape(0)), int64_t(y.shape(1)), int64_t(y.shape(2)),
+                                        int64_t(y.shape(3))},
+                 stride, padding, dilation);
 }
 
 Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Shape& p) {
@@ -78,38 +87,41 @@ Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, c
 template <typename T>
 using Optional = std::optional<Tensor<const T>>;
 
+// The memory of a tensor of that shape, null if there is none.
 template <typename T>
-const T* data(const Optional<T>& tensor, const Shape& p, const char* message) {
+T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected, const char* message) {
     if (!tensor) return nullptr;
-    const int64_t expected[] = {p.n, p.k, p.oh, p.ow};
     for (int i = 0; i < 4; i++) require(int64_t(tensor->shape(i)) == expected[i], message);
     return tensor->data();
 }
 
 template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
-             bool relu, Tensor<T> y, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding,
+             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding,
              Pair dilation, int threads) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
-    const T* add = data<T>(residual, p, "the residual does not fit the output");
+    const T* add = data(residual, {p.n, p.k, p.oh, p.ow}, "the residual does not fit the output");
+    T* keep = data(kept, {p.n, p.k, p.oh, p.ow}, "what is kept does not fit the output");
     const Blocks b = blocks(rows, columns, reads, p);
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), p, b, threads);
+    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), keep, p,
+                    b, threads);
 }
 
 template <typename T>
-void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx, Offsets rows,
-                    Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
+void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
+                    std::optional<Tensor<T>> others, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
-    const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
+    const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
+    T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), p, b, threads);
+    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), rest, p, b, threads);
 }
 
 template <typename T>
@@ -118,7 +130,7 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
                      Pair padding, Pair dilation, int threads) {
     const Shape p = shape(x, dw, dy, stride, padding, dilation);
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
-    const T* passed = data<T>(relu, p, "the ReLU's output does not fit the gradient");
+    const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
@@ -127,12 +139,41 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
 }
 
 template <typename T>
+void gate_gradient(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> kept,
+                   Tensor<const T> df, std::optional<Array<const T, 2>> scale, std::optional<Array<const T, 2>> shift,
+                   bool relu, Array<T, 2> dz, std::array<int64_t, 2> size, Offsets rows, Offsets columns, Table reads,
+                   Pair stride, Pair padding, Pair dilation, int threads) {
+    const std::array<int64_t, 4> y{int64_t(x.shape(0)), int64_t(w.shape(0)), size[0], size[1]};
+    const Shape p = shape(x, w, y, stride, padding, dilation);
+    const Blocks b = blocks(rows, columns, reads, p);
+    require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
+    const T* a = data(kept, y, "what is kept does not fit the output");
+    const int64_t others = b.groups_out - 1;
+    data(std::optional(df), {p.n, others * p.k, p.oh, p.ow}, "the gradient of the others does not fit the output");
+    const auto fits = [&](const auto& gates) {
+        return int64_t(gates.shape(0)) == others && int64_t(gates.shape(1)) == p.k;
+    };
+    require(fits(dz), "the gates' gradient does not fit the groups");
+    require(bool(scale) == bool(shift) && (!scale || (fits(*scale) && fits(*shift))), "scale or shift don't fit");
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
+    const nb::gil_scoped_release released;
+    sfg::gate_gradient<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, a, df.data(),
+                          scale ? scale->data() : nullptr, shift ? shift->data() : nullptr, relu, dz.data(), p, b,
+                          threads);
+}
+
+template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
+          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
           "padding"_a, "dilation"_a, "threads"_a);
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
-          "dx"_a.noconvert(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+          "dx"_a.noconvert(), "others"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+    m.def("gate_gradient", &gate_gradient<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
+          "kept"_a.noconvert().none(), "df"_a.noconvert(), "scale"_a.noconvert().none(), "shift"_a.noconvert().none(),
+          "relu"_a, "dz"_a.noconvert(), "size"_a, "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
+          "dilation"_a, "threads"_a);
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a);

@@ -170,13 +170,14 @@ void copy(const Copy<T>& t) {
 
 // K outputs x NV vectors of positions, all sums in registers.
 template <typename T, int K, int NV>
-SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* residual, int64_t columns) {
+SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* start, const T* residual,
+                          int64_t columns) {
     constexpr int L = LANES<T>;
     Vector<T> sum[K][NV];
     SFG_UNROLL
     for (int k = 0; k < K; k++) {
         SFG_UNROLL
-        for (int v = 0; v < NV; v++) sum[k][v] = broadcast(t.bias[k]);
+        for (int v = 0; v < NV; v++) sum[k][v] = start ? load(start + k * t.start_channel + v * L) : broadcast(t.bias[k]);
     }
     const T* weights = t.weight;
     for (int64_t r = 0; r < t.read_count; r++) {
@@ -252,14 +253,18 @@ void output_tile(const OutputTile<T>& t) {
         const T* x = t.x + s * t.at.pitch;
         T* y = t.y + s * t.y_strip;
         const T* residual = t.residual ? t.residual + s * t.y_strip : nullptr;
+        const T* start = t.start ? t.start + s * t.start_strip : nullptr;
         int64_t j = 0;
         const auto advance = [&](int64_t by) {
-            j += by, x += by, y += by, residual = residual ? residual + by : nullptr;
+            j += by, x += by, y += by, residual = residual ? residual + by : nullptr, start = start ? start + by : nullptr;
         };
-        for (; t.at.length - j > (W - 1) * L; advance(W * L)) output_at<T, K, W>(t, x, y, residual, t.at.length - j);
-        if (W > 4 && t.at.length - j > 3 * L) output_at<T, K, 4>(t, x, y, residual, t.at.length - j), advance(4 * L);
-        if (W > 2 && t.at.length - j > L) output_at<T, K, 2>(t, x, y, residual, t.at.length - j), advance(2 * L);
-        if (t.at.length > j) output_at<T, K, 1>(t, x, y, residual, t.at.length - j);
+        for (; t.at.length - j > (W - 1) * L; advance(W * L))
+            output_at<T, K, W>(t, x, y, start, residual, t.at.length - j);
+        if (W > 4 && t.at.length - j > 3 * L)
+            output_at<T, K, 4>(t, x, y, start, residual, t.at.length - j), advance(4 * L);
+        if (W > 2 && t.at.length - j > L)
+            output_at<T, K, 2>(t, x, y, start, residual, t.at.length - j), advance(2 * L);
+        if (t.at.length > j) output_at<T, K, 1>(t, x, y, start, residual, t.at.length - j);
     }
 }
 
@@ -371,13 +376,52 @@ void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total)
     *total += rest;
 }
 
+// --------------------------------------------------------------------------------------------------------------- gates
+
+template <typename T>
+void gates(const GateTile<T>& t) {
+    constexpr int L = LANES<T>;
+    const Vector<T> none{};
+    for (int64_t k = 0; k < t.channels; k++) {
+        const T a = t.scale ? t.scale[k] : T(1), b = t.scale ? t.shift[k] : T(0);
+        const Vector<T> scale = broadcast(a), shift = broadcast(b);
+        Vector<T> sums[2] = {none, none};
+        T rest = 0;
+        for (int64_t i = 0; i < t.rows; i++) {
+            const T* u = t.u + k * t.u_channel + i * t.u_row;
+            const T* df = t.df + k * t.df_channel + i * t.df_row;
+            int64_t j = 0;
+            for (; j + L <= t.columns; j += L) {
+                Vector<T> h = load(u + j) * scale + shift;
+                if (t.relu) h = h < none ? none : h;
+                sums[(j / L) & 1] += load(df + j) * h;
+            }
+            for (; j < t.columns; j++) {
+                T h = u[j] * a + b;
+                if (t.relu && h < 0) h = 0;
+                rest += df[j] * h;
+            }
+        }
+        sums[0] += sums[1];
+        add_sums<T, 1>(sums, t.sums + k);
+        t.sums[k] += rest;
+    }
+}
+
+template <typename T>
+void add(T* to, const T* from, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES<T> <= count; j += LANES<T>) store<T>(to + j, load(to + j) + load(from + j));
+    for (; j < count; j++) to[j] += from[j];
+}
+
 constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS == 32 ? 8 : 4;
 
 }  // namespace
 
 #define SFG_LOOPS(T)                         \
     extern const InnerLoops<T> loops_##T = { \
-        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>};
+        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>, gates<T>, add<T>};
 SFG_LOOPS(float)
 SFG_LOOPS(double)
 

@@ -41,7 +41,7 @@ struct Tap {
     int64_t index;   // in the kernel
 };
 
-// y[k] = act(bias[k] + sum over channels, taps of weight * x) for a few output channels of one group.
+// y[k] = act(start[k] + sum over channels, taps of weight * x) for a few output channels of one group.
 template <typename T>
 struct OutputTile {
     const T* x;
@@ -52,7 +52,9 @@ struct OutputTile {
     int64_t read_count;
     const T* weight;  // [channel read][kernel_taps][output]
     int64_t kernel_taps;
-    const T* bias;  // [output]
+    const T* bias;   // [output]
+    const T* start;  // what the sums begin with: null for the bias, or laid out as start_channel, start_strip say
+    int64_t start_channel, start_strip;
     int64_t outputs;
     bool relu;
     Strips at;
@@ -79,6 +81,17 @@ struct GradientTile {
     Strips at;  // length is a whole number of vectors; dy is zero where there is no output
 };
 
+// sums[k] += sum over rows, columns of df[k] * act(scale[k] * u[k] + shift[k]), for a few channels.
+template <typename T>
+struct GateTile {
+    const T *u, *df;
+    int64_t u_channel, u_row, df_channel, df_row;
+    const T *scale, *shift;  // [channel], or null
+    bool relu;
+    int64_t channels, rows, columns;
+    T* sums;
+};
+
 template <typename T>
 struct InnerLoops {
     int64_t lanes;             // numbers in a vector
@@ -88,6 +101,8 @@ struct InnerLoops {
     void (*output)(const OutputTile<T>&);
     void (*gradient)(const GradientTile<T>&);
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum
+    void (*gates)(const GateTile<T>&);
+    void (*add)(T* to, const T* from, int64_t count);  // to += from
 };
 
 #define SFG_DECLARE(isa)                          \

@@ -177,7 +177,7 @@ std::vector<Part> parts(const Blocks& blocks, bool transposed, int64_t most_outp
         const int64_t count = (size + most_outputs - 1) / most_outputs;
         for (int64_t t = 0; t < count; t++) {  // tiles of equal size, give or take one
             const int64_t first = out[g] + size * t / count, last = out[g] + size * (t + 1) / count;
-            part.tiles.push_back({first, last - first, reads, total, *weights});
+            part.tiles.push_back({g, first, last - first, reads, total, *weights});
             *weights += (last - first) * total;
         }
         Part* before = list.empty() ? nullptr : &list.back();

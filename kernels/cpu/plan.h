@@ -33,7 +33,7 @@ std::vector<Axis> undilated(const std::vector<Axis>&);
 
 // Output channels [first, first + outputs) of one group, and the source channels that they read.
 struct Tile {
-    int64_t first, outputs;
+    int64_t group, first, outputs;
     std::vector<Range> reads;
     int64_t reads_total;
     int64_t weights;  // offset of its packed weights, or gradients, in units of a whole kernel

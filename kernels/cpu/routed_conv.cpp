@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "plan.h"
@@ -89,7 +90,7 @@ std::vector<const Tile*> tiles_of(const std::vector<Part>& parts) {
     return tiles;
 }
 
-// Forward pass and input gradient: out[n,k] = act(bias[k] + sum of weight * in) + residual.
+// Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
 template <typename T>
 struct Convolution {
     const InnerLoops<T>& loops;
@@ -97,9 +98,6 @@ struct Convolution {
     int64_t in_channels, in_plane;  // plane: numbers in a channel
     const T *weight, *bias;
     int64_t output_stride, read_stride;  // of the weight
-    const T* residual;
-    bool relu;
-    T* out;
     int64_t out_channels, out_plane, out_width;
     std::vector<Part> parts;
     int64_t weights;
@@ -119,98 +117,152 @@ void pack(const Convolution<T>& task, int64_t taps, const Tile& tile, T* packed,
     for (int64_t k = tile.first; k < tile.first + tile.outputs; k++) biases[k] = task.bias ? task.bias[k] : T(0);
 }
 
-// A finished block from scratch to where it belongs.
+// One tile of one block, while its sources are in scratch.
 template <typename T>
-void place(const T* from, int64_t channel_stride, const Tile& tile, const Patch& patch, const Convolution<T>& task,
-           int64_t n) {
-    const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
-    for (int64_t k = 0; k < tile.outputs; k++)
-        for (int64_t i = 0; i < patch.rows; i++) {
-            const T* row = from + k * channel_stride + i * patch.job->layout.pitch;
-            const int64_t at = (n * task.out_channels + tile.first + k) * task.out_plane +
-                               (v.first + (patch.row + i) * v.step) * task.out_width + h.first + patch.column * h.step;
-            T* to = task.out + at;
-            if (task.residual)
-                for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j] + task.residual[at + j * h.step];
-            else if (h.step == 1)
-                move_row(to, row, patch.columns);
-            else
-                for (int64_t j = 0; j < patch.columns; j++) to[j * h.step] = row[j];
-        }
-}
+struct Work {
+    const Convolution<T>& task;
+    const Tile& tile;
+    const Patch& patch;
+    int64_t n, item;
+    const T* x;  // scratch, where source channel 0 would be
+    T* asides;   // scratch for blocks of outputs
+    int64_t aside_stride, aside_size;
+    const T *weights, *biases;  // of the tile
+    int64_t taps;
+
+    const Layout& layout() const { return patch.job->layout; }
+    T* aside(int number) const { return asides + number * aside_size; }
+
+    // The tile's first output in an image of `channels` channels, of which it is the one given.
+    int64_t at(int64_t channels, int64_t channel) const {
+        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
+        return (n * channels + channel) * task.out_plane + (v.first + patch.row * v.step) * task.out_width + h.first +
+               patch.column * h.step;
+    }
+
+    // The sum over some of the channels that the tile's weights are for, the first of which is `from`-th among them.
+    OutputTile<T> sum(const Range* reads, int64_t read_count, int64_t from, const T* start, T* to) const {
+        return {.x = x,
+                .channel_stride = layout().source_stride,
+                .taps = layout().taps.data(),
+                .tap_count = int64_t(layout().taps.size()),
+                .reads = reads,
+                .read_count = read_count,
+                .weight = weights + from * taps * tile.outputs,
+                .kernel_taps = taps,
+                .bias = biases,
+                .start = start,
+                .start_channel = aside_stride,
+                .start_strip = layout().pitch,
+                .outputs = tile.outputs,
+                .relu = false,
+                .at = layout().strips(patch.rows, patch.columns),
+                .y = to,
+                .residual = nullptr,
+                .y_channel = aside_stride,
+                .y_strip = layout().pitch};
+    }
+
+    // A finished block from scratch to where it belongs, the tile's first output being `to` there.
+    void place(const T* from, T* to, const T* residual) const {
+        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
+        for (int64_t k = 0; k < tile.outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++) {
+                const T* row = from + k * aside_stride + i * layout().pitch;
+                const int64_t offset = k * task.out_plane + i * v.step * task.out_width;
+                if (residual)
+                    for (int64_t j = 0; j < patch.columns; j++)
+                        to[offset + j * h.step] = row[j] + residual[offset + j * h.step];
+                else if (h.step == 1)
+                    move_row(to + offset, row, patch.columns);
+                else
+                    for (int64_t j = 0; j < patch.columns; j++) to[offset + j * h.step] = row[j];
+            }
+    }
+};
+
+// How the blocks of an output are shared out.
+struct Plan {
+    std::vector<Job> jobs;
+    int64_t items;  // of one image
+    int64_t source, aside;
+};
 
 template <typename T>
-void convolve(const Convolution<T>& task, const Shape& p, int threads) {
-    const int64_t lanes = task.loops.lanes, taps = p.r * p.s;
-    int64_t items = 0;
+Plan plan(const Convolution<T>& task, const Shape& p, int threads) {
+    const int64_t lanes = task.loops.lanes;
+    Plan plan{{}, 0, 0, 0};
     // Small problems are cut finer, so that every thread gets some blocks.
     const int64_t share = p.n * task.out_plane / (3 * threads);
     const int64_t most =
         threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
     const Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
-    const std::vector<Job> jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &items);
-    int64_t source = 0, detour = 0;
-    for (const Job& job : jobs) {
-        source = std::max(source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
-        if (job.layout.flat || job.horizontal->step != 1)
-            detour = std::max(detour, spread(job.layout.rows * job.layout.pitch, sizeof(T)));
+    plan.jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &plan.items);
+    for (const Job& job : plan.jobs) {
+        plan.source = std::max(plan.source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
+        plan.aside = std::max(plan.aside, spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T)));
     }
-    source = spread(source, sizeof(T)), detour *= task.loops.outputs;
-    const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + detour) * threads);
+    plan.source = spread(plan.source, sizeof(T)), plan.aside *= task.loops.outputs;
+    return plan;
+}
+
+// body(Work) for every tile of every block, in any order. `asides`: blocks of scratch that it wants.
+template <typename T, typename Body>
+void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int threads, int asides, const Body& body) {
+    const int64_t lanes = task.loops.lanes, taps = p.r * p.s, source = plan.source, aside = plan.aside;
+    const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + asides * aside) * threads);
     T* biases = packed.data() + task.weights * taps;
-    advise_large_pages(task.out, p.n * task.out_channels * task.out_plane * sizeof(T));
     const std::vector<const Tile*> tiles = tiles_of(task.parts);
 
     on_threads(threads, [&](int thread, int) {
-        T* x = scratch.data() + (source + detour) * thread;
-        T* aside = x + source;
+        T* x = scratch.data() + (source + asides * aside) * thread;
         std::memset(x, 0, source * sizeof(T));
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) pack(task, taps, *tiles[i], packed.data(), biases);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < p.n * items; item++) {
-            const int64_t n = item / items;
-            const Patch patch(jobs, item % items);
+        for (int64_t item = 0; item < p.n * plan.items; item++) {
+            const int64_t n = item / plan.items;
+            const Patch patch(plan.jobs, item % plan.items);
             const Job& job = *patch.job;
-            const Layout& layout = job.layout;
-            const Axis &v = *job.vertical, &h = *job.horizontal;
             const int64_t image = n * task.in_channels * task.in_plane;
             task.loops.copy(copy_of(task.in + image, task.relu_in ? task.relu_in + image : nullptr, task.in_plane,
-                                    job.part->reads, v, h, patch.row, patch.rows, patch.column, patch.columns, x,
-                                    layout));
-            const bool direct = !layout.flat && h.step == 1;
-            const int64_t aside_stride = spread(layout.rows * layout.pitch, sizeof(T));
-            for (const Tile& tile : job.part->tiles) {
-                const int64_t at = (n * task.out_channels + tile.first) * task.out_plane +
-                                   (v.first + patch.row * v.step) * task.out_width + h.first + patch.column;
-                task.loops.output({.x = x - job.part->reads.first * layout.source_stride,
-                                   .channel_stride = layout.source_stride,
-                                   .taps = layout.taps.data(),
-                                   .tap_count = int64_t(layout.taps.size()),
-                                   .reads = tile.reads.data(),
-                                   .read_count = int64_t(tile.reads.size()),
-                                   .weight = packed.data() + tile.weights * taps,
-                                   .kernel_taps = taps,
-                                   .bias = biases + tile.first,
-                                   .outputs = tile.outputs,
-                                   .relu = task.relu,
-                                   .at = layout.strips(patch.rows, patch.columns),
-                                   .y = direct ? task.out + at : aside,
-                                   .residual = direct && task.residual ? task.residual + at : nullptr,
-                                   .y_channel = direct ? task.out_plane : aside_stride,
-                                   .y_strip = direct ? v.step * task.out_width : layout.pitch});
-                if (!direct) place(aside, aside_stride, tile, patch, task, n);
-            }
+                                    job.part->reads, *job.vertical, *job.horizontal, patch.row, patch.rows,
+                                    patch.column, patch.columns, x, job.layout));
+            for (const Tile& tile : job.part->tiles)
+                body(Work<T>{.task = task,
+                             .tile = tile,
+                             .patch = patch,
+                             .n = n,
+                             .item = item,
+                             .x = x - job.part->reads.first * job.layout.source_stride,
+                             .asides = x + source,
+                             .aside_stride = spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T)),
+                             .aside_size = aside,
+                             .weights = packed.data() + tile.weights * taps,
+                             .biases = biases + tile.first,
+                             .taps = taps});
         }
     });
 }
 
-}  // namespace
+// What a tile computes of one output: straight to its place where it can, else by way of scratch.
+template <typename T>
+void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, T* aside) {
+    const Axis &v = *work.patch.job->vertical, &h = *work.patch.job->horizontal;
+    const bool direct = !work.layout().flat && h.step == 1;
+    if (direct) {
+        sum.y = to, sum.residual = residual;
+        sum.y_channel = work.task.out_plane, sum.y_strip = v.step * work.task.out_width;
+        return work.task.loops.output(sum);
+    }
+    sum.y = aside;
+    work.task.loops.output(sum);
+    work.place(aside, to, residual);
+}
 
 template <typename T>
-void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
-             const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = with_long_rows(shape);
+Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const Shape& p,
+                            const Blocks& blocks) {
     const int64_t taps = p.r * p.s;
     Convolution<T> task{.loops = loops,
                         .in = x,
@@ -221,9 +273,6 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
                         .bias = bias,
                         .output_stride = p.c * taps,
                         .read_stride = taps,
-                        .residual = residual,
-                        .relu = relu,
-                        .out = y,
                         .out_channels = p.k,
                         .out_plane = p.oh * p.ow,
                         .out_width = p.ow,
@@ -232,14 +281,52 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
                         .vertical = undilated({forward_axis(p, 0)}),
                         .horizontal = {forward_axis(p, 1)}};
     task.parts = parts(blocks, false, loops.outputs, &task.weights);
-    convolve(task, p, threads);
+    return task;
+}
+
+// The same groups, where every output group reads the input groups from `first` on.
+struct Everything {
+    Everything(const Blocks& b, int64_t first)
+        : reads(new bool[b.groups_out * b.groups_in]), blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
+        for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
+    }
+    std::unique_ptr<bool[]> reads;
+    Blocks blocks;
+};
+
+}  // namespace
+
+template <typename T>
+void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
+             T* kept, const Shape& shape, const Blocks& blocks, int threads) {
+    const Shape p = with_long_rows(shape);
+    const Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
+    const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
+    advise_large_pages(y, bytes);
+    if (kept) advise_large_pages(kept, bytes);
+    convolve(task, plan(task, p, threads), p, threads, kept ? 2 : 1, [&](const Work<T>& work) {
+        const int64_t at = work.at(p.k, work.tile.first);
+        const std::vector<Range>& reads = work.tile.reads;
+        OutputTile<T> sum = work.sum(reads.data(), reads.size(), 0, nullptr, nullptr);
+        Range rest{0, 0};
+        if (kept) {
+            const Range first{0, shared};
+            loops.output(work.sum(&first, 1, 0, nullptr, work.aside(0)));
+            work.place(work.aside(0), kept + at, nullptr);
+            if (const int64_t g = work.tile.group; g > 0 && g < blocks.groups_in)
+                rest = {blocks.columns[g], blocks.columns[g + 1]};
+            sum = work.sum(&rest, 1, shared, work.aside(0), nullptr);
+        }
+        sum.relu = relu;
+        finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept ? 1 : 0));
+    });
 }
 
 template <typename T>
-void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, const Shape& shape,
-                    const Blocks& blocks, int threads) {
+void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, T* others,
+                    const Shape& shape, const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
-    const int64_t taps = p.r * p.s;
+    const int64_t taps = p.r * p.s, last = blocks.groups_in - 1;
     // A convolution of dy with the kernels turned around.
     Convolution<T> task{.loops = loops,
                         .in = dy,
@@ -250,9 +337,6 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                         .bias = nullptr,
                         .output_stride = taps,
                         .read_stride = p.c * taps,
-                        .residual = nullptr,
-                        .relu = false,
-                        .out = dx,
                         .out_channels = p.c,
                         .out_plane = p.h * p.w,
                         .out_width = p.w,
@@ -260,8 +344,100 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                         .weights = 0,
                         .vertical = undilated(gradient_axes(p, 0)),
                         .horizontal = gradient_axes(p, 1)};
-    task.parts = parts(blocks, true, loops.outputs, &task.weights);
-    convolve(task, p, threads);
+    const Everything everything(blocks, 0);
+    task.parts = parts(others ? everything.blocks : blocks, true, loops.outputs, &task.weights);
+    const Plan blocks_of_output = plan(task, p, threads);
+    advise_large_pages(dx, p.n * p.c * p.h * p.w * sizeof(T));
+    if (!others)
+        return convolve(task, blocks_of_output, p, threads, 1, [&](const Work<T>& work) {
+            const std::vector<Range>& reads = work.tile.reads;
+            const OutputTile<T> sum = work.sum(reads.data(), reads.size(), 0, nullptr, nullptr);
+            finish(work, sum, dx + work.at(p.c, work.tile.first), static_cast<const T*>(nullptr), work.aside(0));
+        });
+    advise_large_pages(others, last * p.n * p.c * p.h * p.w * sizeof(T));
+    const bool shared = last > 0 && blocks.groups_out > 1 && blocks.reads[blocks.groups_in];  // row group 1 reads 0
+    convolve(task, blocks_of_output, p, threads, 2, [&](const Work<T>& work) {
+        const Tile& tile = work.tile;
+        bool started = false;
+        int64_t other = 0;
+        for (int64_t step = 0; step <= last; step++) {  // group 0 last: it gets the sum of all, if it is read by all
+            const int64_t g = (step + 1) % (last + 1);
+            const Range own = g < blocks.groups_out ? Range{blocks.rows[g], blocks.rows[g + 1]} : Range{0, 0};
+            T* to = g == tile.group ? dx + work.at(p.c, tile.first)
+                                    : others + work.at(last * p.c, other++ * p.c + tile.first);
+            const bool total = shared && g == 0;
+            OutputTile<T> sum = work.sum(&own, 1, own.first, total && started ? work.aside(1) : nullptr, nullptr);
+            if (!shared || total || own.first == own.last) {
+                finish(work, sum, to, static_cast<const T*>(nullptr), work.aside(0));
+                continue;
+            }
+            T* aside = work.aside(started ? 0 : 1);
+            sum.y = aside;
+            loops.output(sum);
+            work.place(aside, to, nullptr);
+            const Layout& layout = work.layout();
+            for (int64_t k = 0; started && k < tile.outputs; k++)
+                loops.add(work.aside(1) + k * work.aside_stride, aside + k * work.aside_stride,
+                          (work.patch.rows - 1) * layout.pitch + work.patch.columns);
+            started = true;
+        }
+    });
+}
+
+template <typename T>
+void gate_gradient(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* kept, const T* df,
+                   const T* scale, const T* shift, bool relu, T* dz, const Shape& shape, const Blocks& blocks,
+                   int threads) {
+    const Shape p = with_long_rows(shape);
+    const int64_t last = blocks.groups_out - 1, gates = last * p.k;
+    // Group g reads column group g; column group 0, which others may read, too, is in `kept`.
+    const Everything sources(blocks, kept ? 1 : 0);
+    const Convolution<T> task = forward_task(loops, x, weight, bias, p, sources.blocks);
+    const Plan blocks_of_output = plan(task, p, threads);
+    const int64_t items = p.n * blocks_of_output.items;
+    const Buffer<T> found(items * gates);  // [item][gate]
+    std::fill_n(found.data(), items * gates, T(0));
+    convolve(task, blocks_of_output, p, threads, 2, [&](const Work<T>& work) {
+        const Tile& tile = work.tile;
+        const Patch& patch = work.patch;
+        const int64_t pitch = work.layout().pitch, line = patch.job->vertical->step * task.out_width;
+        for (int64_t k = 0; kept && k < tile.outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++)
+                move_row(work.aside(0) + k * work.aside_stride + i * pitch,
+                         kept + work.at(p.k, tile.first + k) + i * line, patch.columns);
+        int64_t other = 0;
+        for (int64_t step = 0; step <= last; step++) {
+            const int64_t g = (step + 1) % (last + 1);
+            if (g == tile.group) continue;
+            const bool reads = g < blocks.groups_in && !(kept && g == 0);
+            const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
+            const T* u = work.aside(0);
+            if (!kept || own.first < own.last) {
+                const int64_t from = own.first < own.last ? own.first - tile.reads.front().first : 0;
+                loops.output(work.sum(&own, 1, from, kept ? work.aside(0) : nullptr, work.aside(1)));
+                u = work.aside(1);
+            }
+            const int64_t gate = other++ * p.k + tile.first;
+            loops.gates({.u = u,
+                         .df = df + work.at(gates, gate),
+                         .u_channel = work.aside_stride,
+                         .u_row = pitch,
+                         .df_channel = task.out_plane,
+                         .df_row = line,
+                         .scale = scale ? scale + gate : nullptr,
+                         .shift = scale ? shift + gate : nullptr,
+                         .relu = relu,
+                         .channels = tile.outputs,
+                         .rows = patch.rows,
+                         .columns = patch.columns,
+                         .sums = found.data() + work.item * gates + gate});
+        }
+    });
+    for (int64_t gate = 0; gate < gates; gate++) {
+        double total = 0;
+        for (int64_t item = 0; item < items; item++) total += found.data()[item * gates + gate];
+        dz[gate] = T(total);
+    }
 }
 
 template <typename T>
@@ -369,10 +545,12 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
 }
 
 #define SFG_INSTANTIATE(T)                                                                                         \
-    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, const Shape&, \
-                             const Blocks&, int);                                                                  \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, const Shape&,          \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*,           \
+                             const Shape&, const Blocks&, int);                                                    \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,      \
                                     const Blocks&, int);                                                           \
+    template void gate_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*,         \
+                                   const T*, const T*, bool, T*, const Shape&, const Blocks&, int);                                                          \
     template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,     \
                                      const Blocks&, int);
 SFG_INSTANTIATE(float)

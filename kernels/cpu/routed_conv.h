@@ -23,15 +23,25 @@ struct Blocks {
 };
 
 // y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on
-// `threads`. bias, residual (laid out as y): may be null.
+// `threads`. bias, residual (laid out as y): may be null. kept: null, or laid out as y, to be filled with the part of
+// W x + bias that column group 0 has, which all rows read.
 template <typename T>
 void forward(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
-             const Shape&, const Blocks&, int threads);
+             T* kept, const Shape&, const Blocks&, int threads);
 
 // dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
+// others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
+// group that is not its own, in the order 1, 2, .., 0.
 template <typename T>
-void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, const Shape&,
+void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const Shape&,
                     const Blocks&, int threads);
+
+// dz[groups_out - 1][k] = <df, act(scale * u + shift)>: u is what each row would be in each group that is not its own,
+// in the order 1, 2, .., 0; df [n][groups_out - 1][k][oh][ow] its gradient; scale and shift, like dz, may be null.
+// kept: what `forward` filled, or null (then u is made of everything that the group reads). Bits as above.
+template <typename T>
+void gate_gradient(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* kept, const T* df,
+                   const T* scale, const T* shift, bool relu, T* dz, const Shape&, const Blocks&, int threads);
 
 // dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added
 // in the order of the threads: the bits depend on how many there are, and on nothing else.

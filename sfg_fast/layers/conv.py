@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from .. import backends, reference
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing
-from ..kernels.packing import channels_last, select_channels
+from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
-from ..reference import DenseFeatures, activate
-from ..routed_conv import AllRows, RoutedConv, routed_conv, routed_conv_expanded
+from ..reference import Activation, DenseFeatures, activate
+from ..routed_conv import Others, RoutedConv, routed_conv, routed_conv_kept
 
 Features = SFGFeatures | DenseFeatures
 
@@ -61,39 +61,38 @@ class SFGConv2d(reference.SFGConv2d):
         features = _image(x) if isinstance(x, Tensor) else self._features(x)
         self._check_channels(features)
         groups = self.draw() if groups is None else self.check_groups(groups)
-        packed, padding = self.pad(features.packed), self.zero_padding or (0, 0)
-        geometry = Geometry(self.stride, padding, self.dilation)
+        if self.zero_padding is None:
+            features = features.channelwise(self.pad)
+        geometry = Geometry(self.stride, self.zero_padding or (0, 0), self.dilation)
         routing = Routing.ALL if image else features.routing
         spec = RoutedConv(groups, features.groups, routing, geometry)
-        weight = self.weight_of(groups)
         relu = self.norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
-        if groups.drawn is None:
-            u = routed_conv(packed, weight, self.bias, spec, relu)
-            return SFGFeatures(self._epilogue(u, groups, relu), groups)
-        live, all_rows = routed_conv_expanded(packed, weight, self.bias, spec, relu)
-        return SFGFeatures(self._epilogue_expanded(live, all_rows, groups, relu), groups)
+        arguments = features.packed, self.weight_of(groups), self.bias, spec, relu
+        recipe = None
+        if groups.all_gates:
+            u, recipe = routed_conv_kept(*arguments, others=features.others)
+        else:
+            u = routed_conv(*arguments, others=features.others)
+        return self._epilogue(u, groups, None if relu else self.activation, recipe)
 
-    def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool) -> Tensor:
-        """Norm, activation (unless done) and gate for rows that are all live."""
+    def _epilogue(
+        self, u: Tensor, groups: FilterGroups, activation: Activation, recipe: Others | None
+    ) -> SFGFeatures:
+        """Norm, activation and gate."""
+        scale = shift = None
         if self.norm is not None:
-            u = self.norm(u, groups)[0]
-        h = u if activated else activate(u, self.activation)
-        if not groups.full:
-            return h  # one-hot gates of the drawn rows are one
-        gates = groups.row_gates()
+            u, scale, shift = self.norm(u, groups)
+        h = activate(u, activation)
+        gates = groups.gates
         assert gates is not None
-        return (h.to(gates.dtype) * gates[:, None, None]).to(h.dtype)  # so that the gates' gradient is summed in fp32
-
-    def _epilogue_expanded(self, live: Tensor, all_rows: AllRows, groups: FilterGroups, activated: bool) -> Tensor:
-        """The same for expanded groups: autograd follows the live rows; the others only give their gate a gradient."""
-        assert groups.drawn is not None
-        affine = None
-        if self.norm is not None:
-            live, *affine = self.norm(live, groups.drawn)
-        activation = None if activated else self.activation
-        live, gates = activate(live, activation), groups.row_gates()
-        assert gates is not None
-        return _Gate.apply(live, gates, all_rows, affine, activation, groups.drawn.rows_in_streams)
+        if groups.full:  # a relaxed draw; the gates' gradient is summed in fp32
+            return SFGFeatures((h.to(gates.dtype) * groups.row_gates()[:, None, None]).to(h.dtype), groups)
+        if not gates.requires_grad:
+            return SFGFeatures(h, groups)  # the gates of the drawn rows are one
+        if recipe is not None and self.activation == "relu":
+            activation = "relu"  # of the others, it was not done yet
+        packed, others = _Gates.apply(h, gates, groups, recipe, scale, shift, activation)
+        return SFGFeatures(packed, groups, others=others)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):
@@ -131,50 +130,61 @@ def _image(x: Tensor) -> SFGFeatures:
     return SFGFeatures(x, FilterGroups.blocks([channels], ("image",), x.device), Routing.ALL)
 
 
-def _affine(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    scale, shift = (values.reshape(-1, 1, 1).to(h.dtype) for values in (scale, shift))
-    return torch.addcmul(shift, h, scale)
+class _Gates(torch.autograd.Function):
+    """The gates of a one-hot draw: those of the drawn rows are one, so forward has nothing to do; those of the others
+    are zero, and so are these, without memory. Backward: dz = <dL/dF, h> for all gates that want it.
 
-
-class _Gate(torch.autograd.Function):
-    """F[g,k] = z[g,k] h[g,k], h = act(scale * u + shift), for all rows of a one-hot draw.
-
-    Forward only has to put the live rows in place: the other gates are zero. Backward gives every gate its
-    dz[g,k] = <dL/dF[g,k], h[g,k]>.
+    `others` (the recipe): what u of the others is made of; h = act(scale * u + shift), scale and shift [T+1, K].
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        live: Tensor,
+        h: Tensor,
         gates: Tensor,
-        all_rows: AllRows,
-        affine: Sequence[Tensor] | None,
+        groups: FilterGroups,
+        others: Others | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
         activation: Any,
-        live_rows: Tensor,
-    ) -> Tensor:
-        """`affine`: scale and shift, each [T+1, K]."""
-        tensors, ctx.all_rows = all_rows.split()
-        ctx.save_for_backward(live_rows, *(affine or (None, None)), *tensors)
-        ctx.gates_dtype, ctx.activation = gates.dtype, activation
-        n, _, h, w = live.shape
-        layout = torch.channels_last if channels_last(live) else torch.contiguous_format
-        out = torch.empty((n, gates.numel(), h, w), dtype=live.dtype, device=live.device, memory_format=layout)
-        return out.zero_().index_copy_(1, live_rows, live)
+    ) -> tuple[Tensor, Tensor | None]:
+        tensors, ctx.others = ((), None) if others is None else others.split()
+        ctx.save_for_backward(h, scale, shift, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.groups, ctx.gates_dtype, ctx.activation = groups, gates.dtype, activation
+        packed = h.view_as(h)
+        if others is None:
+            return packed, None
+        n, rows, height, width = h.shape
+        return packed, h.new_zeros(()).expand(n, (len(groups.names) - 1) * rows, height, width)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, df: Tensor) -> Any:
-        live_rows, scale, shift, *tensors = ctx.saved_tensors
-        all_rows = ctx.all_rows.joined(tensors)
-        dz = None
-        if ctx.activation in (None, "relu"):
-            dz = all_rows.gate_gradient(df, scale, shift, ctx.activation == "relu")
-        if dz is None:
-            h = all_rows.values()
+    def backward(ctx: Any, df: Tensor | None, dothers: Tensor | None) -> Any:
+        h, scale, shift, *tensors = ctx.saved_tensors
+        groups, last = ctx.groups, len(ctx.groups.names) - 1
+        dz = h.new_zeros((groups.width, last + 1), dtype=ctx.gates_dtype)
+        if df is not None:
+            dz[groups.order, groups.ids] = channel_dots(df, h).to(dz.dtype)
+        if dothers is not None:
+            others, affine = ctx.others.joined(tensors), (None, None)
             if scale is not None:
-                h = _affine(h, scale, shift)
-            h = activate(h, ctx.activation)
-            precise = torch.promote_types(df.dtype, ctx.gates_dtype)  # half precision would overflow in the sum
-            dz = torch.linalg.vecdot(df.flatten(2).to(precise), h.flatten(2).to(precise)).sum(0)
-        return select_channels(df, live_rows), dz.to(ctx.gates_dtype), None, None, None, None
+                affine = tuple(values[groups.others, groups.order] for values in (scale, shift))
+            if ctx.activation in (None, "relu"):
+                found = others.gate_gradient(dothers, *affine, ctx.activation == "relu")
+            else:
+                found = _dots_with_any_activation(dothers, others, *affine, ctx.activation)
+            dz[groups.order.expand(last, -1), groups.others] = found.to(dz.dtype)
+        return df, dz, None, None, None, None, None
+
+
+def _dots_with_any_activation(
+    df: Tensor, others: Others, scale: Tensor | None, shift: Tensor | None, activation: Any
+) -> Tensor:
+    """<dL/dF, act(scale * u + shift)> [T, rows], one of T others after the other."""
+    found = []
+    for n, (u, d) in enumerate(zip(others.values(), df.chunk(df.shape[1] // others.spec.rows.width, 1), strict=True)):
+        if scale is not None and shift is not None:
+            u = torch.addcmul(shift[n][:, None, None].to(u.dtype), u, scale[n][:, None, None].to(u.dtype))
+        found.append(channel_dots(d, activate(u, activation)))
+    return torch.stack(found)

@@ -1,0 +1,88 @@
+"""How the gradient reaches p: estimators of d/dp E[loss(z)], z a one-hot draw of Cat(p) per kernel (paper, section
+2.2, "Gumbel-Softmax").
+
+Every function takes `drawn` [K, T+1], the one-hot draw; `log_p` [K, T+1], normalised, with gradient; `noise`
+[1 + samples, K, T+1], standard Gumbel, of which noise[0] made the draw, drawn = one_hot(argmax(log_p + noise[0])); and
+`temperature`. It returns the gates [K, T+1], differentiable with respect to log_p.
+
+The noise belongs to LOG p: added to p itself, as in the authors' public code, p = [0, 1, 0] would still draw the first
+group one time in five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gumbel_softmax(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """z = softmax((log p + G) / temperature): relaxed gates, with their exact gradient. A kernel is then a little in
+    every group. Jang, Gu, Poole 2017 (arXiv 1611.01144), the paper's reference [14]; Maddison et al. 2017.
+    """
+    return ((log_p + noise[0]) / temperature).softmax(-1)
+
+
+def straight_through(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """z = D one-hot, dz = d softmax((log p + G) / temperature): the gradient of the relaxed draw that has the same
+    argmax. Jang, Gu, Poole 2017, section 2.2. The default, also of the authors' code."""
+    return _with_gradient_of(drawn, gumbel_softmax(drawn, log_p, noise, temperature))
+
+
+def gumbel_rao(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """z = D one-hot, dz = the mean over S samples of d softmax((log p + G_s) / temperature), G_s drawn given D:
+
+        log p + G_s = -log E_D at the drawn group, -log(E_j / p_j + E_D) elsewhere, E ~ Exp(1)
+
+    `straight_through` without the variance that G adds to D. Paulus, Maddison, Krause 2021 (arXiv 2010.04838), eq. 9.
+    """
+    exponential = (-noise[1:]).exp()
+    of_drawn = (exponential * drawn).sum(-1, keepdim=True)
+    elsewhere = exponential / log_p.exp() + of_drawn
+    given_drawn = -torch.where(drawn > 0, of_drawn, elsewhere).log()
+    relaxed = ((log_p + (given_drawn - log_p).detach()) / temperature).softmax(-1)
+    return _with_gradient_of(drawn, relaxed.mean(0))
+
+
+def reinmax(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
+    """z = D one-hot, dz = d(2 q - p / 2), q = softmax(log p + c) with the constant c such that q = (D + p) / 2: second
+    order accurate (Heun's method), where the plain straight-through estimator is first order.
+
+    The temperature is 1 here, for which this holds, and not annealed. Liu et al. 2023 (arXiv 2304.08612), algorithm 2.
+    """
+    p = log_p.exp()
+    half = (drawn + p) / 2
+    q = (log_p + (half.log() - log_p).detach()).softmax(-1)
+    return _with_gradient_of(drawn, 2 * q - p / 2)
+
+
+def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    return value + (other - other.detach())
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How gates are drawn in training, and how their gradient reaches the logits.
+
+    `gates`: a function of this file; None: p is not learnt, the logits are frozen. `relaxed`: are the gates anything
+    but one-hot? `all_gates`: does dL/dz of the groups that a kernel was not drawn into count? `samples`: how much more
+    noise than for the draw itself.
+    """
+
+    gates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    relaxed: bool = False
+    all_gates: bool = True
+    samples: int = 0
+
+
+ESTIMATORS = {
+    "gumbel_softmax": Estimator(gumbel_softmax, relaxed=True),
+    "straight_through": Estimator(straight_through),
+    "gumbel_rao": Estimator(gumbel_rao, samples=16),
+    "reinmax": Estimator(reinmax),
+    # `straight_through` with dL/dz of the drawn gate alone: biased, but nothing is computed for the other groups.
+    "selected": Estimator(straight_through, all_gates=False),
+    "none": Estimator(None, all_gates=False),
+}
