@@ -9,7 +9,7 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
     forward(x, packed, spec, keep=False)          -> y [N,rows,H',W'], a
     input_gradient(dy, packed, spec, size (H, W)) -> dx [N,columns,H,W], dothers
     weight_gradient(x, dy, packed, spec, bias=True)       -> dw [K,C,R,S], db [K] | None
-    gate_gradient(x, a, packed, spec, dothers, scale, shift, relu)  -> dz [G-1,rows]
+    gate_gradient(recipe, dothers)                -> dz [G-1,rows]
     missing() -> what this machine lacks for them, or None
     cannot(x) -> why a tensor like x can't be used, or None
 
@@ -25,13 +25,17 @@ in the order tasks, then shared (`FilterGroups.others`). The features of others 
     input_gradient   where spec.columns.all_gates, also returns the gradient of the columns' others, dothers
                      [N,(G-1)*columns,H,W]; otherwise None
     gate_gradient    dz = <dothers, act(scale * u + shift)> for the others of all rows, summed over images and
-                     positions; scale and shift [G-1,rows] or None. u is never stored.
+                     positions. u is never stored.
 
 Every module says of itself:
 
     MEMORY_FORMAT    of the images that it returns; None: that of x
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
                      relu=y, the output of the ReLU that dy has yet to go back through
+    FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None) -> dx, dz:
+                     what the features dx belongs to contribute to the gradient of their gates, [1,columns], the gates
+                     of the groups drawn; with their recipe also the others', [G,columns] in all. dothers is never
+                     stored. Stride 1 only, with a recipe.
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
                      them is computed once and added to all outputs that read it
 """

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ..groups import FilterGroups, Routing, sort_by_group
 from .packing import Packed, pack_parameters, read, unpack, unpack_dim
-from .spec import RoutedConv
+from .spec import Recipe, RoutedConv
 
-FUSES = SHARES_PRODUCTS = False
+FUSES = FUSES_GATES = SHARES_PRODUCTS = False
 MEMORY_FORMAT = None
 
 
@@ -78,25 +78,24 @@ def weight_gradient(
     return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
 
 
-def gate_gradient(
-    x: Tensor,
-    a: Tensor | None,
-    packed: Packed,
-    spec: RoutedConv,
-    dothers: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     dz = []
-    for n, (u, df) in enumerate(zip(others(x, a, packed, spec), dothers.chunk(len(spec.rows.names) - 1, 1), strict=True)):
-        h = u if scale is None or shift is None else torch.addcmul(shift[n][:, None, None], u, scale[n][:, None, None])
-        dz.append(channel_dots(df, F.relu(h) if relu else h))
+    for n, (u, df) in enumerate(zip(others(recipe), dothers.chunk(len(recipe.spec.rows.names) - 1, 1), strict=True)):
+        h = affine(u, recipe.scale, recipe.shift, n)
+        dz.append(channel_dots(df, F.relu(h) if recipe.relu else h))
     return torch.stack(dz)
 
 
-def others(x: Tensor, a: Tensor | None, packed: Packed, spec: RoutedConv) -> list[Tensor]:
+def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Tensor:
+    """scale * u + shift of the n-th others."""
+    if scale is None or shift is None:
+        return u
+    return torch.addcmul(shift[n][:, None, None].to(u.dtype), u, scale[n][:, None, None].to(u.dtype))
+
+
+def others(recipe: Recipe) -> list[Tensor]:
     """u of the others: G-1 tensors [N, rows, H', W']."""
+    x, a, packed, spec = recipe[:4]
     if spec.routing is Routing.ALL:
         assert a is not None
         return [a] * (len(spec.rows.names) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,3 +43,16 @@ class RoutedConv(NamedTuple):
         columns', and which is read, bool [groups out, groups in]."""
         reads = self.routing.reads(len(self.rows.names), len(self.columns.names), self.rows.order.device)
         return self.rows.offsets, self.columns.offsets, reads
+
+
+class Recipe(NamedTuple):
+    """What the features of an SFG layer are made of: act(scale * u + shift), u its convolution. For the gates of the
+    groups that a kernel was not drawn into: what would its features be there?"""
+
+    x: Tensor  # the layer's input, packed
+    a: Tensor | None  # what `forward` kept
+    packed: Any  # the layer's parameters
+    spec: RoutedConv
+    scale: Tensor | None  # [G-1, rows], as `FilterGroups.others`
+    shift: Tensor | None
+    relu: bool

@@ -26,12 +26,14 @@ class SFGFeatures:
         others: zeros that take no memory, [N, T * rows, H, W]: what the kernels have in the T groups they were not
             drawn into (`FilterGroups.others`). Their gradient is what the gates of those groups learn from; None if
             these gates don't learn.
+        producer: how an SFG layer made these features (`routed_conv.Producer`), if nothing was done to them since.
     """
 
     packed: Tensor
     groups: FilterGroups
     routing: Routing = Routing.ARROW
     others: Tensor | None = None
+    producer: Any = None
 
     def dense(self, group: int | str) -> Tensor:
         """F_group as [N, K, H, W]: kernels in their own order, zero where a kernel is in another group."""
@@ -78,12 +80,12 @@ class SFGFeatures:
             )
         inputs = [features.others for features in (self, other) if features.others is not None]
         others = no_memory(inputs[0].shape, inputs[0], *inputs) if inputs else None
-        return dataclasses.replace(self, packed=self.packed + other.packed, others=others)
+        return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
         others = None if self.others is None else _OnZeros.apply(self.others, operation)
-        return dataclasses.replace(self, packed=operation(self.packed), others=others)
+        return SFGFeatures(operation(self.packed), self.groups, self.routing, others)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
         """As `Tensor.to`, for every tensor held (a dtype for the floating point ones)."""
@@ -104,7 +106,7 @@ class SFGFeatures:
 
     def _map(self, fn) -> SFGFeatures:  # type: ignore[no-untyped-def]
         others = None if self.others is None else fn(self.others)
-        return dataclasses.replace(self, packed=fn(self.packed), groups=self.groups.map(fn), others=others)
+        return SFGFeatures(fn(self.packed), self.groups.map(fn), self.routing, others)
 
     @property
     def shape(self) -> torch.Size:

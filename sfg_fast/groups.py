@@ -166,6 +166,16 @@ class FilterGroups:
         place = torch.where(self.ids == 0, last, self.ids - 1)  # of the row's own group in that order
         return (nth + (nth >= place) + 1) % (last + 1)
 
+    def by_kernel(self, own: Tensor | None, others: Tensor | None, like: Tensor) -> Tensor:
+        """Values [rows] of the rows' own groups and [groups - 1, rows] of their others -> [K, groups], shaped and typed
+        `like`, for one row per kernel. Zero where there is None."""
+        values = torch.zeros_like(like)
+        if own is not None:
+            values[self.order, self.ids] = own.to(values.dtype)
+        if others is not None:
+            values[self.order.expand_as(others), self.others] = others.to(values.dtype)
+        return values
+
     def row_gates(self) -> Tensor | None:
         """[rows], the gate of each row; None where all are one."""
         if self.gates is None:

@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import backends, operators, passes
-from .groups import Routing
+from .groups import FilterGroups, Routing
 from .kernels import masked
-from .kernels.spec import RoutedConv
+from .kernels.spec import Recipe, RoutedConv
 from .passes import fold, one_image_for_every_group, plain, same_work_for_every_group, unfold
 
 
@@ -37,17 +37,19 @@ def routed_conv(
     relu: bool = False,
     residual: Tensor | None = None,
     others: Tensor | None = None,
+    producer: Producer | None = None,
 ) -> Tensor:
     """Packed x [N, columns, H, W], weight [K, C, kH, kW] and bias [K] in the layer's order -> u [N, rows, H', W'].
 
     `relu`: return relu(u). `residual`: a tensor like u, which is added. Not both.
-    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others.
+    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: what x comes from,
+    if it is known.
     """
-    return _apply(x, others, weight, bias, residual, spec, relu, False)[0]
+    return _apply(x, others, producer, weight, bias, residual, spec, relu, False)[0]
 
 
 class Others(NamedTuple):
-    """What u of the others of all rows is made of, for their gates' gradient."""
+    """What u of the others of all rows is made of."""
 
     x: Tensor
     a: Tensor | None
@@ -56,14 +58,10 @@ class Others(NamedTuple):
     kernels: Any
     spec: RoutedConv
 
-    def gate_gradient(self, df: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
-        """<df, act(scale * u + shift)> of each other: [G-1, rows], as scale and shift. df [N, (G-1) * rows, H', W']."""
-        packed = self.kernels.pack(self.weight, self.bias, self.spec, self.x.dtype)
-        return self.kernels.gate_gradient(self.x, self.a, packed, self.spec, df, scale, shift, relu)
-
-    def values(self) -> list[Tensor]:
-        """u of the others: G-1 tensors [N, rows, H', W']."""
-        return masked.others(self.x, self.a, masked.pack(self.weight, self.bias, self.spec, self.x.dtype), self.spec)
+    def recipe(self, scale: Tensor | None, shift: Tensor | None, relu: bool, kernels: Any = None) -> Recipe:
+        """scale and shift [G-1, rows]. `kernels`: other ones than those that computed u."""
+        packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype)
+        return Recipe(self.x, self.a, packed, self.spec, scale, shift, relu)
 
     def split(self) -> tuple[tuple[Tensor | None, ...], Others]:
         """The tensors, for autograd to keep, and what is left; `joined` is the way back."""
@@ -74,6 +72,19 @@ class Others(NamedTuple):
         return self._replace(x=x, a=a, weight=weight, bias=bias)
 
 
+class Producer(NamedTuple):
+    """Where features come from, F = z act(scale * u + shift): a consumer whose kernels can (`FUSES_GATES`) gives the
+    gates z their gradient itself, and dL/dF of the others is never stored."""
+
+    h: Tensor  # act(..) of the rows, with the gradient that goes to the layer
+    gates: Tensor  # [K, T+1]
+    groups: FilterGroups
+    others: Others | None  # None: only the gates of the drawn groups want a gradient
+    scale: Tensor | None  # [T, rows]
+    shift: Tensor | None
+    relu: bool
+
+
 def routed_conv_kept(
     x: Tensor,
     weight: Tensor,
@@ -81,9 +92,10 @@ def routed_conv_kept(
     spec: RoutedConv,
     relu: bool = False,
     others: Tensor | None = None,
+    producer: Producer | None = None,
 ) -> tuple[Tensor, Others]:
     """As `routed_conv`, for rows all of whose gates want a gradient (`spec.rows.all_gates`)."""
-    u, a, kernels = _apply(x, others, weight, bias, None, spec, relu, True)
+    u, a, kernels = _apply(x, others, producer, weight, bias, None, spec, relu, True)
     a = u.detach() if spec.routing is Routing.ALL else a
     parameters = weight.detach(), None if bias is None else bias.detach()
     return u, Others(x.detach().to(u.dtype), a, *parameters, kernels, spec)
@@ -92,6 +104,7 @@ def routed_conv_kept(
 def _apply(
     x: Tensor,
     others: Tensor | None,
+    producer: Producer | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -106,23 +119,24 @@ def _apply(
     a = None
     if one_image_for_every_group(spec):
         one = plain(spec, *sizes)
-        u = _convolve(x, None, weight, bias, None, kernels, one, relu, False)[0].repeat(1, len(spec.rows.names), 1, 1)
+        u = _convolve(x, None, None, weight, bias, None, kernels, one, relu, False)[0].repeat(1, len(spec.rows.names), 1, 1)
     elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
         one = plain(spec, *sizes)
-        u = unfold(_convolve(fold(x, spec), None, weight, bias, None, kernels, one, relu, False)[0], spec)
+        u = unfold(_convolve(fold(x, spec), None, None, weight, bias, None, kernels, one, relu, False)[0], spec)
     elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
         stride, padding, dilation = spec.geometry
         bias = None if bias is None else bias.to(dtype)
         u = F.conv2d(x, weight.to(dtype), bias, stride, padding, dilation, len(spec.columns.names))
         u = F.relu(u) if relu else u
     else:
-        return *_convolve(x, others, weight, bias, residual, kernels, spec, relu, keep), kernels
+        return *_convolve(x, others, producer, weight, bias, residual, kernels, spec, relu, keep), kernels
     return u if residual is None else u + residual.to(u.dtype), a, kernels
 
 
 def _convolve(
     x: Tensor,
     others: Tensor | None,
+    producer: Producer | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -133,16 +147,33 @@ def _convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """ReLU and addition in the kernels, where these can do it."""
     fused = kernels.FUSES
-    operation = operators.routed_conv if torch.compiler.is_compiling() else _RoutedConv.apply
     residual = None if residual is None else residual.to(x.dtype)
     keep = keep and spec.routing is Routing.ARROW
-    if spec.columns.all_gates and (others is None or not others.requires_grad):  # nobody asks for their gradient
+    if producer is not None and not _can_serve(producer, x, kernels, spec):
+        producer = None
+    if spec.columns.all_gates and (producer or others is None or not others.requires_grad):  # nobody asks for dothers
         spec = spec._replace(columns=dataclasses.replace(spec.columns, all_gates=False))
-    u, a = operation(x, others, weight, bias, residual if fused else None, kernels, spec, relu and fused, keep)
+    arguments = weight, bias, residual if fused else None, kernels, spec, relu and fused, keep
+    if producer is not None:
+        tensors, rest = ((), None) if producer.others is None else producer.others.split()
+        made = producer._replace(h=None, gates=None, others=rest)  # type: ignore[arg-type]
+        u, a = _RoutedConv.apply(producer.h, None, producer.gates, *arguments, made, *tensors)
+    elif torch.compiler.is_compiling():
+        u, a = operators.routed_conv(x, others, *arguments)
+    else:
+        u, a = _RoutedConv.apply(x, others, None, *arguments, None)
     if not fused:
         u = F.relu(u) if relu else u
         u = u if residual is None else u + residual
     return u, a if keep else None
+
+
+def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
+    """Can the consumer of these features give their gates the gradient?"""
+    if not kernels.FUSES_GATES or torch.compiler.is_compiling() or producer.h.dtype != x.dtype:
+        return False
+    others = producer.others
+    return others is None or (spec.geometry.stride == (1, 1) and others.kernels is kernels)
 
 
 class _RoutedConv(torch.autograd.Function):
@@ -153,6 +184,7 @@ class _RoutedConv(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         others: Tensor | None,
+        gates: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -160,10 +192,13 @@ class _RoutedConv(torch.autograd.Function):
         spec: RoutedConv,
         relu: bool,
         keep: bool,
+        producer: Producer | None,
+        *made_of: Tensor,
     ) -> Any:
+        """`gates` and `producer`, without its tensors, and those of its others: see `Producer`."""
         y, a, ctx.kept = passes.forward(x, weight, bias, residual, kernels, spec, relu, keep)
-        ctx.save_for_backward(x, y if relu else None)  # what passed the ReLU is positive
-        ctx.kernels, ctx.spec = kernels, spec
+        ctx.save_for_backward(x, y if relu else None, gates, *made_of)  # what passed the ReLU is positive
+        ctx.kernels, ctx.spec, ctx.producer = kernels, spec, producer
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         if a is not None:
             ctx.mark_non_differentiable(a)
@@ -172,10 +207,21 @@ class _RoutedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        x, passed = ctx.saved_tensors
-        wants_x, wants_others, *wants, wants_residual = ctx.needs_input_grad[:5]
-        wants = [wants_x or wants_others, *wants]
-        dx, dothers, dw, db = passes.backward(dy, x, passed, ctx.kept, ctx.kernels, ctx.spec, wants)
+        x, passed, gates, *made_of = ctx.saved_tensors
+        wants_x, wants_others, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
+        kept, kernels, spec, producer = ctx.kept, ctx.kernels, ctx.spec, ctx.producer
+        dz = None
+        if producer is not None and wants_gates:
+            recipe = None
+            if producer.others is not None:
+                recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.relu)
+            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, relu=passed)
+            dz = producer.groups.by_kernel(dz[0], dz[1:] if recipe else None, gates)
+            _, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, [False, *wants])
+        else:
+            asked = [wants_x or wants_others, *wants]
+            dx, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, asked)
         dw = None if dw is None else dw.to(ctx.dtypes[0])
         db = None if db is None else db.to(ctx.dtypes[1])
-        return dx, dothers if wants_others else None, dw, db, dy if wants_residual else None, *[None] * 4
+        gradients = dx, dothers if wants_others else None, dz, dw, db, dy if wants_residual else None
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfg_fast.kernels import masked
 from sfg_fast.kernels.spec import Geometry
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,13 +18,13 @@ from tests.oracle import assert_close
 
 def check_others(recipe, u, random):
     """u of the others, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
-    for n, found in enumerate(recipe.values()):
+    for n, found in enumerate(masked.others(recipe.recipe(None, None, False, masked))):
         assert_close(found, u[:, n], what="others")
     df, scale, shift = random(*u.shape), *(random(*u.shape[1:3]) for _ in range(2))
     for affine in ((None, None), (scale, shift)):
         for relu in (False, True):
             h = u if affine[0] is None else u * scale[:, :, None, None] + shift[:, :, None, None]
-            dz = recipe.gate_gradient(df.flatten(1, 2), *affine, relu)
+            dz = recipe.kernels.gate_gradient(recipe.recipe(*affine, relu), df.flatten(1, 2))
             assert_close(dz, (df * (h.clamp_min(0) if relu else h)).sum((0, 3, 4)), what="gates")
 
 
@@ -244,5 +245,5 @@ def test_flops_of_a_straight_through_step(into, out):
     with FlopCounterMode(display=False) as counter, backend("masked"):
         y, recipe = routed_conv_kept(x, weight, None, spec, others=others)
         y.sum().backward()
-        recipe.gate_gradient(torch.randn(1, tasks * kernels, size, size), None, None, True)
+        recipe.kernels.gate_gradient(recipe.recipe(None, None, True), torch.randn(1, tasks * kernels, size, size))
     assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size

@@ -4,22 +4,26 @@ One thread pool with torch, as many threads as torch uses. Outputs and input gra
 the bit; weight and bias gradients do: each thread sums its part of the positions.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
 
-from ...groups import FilterGroups
 from ..masked import missing, sample
 from ..packing import Packed, pack_parameters, unpack, unpack_dim
-from ..spec import RoutedConv
+from ..spec import Recipe, RoutedConv
 from . import _native
 
 __all__ = [
     "FUSES",
+    "FUSES_GATES",
     "MEMORY_FORMAT",
     "SHARES_PRODUCTS",
     "cannot",
     "forward",
     "gate_gradient",
+    "input_and_gate_gradient",
     "input_gradient",
     "missing",
     "pack",
@@ -27,7 +31,7 @@ __all__ = [
     "weight_gradient",
 ]
 
-FUSES, SHARES_PRODUCTS = True, False
+FUSES, FUSES_GATES, SHARES_PRODUCTS = True, True, False
 MEMORY_FORMAT = torch.contiguous_format
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
@@ -64,29 +68,31 @@ def input_gradient(
     images, channels, groups = dy.shape[0], packed.weight.shape[1], len(spec.columns.names)
     dx = dy.new_empty(images, channels, *size)
     dothers = dy.new_empty(images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, dothers
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, dothers, None, None, None
     _native.input_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
     return dx, dothers
 
 
-def gate_gradient(
-    x: Tensor,
-    a: Tensor | None,
+def input_and_gate_gradient(
+    dy: Tensor,
     packed: Packed,
     spec: RoutedConv,
-    dothers: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    rows, others = packed.weight.shape[0], len(spec.rows.names) - 1
-    dz = x.new_empty(others, rows)
-    affine = (None if values is None else values.to(x.dtype).contiguous() for values in (scale, shift))
-    inputs = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a), _plain(dothers)
-    size = tuple(dothers.shape[2:])
-    _native.gate_gradient(
-        *inputs, *affine, relu, dz, size, *spec.blocks(), *spec.geometry, torch.get_num_threads()
-    )
+    features: Tensor,
+    recipe: Recipe | None,
+    relu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    features = _plain(features)
+    dx = torch.empty_like(features)
+    dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
+    made = None if recipe is None else _arguments(recipe, features.shape[2:])
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, None, features, made, dz
+    _native.input_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    return dx, dz
+
+
+def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
+    dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.packed.weight.shape[0])
+    _native.gate_gradient(_arguments(recipe, dothers.shape[2:]), _plain(dothers), dz, torch.get_num_threads())
     return dz
 
 
@@ -103,6 +109,13 @@ def weight_gradient(
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
     _native.weight_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
     return unpack(dw, spec.rows, spec.columns), None if db is None else unpack_dim(db, 0, spec.rows)
+
+
+def _arguments(recipe: Recipe, size: Sequence[int]) -> tuple[Any, ...]:
+    x, a, packed, spec, scale, shift, relu = recipe
+    arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a)
+    affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
+    return *arrays, *affine, relu, *spec.blocks(), *spec.geometry, tuple(size)
 
 
 def _plain(tensor: Tensor) -> Tensor:

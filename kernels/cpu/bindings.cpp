@@ -3,11 +3,13 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
 #include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "routed_conv.h"
 
@@ -111,17 +113,70 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
                     b, threads);
 }
 
+// The arguments of a Producer, in its order, the output's size at the end.
+template <typename T>
+using Recipe = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
+                          std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, Offsets, Offsets,
+                          Table, Pair, Pair, Pair, Pair>;
+
+template <typename T>
+sfg::Producer<T> producer(const Recipe<T>& recipe) {
+    const auto& [x, w, bias, kept, scale, shift, relu, rows, columns, reads, stride, padding, dilation, size] = recipe;
+    const std::array<int64_t, 4> y{int64_t(x.shape(0)), int64_t(w.shape(0)), size[0], size[1]};
+    const Shape p = shape(x, w, y, stride, padding, dilation);
+    const Blocks b = blocks(rows, columns, reads, p);
+    require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
+    const T* a = data(kept, y, "what is kept does not fit the output");
+    require(bool(scale) == bool(shift), "scale and shift come together");
+    for (const auto* values : {&scale, &shift})
+        require(!*values || (int64_t((*values)->shape(0)) == b.groups_out - 1 && int64_t((*values)->shape(1)) == p.k),
+                "scale or shift don't fit the others");
+    return {x.data(), w.data(), bias ? bias->data() : nullptr, a, scale ? scale->data() : nullptr,
+            shift ? shift->data() : nullptr, relu, p, b};
+}
+
 template <typename T>
 void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
-                    std::optional<Tensor<T>> others, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding, Pair dilation, int threads) {
+                    std::optional<Tensor<T>> others, Optional<T> live, std::optional<Recipe<T>> recipe,
+                    std::optional<Array<T, 2>> dz, Offsets rows, Offsets columns, Table reads, Pair stride,
+                    Pair padding, Pair dilation, int threads) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
     T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
+    const T* features = data(live, {p.n, p.c, p.h, p.w}, "the features don't fit the gradient");
+    require(bool(dz) == bool(live), "the gates' gradient needs the features");
+    std::optional<sfg::Producer<T>> made;
+    if (recipe) {
+        made = producer(*recipe);
+        const Shape& q = made->shape;
+        require(dz && !others, "either the others' gradient or that of their gates");
+        require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && made->blocks.groups_out == b.groups_in,
+                "the producer does not fit the features");
+        for (int64_t g = 0; g <= b.groups_in; g++)
+            require(made->blocks.rows[g] == b.columns[g], "the producer's groups are not those of the features");
+        require(p.stride[0] == 1 && p.stride[1] == 1, "only for stride 1");
+    }
+    require(!dz || (int64_t(dz->shape(0)) == (recipe ? b.groups_in : 1) && int64_t(dz->shape(1)) == p.c),
+            "the gates' gradient does not fit the groups");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), rest, p, b, threads);
+    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), rest, features, made ? &*made : nullptr,
+                           dz ? dz->data() : nullptr, p, b, threads);
+}
+
+template <typename T>
+void gate_gradient(Recipe<T> recipe, Tensor<const T> df, Array<T, 2> dz, int threads) {
+    const sfg::Producer<T> made = producer(recipe);
+    const Shape& p = made.shape;
+    const int64_t others = made.blocks.groups_out - 1;
+    data(std::optional(df), {p.n, others * p.k, p.oh, p.ow}, "the gradient of the others does not fit the output");
+    require(int64_t(dz.shape(0)) == others && int64_t(dz.shape(1)) == p.k, "the gates' gradient does not fit");
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
+    const nb::gil_scoped_release released;
+    sfg::gate_gradient<T>(inner, made, df.data(), dz.data(), threads);
 }
 
 template <typename T>
@@ -139,41 +194,15 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
 }
 
 template <typename T>
-void gate_gradient(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> kept,
-                   Tensor<const T> df, std::optional<Array<const T, 2>> scale, std::optional<Array<const T, 2>> shift,
-                   bool relu, Array<T, 2> dz, std::array<int64_t, 2> size, Offsets rows, Offsets columns, Table reads,
-                   Pair stride, Pair padding, Pair dilation, int threads) {
-    const std::array<int64_t, 4> y{int64_t(x.shape(0)), int64_t(w.shape(0)), size[0], size[1]};
-    const Shape p = shape(x, w, y, stride, padding, dilation);
-    const Blocks b = blocks(rows, columns, reads, p);
-    require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
-    const T* a = data(kept, y, "what is kept does not fit the output");
-    const int64_t others = b.groups_out - 1;
-    data(std::optional(df), {p.n, others * p.k, p.oh, p.ow}, "the gradient of the others does not fit the output");
-    const auto fits = [&](const auto& gates) {
-        return int64_t(gates.shape(0)) == others && int64_t(gates.shape(1)) == p.k;
-    };
-    require(fits(dz), "the gates' gradient does not fit the groups");
-    require(bool(scale) == bool(shift) && (!scale || (fits(*scale) && fits(*shift))), "scale or shift don't fit");
-    const sfg::InnerLoops<T>& inner = loops<T>();
-    require(threads >= 1, "threads must be at least 1");
-    const nb::gil_scoped_release released;
-    sfg::gate_gradient<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, a, df.data(),
-                          scale ? scale->data() : nullptr, shift ? shift->data() : nullptr, relu, dz.data(), p, b,
-                          threads);
-}
-
-template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
           "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
           "padding"_a, "dilation"_a, "threads"_a);
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
-          "dx"_a.noconvert(), "others"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
-    m.def("gate_gradient", &gate_gradient<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-          "kept"_a.noconvert().none(), "df"_a.noconvert(), "scale"_a.noconvert().none(), "shift"_a.noconvert().none(),
-          "relu"_a, "dz"_a.noconvert(), "size"_a, "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
-          "dilation"_a, "threads"_a);
+          "dx"_a.noconvert(), "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(),
+          "dz"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "threads"_a);
+    m.def("gate_gradient", &gate_gradient<T>, "recipe"_a, "df"_a.noconvert(), "dz"_a.noconvert(), "threads"_a);
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a);

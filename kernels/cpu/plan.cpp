@@ -38,27 +38,21 @@ Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64
     return axis;
 }
 
-void undilate(const Axis& axis, std::vector<Axis>& axes) {
+std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     std::vector<std::pair<int64_t, int64_t>> list;
     for (size_t i = 0; i < axis.tap.size(); i++)
         list.emplace_back(axis.tap[i], axis.slot[i] * axis.stride + axis.phases[axis.phase_of[i]]);
-    const int64_t spacing = list.size() > 1 ? list[1].second - list[0].second : 1;
-    const int64_t apart = spacing / std::gcd(spacing, axis.stride);
-    if (apart <= 1) return axes.push_back(axis);
-    for (int64_t residue = 0; residue < std::min(apart, axis.count); residue++) {
-        auto shifted = list;
-        for (auto& entry : shifted) entry.second += residue * axis.stride;
-        axes.push_back(make_axis(axis.first + residue * axis.step, axis.step * apart,
-                                 ceil_div(axis.count - residue, apart), axis.stride * apart, axis.length, shifted));
-    }
+    return list;
 }
 
-Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, const Limits& limits) {
-    const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
+// Rows and columns of a block.
+std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, int64_t channels,
+                                  const Limits& limits) {
+    const int64_t lanes = limits.lanes;
     // The block that copies the least halo of those that fit: columns cut into ever more pieces, whole vectors each,
     // and rows tried from many to few (in larger steps where a row more or less hardly matters). If none fits, the
     // smallest.
-    Layout best{};
+    int64_t best_rows = 0, best_columns = 0;
     double least = 0;
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
     for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
@@ -66,14 +60,23 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, co
         const int64_t span = horizontal.slots(columns);
         for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows -= rows > 8 ? 4 : 1) {
             const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
-            const int64_t bytes = channels * phases * vertical.slots(rows) * span * size_of_number;
+            const int64_t bytes = channels * phases * vertical.slots(rows) * span * limits.size_of_number;
             const bool fits = bytes <= SCRATCH_BYTES && rows * columns <= limits.most_positions;
             const bool last = cut + 1 + cut / 8 > pieces && rows == 1;
-            if (!fits && !(last && best.rows == 0)) continue;
+            if (!fits && !(last && best_rows == 0)) continue;
             const double cost = double(vertical.slots(rows)) / rows * span / columns;
-            if (best.rows == 0 || cost < least) best.rows = rows, best.columns = columns, least = cost;
+            if (best_rows == 0 || cost < least) best_rows = rows, best_columns = columns, least = cost;
         }
     }
+    return {best_rows, best_columns};
+}
+
+}  // namespace
+
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_t columns, const Limits& limits) {
+    const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
+    Layout best{};
+    best.rows = rows, best.columns = columns;
     const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
     // Flat rows share the zeros between them, where there are any, but never an output's position.
     const int64_t shared =
@@ -93,8 +96,6 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t channels, co
         }
     return best;
 }
-
-}  // namespace
 
 int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -146,9 +147,28 @@ std::vector<Axis> gradient_axes(const Shape& p, int axis) {
     return axes;
 }
 
+int64_t apart(const Axis& axis) {
+    const auto taps = taps_of(axis);
+    const int64_t spacing = taps.size() > 1 ? taps[1].second - taps[0].second : 1;
+    return spacing / std::gcd(spacing, axis.stride);
+}
+
+std::vector<Axis> every(const std::vector<Axis>& axes, int64_t apart) {
+    std::vector<Axis> all;
+    for (const Axis& axis : axes)
+        for (int64_t residue = 0; residue < std::min(apart, axis.count); residue++) {
+            auto taps = taps_of(axis);
+            for (auto& tap : taps) tap.second += residue * axis.stride;
+            all.push_back(make_axis(axis.first + residue * axis.step, axis.step * apart,
+                                    ceil_div(axis.count - residue, apart), axis.stride * apart, axis.length, taps));
+        }
+    return all;
+}
+
 std::vector<Axis> undilated(const std::vector<Axis>& axes) {
     std::vector<Axis> all;
-    for (const Axis& axis : axes) undilate(axis, all);
+    for (const Axis& axis : axes)
+        for (Axis& part : every({axis}, apart(axis))) all.push_back(std::move(part));
     return all;
 }
 
@@ -208,7 +228,9 @@ std::vector<Job> jobs(const std::vector<Part>& parts, const std::vector<Axis>& v
                 if (v.count == 0 || h.count == 0) continue;
                 const int64_t reads = part.reads.last - part.reads.first;
                 const int64_t outputs = part.outputs.last - part.outputs.first;
-                const Layout blocks = layout(v, h, reads + (limits.outputs_too ? outputs : 0), limits);
+                const auto [rows, columns] =
+                    block(v, h, reads + limits.other_channels + (limits.outputs_too ? outputs : 0), limits);
+                const Layout blocks = layout(v, h, rows, columns, limits);
                 const int64_t column_blocks = ceil_div(h.count, blocks.columns);
                 list.push_back({&part, &v, &h, blocks, column_blocks, *items});
                 *items += ceil_div(v.count, blocks.rows) * column_blocks;

@@ -27,8 +27,12 @@ Shape with_long_rows(Shape);
 Axis forward_axis(const Shape&, int axis);
 std::vector<Axis> gradient_axes(const Shape&, int axis);
 
-// Each axis cut into outputs whose sources are neighbours among each other's taps: every q-th line, where dilation
-// would otherwise leave lines between the taps that only others read.
+// How far apart outputs are whose sources are neighbours among each other's taps: dilation leaves lines between the
+// taps that only others read.
+int64_t apart(const Axis&);
+// Each axis cut into several of every n-th line.
+std::vector<Axis> every(const std::vector<Axis>&, int64_t n);
+// As far apart as each axis wants.
 std::vector<Axis> undilated(const std::vector<Axis>&);
 
 // Output channels [first, first + outputs) of one group, and the source channels that they read.
@@ -66,7 +70,10 @@ struct Limits {
     int64_t most_positions;         // of a block
     double flat_cost;               // what a position costs in a flat block, compared to others
     bool outputs_too;               // do the outputs' channels lie in scratch, too?
+    int64_t other_channels = 0;     // that lie in scratch, too
 };
+
+Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_t columns, const Limits&);
 
 // Where one part of the channels meets the outputs of two axes: what is done alike, block by block.
 struct Job {

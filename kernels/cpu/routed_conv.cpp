@@ -6,6 +6,8 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <optional>
 
 #include "plan.h"
 #include "rows.h"
@@ -45,7 +47,7 @@ class Buffer {
 void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = 4096;
-    if (bytes < int64_t(32) << 20) return;
+    if (bytes < int64_t(4) << 20) return;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal does no harm
@@ -104,48 +106,24 @@ struct Convolution {
     std::vector<Axis> vertical, horizontal;
 };
 
-// [tile][channel read][tap][output], and behind them the biases of all tiles.
+// A convolution of which a block's sources are in scratch, for the outputs of one tile.
 template <typename T>
-void pack(const Convolution<T>& task, int64_t taps, const Tile& tile, T* packed, T* biases) {
-    T* to = packed + tile.weights * taps;
-    for (const Range& range : tile.reads)
-        for (int64_t c = range.first; c < range.last; c++) {
-            const T* from = task.weight + tile.first * task.output_stride + c * task.read_stride;
-            for (int64_t t = 0; t < taps; t++)
-                for (int64_t k = 0; k < tile.outputs; k++) *to++ = from[k * task.output_stride + t];
-        }
-    for (int64_t k = tile.first; k < tile.first + tile.outputs; k++) biases[k] = task.bias ? task.bias[k] : T(0);
-}
-
-// One tile of one block, while its sources are in scratch.
-template <typename T>
-struct Work {
-    const Convolution<T>& task;
+struct Sums {
+    const InnerLoops<T>& loops;
     const Tile& tile;
-    const Patch& patch;
-    int64_t n, item;
+    const Layout& layout;
     const T* x;  // scratch, where source channel 0 would be
-    T* asides;   // scratch for blocks of outputs
-    int64_t aside_stride, aside_size;
-    const T *weights, *biases;  // of the tile
-    int64_t taps;
+    const T *weights, *biases;
+    int64_t taps, aside_stride;
+    Strips at;
 
-    const Layout& layout() const { return patch.job->layout; }
-    T* aside(int number) const { return asides + number * aside_size; }
-
-    // The tile's first output in an image of `channels` channels, of which it is the one given.
-    int64_t at(int64_t channels, int64_t channel) const {
-        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
-        return (n * channels + channel) * task.out_plane + (v.first + patch.row * v.step) * task.out_width + h.first +
-               patch.column * h.step;
-    }
-
-    // The sum over some of the channels that the tile's weights are for, the first of which is `from`-th among them.
-    OutputTile<T> sum(const Range* reads, int64_t read_count, int64_t from, const T* start, T* to) const {
+    // The sum over the sources in `reads`, the first of which is the `from`-th of those that the tile has weights for.
+    // It starts with the bias, or with what is in `start`.
+    OutputTile<T> over(const Range* reads, int64_t read_count, int64_t from, const T* start, T* to) const {
         return {.x = x,
-                .channel_stride = layout().source_stride,
-                .taps = layout().taps.data(),
-                .tap_count = int64_t(layout().taps.size()),
+                .channel_stride = layout.source_stride,
+                .taps = layout.taps.data(),
+                .tap_count = int64_t(layout.taps.size()),
                 .reads = reads,
                 .read_count = read_count,
                 .weight = weights + from * taps * tile.outputs,
@@ -153,31 +131,62 @@ struct Work {
                 .bias = biases,
                 .start = start,
                 .start_channel = aside_stride,
-                .start_strip = layout().pitch,
+                .start_strip = layout.pitch,
                 .outputs = tile.outputs,
                 .relu = false,
-                .at = layout().strips(patch.rows, patch.columns),
+                .at = at,
                 .y = to,
                 .residual = nullptr,
                 .y_channel = aside_stride,
-                .y_strip = layout().pitch};
+                .y_strip = layout.pitch};
+    }
+};
+
+// One tile of one block.
+template <typename T>
+struct Work {
+    const Convolution<T>& task;
+    const Patch& patch;
+    int64_t n, item;
+    Sums<T> sums;
+    const Sums<T>* beside;  // of the convolution beside this one, if there is one
+    T* asides;              // scratch for blocks of outputs
+    int64_t aside_size;
+
+    const Tile& tile() const { return sums.tile; }
+    T* aside(int number) const { return asides + number * aside_size; }
+    int64_t line() const { return patch.job->vertical->step * task.out_width; }  // between a block's rows
+
+    // The block's first position in channel `channel` of an image of `channels`.
+    int64_t at(int64_t channels, int64_t channel) const {
+        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
+        return (n * channels + channel) * task.out_plane + (v.first + patch.row * v.step) * task.out_width + h.first +
+               patch.column * h.step;
     }
 
     // A finished block from scratch to where it belongs, the tile's first output being `to` there.
     void place(const T* from, T* to, const T* residual) const {
-        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
-        for (int64_t k = 0; k < tile.outputs; k++)
+        const int64_t step = patch.job->horizontal->step;
+        for (int64_t k = 0; k < tile().outputs; k++)
             for (int64_t i = 0; i < patch.rows; i++) {
-                const T* row = from + k * aside_stride + i * layout().pitch;
-                const int64_t offset = k * task.out_plane + i * v.step * task.out_width;
+                const T* row = from + k * sums.aside_stride + i * sums.layout.pitch;
+                const int64_t offset = k * task.out_plane + i * line();
                 if (residual)
                     for (int64_t j = 0; j < patch.columns; j++)
-                        to[offset + j * h.step] = row[j] + residual[offset + j * h.step];
-                else if (h.step == 1)
+                        to[offset + j * step] = row[j] + residual[offset + j * step];
+                else if (step == 1)
                     move_row(to + offset, row, patch.columns);
                 else
-                    for (int64_t j = 0; j < patch.columns; j++) to[offset + j * h.step] = row[j];
+                    for (int64_t j = 0; j < patch.columns; j++) to[offset + j * step] = row[j];
             }
+    }
+
+    // The other way.
+    void fetch(const T* from, T* to, const Sums<T>& layout_of) const {
+        for (int64_t k = 0; k < tile().outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++)
+                move_row(to + k * layout_of.aside_stride + i * layout_of.layout.pitch,
+                         from + k * task.out_plane + i * line(), patch.columns);
     }
 };
 
@@ -186,61 +195,148 @@ struct Plan {
     std::vector<Job> jobs;
     int64_t items;  // of one image
     int64_t source, aside;
+    // Of a convolution beside this one, with outputs of the same shape and tiles: how each job's blocks lie in its
+    // scratch, and all that is read.
+    std::vector<Layout> beside;
+    Range beside_reads;
+    int64_t beside_source;
 };
 
 template <typename T>
-Plan plan(const Convolution<T>& task, const Shape& p, int threads) {
+Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolution<T>* beside = nullptr) {
     const int64_t lanes = task.loops.lanes;
-    Plan plan{{}, 0, 0, 0};
+    Plan plan{};
     // Small problems are cut finer, so that every thread gets some blocks.
     const int64_t share = p.n * task.out_plane / (3 * threads);
     const int64_t most =
         threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
-    const Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
+    Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
+    if (beside)
+        for (const Part& part : beside->parts)
+            if (part.reads.first < part.reads.last) {
+                const bool first = plan.beside_reads.last == 0;
+                plan.beside_reads = {first ? part.reads.first : std::min(plan.beside_reads.first, part.reads.first),
+                                     std::max(plan.beside_reads.last, part.reads.last)};
+            }
+    limits.other_channels = plan.beside_reads.last - plan.beside_reads.first;
     plan.jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &plan.items);
+    const auto fit_aside = [&](const Layout& layout) {
+        plan.aside = std::max(plan.aside, spread(layout.rows * layout.pitch + lanes, sizeof(T)));
+    };
     for (const Job& job : plan.jobs) {
         plan.source = std::max(plan.source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
-        plan.aside = std::max(plan.aside, spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T)));
+        fit_aside(job.layout);
+        if (!beside) continue;
+        const Axis& v = beside->vertical[job.vertical - task.vertical.data()];
+        plan.beside.push_back(layout(v, beside->horizontal[0], job.layout.rows, job.layout.columns, limits));
+        plan.beside_source = std::max(plan.beside_source, limits.other_channels * plan.beside.back().source_stride);
+        fit_aside(plan.beside.back());
     }
     plan.source = spread(plan.source, sizeof(T)), plan.aside *= task.loops.outputs;
+    plan.beside_source = beside ? spread(plan.beside_source, sizeof(T)) : 0;
     return plan;
 }
 
-// body(Work) for every tile of every block, in any order. `asides`: blocks of scratch that it wants.
+// [tile][channel read][tap][output], and behind them the biases of all outputs.
+template <typename T>
+class PackedWeights {
+ public:
+    PackedWeights(const Convolution<T>& task, int64_t taps)
+        : task_(task), taps_(taps), tiles_(tiles_of(task.parts)), data_(task.weights * taps + task.out_channels) {}
+
+    // By all threads together.
+    void fill() const {
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles_.size(); i++) {
+            const Tile& tile = *tiles_[i];
+            T* to = weights(tile);
+            for (const Range& range : tile.reads)
+                for (int64_t c = range.first; c < range.last; c++) {
+                    const T* from = task_.weight + tile.first * task_.output_stride + c * task_.read_stride;
+                    for (int64_t t = 0; t < taps_; t++)
+                        for (int64_t k = 0; k < tile.outputs; k++) *to++ = from[k * task_.output_stride + t];
+                }
+            for (int64_t k = 0; k < tile.outputs; k++) biases(tile)[k] = task_.bias ? task_.bias[tile.first + k] : T(0);
+        }
+    }
+    T* weights(const Tile& tile) const { return data_.data() + tile.weights * taps_; }
+    T* biases(const Tile& tile) const { return data_.data() + task_.weights * taps_ + tile.first; }
+    const Tile& tile(int64_t first) const {
+        return **std::find_if(tiles_.begin(), tiles_.end(), [&](const Tile* tile) { return tile->first == first; });
+    }
+    int64_t taps() const { return taps_; }
+
+ private:
+    const Convolution<T>& task_;
+    const int64_t taps_;
+    const std::vector<const Tile*> tiles_;
+    const Buffer<T> data_;
+};
+
+// body(Work) for every tile of every block, in any order. `asides`: blocks of scratch that it wants. `beside`: another
+// convolution, with outputs of the same shape and tiles.
 template <typename T, typename Body>
-void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int threads, int asides, const Body& body) {
-    const int64_t lanes = task.loops.lanes, taps = p.r * p.s, source = plan.source, aside = plan.aside;
-    const Buffer<T> packed(task.weights * taps + task.out_channels), scratch((source + asides * aside) * threads);
-    T* biases = packed.data() + task.weights * taps;
-    const std::vector<const Tile*> tiles = tiles_of(task.parts);
+void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int threads, int asides, const Body& body,
+              const Convolution<T>* beside = nullptr, int64_t beside_taps = 0) {
+    const int64_t lanes = task.loops.lanes, per_thread = plan.source + plan.beside_source + asides * plan.aside;
+    const PackedWeights<T> packed(task, p.r * p.s);
+    const std::unique_ptr<PackedWeights<T>> packed_beside(beside ? new PackedWeights<T>(*beside, beside_taps)
+                                                                 : nullptr);
+    const Buffer<T> scratch(per_thread * threads);
 
     on_threads(threads, [&](int thread, int) {
-        T* x = scratch.data() + (source + asides * aside) * thread;
-        std::memset(x, 0, source * sizeof(T));
-#pragma omp for schedule(static)
-        for (size_t i = 0; i < tiles.size(); i++) pack(task, taps, *tiles[i], packed.data(), biases);
+        T* x = scratch.data() + per_thread * thread;
+        T* x_beside = x + plan.source;
+        std::memset(x, 0, (plan.source + plan.beside_source) * sizeof(T));
+        packed.fill();
+        if (beside) packed_beside->fill();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < p.n * plan.items; item++) {
             const int64_t n = item / plan.items;
             const Patch patch(plan.jobs, item % plan.items);
             const Job& job = *patch.job;
-            const int64_t image = n * task.in_channels * task.in_plane;
-            task.loops.copy(copy_of(task.in + image, task.relu_in ? task.relu_in + image : nullptr, task.in_plane,
-                                    job.part->reads, *job.vertical, *job.horizontal, patch.row, patch.rows,
-                                    patch.column, patch.columns, x, job.layout));
-            for (const Tile& tile : job.part->tiles)
-                body(Work<T>{.task = task,
-                             .tile = tile,
+            const auto load = [&](const Convolution<T>& source, Range channels, const Axis& v, const Axis& h,
+                                  const Layout& layout, T* to) {
+                const int64_t image = n * source.in_channels * source.in_plane;
+                task.loops.copy(copy_of(source.in + image, source.relu_in ? source.relu_in + image : nullptr,
+                                        source.in_plane, channels, v, h, patch.row, patch.rows, patch.column,
+                                        patch.columns, to, layout));
+            };
+            const auto sums = [&](const PackedWeights<T>& weights, const Tile& tile, const Layout& layout,
+                                  const T* sources) {
+                return Sums<T>{.loops = task.loops,
+                               .tile = tile,
+                               .layout = layout,
+                               .x = sources,
+                               .weights = weights.weights(tile),
+                               .biases = weights.biases(tile),
+                               .taps = weights.taps(),
+                               .aside_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T)),
+                               .at = layout.strips(patch.rows, patch.columns)};
+            };
+            load(task, job.part->reads, *job.vertical, *job.horizontal, job.layout, x);
+            const Layout* other = beside ? &plan.beside[&job - plan.jobs.data()] : nullptr;
+            if (beside)
+                load(*beside, plan.beside_reads, beside->vertical[job.vertical - task.vertical.data()],
+                     beside->horizontal[0], *other, x_beside);
+            for (const Tile& tile : job.part->tiles) {
+                Work<T> work{.task = task,
                              .patch = patch,
                              .n = n,
                              .item = item,
-                             .x = x - job.part->reads.first * job.layout.source_stride,
-                             .asides = x + source,
-                             .aside_stride = spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T)),
-                             .aside_size = aside,
-                             .weights = packed.data() + tile.weights * taps,
-                             .biases = biases + tile.first,
-                             .taps = taps});
+                             .sums = sums(packed, tile, job.layout, x - job.part->reads.first * job.layout.source_stride),
+                             .beside = nullptr,
+                             .asides = x_beside + plan.beside_source,
+                             .aside_size = plan.aside};
+                if (!beside) {
+                    body(work);
+                    continue;
+                }
+                const Sums<T> second = sums(*packed_beside, packed_beside->tile(tile.first), *other,
+                                            x_beside - plan.beside_reads.first * other->source_stride);
+                work.beside = &second;
+                body(work);
+            }
         }
     });
 }
@@ -248,11 +344,10 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
 // What a tile computes of one output: straight to its place where it can, else by way of scratch.
 template <typename T>
 void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, T* aside) {
-    const Axis &v = *work.patch.job->vertical, &h = *work.patch.job->horizontal;
-    const bool direct = !work.layout().flat && h.step == 1;
+    const bool direct = !work.sums.layout.flat && work.patch.job->horizontal->step == 1;
     if (direct) {
         sum.y = to, sum.residual = residual;
-        sum.y_channel = work.task.out_plane, sum.y_strip = v.step * work.task.out_width;
+        sum.y_channel = work.task.out_plane, sum.y_strip = work.line();
         return work.task.loops.output(sum);
     }
     sum.y = aside;
@@ -284,50 +379,11 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
     return task;
 }
 
-// The same groups, where every output group reads the input groups from `first` on.
-struct Everything {
-    Everything(const Blocks& b, int64_t first)
-        : reads(new bool[b.groups_out * b.groups_in]), blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
-        for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
-    }
-    std::unique_ptr<bool[]> reads;
-    Blocks blocks;
-};
-
-}  // namespace
-
+// A convolution of dy with the kernels turned around.
 template <typename T>
-void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
-             T* kept, const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = with_long_rows(shape);
-    const Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
-    const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
-    advise_large_pages(y, bytes);
-    if (kept) advise_large_pages(kept, bytes);
-    convolve(task, plan(task, p, threads), p, threads, kept ? 2 : 1, [&](const Work<T>& work) {
-        const int64_t at = work.at(p.k, work.tile.first);
-        const std::vector<Range>& reads = work.tile.reads;
-        OutputTile<T> sum = work.sum(reads.data(), reads.size(), 0, nullptr, nullptr);
-        Range rest{0, 0};
-        if (kept) {
-            const Range first{0, shared};
-            loops.output(work.sum(&first, 1, 0, nullptr, work.aside(0)));
-            work.place(work.aside(0), kept + at, nullptr);
-            if (const int64_t g = work.tile.group; g > 0 && g < blocks.groups_in)
-                rest = {blocks.columns[g], blocks.columns[g + 1]};
-            sum = work.sum(&rest, 1, shared, work.aside(0), nullptr);
-        }
-        sum.relu = relu;
-        finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept ? 1 : 0));
-    });
-}
-
-template <typename T>
-void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, T* others,
-                    const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = with_long_rows(shape);
-    const int64_t taps = p.r * p.s, last = blocks.groups_in - 1;
-    // A convolution of dy with the kernels turned around.
+Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, const Shape& p,
+                             const Blocks& blocks) {
+    const int64_t taps = p.r * p.s;
     Convolution<T> task{.loops = loops,
                         .in = dy,
                         .relu_in = relu,
@@ -344,100 +400,203 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                         .weights = 0,
                         .vertical = undilated(gradient_axes(p, 0)),
                         .horizontal = gradient_axes(p, 1)};
-    const Everything everything(blocks, 0);
-    task.parts = parts(others ? everything.blocks : blocks, true, loops.outputs, &task.weights);
-    const Plan blocks_of_output = plan(task, p, threads);
-    advise_large_pages(dx, p.n * p.c * p.h * p.w * sizeof(T));
-    if (!others)
-        return convolve(task, blocks_of_output, p, threads, 1, [&](const Work<T>& work) {
-            const std::vector<Range>& reads = work.tile.reads;
-            const OutputTile<T> sum = work.sum(reads.data(), reads.size(), 0, nullptr, nullptr);
-            finish(work, sum, dx + work.at(p.c, work.tile.first), static_cast<const T*>(nullptr), work.aside(0));
-        });
-    advise_large_pages(others, last * p.n * p.c * p.h * p.w * sizeof(T));
-    const bool shared = last > 0 && blocks.groups_out > 1 && blocks.reads[blocks.groups_in];  // row group 1 reads 0
-    convolve(task, blocks_of_output, p, threads, 2, [&](const Work<T>& work) {
-        const Tile& tile = work.tile;
-        bool started = false;
-        int64_t other = 0;
-        for (int64_t step = 0; step <= last; step++) {  // group 0 last: it gets the sum of all, if it is read by all
-            const int64_t g = (step + 1) % (last + 1);
-            const Range own = g < blocks.groups_out ? Range{blocks.rows[g], blocks.rows[g + 1]} : Range{0, 0};
-            T* to = g == tile.group ? dx + work.at(p.c, tile.first)
-                                    : others + work.at(last * p.c, other++ * p.c + tile.first);
-            const bool total = shared && g == 0;
-            OutputTile<T> sum = work.sum(&own, 1, own.first, total && started ? work.aside(1) : nullptr, nullptr);
-            if (!shared || total || own.first == own.last) {
-                finish(work, sum, to, static_cast<const T*>(nullptr), work.aside(0));
-                continue;
-            }
-            T* aside = work.aside(started ? 0 : 1);
-            sum.y = aside;
-            loops.output(sum);
-            work.place(aside, to, nullptr);
-            const Layout& layout = work.layout();
-            for (int64_t k = 0; started && k < tile.outputs; k++)
-                loops.add(work.aside(1) + k * work.aside_stride, aside + k * work.aside_stride,
-                          (work.patch.rows - 1) * layout.pitch + work.patch.columns);
-            started = true;
-        }
-    });
+    task.parts = parts(blocks, true, loops.outputs, &task.weights);
+    return task;
 }
 
+// The same groups, where every output group reads the input groups from `first` on.
+struct Everything {
+    Everything(const Blocks& b, int64_t first)
+        : reads(new bool[b.groups_out * b.groups_in]), blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
+        for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
+    }
+    std::unique_ptr<bool[]> reads;
+    Blocks blocks;
+};
+
+// u of a tile's rows as they would be in group g, in scratch: in `aside`, or all of it in `kept` already.
 template <typename T>
-void gate_gradient(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* kept, const T* df,
-                   const T* scale, const T* shift, bool relu, T* dz, const Shape& shape, const Blocks& blocks,
-                   int threads) {
-    const Shape p = with_long_rows(shape);
-    const int64_t last = blocks.groups_out - 1, gates = last * p.k;
-    // Group g reads column group g; column group 0, which others may read, too, is in `kept`.
-    const Everything sources(blocks, kept ? 1 : 0);
-    const Convolution<T> task = forward_task(loops, x, weight, bias, p, sources.blocks);
-    const Plan blocks_of_output = plan(task, p, threads);
-    const int64_t items = p.n * blocks_of_output.items;
-    const Buffer<T> found(items * gates);  // [item][gate]
-    std::fill_n(found.data(), items * gates, T(0));
-    convolve(task, blocks_of_output, p, threads, 2, [&](const Work<T>& work) {
-        const Tile& tile = work.tile;
-        const Patch& patch = work.patch;
-        const int64_t pitch = work.layout().pitch, line = patch.job->vertical->step * task.out_width;
-        for (int64_t k = 0; kept && k < tile.outputs; k++)
-            for (int64_t i = 0; i < patch.rows; i++)
-                move_row(work.aside(0) + k * work.aside_stride + i * pitch,
-                         kept + work.at(p.k, tile.first + k) + i * line, patch.columns);
-        int64_t other = 0;
-        for (int64_t step = 0; step <= last; step++) {
-            const int64_t g = (step + 1) % (last + 1);
-            if (g == tile.group) continue;
-            const bool reads = g < blocks.groups_in && !(kept && g == 0);
-            const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
-            const T* u = work.aside(0);
-            if (!kept || own.first < own.last) {
-                const int64_t from = own.first < own.last ? own.first - tile.reads.front().first : 0;
-                loops.output(work.sum(&own, 1, from, kept ? work.aside(0) : nullptr, work.aside(1)));
-                u = work.aside(1);
-            }
-            const int64_t gate = other++ * p.k + tile.first;
-            loops.gates({.u = u,
-                         .df = df + work.at(gates, gate),
-                         .u_channel = work.aside_stride,
-                         .u_row = pitch,
-                         .df_channel = task.out_plane,
-                         .df_row = line,
-                         .scale = scale ? scale + gate : nullptr,
-                         .shift = scale ? shift + gate : nullptr,
-                         .relu = relu,
-                         .channels = tile.outputs,
-                         .rows = patch.rows,
-                         .columns = patch.columns,
-                         .sums = found.data() + work.item * gates + gate});
-        }
-    });
+const T* in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const T* kept, T* aside) {
+    const bool reads = g < blocks.groups_in && !(kept && g == 0);
+    const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
+    if (kept && own.first == own.last) return kept;
+    const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
+    sums.loops.output(sums.over(&own, 1, from, kept, aside));
+    return aside;
+}
+
+// Sums of all items for all gates -> dz.
+template <typename T>
+void add_up(const Buffer<T>& found, int64_t items, int64_t gates, T* dz) {
     for (int64_t gate = 0; gate < gates; gate++) {
         double total = 0;
         for (int64_t item = 0; item < items; item++) total += found.data()[item * gates + gate];
         dz[gate] = T(total);
     }
+}
+
+}  // namespace
+
+template <typename T>
+void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
+             T* kept, const Shape& shape, const Blocks& blocks, int threads) {
+    const Shape p = with_long_rows(shape);
+    const Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
+    const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
+    advise_large_pages(y, bytes);
+    if (kept) advise_large_pages(kept, bytes);
+    convolve(task, plan(task, p, threads), p, threads, kept ? 2 : 1, [&](const Work<T>& work) {
+        const Tile& tile = work.tile();
+        const int64_t at = work.at(p.k, tile.first);
+        OutputTile<T> sum = work.sums.over(tile.reads.data(), tile.reads.size(), 0, nullptr, nullptr);
+        Range rest{0, 0};
+        if (kept) {
+            const Range first{0, shared};
+            loops.output(work.sums.over(&first, 1, 0, nullptr, work.aside(0)));
+            work.place(work.aside(0), kept + at, nullptr);
+            if (tile.group > 0) rest = {blocks.columns[tile.group], blocks.columns[tile.group + 1]};
+            sum = work.sums.over(&rest, 1, shared, work.aside(0), nullptr);
+        }
+        sum.relu = relu;
+        finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept ? 1 : 0));
+    });
+}
+
+template <typename T>
+void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, T* others,
+                    const T* live, const Producer<T>* producer, T* dz, const Shape& shape, const Blocks& blocks,
+                    int threads) {
+    // With a producer, both convolutions walk over the same lines.
+    const Shape p = producer ? shape : with_long_rows(shape);
+    const int64_t last = others || producer ? blocks.groups_in - 1 : 0;
+    const Everything everything(blocks, 0);
+    Convolution<T> task = gradient_task(loops, dy, relu, weight, p, last ? everything.blocks : blocks);
+    std::optional<Convolution<T>> beside;
+    std::optional<Everything> sources;
+    int64_t beside_taps = 0;
+    if (producer) {
+        const Shape& q = producer->shape;
+        sources.emplace(producer->blocks, producer->kept ? 1 : 0);
+        beside.emplace(forward_task(loops, producer->x, producer->weight, producer->bias, q, sources->blocks));
+        beside_taps = q.r * q.s;
+        const Axis mine = gradient_axes(p, 0)[0], its = forward_axis(q, 0);
+        const int64_t n = std::lcm(apart(mine), apart(its));
+        task.vertical = every({mine}, n), beside->vertical = every({its}, n);
+    }
+    const Convolution<T>* second = beside ? &*beside : nullptr;
+    const Plan shares = plan(task, p, threads, second);
+    const int64_t items = p.n * shares.items, gates = dz ? (producer ? last + 1 : 1) * p.c : 0;
+    const Buffer<T> found(items * gates);  // [item][gate]: of the columns' own groups, then of their others
+    std::fill_n(found.data(), items * gates, T(0));
+    const int64_t bytes = p.n * p.c * p.h * p.w * sizeof(T);
+    advise_large_pages(dx, bytes);
+    if (others) advise_large_pages(others, last * bytes);
+    const bool shared = last > 0 && blocks.groups_out > 1 && blocks.reads[blocks.groups_in];  // row group 1 reads 0
+
+    // The inner products of a block of the gradient, in scratch, with its features.
+    const auto gate = [&](const Work<T>& work, int64_t number, const T* df, const T* u, int64_t u_channel,
+                          int64_t u_row, bool behind_norm) {
+        const bool affine = behind_norm && producer->scale;
+        const int64_t other = (number - 1) * p.c + work.tile().first;
+        loops.gates({.u = u,
+                     .df = df,
+                     .u_channel = u_channel,
+                     .u_row = u_row,
+                     .df_channel = work.sums.aside_stride,
+                     .df_row = work.sums.layout.pitch,
+                     .scale = affine ? producer->scale + other : nullptr,
+                     .shift = affine ? producer->shift + other : nullptr,
+                     .relu = behind_norm && producer->relu,
+                     .channels = work.tile().outputs,
+                     .rows = work.patch.rows,
+                     .columns = work.patch.columns,
+                     .sums = found.data() + work.item * gates + number * p.c + work.tile().first});
+    };
+    const auto of_live = [&](const Work<T>& work, const T* df) {
+        const int64_t at = work.at(p.c, work.tile().first);
+        work.place(df, dx + at, nullptr);
+        if (dz) gate(work, 0, df, live + at, task.out_plane, work.line(), false);
+    };
+
+    if (!last)
+        return convolve(task, shares, p, threads, 1, [&](const Work<T>& work) {
+            const std::vector<Range>& reads = work.tile().reads;
+            const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
+            if (!dz) return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr, work.aside(0));
+            loops.output(sum);
+            of_live(work, work.aside(0));
+        }), add_up(found, items, gates, dz);
+
+    const auto of_all_groups = [&](const Work<T>& work) {
+        const Tile& tile = work.tile();
+        T *total = work.aside(0), *kept = nullptr;
+        if (producer && producer->kept)
+            work.fetch(producer->kept + work.at(p.c, tile.first), kept = work.aside(2), *work.beside);
+        bool started = false;
+        int64_t other = 0;
+        for (int64_t step = 0; step <= last; step++) {  // group 0 last: it gets the sum of all, if it is read by all
+            const int64_t g = (step + 1) % (last + 1);
+            const Range own = g < blocks.groups_out ? Range{blocks.rows[g], blocks.rows[g + 1]} : Range{0, 0};
+            const bool sums_up = shared && g == 0, begins = shared && g != 0 && !started;
+            T* df = begins ? total : work.aside(1);
+            const int64_t number = g == tile.group ? 0 : ++other;
+            const bool nothing = own.first == own.last && !(sums_up && started);
+            if (nothing && number && producer) continue;
+            loops.output(work.sums.over(&own, 1, own.first, sums_up && started ? total : nullptr, df));
+            if (shared && !begins && g != 0)
+                for (int64_t k = 0; k < tile.outputs; k++)
+                    loops.add(total + k * work.sums.aside_stride, df + k * work.sums.aside_stride,
+                              (work.patch.rows - 1) * work.sums.layout.pitch + work.patch.columns);
+            started = true;
+            if (number == 0) {
+                of_live(work, df);
+            } else if (others) {
+                work.place(df, others + work.at(last * p.c, (number - 1) * p.c + tile.first), nullptr);
+            } else {
+                const T* u = in_group(g, *work.beside, producer->blocks, (const T*)kept, work.aside(3));
+                gate(work, number, df, u, work.beside->aside_stride, work.beside->layout.pitch, true);
+            }
+        }
+    };
+    convolve(task, shares, p, threads, producer ? 4 : 2, of_all_groups, second, beside_taps);
+    if (dz) add_up(found, items, gates, dz);
+}
+
+template <typename T>
+void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, const T* df, T* dz, int threads) {
+    const Shape p = with_long_rows(producer.shape);
+    const Blocks& blocks = producer.blocks;
+    const int64_t last = blocks.groups_out - 1, gates = last * p.k;
+    const Everything sources(blocks, producer.kept ? 1 : 0);
+    const Convolution<T> task = forward_task(loops, producer.x, producer.weight, producer.bias, p, sources.blocks);
+    const Plan shares = plan(task, p, threads);
+    const int64_t items = p.n * shares.items;
+    const Buffer<T> found(items * gates);  // [item][gate]
+    std::fill_n(found.data(), items * gates, T(0));
+    convolve(task, shares, p, threads, 2, [&](const Work<T>& work) {
+        const Tile& tile = work.tile();
+        T* kept = nullptr;
+        if (producer.kept) work.fetch(producer.kept + work.at(p.k, tile.first), kept = work.aside(0), work.sums);
+        for (int64_t step = 0, other = 0; step <= last; step++) {
+            const int64_t g = (step + 1) % (last + 1);
+            if (g == tile.group) continue;
+            const int64_t gate = other++ * p.k + tile.first;
+            loops.gates({.u = in_group(g, work.sums, blocks, (const T*)kept, work.aside(1)),
+                         .df = df + work.at(gates, gate),
+                         .u_channel = work.sums.aside_stride,
+                         .u_row = work.sums.layout.pitch,
+                         .df_channel = task.out_plane,
+                         .df_row = work.line(),
+                         .scale = producer.scale ? producer.scale + gate : nullptr,
+                         .shift = producer.scale ? producer.shift + gate : nullptr,
+                         .relu = producer.relu,
+                         .channels = tile.outputs,
+                         .rows = work.patch.rows,
+                         .columns = work.patch.columns,
+                         .sums = found.data() + work.item * gates + gate});
+        }
+    });
+    add_up(found, items, gates, dz);
 }
 
 template <typename T>
@@ -547,10 +706,9 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
 #define SFG_INSTANTIATE(T)                                                                                         \
     template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*,           \
                              const Shape&, const Blocks&, int);                                                    \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,      \
-                                    const Blocks&, int);                                                           \
-    template void gate_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*,         \
-                                   const T*, const T*, bool, T*, const Shape&, const Blocks&, int);                                                          \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const T*,          \
+                                    const Producer<T>*, T*, const Shape&, const Blocks&, int);                     \
+    template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);                   \
     template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,     \
                                      const Blocks&, int);
 SFG_INSTANTIATE(float)

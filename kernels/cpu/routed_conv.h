@@ -29,19 +29,30 @@ template <typename T>
 void forward(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
              T* kept, const Shape&, const Blocks&, int threads);
 
+// What the features of an SFG layer are made of: act(scale * u + shift), u its convolution. `kept`: what `forward`
+// filled, or null (then u is made of everything that a group reads).
+template <typename T>
+struct Producer {
+    const T *x, *weight, *bias, *kept;
+    const T *scale, *shift;  // [groups_out - 1][k], or null: for each row in the groups that are not its own
+    bool relu;
+    Shape shape;
+    Blocks blocks;
+};
+
 // dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
 // others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
 // group that is not its own, in the order 1, 2, .., 0.
+// dz: null, or the inner products of dx with the features `live` [n][c][h][w] to which it belongs, [1][c]. With their
+// producer: also of what would go to others with what these would be, [groups_in][c] in all.
 template <typename T>
-void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const Shape&,
-                    const Blocks&, int threads);
+void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const T* live,
+                    const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
 
-// dz[groups_out - 1][k] = <df, act(scale * u + shift)>: u is what each row would be in each group that is not its own,
-// in the order 1, 2, .., 0; df [n][groups_out - 1][k][oh][ow] its gradient; scale and shift, like dz, may be null.
-// kept: what `forward` filled, or null (then u is made of everything that the group reads). Bits as above.
+// dz [groups_out - 1][k], the inner products of df [n][groups_out - 1][k][oh][ow] with what each row would be in each
+// group that is not its own, in the order 1, 2, .., 0. Bits as above.
 template <typename T>
-void gate_gradient(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* kept, const T* df,
-                   const T* scale, const T* shift, bool relu, T* dz, const Shape&, const Blocks&, int threads);
+void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz, int threads);
 
 // dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added
 // in the order of the threads: the bits depend on how many there are, and on nothing else.

@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 from .. import backends, reference
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing
+from ..kernels import masked
 from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
 from ..reference import Activation, DenseFeatures, activate
-from ..routed_conv import Others, RoutedConv, routed_conv, routed_conv_kept
+from ..routed_conv import Others, Producer, RoutedConv, routed_conv, routed_conv_kept
 
 Features = SFGFeatures | DenseFeatures
 
@@ -68,31 +69,33 @@ class SFGConv2d(reference.SFGConv2d):
         spec = RoutedConv(groups, features.groups, routing, geometry)
         relu = self.norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
         arguments = features.packed, self.weight_of(groups), self.bias, spec, relu
-        recipe = None
+        source = {"others": features.others, "producer": features.producer}
+        others = None
         if groups.all_gates:
-            u, recipe = routed_conv_kept(*arguments, others=features.others)
+            u, others = routed_conv_kept(*arguments, **source)
         else:
-            u = routed_conv(*arguments, others=features.others)
-        return self._epilogue(u, groups, None if relu else self.activation, recipe)
+            u = routed_conv(*arguments, **source)
+        return self._epilogue(u, groups, relu, others)
 
-    def _epilogue(
-        self, u: Tensor, groups: FilterGroups, activation: Activation, recipe: Others | None
-    ) -> SFGFeatures:
-        """Norm, activation and gate."""
+    def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool, others: Others | None) -> SFGFeatures:
+        """Norm, activation (unless done) and gate."""
         scale = shift = None
         if self.norm is not None:
             u, scale, shift = self.norm(u, groups)
-        h = activate(u, activation)
+        h = u if activated else activate(u, self.activation)
         gates = groups.gates
         assert gates is not None
         if groups.full:  # a relaxed draw; the gates' gradient is summed in fp32
             return SFGFeatures((h.to(gates.dtype) * groups.row_gates()[:, None, None]).to(h.dtype), groups)
         if not gates.requires_grad:
             return SFGFeatures(h, groups)  # the gates of the drawn rows are one
-        if recipe is not None and self.activation == "relu":
-            activation = "relu"  # of the others, it was not done yet
-        packed, others = _Gates.apply(h, gates, groups, recipe, scale, shift, activation)
-        return SFGFeatures(packed, groups, others=others)
+        if others is not None and scale is not None and shift is not None:
+            scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
+        packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation)
+        producer = None
+        if self.activation in (None, "relu"):
+            producer = Producer(h, gates, groups, others, scale, shift, self.activation == "relu")
+        return SFGFeatures(packed, groups, others=without_memory, producer=producer)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):
@@ -134,7 +137,7 @@ class _Gates(torch.autograd.Function):
     """The gates of a one-hot draw: those of the drawn rows are one, so forward has nothing to do; those of the others
     are zero, and so are these, without memory. Backward: dz = <dL/dF, h> for all gates that want it.
 
-    `others` (the recipe): what u of the others is made of; h = act(scale * u + shift), scale and shift [T+1, K].
+    `others`: what u of the others is made of; h = act(scale * u + shift), scale and shift [T, rows].
     """
 
     @staticmethod
@@ -146,12 +149,12 @@ class _Gates(torch.autograd.Function):
         others: Others | None,
         scale: Tensor | None,
         shift: Tensor | None,
-        activation: Any,
+        activation: Activation,
     ) -> tuple[Tensor, Tensor | None]:
         tensors, ctx.others = ((), None) if others is None else others.split()
-        ctx.save_for_backward(h, scale, shift, *tensors)
+        ctx.save_for_backward(h, gates, scale, shift, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.gates_dtype, ctx.activation = groups, gates.dtype, activation
+        ctx.groups, ctx.activation = groups, activation
         packed = h.view_as(h)
         if others is None:
             return packed, None
@@ -161,30 +164,19 @@ class _Gates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, df: Tensor | None, dothers: Tensor | None) -> Any:
-        h, scale, shift, *tensors = ctx.saved_tensors
-        groups, last = ctx.groups, len(ctx.groups.names) - 1
-        dz = h.new_zeros((groups.width, last + 1), dtype=ctx.gates_dtype)
-        if df is not None:
-            dz[groups.order, groups.ids] = channel_dots(df, h).to(dz.dtype)
+        h, gates, scale, shift, *tensors = ctx.saved_tensors
+        own = None if df is None else channel_dots(df, h)
+        dz = None
         if dothers is not None:
-            others, affine = ctx.others.joined(tensors), (None, None)
-            if scale is not None:
-                affine = tuple(values[groups.others, groups.order] for values in (scale, shift))
+            others = ctx.others.joined(tensors)
             if ctx.activation in (None, "relu"):
-                found = others.gate_gradient(dothers, *affine, ctx.activation == "relu")
+                recipe = others.recipe(scale, shift, ctx.activation == "relu")
+                dz = others.kernels.gate_gradient(recipe, dothers)
             else:
-                found = _dots_with_any_activation(dothers, others, *affine, ctx.activation)
-            dz[groups.order.expand(last, -1), groups.others] = found.to(dz.dtype)
-        return df, dz, None, None, None, None, None
-
-
-def _dots_with_any_activation(
-    df: Tensor, others: Others, scale: Tensor | None, shift: Tensor | None, activation: Any
-) -> Tensor:
-    """<dL/dF, act(scale * u + shift)> [T, rows], one of T others after the other."""
-    found = []
-    for n, (u, d) in enumerate(zip(others.values(), df.chunk(df.shape[1] // others.spec.rows.width, 1), strict=True)):
-        if scale is not None and shift is not None:
-            u = torch.addcmul(shift[n][:, None, None].to(u.dtype), u, scale[n][:, None, None].to(u.dtype))
-        found.append(channel_dots(d, activate(u, activation)))
-    return torch.stack(found)
+                values = masked.others(others.recipe(None, None, False, masked))
+                parts = zip(values, dothers.chunk(len(values), 1), strict=True)
+                dz = torch.stack([
+                    channel_dots(d, activate(masked.affine(u, scale, shift, n), ctx.activation))
+                    for n, (u, d) in enumerate(parts)
+                ])  # fmt: skip
+        return df, ctx.groups.by_kernel(own, dz, gates), None, None, None, None, None

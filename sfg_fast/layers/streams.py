@@ -55,7 +55,7 @@ class StreamBlock(nn.Module):
             h = F.relu(h if self.norm1 is None else self.norm1(h))
         columns = x.groups if self.first else streams
         spec = RoutedConv(block, columns, Routing.OWN, geometry)
-        h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec, others=x.others)
+        h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec, others=x.others, producer=x.producer)
         h = F.relu(h if self.norm2 is None else self.norm2(h))
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
         return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=x.streams()), streams)
@@ -171,5 +171,5 @@ class Heads(nn.Module):
             }
         rows = FilterGroups.blocks([0, *self.outputs.values()], group_names(self.outputs), x.packed.device)
         spec = RoutedConv(rows, x.groups, x.routing, Geometry((1, 1), (0, 0), (1, 1)))
-        y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec, others=x.others)
+        y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec, others=x.others, producer=x.producer)
         return dict(zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True))
