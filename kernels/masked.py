@@ -6,6 +6,8 @@ doesn't know where they lie, and the weight is zero for all others.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -134,8 +136,7 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ranges(groups: FilterGroups) -> list[slice]:
-    ends = groups.offsets.tolist()
-    return [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    return [slice(first, last) for first, last in itertools.pairwise(groups.ends)]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, g: int) -> Tensor:

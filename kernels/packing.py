@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import FilterGroups
+from ..groups import FilterGroups, Routing
 from .spec import RoutedConv
 
 
@@ -35,7 +35,11 @@ def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
 
 def read(spec: RoutedConv) -> Tensor:
     """bool [rows, columns, 1, 1]: which entries of the packed weight are read."""
-    return spec.blocks()[2][spec.rows.ids[:, None], spec.columns.ids][:, :, None, None]
+    rows, columns = spec.rows.ids[:, None, None, None], spec.columns.ids[:, None, None]
+    if spec.routing is Routing.ALL:
+        return rows >= 0
+    own = rows == columns
+    return own | (columns == 0) if spec.routing is Routing.ARROW else own
 
 
 def unpack(packed: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:

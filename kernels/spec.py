@@ -38,11 +38,9 @@ class RoutedConv(NamedTuple):
     routing: Routing
     geometry: Geometry
 
-    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The block structure of the packed weight: offsets of the rows' groups, int64 [groups out + 1], and of the
-        columns', and which is read, bool [groups out, groups in]."""
-        reads = self.routing.reads(len(self.rows.names), len(self.columns.names), self.rows.order.device)
-        return self.rows.offsets, self.columns.offsets, reads
+    def reads(self) -> tuple[tuple[bool, ...], ...]:
+        """[groups out][groups in]: which is read."""
+        return self.routing.reads(len(self.rows.names), len(self.columns.names))
 
 
 class Recipe(NamedTuple):

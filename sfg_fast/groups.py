@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -26,14 +27,13 @@ class Routing(enum.Enum):
     OWN = "own"  # group g reads group g
     ALL = "all"  # the first layer: every group reads the image
 
-    def reads(self, groups_out: int, groups_in: int, device: torch.device | None = None) -> Tensor:
-        """bool [groups_out, groups_in]: does the output group read the input group?"""
-        if self is Routing.ALL:
-            return torch.ones(groups_out, groups_in, dtype=torch.bool, device=device)
-        table = torch.eye(groups_out, groups_in, dtype=torch.bool, device=device)
-        if self is Routing.ARROW:
-            table[:, 0].fill_(True)
-        return table
+    @functools.cache  # noqa: B019 - there are three of them
+    def reads(self, groups_out: int, groups_in: int) -> tuple[tuple[bool, ...], ...]:
+        """[groups_out][groups_in]: does the output group read the input group?"""
+        return tuple(
+            tuple(self is Routing.ALL or out == g or (self is Routing.ARROW and g == 0) for g in range(groups_in))
+            for out in range(groups_out)
+        )
 
 
 def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
@@ -140,6 +140,11 @@ class FilterGroups:
     def blocked(self) -> bool:
         """Does every group have rows of its own (`blocks`)?"""
         return self.assignment is None and not self.full
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """`offsets` on the host."""
+        return self.offsets.tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def ids(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from ..masked import missing, sample
 from ..packing import Packed, pack_parameters, unpack, unpack_dim
@@ -57,8 +58,8 @@ def forward(
     weight = packed.weight
     y = x.new_empty(x.shape[0], weight.shape[0], *spec.geometry.output_size(x.shape[2:], weight.shape[2:]))
     a = torch.empty_like(y) if keep else None
-    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, y, a
-    _native.forward(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, to_dlpack(y), _plain_or_none(a)
+    _native.forward(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return y, a
 
 
@@ -68,8 +69,8 @@ def input_gradient(
     images, channels, groups = dy.shape[0], packed.weight.shape[1], len(spec.columns.names)
     dx = dy.new_empty(images, channels, *size)
     dothers = dy.new_empty(images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, dothers, None, None, None
-    _native.input_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), to_dlpack(dx), _plain_or_none(dothers), None, None, None
+    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return dx, dothers
 
 
@@ -81,18 +82,17 @@ def input_and_gate_gradient(
     recipe: Recipe | None,
     relu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    features = _plain(features)
-    dx = torch.empty_like(features)
+    dx = torch.empty_like(features, memory_format=torch.contiguous_format)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
     made = None if recipe is None else _arguments(recipe, features.shape[2:])
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), dx, None, features, made, dz
-    _native.input_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), to_dlpack(dx), None, _plain(features), made, to_dlpack(dz)
+    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return dx, dz
 
 
 def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.packed.weight.shape[0])
-    _native.gate_gradient(_arguments(recipe, dothers.shape[2:]), _plain(dothers), dz, torch.get_num_threads())
+    _native.gate_gradient(_arguments(recipe, dothers.shape[2:]), _plain(dothers), to_dlpack(dz), torch.get_num_threads())
     return dz
 
 
@@ -106,8 +106,8 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     dw = x.new_empty(packed.weight.shape)
     db = x.new_empty(dy.shape[1]) if bias else None
-    arrays = _plain(x), _plain(dy), _plain_or_none(relu), dw, db
-    _native.weight_gradient(*arrays, *spec.blocks(), *spec.geometry, torch.get_num_threads())
+    arrays = _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db)
+    _native.weight_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return unpack(dw, spec.rows, spec.columns), None if db is None else unpack_dim(db, 0, spec.rows)
 
 
@@ -115,13 +115,18 @@ def _arguments(recipe: Recipe, size: Sequence[int]) -> tuple[Any, ...]:
     x, a, packed, spec, scale, shift, relu = recipe
     arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
-    return *arrays, *affine, relu, *spec.blocks(), *spec.geometry, tuple(size)
+    return *arrays, *affine, relu, *_blocks(spec), *spec.geometry, tuple(size)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous and outside autograd, as DLPack wants it."""
-    return tensor.detach().contiguous()
+def _blocks(spec: RoutedConv) -> tuple[list[int], list[int], list[int]]:
+    """Offsets of the rows' and the columns' groups, and which is read."""
+    return spec.rows.ends, spec.columns.ends, [int(read) for row in spec.reads() for read in row]
 
 
-def _plain_or_none(tensor: Tensor | None) -> Tensor | None:
+def _plain(tensor: Tensor) -> Any:
+    """Contiguous, outside autograd, as DLPack."""
+    return to_dlpack(tensor.detach().contiguous())
+
+
+def _plain_or_none(tensor: Tensor | None) -> Any:
     return None if tensor is None else _plain(tensor)

@@ -4,12 +4,15 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "routed_conv.h"
 
@@ -24,8 +27,8 @@ template <typename T, int Dims>
 using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Tensor = Array<T, 4>;
-using Offsets = Array<const int64_t, 1>;
-using Table = Array<const bool, 2>;
+using Offsets = std::vector<int64_t>;
+using Table = std::vector<uint8_t>;  // std::vector<bool> has no array of bool
 using Pair = std::array<int64_t, 2>;
 
 const char* chosen = sfg::instruction_sets()[0];
@@ -72,18 +75,16 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
                  stride, padding, dilation);
 }
 
+// They point into the arguments.
 Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Shape& p) {
-    require(rows.shape(0) == reads.shape(0) + 1 && columns.shape(0) == reads.shape(1) + 1,
+    require(rows.size() > 1 && columns.size() > 1 && reads.size() == (rows.size() - 1) * (columns.size() - 1),
             "offsets don't fit the table");
     const auto ascending = [](const Offsets& offsets, int64_t total) {
-        if (offsets(0) != 0 || offsets(offsets.shape(0) - 1) != total) return false;
-        for (size_t i = 1; i < offsets.shape(0); i++)
-            if (offsets(i) < offsets(i - 1)) return false;
-        return true;
+        return offsets.front() == 0 && offsets.back() == total && std::is_sorted(offsets.begin(), offsets.end());
     };
     require(ascending(rows, p.k) && ascending(columns, p.c), "offsets don't cover the channels");
-    return {rows.data(), columns.data(), reads.data(), static_cast<int64_t>(reads.shape(0)),
-            static_cast<int64_t>(reads.shape(1))};
+    return {rows.data(), columns.data(), reinterpret_cast<const bool*>(reads.data()),
+            static_cast<int64_t>(rows.size()) - 1, static_cast<int64_t>(columns.size()) - 1};
 }
 
 template <typename T>
@@ -99,7 +100,7 @@ T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected,
 
 template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
-             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, Offsets rows, Offsets columns, Table reads, Pair stride, Pair padding,
+             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride, Pair padding,
              Pair dilation, int threads) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
@@ -137,8 +138,8 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
 
 template <typename T>
 void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
-                    std::optional<Tensor<T>> others, Optional<T> live, std::optional<Recipe<T>> recipe,
-                    std::optional<Array<T, 2>> dz, Offsets rows, Offsets columns, Table reads, Pair stride,
+                    std::optional<Tensor<T>> others, Optional<T> live, const std::optional<Recipe<T>>& recipe,
+                    std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride,
                     Pair padding, Pair dilation, int threads) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
@@ -167,7 +168,7 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
 }
 
 template <typename T>
-void gate_gradient(Recipe<T> recipe, Tensor<const T> df, Array<T, 2> dz, int threads) {
+void gate_gradient(const Recipe<T>& recipe, Tensor<const T> df, Array<T, 2> dz, int threads) {
     const sfg::Producer<T> made = producer(recipe);
     const Shape& p = made.shape;
     const int64_t others = made.blocks.groups_out - 1;
@@ -181,7 +182,7 @@ void gate_gradient(Recipe<T> recipe, Tensor<const T> df, Array<T, 2> dz, int thr
 
 template <typename T>
 void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Tensor<T> dw,
-                     std::optional<Array<T, 1>> db, Offsets rows, Offsets columns, Table reads, Pair stride,
+                     std::optional<Array<T, 1>> db, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride,
                      Pair padding, Pair dilation, int threads) {
     const Shape p = shape(x, dw, dy, stride, padding, dilation);
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
