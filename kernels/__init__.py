@@ -5,7 +5,9 @@ This folder is installed, and imported, as `sfg_fast.kernels`.
 Every module here offers the same functions; `spec` (spec.py) says who reads whom, and the geometry:
 
     sample(log_p [K,G], noise [K,G] | None)       -> assignment [K] (argmax of the sum), order [K], offsets [G+1]
-    pack(weight [K,C,R,S], bias [K] | None, spec, dtype)  -> packed, opaque: the parameters as the passes want them
+    pack(weight [K,C,R,S], bias [K] | None, spec, dtype, gates=False)
+                                                  -> packed, opaque: the parameters as the passes want them; `gates`:
+                                                  as a recipe does
     forward(x, packed, spec, keep=False)          -> y [N,rows,H',W'], a
     input_gradient(dy, packed, spec, size (H, W)) -> dx [N,columns,H,W], dothers
     weight_gradient(x, dy, packed, spec, bias=True)       -> dw [K,C,R,S], db [K] | None

@@ -60,7 +60,7 @@ class Others(NamedTuple):
 
     def recipe(self, scale: Tensor | None, shift: Tensor | None, relu: bool, kernels: Any = None) -> Recipe:
         """scale and shift [G-1, rows]. `kernels`: other ones than those that computed u."""
-        packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype)
+        packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
         return Recipe(self.x, self.a, packed, self.spec, scale, shift, relu)
 
     def split(self) -> tuple[tuple[Tensor | None, ...], Others]:

@@ -48,7 +48,9 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+def pack(
+    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
+) -> Packed:
     return pack_parameters(weight.detach(), bias, spec, dtype, zero_unread=False)
 
 

@@ -14,16 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import RoutedConv
+from ..spec import Recipe, RoutedConv
 from . import config
 from .config import Launch, Pass
 from .convolve import convolve_kernel
-from .expanded import convolve_all_kernel, gate_gradient_kernel
+from .everything import convolve_all_kernel, convolve_kept_kernel, convolve_others_kernel, gate_gradient_kernel
 from .pack import pack_kernel, sample_kernel
 from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
 FUSES = SHARES_PRODUCTS = True
+FUSES_GATES = False
 MEMORY_FORMAT = torch.channels_last
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,7 +37,7 @@ class Packed(NamedTuple):
     forward: Tensor  # [taps, channels, kernels], padded
     backward: Tensor  # [taps, kernels, channels], padded
     bias: Tensor | None  # [rows], float32
-    row_places: Tensor  # int32 [groups, K]: the live row of kernel k in group g, or -1
+    row_places: Tensor  # int32 [groups, K]: the row of kernel k in group g, or -1
     column_places: Tensor  # int32 [groups, C]
 
 
@@ -74,7 +75,9 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return assignment, order, offsets
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+def pack(
+    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
+) -> Packed:
     kernels, channels = weight.shape[:2]
     kernel = (weight.shape[2], weight.shape[3])
     forward_pass, backward_pass, gradient = config.passes(spec, kernel, dtype, config.device_of(weight.device))
@@ -96,7 +99,7 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         packed_bias = torch.empty(forward_pass.out_channels, dtype=_sums(dtype)[0], device=weight.device)
     orders = [
         tensor
-        for groups in (spec.rows, spec.rows.live, spec.columns, spec.columns.live)
+        for groups in (spec.rows, spec.columns)
         for tensor in (groups.order, groups.offsets)
     ]
     block, places = 1024, 64
@@ -107,56 +110,55 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         weight, weight if bias is None else bias, forward_weight, backward_weight,
         weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
         weight.stride(0), weight.stride(1), stride_tap, forward_pass, backward_pass, gradient, kernels, channels,
-        bias is not None, block, places,
+        bias is not None, gates, block, places,
     )  # fmt: skip
     return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places)
 
 
-def forward(x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+def forward(
+    x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
-    offsets = spec.rows.offsets, spec.columns.live.offsets
-    if p.shares_products and residual is not None:
-        return _convolve(x, packed.forward, p, offsets, size, relu, bias=packed.bias) + residual
-    return _convolve(x, packed.forward, p, offsets, size, relu, residual=residual, bias=packed.bias)
+    offsets = spec.rows.offsets, spec.columns.offsets
+    if residual is not None and (p.shares_products or keep):
+        y, a = _convolve(x, packed.forward, p, offsets, size, relu, bias=packed.bias, keep=keep)
+        return y + residual, a
+    return _convolve(x, packed.forward, p, offsets, size, relu, residual=residual, bias=packed.bias, keep=keep)
 
 
 def input_gradient(
     dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
-    offsets = spec.columns.offsets, spec.rows.live.offsets
-    return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu)
+    offsets = spec.columns.offsets, spec.rows.offsets
+    return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu, keep=p.others)
 
 
-def gate_gradient(
-    x: Tensor,
-    packed: Packed,
-    spec: RoutedConv,
-    df: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
+    x, a, packed, spec, scale, shift, relu = recipe
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
-    assert p.shares_products, "rows that are not full have no unselected gates"
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
-    _check(x, "the input", (df.shape[0], p.channels, *x.shape[2:]))
-    _check(df, "the gradient", (df.shape[0], p.out_groups * p.out_channels, *size))
-    x, df = _nhwc(x), _nhwc(df)
+    channels = (p.out_groups - 1) * p.out_channels
+    _check(x, "the input", (dothers.shape[0], p.channels, *x.shape[2:]))
+    _check(dothers, "the gradient", (x.shape[0], channels, *size))
+    _check(a, "what was kept", (x.shape[0], p.out_channels, *size))
+    x, df = _nhwc(x), _nhwc(dothers)
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
     scale, shift = (df if values is None else values.to(torch_sum).contiguous() for values in (scale, shift))
     fused = relu, False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     tiles = launch.programs // (p.columns // p.block_n)
-    partial = torch.empty(tiles, p.out_groups * p.out_channels, dtype=torch_sum, device=x.device)
+    partial = torch.empty(tiles, channels, dtype=torch_sum, device=x.device)
     bias = packed.forward if packed.bias is None else packed.bias
-    arrays = x, packed.forward, bias, df, scale, shift, partial, spec.columns.live.offsets
+    arrays = x, packed.forward, bias, df if a is None else _nhwc(a), df, scale, shift, partial
     if tiles:
-        sizes = x.shape[2], x.shape[3], *size
-        _launch(gate_gradient_kernel, launch, *arrays, *sizes, p, launch.tiles, affine, sum_type)
-    return partial.sum(0)
+        offsets, sizes = (spec.rows.offsets, spec.columns.offsets), (x.shape[2], x.shape[3], *size)
+        _launch(
+            gate_gradient_kernel, launch, *arrays, *offsets, *sizes, p, launch.tiles, a is not None, affine, sum_type
+        )
+    return partial.sum(0).view(p.out_groups - 1, p.out_channels)
 
 
 def weight_gradient(
@@ -184,7 +186,7 @@ def weight_gradient(
     partial_bias = torch.empty(splits * g.out_channels if bias else 0, **new)
     dw = torch.empty(kernels, channels, *packed.kernel, **new)
     db = torch.empty(kernels, **new) if bias else None
-    offsets = spec.rows.live.offsets, spec.columns.live.offsets
+    offsets = spec.rows.offsets, spec.columns.offsets
     pixel_tiles = (
         dy.shape[0] * config.cdiv(size[0], launch.tiles.pixels_h) * config.cdiv(size[1], launch.tiles.pixels_w)
     )
@@ -210,8 +212,10 @@ def _convolve(
     passed: Tensor | None = None,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read. `keep`: there is a
+    second tensor, what the forward pass keeps, or the gradient of the others."""
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
     _check(passed, "the ReLU's output", tuple(x.shape))
@@ -219,8 +223,12 @@ def _convolve(
     x = _nhwc(x)
     passed = x if passed is None else _nhwc(passed)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    beside = None
+    if keep:
+        shape = x.shape[0], channels * (p.out_groups - 1 if p.adjoint else 1), *size
+        beside = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
-        return y
+        return y, beside
     fused = relu, residual is not None, bias is not None, max(x[:1].numel(), y[:1].numel()) >= 2**31
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     bias = weight if bias is None else bias
@@ -230,11 +238,15 @@ def _convolve(
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
         _launch(rowwalk_kernel, launch, x, passed, weight, bias, added, y, *sizes, launch.steps, *constants)
+    elif launch.kernel == "convolve_others":
+        _launch(convolve_others_kernel, launch, x, passed, weight, y, beside, *offsets, *sizes, *grid, *constants)
+    elif launch.kernel == "convolve_kept":
+        _launch(convolve_kept_kernel, launch, x, weight, bias, y, beside, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_all":
         _launch(convolve_all_kernel, launch, x, passed, weight, bias, y, offsets[1], *sizes, *grid, *constants)
     else:
         _launch(convolve_kernel, launch, x, passed, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
-    return y
+    return y, beside
 
 
 def _launch(kernel: Any, launch: Launch | int, *arguments: Any) -> None:

@@ -31,6 +31,7 @@ class Pass:
     routing: str  # arrow, own or all
     shares_products: bool  # every group on the output side has all out_channels
     own_rows: bool  # and so has every group on the input side
+    others: bool  # a one-hot draw on the output side, whose others count
     taps_h: int
     taps_w: int
     stride_h: int
@@ -59,7 +60,7 @@ class Pass:
     @staticmethod
     def of(
         geometry: Geometry, kernel: tuple[int, int], adjoint: bool, channels: int, out_channels: int, in_groups: int,
-        out_groups: int, routing: str, shares_products: bool, own_rows: bool, bits: int,
+        out_groups: int, routing: str, shares_products: bool, own_rows: bool, others: bool, bits: int,
     ) -> Pass:  # fmt: skip
         taps = kernel[0] * kernel[1]
         (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = geometry
@@ -69,9 +70,10 @@ class Pass:
             offsets = [-step * d // s for step, d, s in zip(steps, dilations, strides, strict=True)]
         else:
             steps, offsets = [1, 1], list(dilations)
-        flat = channels < FEW_CHANNELS and not shares_products and (not adjoint or strides == (1, 1))
+        flat = channels < FEW_CHANNELS and not shares_products and not others and (not adjoint or strides == (1, 1))
         width = channels // in_groups if own_rows else channels
-        block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, shares_products, bits)
+        everything = shares_products or (others and adjoint)
+        block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
         columns = _up(out_channels, block_n)
         if flat:
             block_k = 16 if taps * channels <= 16 else 32
@@ -82,7 +84,7 @@ class Pass:
             size = taps * rows * columns
         one = (1, 1)
         return Pass(
-            adjoint, channels, out_channels, in_groups, out_groups, routing, shares_products, own_rows, *kernel,
+            adjoint, channels, out_channels, in_groups, out_groups, routing, shares_products, own_rows, others, *kernel,
             stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, *(one if adjoint else strides),
             *(strides if adjoint else one), *steps, *offsets, flat, block_n, block_k, rows, columns, size,
         )  # fmt: skip
@@ -153,16 +155,16 @@ class Gradient:
 
 
 def _blocks(
-    channels: int, out_channels: int, groups: int, adjoint: bool, shares_products: bool, bits: int
+    channels: int, out_channels: int, groups: int, adjoint: bool, everything: bool, bits: int
 ) -> tuple[int, int]:
-    """Output channels of a tile, and channels of a chunk.
+    """Output channels of a tile, and channels of a chunk. `everything`: every output channel has every group's product.
 
     Large tiles read the input fewer times, small ones skip more of what is not read. From 128 channels on arithmetic
     is the limit: the largest tile that executes at most 1.4 times the necessary products for an even split.
     """
     block_n = min(_power_of_two(out_channels), 64 if bits == 16 else 32)
     block_k = min(_power_of_two(channels), 32 if bits == 16 else 16)
-    if shares_products or groups == 1 or min(channels, out_channels) < 128:
+    if everything or groups == 1 or min(channels, out_channels) < 128:
         return block_n, block_k
     return (16, 32) if adjoint else (32, 16)
 
@@ -191,12 +193,21 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)
 
 
+class Side(NamedTuple):
+    """What a pass has to know of the rows or the columns."""
+
+    groups: int
+    width: int
+    channels: int
+    others: bool
+
+
 def passes(
     spec: RoutedConv, kernel: tuple[int, int], dtype: torch.dtype, device: Device
 ) -> tuple[Pass, Pass, Gradient]:
     """Forward pass, input gradient and weight gradient, from sizes alone."""
     sides = [
-        (len(groups.names), groups.width, groups.order.numel(), groups.live.order.numel())
+        Side(len(groups.names), groups.width, groups.order.numel(), groups.all_gates)
         for groups in (spec.rows, spec.columns)
     ]
     bits = dtype.itemsize * 8
@@ -210,30 +221,30 @@ def _passes(
     geometry: Geometry,
     kernel: tuple[int, int],
     routing: str,
-    rows: tuple[int, int, int, int],
-    columns: tuple[int, int, int, int],
+    rows: Side,
+    columns: Side,
     bits: int,
     largest: int,
 ) -> tuple[Pass, Pass, Gradient]:
-    """`rows` and `columns`: number of groups, width, channels, live channels."""
-
-    def one(adjoint: bool, out: tuple[int, int, int, int], read: tuple[int, int, int, int]) -> Pass:
-        groups, width, channels, _ = out
-        shares = groups > 1 and channels == groups * width and routing != "all"
-        own_rows = shares and read[3] == read[0] * read[1]
-        written = width if shares else channels
+    def one(adjoint: bool, out: Side, read: Side) -> Pass:
+        shares = out.groups > 1 and out.channels == out.groups * out.width and routing != "all"
+        own_rows = shares and read.channels == read.groups * read.width
+        written = out.width if shares else out.channels
         return Pass.of(
-            geometry, kernel, adjoint, read[3], written, read[0], groups, routing, shares, own_rows, bits
+            geometry, kernel, adjoint, read.channels, written, read.groups, out.groups, routing, shares, own_rows,
+            out.others and routing != "all", bits,
         )  # fmt: skip
 
-    gradient = Gradient.of(geometry, kernel, columns[3], rows[3], columns[0], rows[0], routing, largest)
+    gradient = Gradient.of(
+        geometry, kernel, columns.channels, rows.channels, columns.groups, rows.groups, routing, largest
+    )
     return one(False, rows, columns), one(True, columns, rows), gradient
 
 
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
-    kernel: str  # rowwalk, convolve_all, convolve or weight_gradient
+    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_others or weight_gradient
     tiles: Tiles
     programs: int
     second: int  # second dimension of the grid of programs: phases of the stride, or splits of the pixels
@@ -262,13 +273,20 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         options = launch_options(strip, p.block_n, 2048, device)
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
-    pixels = 128 if bits == 16 and p.block_n < 64 and not p.shares_products else 64
+    pixels = 128 if bits == 16 and p.block_n < 64 and not (p.shares_products or p.others) else 64
     if p.own_rows:  # a sum for each group: they have to fit into the registers
         pixels = 16 if p.in_groups > 4 else 64 if bits == 16 else 32
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
     options = launch_options(pixels, p.block_n, p.block_k * p.block_n, device)
-    return Launch("convolve_all" if p.shares_products else "convolve", tiles, programs, phases, 0, options)
+    name = "convolve"
+    if p.shares_products:
+        name = "convolve_all"
+    elif p.others and p.adjoint:
+        name = "convolve_others"
+    elif p.others and p.routing == "arrow":
+        name = "convolve_kept"
+    return Launch(name, tiles, programs, phases, 0, options)
 
 
 def plan_gradient(
@@ -299,7 +317,7 @@ def forget() -> None:
 def walks(p: Pass, bits: int, device: Device) -> bool:
     """Is rowwalk.py the way? Where the nine weight tiles have to be in registers, those of more than 32 channels don't
     fit."""
-    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products
+    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products and not p.others
     return fits and bits == 16 and p.channels <= (64 if device.multiplies_from_shared_memory else 32)
 
 

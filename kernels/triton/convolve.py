@@ -100,12 +100,13 @@ def ranges_read(out_offsets, in_offsets, n0, P: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    acc, x, passed, w, i, j, n, H, W, phase, prefix, start, chunks, low, high, P: tl.constexpr, T: tl.constexpr
-):
+    acc, x, passed, w, i, j, n, H, W, phase, prefix, start, chunks, low, high,
+    P: tl.constexpr, T: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """acc [BM, BN] + the product over all taps and over the chunks of channels. Taps are innermost: a chunk's shifted
     reads follow one another and hit the cache.
 
-    If all output channels read all of a group (P.shares_products, expanded.py), only channels low .. high count.
+    EXACT: only channels low .. high count (everything.py). Otherwise the weight is zero where it is not read.
     An adjoint pass with T.relu: x is a gradient that has yet to go back through the ReLU whose output is `passed`.
     """
     BLOCK_K: tl.constexpr = P.block_k
@@ -129,7 +130,7 @@ def accumulate(
         if P.adjoint and T.relu:
             a = tl.where(tl.load(passed + at, mask=mask, other=1.0) <= 0, 0.0, a)  # a NaN passes, as in torch
         row = ((first_r + r * P.tap_step_h) * P.taps_w + first_s + s * P.tap_step_w) * P.rows + c
-        if P.shares_products:
+        if EXACT:
             wanted = (c >= low) & (c < high)
             b = tl.load(w + row[:, None] * P.columns + n[None, :], mask=wanted[:, None], other=0.0)
         else:
@@ -198,7 +199,7 @@ def convolve_kernel(
     else:
         prefix, start, chunks = ranges_read(out_offsets, in_offsets, n0, P)
         acc = accumulate(
-            acc, x + image_in, passed + image_in, w, i, j, n, H, W, phase, prefix, start, chunks, 0, 0, P, T
+            acc, x + image_in, passed + image_in, w, i, j, n, H, W, phase, prefix, start, chunks, 0, 0, P, T, False
         )
     valid = n < P.out_channels
     if T.bias:

@@ -16,12 +16,12 @@ def group_of(row, offsets, GROUPS: tl.constexpr):
 @triton.jit
 def pack_weight(
     block, weight, packed, out_order, out_offsets, in_order, in_offsets, stride_out, stride_in, stride_tap,
-    P: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, EVERYTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The weight of one pass, [taps, rows (in), columns (out)].
 
-    Zero in the padding and where an output does not read an input. Where P.shares_products, the output side stays in
-    the layer's order and nothing is zeroed.
+    Zero in the padding and where an output does not read an input, unless all products with EVERYTHING are wanted.
+    Where P.shares_products, the output side stays in the layer's order.
     """
     OUT_GROUPS: tl.constexpr = P.out_groups
     IN_GROUPS: tl.constexpr = P.in_groups
@@ -35,6 +35,7 @@ def pack_weight(
     channel = i
     if not P.shares_products:
         kernel = tl.load(out_order + o, mask=valid, other=0).to(tl.int32)
+    if not P.shares_products and not EVERYTHING:
         go = group_of(o, out_offsets, OUT_GROUPS)
         gi = group_of(i, in_offsets, IN_GROUPS)
         if P.routing == "arrow":
@@ -70,13 +71,13 @@ def find_places(
 @triton.jit
 def pack_kernel(
     weight, bias, forward, backward, packed_bias, row_places, column_places,
-    row_order, row_offsets, live_row_order, live_row_offsets,
-    column_order, column_offsets, live_column_order, live_column_offsets, stride_k, stride_c, stride_tap,
+    row_order, row_offsets, column_order, column_offsets, stride_k, stride_c, stride_tap,
     F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    GATES: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Everything that the forward pass F, its adjoint B and the weight gradient G want, in one launch: both weights,
-    the bias, and where each kernel and input channel went. A program does BLOCK elements, or PLACES places."""
+    the bias, and where each kernel and input channel went. A program does BLOCK elements, or PLACES places.
+    GATES: what the gates' gradient wants, the forward weight of all groups."""
     ROW_GROUPS: tl.constexpr = G.row_groups
     COLUMN_GROUPS: tl.constexpr = G.column_groups
     ROWS: tl.constexpr = G.out_channels
@@ -88,19 +89,19 @@ def pack_kernel(
     block = tl.program_id(0)
     if block < forward_end:
         pack_weight(
-            block, weight, forward, row_order, row_offsets, live_column_order, live_column_offsets, stride_k, stride_c,
-            stride_tap, F, BLOCK,
+            block, weight, forward, row_order, row_offsets, column_order, column_offsets, stride_k, stride_c,
+            stride_tap, F, GATES, BLOCK,
         )  # fmt: skip
     elif block < backward_end:
         pack_weight(
-            block - forward_end, weight, backward, column_order, column_offsets, live_row_order, live_row_offsets,
-            stride_c, stride_k, stride_tap, B, BLOCK,
+            block - forward_end, weight, backward, column_order, column_offsets, row_order, row_offsets,
+            stride_c, stride_k, stride_tap, B, B.others, BLOCK,
         )  # fmt: skip
     elif block < rows_end:
-        find_places(block - backward_end, row_places, live_row_order, live_row_offsets, K, ROWS, ROW_GROUPS, PLACES)
+        find_places(block - backward_end, row_places, row_order, row_offsets, K, ROWS, ROW_GROUPS, PLACES)
     elif block < columns_end:
         block -= rows_end
-        find_places(block, column_places, live_column_order, live_column_offsets, C, COLUMNS, COLUMN_GROUPS, PLACES)
+        find_places(block, column_places, column_order, column_offsets, C, COLUMNS, COLUMN_GROUPS, PLACES)
     elif BIAS:
         row = (block - columns_end) * BLOCK + tl.arange(0, BLOCK)
         valid = row < F.out_channels
