@@ -64,7 +64,8 @@ def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
     if layer.routing == "all":
         columns, routing = FilterGroups.blocks([1], ("image",)), Routing.ALL
     padding = layer.dilation * (layer.kernel // 2)
-    where = (rows.offsets, columns.offsets, routing.reads(3, len(columns.names)))
+    reads = [int(read) for row in routing.reads(3, len(columns.names)) for read in row]
+    where = (rows.ends, columns.ends, reads)
     where += ((1, 1), (padding, padding), (layer.dilation, layer.dilation), torch.get_num_threads())  # type: ignore[assignment]
     x = torch.randn(layer.batch, int(columns.offsets[-1]), *layer.size)
     weight = torch.randn(int(rows.offsets[-1]), x.shape[1], layer.kernel, layer.kernel)
@@ -72,14 +73,14 @@ def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
     y = torch.empty(layer.batch, weight.shape[0], *layer.size)
     dx, dy, dw, db = torch.empty_like(x), torch.randn_like(y), torch.empty_like(weight), torch.empty_like(bias)
     a, b, c = torch.randn(SGEMM, SGEMM), torch.randn(SGEMM, SGEMM), torch.empty(SGEMM, SGEMM)
-    _native.forward(x, weight, bias, None, True, y, *where)
+    _native.forward(x, weight, bias, None, True, y, None, *where)
 
     def backward() -> None:
-        _native.input_gradient(dy, y, weight, dx, *where)
+        _native.input_gradient(dy, y, weight, dx, None, None, None, None, *where)
         _native.weight_gradient(x, dy, y, dw, db, *where)
 
     return {
-        "forward": lambda: _native.forward(x, weight, bias, None, True, y, *where),
+        "forward": lambda: _native.forward(x, weight, bias, None, True, y, None, *where),
         "backward": backward,
         "sgemm": lambda: torch.mm(a, b, out=c),
         "copy": lambda: (dx.copy_(x), dy.copy_(y)),

@@ -37,7 +37,7 @@ Every module says of itself:
     FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None) -> dx, dz:
                      what the features dx belongs to contribute to the gradient of their gates, [1,columns], the gates
                      of the groups drawn; with their recipe also the others', [G,columns] in all. dothers is never
-                     stored. Stride 1 only, with a recipe.
+                     stored. Stride 1 only.
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
                      them is computed once and added to all outputs that read it
 """

@@ -170,10 +170,9 @@ def _convolve(
 
 def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
     """Can the consumer of these features give their gates the gradient?"""
-    if not kernels.FUSES_GATES or torch.compiler.is_compiling() or producer.h.dtype != x.dtype:
+    if not kernels.FUSES_GATES or torch.compiler.is_compiling() or spec.geometry.stride != (1, 1):
         return False
-    others = producer.others
-    return others is None or (spec.geometry.stride == (1, 1) and others.kernels is kernels)
+    return producer.h.dtype == x.dtype and (producer.others is None or producer.others.kernels is kernels)
 
 
 class _RoutedConv(torch.autograd.Function):

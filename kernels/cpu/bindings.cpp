@@ -156,8 +156,8 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
                 "the producer does not fit the features");
         for (int64_t g = 0; g <= b.groups_in; g++)
             require(made->blocks.rows[g] == b.columns[g], "the producer's groups are not those of the features");
-        require(p.stride[0] == 1 && p.stride[1] == 1, "only for stride 1");
     }
+    require(!dz || (p.stride[0] == 1 && p.stride[1] == 1), "the gates' gradient comes with stride 1 only");
     require(!dz || (int64_t(dz->shape(0)) == (recipe ? b.groups_in : 1) && int64_t(dz->shape(1)) == p.c),
             "the gates' gradient does not fit the groups");
     const sfg::InnerLoops<T>& inner = loops<T>();

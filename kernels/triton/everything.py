@@ -131,6 +131,7 @@ def convolve_kept_kernel(
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of a one-hot draw, arrow, which keeps P_shared + bias for the gates' gradient."""
+    GROUPS: tl.constexpr = P.out_groups
     BLOCK_N: tl.constexpr = P.block_n
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
     TILES_N: tl.constexpr = P.columns // P.block_n
@@ -151,7 +152,7 @@ def convolve_kept_kernel(
     tl.store(kept + at, acc.to(kept.dtype.element_ty), mask=((h < OH) & (v < OW))[:, None] & valid[None, :])
     low = P.channels
     high = 0
-    for g in tl.static_range(1, P.out_groups):  # which tasks' channels the tile reads; the weight is zero in between
+    for g in tl.static_range(1, GROUPS):  # which tasks' channels the tile reads; the weight is zero in between
         here = (tl.load(out_offsets + g) < n0 + BLOCK_N) & (tl.load(out_offsets + g + 1) > n0)
         own = tl.load(in_offsets + g).to(tl.int32)
         own_end = tl.load(in_offsets + g + 1).to(tl.int32)
@@ -202,12 +203,12 @@ def convolve_others_kernel(
     own = zero
     before = zero
     total = zero
-    for step in tl.static_range(GROUPS):
-        g: tl.constexpr = (step + 1) % GROUPS
-        begin = total if P.routing == "arrow" and g == 0 else zero
-        now = group_product(g, begin, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T)
-        if g > 0:
-            total += now
+    for step in tl.static_range(GROUPS):  # the last one is shared
+        begin = total if P.routing == "arrow" and step == GROUPS - 1 else zero
+        now = group_product(
+            (step + 1) % GROUPS, begin, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T
+        )  # fmt: skip
+        total += now
         own = tl.where(place == step, now, own)
         if step > 0:
             other = tl.where(place > step - 1, before, now)
@@ -250,12 +251,13 @@ def gate_gradient_kernel(
     elif T.bias:
         begin += tl.load(bias + n, mask=valid, other=0.0)[None, :]
     before = begin
-    for step in tl.static_range(GROUPS):
-        g: tl.constexpr = (step + 1) % GROUPS
+    for step in tl.static_range(GROUPS):  # the last one is shared
         now = begin
-        if P.routing != "all" and not (KEPT and g == 0):
-            wanted = is_all(g, n0, out_offsets, BLOCK_N) == 0
-            now = group_product(g, begin, x, x, w, in_offsets, i, j, n, H, W, 0, wanted, P, T)
+        if P.routing != "all" and not (KEPT and step == GROUPS - 1):
+            wanted = is_all((step + 1) % GROUPS, n0, out_offsets, BLOCK_N) == 0
+            now = group_product(
+                (step + 1) % GROUPS, begin, x, x, w, in_offsets, i, j, n, H, W, 0, wanted, P, T
+            )  # fmt: skip
         if step > 0:
             u = tl.where(place > step - 1, before, now)
             c = (step - 1) * P.out_channels + n

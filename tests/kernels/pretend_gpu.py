@@ -11,7 +11,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import Geometry, RoutedConv
+from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -58,25 +58,30 @@ def main() -> None:
     driver.set_active(Driver())
     x = torch.randn(2, 64, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(64, 64, 3, 3), torch.randn(64)
+    relaxed, streams = FilterGroups.relaxed(torch.zeros(64, 3), 2), FilterGroups.streams(64, 2)
+    names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_others", "convolve_all",
+             "gate_gradient", "weight_gradient", "reduce")  # fmt: skip
     for stride in (1, 2):
         for _ in range(50):
             kernels.sample(torch.randn(64, 3), torch.randn(64, 3))
             drawn = torch.randint(3, (64,))  # nothing was run
-            groups = FilterGroups.from_assignment(drawn)
-            for rows in (groups, FilterGroups.expanded(drawn, groups.gates, 2)):
-                for columns in (groups, FilterGroups.streams(64, 2)):
+            for learns in (False, True):
+                groups = FilterGroups.from_assignment(drawn, all_gates=learns)
+                for rows, columns in ((groups, groups), (relaxed, streams)):
                     geometry = Geometry((stride, stride), (1, 1), (1, 1))
                     spec = RoutedConv(rows, columns, Routing.ARROW, geometry)
+                    keep = rows.all_gates
                     packed = kernels.pack(weight, bias, spec, torch.float16)
                     live_x = x if columns is groups else torch.cat([x] * 3, 1)
-                    y = kernels.forward(live_x, packed, spec, relu=True)
-                    if rows is not groups:
-                        kernels.gate_gradient(live_x, packed, spec, y, None, None, True)
-                    dy = y[:, :64]
-                    kernels.input_gradient(dy, packed, spec, (16, 16), relu=dy)
-                    kernels.weight_gradient(live_x, dy, packed, spec, relu=dy)
+                    y, a = kernels.forward(live_x, packed, spec, relu=True, keep=keep)
+                    _, dothers = kernels.input_gradient(y, packed, spec, (16, 16), relu=y)
+                    kernels.weight_gradient(live_x, y, packed, spec, relu=y)
+                    if keep:
+                        packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
+                        df = y.new_empty(2, 128, *y.shape[2:])
+                        kernels.gate_gradient(Recipe(live_x, a, packed, spec, None, None, True), df)
     found = {}
-    for name in ("sample", "pack", "rowwalk", "convolve", "convolve_all", "gate_gradient", "weight_gradient", "reduce"):
+    for name in names:
         function = getattr(kernels, name + "_kernel")
         found[name] = sum(len(caches[0]) for caches in function.device_caches.values())
     print(json.dumps({"compiled": found, "launched": len(Launcher.launched)}))

@@ -1,6 +1,8 @@
 """The C++ kernels themselves, on every instruction set that this processor has, against float64 convolution with a
 masked weight, written plainly."""
 
+import dataclasses
+import itertools
 import threading
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import Geometry, RoutedConv
+from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
@@ -59,7 +61,7 @@ def problems(draw, largest=40):
 
 
 def offsets(sizes):
-    return torch.tensor([0, *sizes]).cumsum(0)
+    return [0, *itertools.accumulate(sizes)]
 
 
 def guarded(*shape, dtype):
@@ -81,7 +83,7 @@ def check(problem):
 
     k, c, n = sum(p["rows"]), sum(p["columns"]), p["batch"]
     reads = torch.tensor(p["reads"]).view(len(p["rows"]), len(p["columns"]))
-    blocks = offsets(p["rows"]), offsets(p["columns"]), reads
+    blocks = offsets(p["rows"]), offsets(p["columns"]), reads.int().flatten().tolist()
     geometry = Geometry(p["stride"], p["padding"], p["dilation"])
     mask = torch.repeat_interleave(
         torch.repeat_interleave(reads, torch.tensor(p["rows"]), 0), torch.tensor(p["columns"]), 1
@@ -99,7 +101,7 @@ def check(problem):
 
     memory, y = guarded(*exact.shape, dtype=dtype)
     arguments = (*blocks, *geometry)
-    _native.forward(x, weight, bias, residual, p["relu"], y, *arguments, p["threads"])
+    _native.forward(x, weight, bias, residual, p["relu"], y, None, *arguments, p["threads"])
     wanted = exact.relu() if p["relu"] else exact
     wanted = wanted.detach() + (0 if residual is None else residual.double())
     taps = p["kernel"][0] * p["kernel"][1]
@@ -109,13 +111,13 @@ def check(problem):
     unharmed(memory)
 
     # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
-    _native.forward(x, weight, bias, None, True, y, *arguments, p["threads"])
+    _native.forward(x, weight, bias, None, True, y, None, *arguments, p["threads"])
     dy = random(*exact.shape)
     passed = y if p["relu"] else None
     exact.backward((dy * (y > 0) if p["relu"] else dy).double())
 
     memory, dx = guarded(*x.shape, dtype=dtype)
-    _native.input_gradient(dy, passed, weight, dx, *arguments, p["threads"])
+    _native.input_gradient(dy, passed, weight, dx, *[None] * 4, *arguments, p["threads"])
     outputs = max(int(mask.sum(0).max()) * taps, 1)
     close(dx, leaves[0].grad, eps, outputs, "input gradient")
     unharmed(memory)
@@ -131,8 +133,8 @@ def check(problem):
     unharmed(bias_memory)
 
     for result, run in (
-        (y, lambda out, threads: _native.forward(x, weight, bias, None, True, out, *arguments, threads)),
-        (dx, lambda out, threads: _native.input_gradient(dy, passed, weight, out, *arguments, threads)),
+        (y, lambda out, threads: _native.forward(x, weight, bias, None, True, out, None, *arguments, threads)),
+        (dx, lambda out, threads: _native.input_gradient(dy, passed, weight, out, *[None] * 4, *arguments, threads)),
     ):
         for threads in (1, 2):
             again = torch.full_like(result, float("nan"))
@@ -168,6 +170,128 @@ def test_against_float64_at_length(instruction_set, problem):
     check(problem)
 
 
+@st.composite
+def drawn(draw, largest=24):
+    """Two layers of an SFG network, one behind the other: groups, geometries, a norm and a ReLU between them."""
+    groups = draw(st.integers(2, 4))
+    sizes = st.lists(st.integers(0, 14), min_size=groups, max_size=groups).filter(any)
+    layers = []
+    for _ in range(2):
+        kernel = tuple(draw(st.sampled_from([1, 3, 3, 5])) for _ in range(2))
+        dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
+        padding = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
+        layers.append(((draw(st.sampled_from([1, 1, 2])),) * 2, padding, dilation, kernel))
+    return {
+        "sizes": [draw(sizes) for _ in range(3)],
+        "own": draw(st.booleans()),  # does the second layer read streams of its own?
+        "image": draw(st.booleans()),  # does the first one read an image?
+        "layers": layers,
+        "size": tuple(draw(st.integers(1, largest)) for _ in range(2)),
+        "bias": draw(st.booleans()),
+        "norm": draw(st.booleans()),
+        "relu": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check_gates(p):
+    """What the gates of a one-hot draw get, in both ways: by the gradient of the others, and inside the consumer."""
+    dtype, generator = p["dtype"], torch.Generator().manual_seed(p["seed"])
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    (c, k, m), groups = map(sum, p["sizes"]), len(p["sizes"][0])
+    into, made, out = (
+        FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes)), groups - 1)
+        for sizes in p["sizes"]
+    )
+    if p["image"]:
+        into = FilterGroups.blocks([c], ("image",))
+    (*one, kernel), (*two, kernel_two) = p["layers"]
+    first = RoutedConv(made, into, Routing.ALL if p["image"] else Routing.ARROW, Geometry(*one))
+    second = RoutedConv(out, made, Routing.OWN if p["own"] else Routing.ARROW, Geometry(*two))
+    x, weight, weight_two = random(2, c, *p["size"]), random(k, c, *kernel), random(m, k, *kernel_two)
+    bias = random(k) if p["bias"] else None
+    scale, shift = (random(groups - 1, k) if p["norm"] else None for _ in range(2))
+
+    # u of every kernel in every group, and what every channel of it would get from the second layer.
+    packed, packed_two = (cpu.pack(w, b, s, dtype) for w, b, s in ((weight, bias, first), (weight_two, None, second)))
+    u, a = cpu.forward(x, packed, first, keep=not p["image"])
+    a = u if p["image"] else a
+    exact_bias = None if bias is None else bias.double()
+    reads = [
+        [x if p["image"] else x * (into.ids == source)[:, None, None] for source in {0, group}]
+        for group in range(groups)
+    ]
+    everywhere = [
+        F.conv2d((sources[0] if p["image"] else sum(sources)).double(), weight.double(), exact_bias, *one)
+        for sources in reads
+    ]
+    eps, terms = torch.finfo(dtype).eps, c * kernel[0] * kernel[1] + 1
+    close(u, torch.stack([everywhere[int(g)][:, row] for row, g in enumerate(made.ids)], 1), eps, terms, "forward")
+    close(a, everywhere[0], eps, terms, "kept")
+    size_two = second.geometry.output_size(u.shape[2:], kernel_two)
+    dy, passed = random(2, m, *size_two), random(2, m, *size_two)
+    masked_dy = (dy * (passed > 0)).double()
+    gets = []
+    for group in range(groups):
+        read_by = (out.ids == group) | torch.tensor(not p["own"] and group == 0)
+        zeros = torch.zeros(u.shape, dtype=torch.float64).requires_grad_()
+        y = F.conv2d(zeros, weight_two.double() * read_by[:, None, None, None], None, *two)
+        gets.append(torch.autograd.grad(y, zeros, masked_dy)[0])
+
+    def other(tensors):
+        """[T, N, k, H, W] of the others."""
+        return torch.stack([torch.stack([tensors[int(g)][:, row] for row, g in enumerate(n)], 1) for n in made.others])
+
+    learning = second._replace(columns=dataclasses.replace(made, all_gates=True))
+    dx, dothers = cpu.input_gradient(dy, packed_two, learning, tuple(u.shape[2:]), relu=passed)
+    terms_two = m * kernel_two[0] * kernel_two[1]
+    own = torch.stack([gets[int(g)][:, row] for row, g in enumerate(made.ids)], 1)
+    close(dx, own, eps, terms_two, "input gradient")
+    close(dothers, other(gets).transpose(0, 1).flatten(1, 2), eps, terms_two, "gradient of the others")
+
+    h = other(everywhere)
+    if scale is not None:
+        h = h * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+    h = h.clamp_min(0) if p["relu"] else h
+    exact = (other(gets) * h).sum((1, 3, 4))
+    # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
+    bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
+    recipe = Recipe(x, a, packed, first, scale, shift, p["relu"])
+    assert (cpu.gate_gradient(recipe, dothers).double() - exact).abs().max() <= bound
+    features = random(*u.shape)
+    if second.geometry.stride != (1, 1):
+        return
+    dx_alone, dz_alone = cpu.input_and_gate_gradient(dy, packed_two, second, features, None, relu=passed)
+    close(dx_alone, own, eps, terms_two, "input gradient")
+    exact_own = (own * features).sum((0, 2, 3))
+    assert (dz_alone[0].double() - exact_own).abs().max() <= bound
+    dx, dz = cpu.input_and_gate_gradient(dy, packed_two, second, features, recipe, relu=passed)
+    close(dx, own, eps, terms_two, "input gradient")
+    assert (dz[0].double() - exact_own).abs().max() <= bound
+    assert (dz[1:].double() - exact).abs().max() <= bound
+    again = cpu.input_and_gate_gradient(dy, packed_two, second, features, recipe, relu=passed)
+    assert torch.equal(dx, again[0])
+    assert torch.equal(dz, again[1])
+
+
+@settings(max_examples=60)
+@given(problem=drawn())
+def test_gates_against_float64(instruction_set, problem):
+    check_gates(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500)
+@given(problem=drawn(largest=70))
+def test_gates_against_float64_at_length(instruction_set, problem):
+    check_gates(problem)
+
+
 @pytest.mark.parametrize("size", [(128, 1), (1, 128), (3, 7), (9, 100), (5, 130), (2, 700)])
 @pytest.mark.parametrize(("kernel", "dilation", "stride"), [(3, 1, 1), (3, 4, 1), (3, 1, 2), (1, 1, 1), (5, 2, 1)])
 def test_usual_layers(instruction_set, size, kernel, dilation, stride):
@@ -200,7 +324,7 @@ def plain_problem(n=2, c=12, size=33):
 
 
 def convolve(x, weight, spec, **options):
-    return cpu.forward(x, cpu.pack(weight, None, spec, x.dtype), spec, **options)
+    return cpu.forward(x, cpu.pack(weight, None, spec, x.dtype), spec, **options)[0]
 
 
 def weight_gradient(x, dy, weight, spec, **options):
@@ -300,8 +424,10 @@ def test_offsets_beyond_32_bits():
         ({"residual": torch.zeros(2, 12, 33, 32)}, "the residual does not fit"),
         ({"bias": torch.zeros(11)}, "the bias does not fit"),
         ({"y": torch.zeros(2, 12, 32, 33)}, "wrong height or width"),
-        ({"rows": torch.tensor([0, 4, 8, 13])}, "offsets don't cover the channels"),
-        ({"rows": torch.tensor([0, 8, 4, 12])}, "offsets don't cover the channels"),
+        ({"rows": [0, 4, 8, 13]}, "offsets don't cover the channels"),
+        ({"rows": [0, 8, 4, 12]}, "offsets don't cover the channels"),
+        ({"reads": [1] * 8}, "offsets don't fit the table"),
+        ({"kept": torch.zeros(2, 12, 33, 32)}, "what is kept does not fit"),
         ({"stride": (0, 1)}, "out of range"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dilation": (1, 20)}, "the kernel is larger than the image"),
@@ -311,7 +437,8 @@ def test_the_module_checks_what_it_indexes_with(change, message):
     x, weight, spec = plain_problem()
     arguments = {
         "x": x, "weight": weight, "bias": None, "residual": None, "relu": False, "y": torch.empty_like(x),
-        **dict(zip(("rows", "columns", "reads"), spec.blocks(), strict=True)), **spec.geometry._asdict(), "threads": 1,
+        "kept": None, "rows": spec.rows.ends, "columns": spec.columns.ends, "reads": [1] * 9,
+        **spec.geometry._asdict(), "threads": 1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _native.forward(**{**arguments, **change})

@@ -116,10 +116,11 @@ void check(const Problem& problem, const char* isa) {
     std::vector<T> y(outputs, nan), passed(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
     const T* b = problem.bias ? bias.data() : nullptr;
     sfg::forward<T>(loops, x.data(), weight.data(), b, problem.residual ? residual.data() : nullptr, problem.relu,
-                    y.data(), p, problem.blocks(), problem.threads);
-    sfg::forward<T>(loops, x.data(), weight.data(), b, nullptr, true, passed.data(), p, problem.blocks(), 1);
+                    y.data(), nullptr, p, problem.blocks(), problem.threads);
+    sfg::forward<T>(loops, x.data(), weight.data(), b, nullptr, true, passed.data(), nullptr, p, problem.blocks(), 1);
     const T* relu = problem.relu ? passed.data() : nullptr;
-    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), dx.data(), p, problem.blocks(), problem.threads);
+    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), dx.data(), nullptr, nullptr, nullptr, nullptr, p,
+                           problem.blocks(), problem.threads);
     sfg::weight_gradient<T>(loops, x.data(), dy.data(), relu, dw.data(), db.data(), p, problem.blocks(),
                             problem.threads);
 
@@ -160,6 +161,71 @@ void check(const Problem& problem, const char* isa) {
             long(p.dilation[1]), problem.relu, problem.threads);
 }
 
+// Group g reads columns g, and 0 (arrow).
+struct Arrow {
+    explicit Arrow(int64_t groups) : groups(groups) {
+        for (int64_t i = 0; i < groups * groups; i++) reads.push_back(i % groups == 0 || i % groups == i / groups);
+    }
+    Blocks blocks(const std::vector<int64_t>& rows, const std::vector<int64_t>& columns) const {
+        return {rows.data(), columns.data(), reinterpret_cast<const bool*>(reads.data()), groups, groups};
+    }
+    int64_t groups;
+    std::vector<char> reads;
+};
+
+Shape layer(const Shape& before, int64_t channels, bool strided) {
+    Shape p{};
+    p.n = before.n, p.c = before.k, p.h = before.oh, p.w = before.ow, p.k = channels;
+    p.r = one_of({1, 3, 5}), p.s = one_of({1, 3, 5}), p.tap_step[0] = p.s, p.tap_step[1] = 1;
+    for (int axis = 0; axis < 2; axis++) {
+        p.stride[axis] = strided ? one_of({1, 2}) : 1, p.dilation[axis] = pick(1, 4);
+        const int64_t reach = p.dilation[axis] * ((axis ? p.s : p.r) - 1);
+        p.padding[axis] = reach / 2;
+        (axis ? p.ow : p.oh) = ((axis ? p.w : p.h) + 2 * p.padding[axis] - reach - 1) / p.stride[axis] + 1;
+    }
+    return p;
+}
+
+// The gates' gradient inside the consumer against that from the gradient of the others: memory is what this is about,
+// the numbers are compared with autograd in test_native.py.
+template <typename T>
+void check_gates(const char* isa) {
+    const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const Arrow arrow(pick(2, 4));
+    std::vector<int64_t> offsets[3];
+    for (auto& list : offsets) {
+        list = {0};
+        for (int64_t g = 0; g < arrow.groups; g++) list.push_back(list.back() + one_of({0, 1, 2, 5, 6, 13}));
+        if (list.back() == 0) list.back() = 1;
+    }
+    Shape image{};
+    image.n = pick(1, 2), image.k = offsets[0].back(), image.oh = pick(1, 40), image.ow = pick(1, 40);
+    const Shape p = layer(image, offsets[1].back(), true), q = layer(p, offsets[2].back(), false);
+    const Blocks first = arrow.blocks(offsets[1], offsets[0]), second = arrow.blocks(offsets[2], offsets[1]);
+    const int64_t others = arrow.groups - 1, features = p.n * p.k * p.oh * p.ow;
+    const std::vector<T> x = random_numbers<T>(p.n * p.c * p.h * p.w), bias = random_numbers<T>(p.k);
+    const std::vector<T> weight = random_numbers<T>(p.k * p.c * p.r * p.s);
+    const std::vector<T> weight_two = random_numbers<T>(q.k * q.c * q.r * q.s);
+    const std::vector<T> dy = random_numbers<T>(q.n * q.k * q.oh * q.ow), scale = random_numbers<T>(others * p.k);
+    std::vector<T> y(features, nan), kept(features, nan), dx(features, nan), df(features * others, nan);
+    std::vector<T> dz(others * p.k, nan), dz_all(arrow.groups * p.k, nan);
+    const int threads = int(pick(1, 3));
+    sfg::forward<T>(loops, x.data(), weight.data(), bias.data(), nullptr, true, y.data(), kept.data(), p, first,
+                    threads);
+    const sfg::Producer<T> producer{x.data(),     weight.data(), bias.data(), kept.data(), scale.data(),
+                                    scale.data(), true,          p,           first};
+    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), dx.data(), df.data(), nullptr, nullptr,
+                           nullptr, q, second, threads);
+    sfg::gate_gradient<T>(loops, producer, df.data(), dz.data(), threads);
+    std::vector<T> again(features, nan);
+    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), again.data(), nullptr, y.data(), &producer,
+                           dz_all.data(), q, second, threads);
+    const int64_t terms = p.oh * p.ow * p.n * (p.c * p.r * p.s + 1) * (q.k * q.r * q.s + 1);
+    compare("gates", std::vector<T>(dz_all.begin() + p.k, dz_all.end()), {dz.begin(), dz.end()}, terms);
+    compare("input gradient beside the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -171,6 +237,8 @@ int main(int argc, char** argv) {
         for (const char* const* isa = sfg::instruction_sets(); *isa; isa++, sets++) {
             check<float>(problem, *isa);
             check<double>(problem, *isa);
+            check_gates<float>(*isa);
+            check_gates<double>(*isa);
         }
     }
     std::printf("%d problems on %d instruction sets, %d failures\n", cases, sets, failures);

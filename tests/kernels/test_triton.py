@@ -4,12 +4,14 @@ What test_routed_conv.py does not reach: several chunks and tiles of channels, h
 path forced, NaN in all memory that a kernel should write.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import Geometry, RoutedConv
+from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
@@ -121,20 +123,20 @@ def check(p):
 
     given = kernels.pack(weight.to(p["dtype"]), None if bias is None else bias.to(p["dtype"]), spec, p["dtype"])
     px = packed(x, sides[1])
-    y = kernels.forward(px, given, spec, p["relu"], packed(residual, sides[0]))
+    y = kernels.forward(px, given, spec, p["relu"], packed(residual, sides[0]))[0]
     wanted = (exact.relu() if p["relu"] else exact).detach() + (0 if residual is None else residual)
     taps = p["kernel"][0] * p["kernel"][1]
     eps = torch.finfo(p["dtype"]).eps
     close(y, wanted[:, sides[0].order], eps, int(mask.sum(1).max()) * taps + 2, "forward")
 
     # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
-    passed = kernels.forward(px, given, spec, True)
+    passed = kernels.forward(px, given, spec, True)[0]
     dy = random(*exact.shape)
     inverse = sides[0].inverse
     exact.backward(dy * (passed > 0)[:, inverse] if p["relu"] else dy)
     dy = packed(dy, sides[0])
     relu = passed if p["relu"] else None
-    dx = kernels.input_gradient(dy, given, spec, p["image"], relu)
+    dx = kernels.input_gradient(dy, given, spec, p["image"], relu)[0]
     close(dx, leaves[0].grad[:, sides[1].order], eps, max(int(mask.sum(0).max()) * taps, 1), "input gradient")
     dw, db = kernels.weight_gradient(px, dy, given, spec, relu)
     positions = exact.numel() // max(k, 1)
@@ -145,8 +147,55 @@ def check(p):
     close(db, leaves[2].grad, eps, positions, "bias gradient")
     for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec, relu), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"], relu))
-    assert torch.equal(passed, kernels.forward(px, given, spec, True))
+    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"], relu)[0])
+    assert torch.equal(passed, kernels.forward(px, given, spec, True)[0])
+    check_others(p, spec, x, weight, bias, dy.double(), None if relu is None else relu.double(), random)
+
+
+def check_others(p, spec, x, weight, bias, dy, relu, random):
+    """What the gates of the groups that a kernel was not drawn into get. x and weight in the layer's own order."""
+    rows, columns = (dataclasses.replace(side, all_gates=True) for side in (spec.rows, spec.columns))
+    spec = spec._replace(rows=rows, columns=columns)
+    arrow, into, dtype, eps = p["routing"] == "arrow", columns.assignment, p["dtype"], torch.finfo(p["dtype"]).eps
+    everywhere, gets = [], []  # u of every kernel in every group, and what every channel gets from every group's rows
+    masked_dy = dy if relu is None else dy * (relu > 0)
+    for group in range(len(rows.names)):
+        read = (into == group) | ((into == 0) & arrow)
+        everywhere.append(F.conv2d(x * read[:, None, None], weight, bias, *spec.geometry)[:, rows.order])
+        by = (rows.assignment == group) | torch.tensor(arrow and group == 0)
+        zeros = torch.zeros_like(x).requires_grad_()
+        y = F.conv2d(zeros, weight * by[:, None, None, None], None, *spec.geometry)[:, rows.order]
+        gets.append(torch.autograd.grad(y, zeros, masked_dy)[0][:, columns.order])
+
+    def others(tensors, groups):
+        """[N, T, channels, H, W]"""
+        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.others]
+        return torch.stack(found, 1)
+
+    px, terms = x[:, columns.order].to(dtype), sum(p["columns"]) * p["kernel"][0] * p["kernel"][1] + 2
+    bias = None if bias is None else bias.to(dtype)
+    given = kernels.pack(weight.to(dtype), bias, spec, dtype)
+    y, a = kernels.forward(px, given, spec, keep=arrow)
+    own = torch.stack([everywhere[int(g)][:, row] for row, g in enumerate(rows.ids)], 1)
+    close(y, own, eps, terms, "forward")
+    if arrow:
+        close(a, everywhere[0], eps, terms, "kept")
+    back = max(sum(p["rows"]) * p["kernel"][0] * p["kernel"][1], 1)
+    passed = None if relu is None else relu.to(dtype)
+    dx, dothers = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], passed)
+    close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
+    close(dothers, others(gets, columns).flatten(1, 2), eps, back, "gradient of the others")
+
+    u = others(everywhere, rows)
+    df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
+    h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
+    exact = (df * h).sum((0, 3, 4))
+    recipe = Recipe(px, a, kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True), spec, scale, shift, True)
+    dz = kernels.gate_gradient(recipe, df.flatten(1, 2).to(dtype))
+    # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
+    bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5
+    assert (dz.double() - exact).abs().max() <= bound
+    assert torch.equal(dz, kernels.gate_gradient(recipe, df.flatten(1, 2).to(dtype)))
 
 
 def close(actual, exact, eps, terms, what):
@@ -200,8 +249,8 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
             forced.setattr(config, "plan", lambda *a, plan=plan, wide=wide: plan(*a[:-1], wide))
             forced.setattr(config, "plan_gradient", lambda *a, plan=plan_gradient, wide=wide: plan(*a[:-1], wide))
             packed = kernels.pack(weight, None, spec, x.dtype)
-            y = kernels.forward(x, packed, spec)
-            dx = kernels.input_gradient(y, packed, spec, (6, 5), y)
+            y = kernels.forward(x, packed, spec)[0]
+            dx = kernels.input_gradient(y, packed, spec, (6, 5), y)[0]
             results.append([y, dx, *kernels.weight_gradient(x, y, packed, spec)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -211,23 +260,23 @@ def test_nan_goes_where_torch_lets_it_go():
     x, weight, spec = small_problem()
     x[0, 0, 3, 3] = float("nan")  # shared: everybody reads it
     packed = kernels.pack(weight, None, spec, x.dtype)
-    y = kernels.forward(x, packed, spec, relu=True)
+    y = kernels.forward(x, packed, spec, relu=True)[0]
     assert y[0, :, 2:5, 2:5].isnan().all()
     assert not y[1].isnan().any()
     dy = torch.ones_like(y)
     assert (
         kernels.weight_gradient(x, dy, packed, spec, relu=y)[1].isfinite().all()
     )  # NaN has passed the ReLU: dy counts
-    assert kernels.input_gradient(dy, packed, spec, (6, 5), relu=y).isfinite().all()
+    assert kernels.input_gradient(dy, packed, spec, (6, 5), relu=y)[0].isfinite().all()
 
 
 def test_weights_that_are_not_read_may_hold_anything(poisoned):
     x, weight, spec = small_problem()
     packed = kernels.pack(weight, None, spec, x.dtype)
-    expected = kernels.forward(x, packed, spec)
+    expected = kernels.forward(x, packed, spec)[0]
     out, into = spec.rows.assignment, spec.columns.assignment
     weight[~((into == 0) | (into == out[:, None]))] = float("nan")
-    assert torch.equal(kernels.forward(x, kernels.pack(weight, None, spec, x.dtype), spec), expected)
+    assert torch.equal(kernels.forward(x, kernels.pack(weight, None, spec, x.dtype), spec)[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (5, 2), (64, 3), (200, 7)])
@@ -284,7 +333,7 @@ def test_what_does_not_fit_is_refused():
     """A kernel would read beyond the memory."""
     x, weight, spec = small_problem()
     packed = kernels.pack(weight, None, spec, x.dtype)
-    y = kernels.forward(x, packed, spec)
+    y = kernels.forward(x, packed, spec)[0]
     for call, message in (
         (
             lambda: kernels.pack(weight[:3], None, spec, x.dtype),
@@ -310,16 +359,16 @@ def test_weights_and_biases_with_strange_strides(kernel, order):
     weight = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
     bias = torch.randn(8)[::2]
     plain = weight.clone(memory_format=torch.contiguous_format), bias.clone()
-    a, b = (kernels.forward(x, kernels.pack(w, b, spec, x.dtype), spec) for w, b in ((weight, bias), plain))
+    a, b = (kernels.forward(x, kernels.pack(w, b, spec, x.dtype), spec)[0] for w, b in ((weight, bias), plain))
     assert torch.equal(a, b)
 
 
 def test_an_empty_batch():
     x, weight, spec = small_problem()
     packed = kernels.pack(weight, torch.zeros(4), spec, x.dtype)
-    y = kernels.forward(x[:0], packed, spec)
+    y = kernels.forward(x[:0], packed, spec)[0]
     assert y.shape == (0, 4, 6, 5)
-    assert kernels.input_gradient(y, packed, spec, (6, 5)).shape == (0, 5, 6, 5)
+    assert kernels.input_gradient(y, packed, spec, (6, 5))[0].shape == (0, 5, 6, 5)
     dw, db = kernels.weight_gradient(x[:0], y, packed, spec)
     assert not dw.any()
     assert not db.any()

@@ -18,15 +18,17 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    # 8 layers: stride 1 or 2, packed or expanded rows, packed columns (64) or streams (192). What is compiled for one
-    # layer serves another of the same sizes.
+    # 6 layers: stride 1 or 2; 64 drawn channels to 64 drawn kernels, whose other groups count or don't, or 192 of
+    # streams to a relaxed draw. What is compiled for one layer serves another of the same sizes.
     assert found["compiled"] == {
         "sample": 1,
-        "pack": 8,
-        "rowwalk": 2,  # forward and back, 64 to 64 channels, stride 1
-        "convolve": 4,  # forward with stride 2 or from streams, back with stride 2
-        "convolve_all": 6,  # forward to expanded rows, back to streams
-        "gate_gradient": 4,
+        "pack": 8,  # and for the gates' gradient
+        "rowwalk": 2,  # forward and back, stride 1
+        "convolve": 2,  # forward and back, stride 2
+        "convolve_kept": 2,
+        "convolve_others": 2,
+        "convolve_all": 4,
+        "gate_gradient": 2,
         "weight_gradient": 4,
         "reduce": 4,
     }
