@@ -33,9 +33,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return assignment, *sort_by_group(assignment, log_p.shape[1])
 
 
-def pack(
-    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
-) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
     return pack_parameters(weight, bias, spec, dtype, zero_unread=True)
 
 
@@ -54,9 +52,7 @@ def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> 
     return y, a
 
 
-def input_gradient(
-    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
+def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     x = dy.new_empty(dy.shape[0], packed.weight.shape[1], *size)  # just a shape: an expanded one would be copied
     if not spec.columns.all_gates:
         return _backward(dy, x, packed.weight, spec, 0), None
@@ -110,7 +106,11 @@ def others(recipe: Recipe) -> list[Tensor]:
             continue
         # Rows of group g are no others of g: left out, where it is known which they are.
         before, behind = (packed.everything[part] for part in (slice(0, rows.start), slice(rows.stop, None)))
-        bias = None if packed.bias is None or a is not None else torch.cat([packed.bias[: rows.start], packed.bias[rows.stop :]])
+        bias = (
+            None
+            if packed.bias is None or a is not None
+            else torch.cat([packed.bias[: rows.start], packed.bias[rows.stop :]])
+        )
         u = _product(x, torch.cat([before, behind]), bias, spec, g)
         if rows.start < rows.stop:
             none = u.new_zeros(u.shape[0], rows.stop - rows.start, *u.shape[2:])

@@ -27,7 +27,7 @@ class Routing(enum.Enum):
     OWN = "own"  # group g reads group g
     ALL = "all"  # the first layer: every group reads the image
 
-    @functools.cache  # noqa: B019 - there are three of them
+    @functools.cache
     def reads(self, groups_out: int, groups_in: int) -> tuple[tuple[bool, ...], ...]:
         """[groups_out][groups_in]: does the output group read the input group?"""
         return tuple(
@@ -144,7 +144,7 @@ class FilterGroups:
     @cached_property
     def ends(self) -> list[int]:
         """`offsets` on the host."""
-        return self.offsets.tolist()  # type: ignore[no-any-return]
+        return self.offsets.tolist()
 
     @cached_property
     def ids(self) -> Tensor:
@@ -180,14 +180,6 @@ class FilterGroups:
         if others is not None:
             values[self.order.expand_as(others), self.others] = others.to(values.dtype)
         return values
-
-    def row_gates(self) -> Tensor | None:
-        """[rows], the gate of each row; None where all are one."""
-        if self.gates is None:
-            return None
-        if self.full:
-            return self.gates.t().reshape(-1)
-        return self.gates[self.order, self.ids]
 
     def index(self, group: int | str) -> int:
         """The number of a group given by index or name."""

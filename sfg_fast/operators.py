@@ -142,8 +142,7 @@ def _gradient(ctx: Any, dy: Tensor, _: Any) -> Any:
     asked = [wants_x or wants_others, *wants]
     found = _backward(dy, x, weight, passed, sides, *ctx.rest, asked, wants_others)
     dx, dothers, dw, db = (
-        gradient if wanted else None
-        for gradient, wanted in zip(found, (wants_x, wants_others, *wants), strict=True)
+        gradient if wanted else None for gradient, wanted in zip(found, (wants_x, wants_others, *wants), strict=True)
     )
     db = None if db is None else db.to(ctx.bias_dtype)
     return dx, dothers, dw, db, dy if wants_residual else None, [None] * len(sides), *[None] * 6
@@ -158,7 +157,9 @@ def _spec(
     """`others`: do the columns have others? `keep`: do the rows?"""
     both = [
         FilterGroups(order, offsets, tuple(map(str, range(number))), width, all_gates=all_gates)
-        for order, offsets, number, width, all_gates in zip(sides[::2], sides[1::2], sizes[::2], sizes[1::2], (keep, others), strict=True)
+        for order, offsets, number, width, all_gates in zip(
+            sides[::2], sides[1::2], sizes[::2], sizes[1::2], (keep, others), strict=True
+        )
     ]
     return RoutedConv(both[0], both[1], Routing(routing), _geometry(geometry))
 

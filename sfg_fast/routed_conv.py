@@ -42,8 +42,8 @@ def routed_conv(
     """Packed x [N, columns, H, W], weight [K, C, kH, kW] and bias [K] in the layer's order -> u [N, rows, H', W'].
 
     `relu`: return relu(u). `residual`: a tensor like u, which is added. Not both.
-    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: what x comes from,
-    if it is known.
+    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: where x comes
+    from, if that is known.
     """
     return _apply(x, others, producer, weight, bias, residual, spec, relu, False)[0]
 
@@ -119,7 +119,9 @@ def _apply(
     a = None
     if one_image_for_every_group(spec):
         one = plain(spec, *sizes)
-        u = _convolve(x, None, None, weight, bias, None, kernels, one, relu, False)[0].repeat(1, len(spec.rows.names), 1, 1)
+        u = _convolve(x, None, None, weight, bias, None, kernels, one, relu, False)[0].repeat(
+            1, len(spec.rows.names), 1, 1
+        )
     elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
         one = plain(spec, *sizes)
         u = unfold(_convolve(fold(x, spec), None, None, weight, bias, None, kernels, one, relu, False)[0], spec)

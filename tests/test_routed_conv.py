@@ -116,7 +116,7 @@ def check(problem, name):
             y = routed_conv(x, weight, bias, spec, others=others)
     inputs = [x, *parameters] + ([] if others is None else [others])
     assert_close(y, expected, what="u")
-    names = ["input", "weight", "bias"][: 1 + len(parameters)] + ["others"]
+    names = [*["input", "weight", "bias"][: 1 + len(parameters)], "others"]
     for what, a, b in zip(names, torch.autograd.grad(y, inputs, dy), [dx[:, live], *wanted], strict=False):
         assert_close(a, b, what=f"gradient of the {what}")
 

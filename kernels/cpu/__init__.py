@@ -48,9 +48,7 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def pack(
-    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
-) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
     return pack_parameters(weight.detach(), bias, spec, dtype, zero_unread=False)
 
 
@@ -60,7 +58,15 @@ def forward(
     weight = packed.weight
     y = x.new_empty(x.shape[0], weight.shape[0], *spec.geometry.output_size(x.shape[2:], weight.shape[2:]))
     a = torch.empty_like(y) if keep else None
-    arrays = _plain(x), _plain(weight), _plain_or_none(packed.bias), _plain_or_none(residual), relu, to_dlpack(y), _plain_or_none(a)
+    arrays = (
+        _plain(x),
+        _plain(weight),
+        _plain_or_none(packed.bias),
+        _plain_or_none(residual),
+        relu,
+        to_dlpack(y),
+        _plain_or_none(a),
+    )
     _native.forward(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return y, a
 
@@ -71,7 +77,16 @@ def input_gradient(
     images, channels, groups = dy.shape[0], packed.weight.shape[1], len(spec.columns.names)
     dx = dy.new_empty(images, channels, *size)
     dothers = dy.new_empty(images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), to_dlpack(dx), _plain_or_none(dothers), None, None, None
+    arrays = (
+        _plain(dy),
+        _plain_or_none(relu),
+        _plain(packed.weight),
+        to_dlpack(dx),
+        _plain_or_none(dothers),
+        None,
+        None,
+        None,
+    )
     _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return dx, dothers
 
@@ -87,14 +102,25 @@ def input_and_gate_gradient(
     dx = torch.empty_like(features, memory_format=torch.contiguous_format)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
     made = None if recipe is None else _arguments(recipe, features.shape[2:])
-    arrays = _plain(dy), _plain_or_none(relu), _plain(packed.weight), to_dlpack(dx), None, _plain(features), made, to_dlpack(dz)
+    arrays = (
+        _plain(dy),
+        _plain_or_none(relu),
+        _plain(packed.weight),
+        to_dlpack(dx),
+        None,
+        _plain(features),
+        made,
+        to_dlpack(dz),
+    )
     _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return dx, dz
 
 
 def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.packed.weight.shape[0])
-    _native.gate_gradient(_arguments(recipe, dothers.shape[2:]), _plain(dothers), to_dlpack(dz), torch.get_num_threads())
+    _native.gate_gradient(
+        _arguments(recipe, dothers.shape[2:]), _plain(dothers), to_dlpack(dz), torch.get_num_threads()
+    )
     return dz
 
 

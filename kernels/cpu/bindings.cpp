@@ -69,10 +69,10 @@ Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, Pair stride, Pair 
 
 template <typename X, typename W, typename Y>
 Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair dilation) {
-    return shape(x, w,
-                 std::array<int64_t, 4>{int64_t(y.shape(0)), int64_t(y.shape(1)), int64_t(y.shape(2)),
-                                        int64_t(y.shape(3))},
-                 stride, padding, dilation);
+    return shape(
+        x, w,
+        std::array<int64_t, 4>{int64_t(y.shape(0)), int64_t(y.shape(1)), int64_t(y.shape(2)), int64_t(y.shape(3))},
+        stride, padding, dilation);
 }
 
 // They point into the arguments.
@@ -100,8 +100,8 @@ T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected,
 
 template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
-             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride, Pair padding,
-             Pair dilation, int threads) {
+             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns,
+             const Table& reads, Pair stride, Pair padding, Pair dilation, int threads) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* add = data(residual, {p.n, p.k, p.oh, p.ow}, "the residual does not fit the output");
@@ -110,8 +110,7 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), keep, p,
-                    b, threads);
+    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), keep, p, b, threads);
 }
 
 // The arguments of a Producer, in its order, the output's size at the end.
@@ -132,15 +131,22 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
     for (const auto* values : {&scale, &shift})
         require(!*values || (int64_t((*values)->shape(0)) == b.groups_out - 1 && int64_t((*values)->shape(1)) == p.k),
                 "scale or shift don't fit the others");
-    return {x.data(), w.data(), bias ? bias->data() : nullptr, a, scale ? scale->data() : nullptr,
-            shift ? shift->data() : nullptr, relu, p, b};
+    return {x.data(),
+            w.data(),
+            bias ? bias->data() : nullptr,
+            a,
+            scale ? scale->data() : nullptr,
+            shift ? shift->data() : nullptr,
+            relu,
+            p,
+            b};
 }
 
 template <typename T>
 void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
                     std::optional<Tensor<T>> others, Optional<T> live, const std::optional<Recipe<T>>& recipe,
-                    std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride,
-                    Pair padding, Pair dilation, int threads) {
+                    std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads,
+                    Pair stride, Pair padding, Pair dilation, int threads) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, p);
@@ -182,8 +188,8 @@ void gate_gradient(const Recipe<T>& recipe, Tensor<const T> df, Array<T, 2> dz, 
 
 template <typename T>
 void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Tensor<T> dw,
-                     std::optional<Array<T, 1>> db, const Offsets& rows, const Offsets& columns, const Table& reads, Pair stride,
-                     Pair padding, Pair dilation, int threads) {
+                     std::optional<Array<T, 1>> db, const Offsets& rows, const Offsets& columns, const Table& reads,
+                     Pair stride, Pair padding, Pair dilation, int threads) {
     const Shape p = shape(x, dw, dy, stride, padding, dilation);
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
@@ -197,8 +203,8 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
 template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a,
-          "padding"_a, "dilation"_a, "threads"_a);
+          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a,
+          "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
           "dx"_a.noconvert(), "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(),
           "dz"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a,

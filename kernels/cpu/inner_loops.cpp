@@ -177,7 +177,8 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* sta
     SFG_UNROLL
     for (int k = 0; k < K; k++) {
         SFG_UNROLL
-        for (int v = 0; v < NV; v++) sum[k][v] = start ? load(start + k * t.start_channel + v * L) : broadcast(t.bias[k]);
+        for (int v = 0; v < NV; v++)
+            sum[k][v] = start ? load(start + k * t.start_channel + v * L) : broadcast(t.bias[k]);
     }
     const T* weights = t.weight;
     for (int64_t r = 0; r < t.read_count; r++) {
@@ -256,14 +257,14 @@ void output_tile(const OutputTile<T>& t) {
         const T* start = t.start ? t.start + s * t.start_strip : nullptr;
         int64_t j = 0;
         const auto advance = [&](int64_t by) {
-            j += by, x += by, y += by, residual = residual ? residual + by : nullptr, start = start ? start + by : nullptr;
+            j += by, x += by, y += by, residual = residual ? residual + by : nullptr,
+                                       start = start ? start + by : nullptr;
         };
         for (; t.at.length - j > (W - 1) * L; advance(W * L))
             output_at<T, K, W>(t, x, y, start, residual, t.at.length - j);
         if (W > 4 && t.at.length - j > 3 * L)
             output_at<T, K, 4>(t, x, y, start, residual, t.at.length - j), advance(4 * L);
-        if (W > 2 && t.at.length - j > L)
-            output_at<T, K, 2>(t, x, y, start, residual, t.at.length - j), advance(2 * L);
+        if (W > 2 && t.at.length - j > L) output_at<T, K, 2>(t, x, y, start, residual, t.at.length - j), advance(2 * L);
         if (t.at.length > j) output_at<T, K, 1>(t, x, y, start, residual, t.at.length - j);
     }
 }
@@ -419,9 +420,10 @@ constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS =
 
 }  // namespace
 
-#define SFG_LOOPS(T)                         \
-    extern const InnerLoops<T> loops_##T = { \
-        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>, gates<T>, add<T>};
+#define SFG_LOOPS(T)                                                                                             \
+    extern const InnerLoops<T> loops_##T = {                                                                     \
+        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>, \
+        gates<T>, add<T>};
 SFG_LOOPS(float)
 SFG_LOOPS(double)
 

@@ -320,14 +320,15 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                 load(*beside, plan.beside_reads, beside->vertical[job.vertical - task.vertical.data()],
                      beside->horizontal[0], *other, x_beside);
             for (const Tile& tile : job.part->tiles) {
-                Work<T> work{.task = task,
-                             .patch = patch,
-                             .n = n,
-                             .item = item,
-                             .sums = sums(packed, tile, job.layout, x - job.part->reads.first * job.layout.source_stride),
-                             .beside = nullptr,
-                             .asides = x_beside + plan.beside_source,
-                             .aside_size = plan.aside};
+                Work<T> work{
+                    .task = task,
+                    .patch = patch,
+                    .n = n,
+                    .item = item,
+                    .sums = sums(packed, tile, job.layout, x - job.part->reads.first * job.layout.source_stride),
+                    .beside = nullptr,
+                    .asides = x_beside + plan.beside_source,
+                    .aside_size = plan.aside};
                 if (!beside) {
                     body(work);
                     continue;
@@ -407,7 +408,8 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
 // The same groups, where every output group reads the input groups from `first` on.
 struct Everything {
     Everything(const Blocks& b, int64_t first)
-        : reads(new bool[b.groups_out * b.groups_in]), blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
+        : reads(new bool[b.groups_out * b.groups_in]),
+          blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
         for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
     }
     std::unique_ptr<bool[]> reads;
@@ -519,13 +521,18 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
     };
 
     if (!last)
-        return convolve(task, shares, p, threads, 1, [&](const Work<T>& work) {
-            const std::vector<Range>& reads = work.tile().reads;
-            const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
-            if (!dz) return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr, work.aside(0));
-            loops.output(sum);
-            of_live(work, work.aside(0));
-        }), add_up(found, items, gates, dz);
+        return convolve(task, shares, p, threads, 1,
+                        [&](const Work<T>& work) {
+                            const std::vector<Range>& reads = work.tile().reads;
+                            const OutputTile<T> sum =
+                                work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
+                            if (!dz)
+                                return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr,
+                                              work.aside(0));
+                            loops.output(sum);
+                            of_live(work, work.aside(0));
+                        }),
+               add_up(found, items, gates, dz);
 
     const auto of_all_groups = [&](const Work<T>& work) {
         const Tile& tile = work.tile();
@@ -703,13 +710,13 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     });
 }
 
-#define SFG_INSTANTIATE(T)                                                                                         \
-    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*,           \
-                             const Shape&, const Blocks&, int);                                                    \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const T*,          \
-                                    const Producer<T>*, T*, const Shape&, const Blocks&, int);                     \
-    template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);                   \
-    template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,     \
+#define SFG_INSTANTIATE(T)                                                                                             \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*, const Shape&, \
+                             const Blocks&, int);                                                                      \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const T*,              \
+                                    const Producer<T>*, T*, const Shape&, const Blocks&, int);                         \
+    template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);                       \
+    template void weight_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const Shape&,         \
                                      const Blocks&, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)

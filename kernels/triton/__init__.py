@@ -75,9 +75,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return assignment, order, offsets
 
 
-def pack(
-    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
-) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
     kernels, channels = weight.shape[:2]
     kernel = (weight.shape[2], weight.shape[3])
     forward_pass, backward_pass, gradient = config.passes(spec, kernel, dtype, config.device_of(weight.device))
@@ -97,11 +95,7 @@ def pack(
     packed_bias = None
     if bias is not None:
         packed_bias = torch.empty(forward_pass.out_channels, dtype=_sums(dtype)[0], device=weight.device)
-    orders = [
-        tensor
-        for groups in (spec.rows, spec.columns)
-        for tensor in (groups.order, groups.offsets)
-    ]
+    orders = [tensor for groups in (spec.rows, spec.columns) for tensor in (groups.order, groups.offsets)]
     block, places = 1024, 64
     programs = sum(config.cdiv(p, block) for p in (forward_pass.size, backward_pass.size, forward_pass.out_channels))
     programs += sum(config.cdiv(p.numel(), places) for p in (row_places, column_places))

@@ -317,7 +317,13 @@ def forget() -> None:
 def walks(p: Pass, bits: int, device: Device) -> bool:
     """Is rowwalk.py the way? Where the nine weight tiles have to be in registers, those of more than 32 channels don't
     fit."""
-    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products and not p.others
+    fits = (
+        p.taps_h == p.taps_w == 3
+        and p.stride_h == p.stride_w == 1
+        and not p.flat
+        and not p.shares_products
+        and not p.others
+    )
     return fits and bits == 16 and p.channels <= (64 if device.multiplies_from_shared_memory else 32)
 
 

@@ -86,7 +86,8 @@ class SFGConv2d(reference.SFGConv2d):
         gates = groups.gates
         assert gates is not None
         if groups.full:  # a relaxed draw; the gates' gradient is summed in fp32
-            return SFGFeatures((h.to(gates.dtype) * groups.row_gates()[:, None, None]).to(h.dtype), groups)
+            z = gates.t().reshape(-1, 1, 1)
+            return SFGFeatures((h.to(z.dtype) * z).to(h.dtype), groups)
         if not gates.requires_grad:
             return SFGFeatures(h, groups)  # the gates of the drawn rows are one
         if others is not None and scale is not None and shift is not None:
