@@ -32,10 +32,10 @@ class SFGConv2d(reference.SFGConv2d):
         norm: None or "batch" (`KernelNorm`: statistics of the drawn rows).
         activation: None, "relu", or a callable that acts on each element alone. It stands before the gate.
         init: initial p, see `gates.initial_probabilities`.
-        estimator: how the gradient reaches the logits, a name of `gates.ESTIMATORS`.
+        estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 
     Attributes:
-        weight [K, C, kH, kW], bias [K] or None, logits [K, T+1], temperature (0-dim), norm.
+        weight [K, C, kH, kW], bias [K] or None, logits [K, T+1], temperature (0-dim), norm, every (see `GroupGates`).
 
     Raises:
         ValueError: for arguments that can't be (groups other than 1, unknown names), at construction.

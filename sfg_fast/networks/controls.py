@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..estimators import Estimator
 from ..norm import KernelNorm
 from ..reference import SFGConv2d
 
@@ -68,10 +69,16 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
         layer.temperature = temperature
 
 
-def set_estimator(model: nn.Module, name: str) -> None:
-    """Choose the gradient estimator of all layers, a name of `gates.ESTIMATORS`."""
+def set_estimator(model: nn.Module, name: str | Estimator, every: int = 1) -> None:
+    """Choose the gradient estimator of all layers: a name of `estimators.ESTIMATORS`, or an `Estimator` (another number
+    of samples: `dataclasses.replace(ESTIMATORS["gumbel_rao"], samples=64)`).
+
+    `every` = n > 1: only every n-th step looks at the groups that kernels were not drawn into (and what it finds counts
+    n times); the steps between are as cheap as `selected`, the mean over n steps is the same.
+    Raises ValueError for an unknown name, or `every` less than 1.
+    """
     for layer in sfg_layers(model).values():
-        layer.estimator = name
+        layer.estimator, layer.every = name, every
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ class NetworkConfig:
         norm: "batch", or null for none.
         init: initial p: a name (uniform, dirichlet, mostly_shared, mostly_specific, vertex), or probabilities, shared
             first.
-        estimator: gradient estimator of the grouping: straight_through or gumbel_softmax.
+        estimator: gradient estimator of the grouping: straight_through, gumbel_softmax, gumbel_rao, reinmax or
+            selected.
+        every: look at the groups that kernels were not drawn into at every n-th step only: cheaper, the same mean.
     """
 
     width: list[int] = dataclasses.field(default_factory=lambda: [16, 32, 64])
@@ -30,6 +32,7 @@ class NetworkConfig:
     norm: str | None = "batch"
     init: str | list[float] = "mostly_shared"
     estimator: str = "straight_through"
+    every: int = 1
 
 
 @dataclasses.dataclass
@@ -134,6 +137,7 @@ def check(config: TrainConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "network.blocks": config.network.blocks,
+        "network.every": config.network.every,
     }.items():
         if count < 1:
             refuse(key, count, "at least 1")

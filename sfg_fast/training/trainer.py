@@ -23,6 +23,7 @@ from ..networks.controls import (
     map_assignment,
     norm_buffers,
     recalibrate,
+    set_estimator,
     set_temperature,
     sfg_layers,
 )
@@ -39,7 +40,7 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
     outputs = {task: {"ct": 1, "organs": organs}[task] for task in config.tasks}
     network = config.network
     try:
-        return SFGHighResNet(
+        model = SFGHighResNet(
             in_channels,
             outputs,
             network.width,
@@ -50,6 +51,9 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
             init=network.init,
             estimator=network.estimator,
         )
+        if network.method == "sfg":
+            set_estimator(model, network.estimator, network.every)
+        return model
     except ValueError as error:
         raise InputError(f"network: {error}") from error
 
