@@ -7,8 +7,10 @@ from .groups import FilterGroups
 from .layers.conv import SFGConv2d
 from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
 from .networks.highresnet import SFGHighResNet
+from .networks.vgg import SFGVGG
 
 __all__ = [
+    "SFGVGG",
     "FilterGroups",
     "SFGConv2d",
     "SFGFeatures",

@@ -31,7 +31,7 @@ def draw_many(p, draws):
 def mean_gradient(formula, p, f, draws=40000, samples=0, temperature=1.0):
     """Mean over draws of the estimated gradient of E[f(z)], f(z) = sum_g f_g(z_g), and its standard error."""
     torch.manual_seed(1)
-    logits, log_p, drawn, noise = draw_many(p, draws)
+    _, log_p, drawn, noise = draw_many(p, draws)
     noise = torch.stack([noise, *(gumbel_noise(noise) for _ in range(samples))])
     leaf = log_p.detach().requires_grad_()
     z = formula(drawn, leaf, noise, torch.tensor(temperature))
@@ -48,7 +48,9 @@ P = [0.5, 0.3, 0.2]
 def exact(f, p=P):
     logits = torch.tensor(p, dtype=torch.float64).log().requires_grad_()
     q = logits.softmax(0)
-    return torch.autograd.grad(sum(q[g] * f(torch.eye(3, dtype=torch.float64)[None, g])[0] for g in range(3)), logits)[0]
+    return torch.autograd.grad(sum(q[g] * f(torch.eye(3, dtype=torch.float64)[None, g])[0] for g in range(3)), logits)[
+        0
+    ]
 
 
 def linear(z):
@@ -171,7 +173,9 @@ def test_set_estimator():
     assert {(layer.estimator, layer.every) for layer in sfg_layers(model).values()} == {("reinmax", 4)}
     set_estimator(model, dataclasses.replace(ESTIMATORS["gumbel_rao"], samples=3))
     assert model.stages[0]["sfg"]._rule.samples == 3
-    with pytest.raises(ValueError, match="estimator='best' is unknown, expected one of gumbel_softmax, straight_through"):
+    with pytest.raises(
+        ValueError, match="estimator='best' is unknown, expected one of gumbel_softmax, straight_through"
+    ):
         set_estimator(model, "best")
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"every={wrong!r}: expected a number of steps, at least 1"):

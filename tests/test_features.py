@@ -116,4 +116,4 @@ def test_filter_groups_from_an_assignment():
     ],
 )
 def test_routing(routing, expected):
-    assert routing.reads(3, len(expected[0])).int().tolist() == expected
+    assert [list(map(int, row)) for row in routing.reads(3, len(expected[0]))] == expected

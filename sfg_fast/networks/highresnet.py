@@ -12,21 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
+from .methods import fix_grouping, he_initialise, layer_options
 
 RESIDUAL = ("separate", "routed")
-
-METHODS = {  # paper, section 3, "Baselines": all are special cases of the SFG network
-    "one_task": "all kernels belong to the only task: p(shared) = 0",
-    "hard_sharing": "all kernels are shared up to the task-specific heads",
-    "constant_mask": "a fixed even split of the kernels, 1/(T+1) each",
-    "constant_p": "p = 1/(T+1) for every group, never learnt; drawn anew at every step",
-    "sfg": "the grouping is learnt",
-}
 
 
 class SFGHighResNet(nn.Module):
@@ -39,7 +31,7 @@ class SFGHighResNet(nn.Module):
         blocks: residual blocks in each stage.
         residual: "separate" (the paper's: T+1 stacks with weights of their own, merge by concatenation + 1x1) or
             "routed" (the blocks' convolutions are SFG layers, merge by summation; several times cheaper).
-        method: "sfg" or one of the paper's four baselines, which are special cases of this class (`METHODS`):
+        method: "sfg" or one of the paper's four baselines, which are special cases of this class (`methods.METHODS`):
             "one_task", "hard_sharing", "constant_mask", "constant_p".
         norm, init, estimator: as in `SFGConv2d`.
 
@@ -64,24 +56,12 @@ class SFGHighResNet(nn.Module):
         super().__init__()
         if residual not in RESIDUAL:
             raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(METHODS)}")
-        if method == "one_task" and len(outputs) != 1:
-            raise ValueError(f"method='one_task' needs exactly one output, got {list(outputs)}")
         widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
         if len(widths) != 3:
             raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
         tasks = tuple(outputs)
-        options: dict[str, Any] = {
-            "tasks": tasks,
-            "norm": norm,
-            "bias": norm is None,
-            "init": init,
-            "estimator": estimator,
-        }
-        if method == "constant_p":
-            options |= {"init": "uniform", "estimator": "none"}
+        options = layer_options(method, tasks, norm, init, estimator)
 
         stages, channels = [], in_channels
         for stage, wide in enumerate(widths):
@@ -101,8 +81,9 @@ class SFGHighResNet(nn.Module):
             *(SFGConv2d(channels, channels, 3, padding=1, activation="relu", **options) for _ in range(2))
         )
         self.heads = Heads(channels, outputs)
-        self._initialise()
-        self._fix_grouping()
+        he_initialise(self)
+        nn.init.normal_(self.heads.conv.weight, 0.0, 0.05)  # small, so that training starts from their biases
+        fix_grouping(self, method)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
@@ -110,26 +91,3 @@ class SFGHighResNet(nn.Module):
             for module in stage.values():  # type: ignore[operator]
                 x = module(x)
         return self.heads(self.final(x))
-
-    def _initialise(self) -> None:
-        """He initialisation (ReLU follows); small heads, so that training starts from their biases."""
-        for module in self.modules():
-            if isinstance(module, SFGConv2d | nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.heads.conv.weight, 0.0, 0.05)
-
-    def _fix_grouping(self) -> None:
-        for module in self.modules():
-            if not isinstance(module, SFGConv2d) or module.shares_grouping:
-                continue
-            kernels, groups = module.logits.shape
-            if self.method == "one_task":
-                module.assign(torch.ones(kernels, dtype=torch.int64))
-            elif self.method == "hard_sharing":
-                module.assign(torch.zeros(kernels, dtype=torch.int64))
-            elif self.method == "constant_mask":
-                module.assign(torch.arange(kernels) * groups // kernels)
-            if self.method != "sfg":
-                module.estimator = "none"

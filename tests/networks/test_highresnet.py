@@ -7,7 +7,7 @@ from torch import nn
 from sfg_fast import SFGHighResNet, backend, penalties
 from sfg_fast.backends import available
 from sfg_fast.networks.controls import assign, sfg_layers
-from sfg_fast.networks.highresnet import METHODS
+from sfg_fast.networks.methods import METHODS
 from tests.oracle import assert_close
 
 FAST = ["masked"] + ["native"] * available("native")

@@ -1,0 +1,70 @@
+"""`SFGVGG`: VGG-11 whose convolutions are all SFG layers, for tasks of a whole image (classification, regression).
+
+The classification example of the method's longer paper (Bragman, Tanno et al., ICCV 2019, section 4.1): merge by
+summation throughout, and a pooled head per task on [F_t | F_s].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers.conv import SFGConv2d
+from .methods import fix_grouping, he_initialise, layer_options
+
+# Kernels of each convolution, in units of the first one's; "pool": halve the image.
+VGG11: tuple[int | str, ...] = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool")
+
+
+def relu_and_pool(h: Tensor) -> Tensor:
+    """The activation of the layers that halve the image. It stands before the gate, as every activation does: a maximum
+    behind the gate of a kernel that was not drawn would be one of zeros, and tell its gate nothing."""
+    return F.max_pool2d(F.relu(h), 2)
+
+
+class SFGVGG(nn.Module):
+    """A multi-task VGG-11 with stochastic filter groups.
+
+    Args:
+        in_channels: channels of the image.
+        outputs: outputs of each task, in order: classes, or 1 (or more) for regression, e.g. {"gender": 2, "age": 1}.
+        width: kernels of the first convolution (VGG-11: 64).
+        method, norm, init, estimator: as in `SFGHighResNet`.
+
+    Images need at least 32 rows and columns. Raises ValueError as `SFGHighResNet` does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: Mapping[str, int],
+        width: int = 64,
+        *,
+        method: str = "sfg",
+        norm: str | None = "batch",
+        init: str | Sequence[Any] | Tensor = "uniform",
+        estimator: str = "straight_through",
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
+        options = layer_options(method, tuple(outputs), norm, init, estimator)
+        layers, channels = [], in_channels
+        for size, following in zip(VGG11, (*VGG11[1:], None), strict=True):
+            if isinstance(size, int):
+                activation = relu_and_pool if following == "pool" else "relu"
+                layers.append(SFGConv2d(channels, width * size, 3, padding=1, activation=activation, **options))
+                channels = width * size
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict({task: nn.Linear(channels, size) for task, size in outputs.items()})
+        he_initialise(self)
+        fix_grouping(self, method)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x [N, in_channels, H, W] -> {task: [N, outputs[task]]}."""
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"the image has size {tuple(x.shape[2:])}, expected at least (32, 32)")
+        features = self.features(x)
+        return {task: head(features.merged(task).mean((2, 3))) for task, head in self.heads.items()}
