@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Chain(nn.Module):
 
     def __init__(self, width: int, norm: str | None, shared: float) -> None:
         super().__init__()
-        options = {"padding": 1, "norm": norm, "bias": norm is None, "activation": "relu"}
+        options: dict[str, Any] = {"padding": 1, "norm": norm, "bias": norm is None, "activation": "relu"}
         self.layers = nn.Sequential(*(SFGConv2d(width, width, 3, **options) for _ in range(LAYERS)))
         self.heads = Heads(width, {"task1": 1, "task2": 1})
         own = round(width * (1 - shared) / 2)
@@ -76,11 +77,16 @@ def contestants(width: int, norm: str | None, shared: float) -> dict[str, Callab
     for name, every in (("straight_through", 1), ("selected", 1), ("straight_through", EVERY)):
         own = Chain(width, norm, shared)
         set_estimator(own, name, every)
-        once = step(own, x, y)
-        runs[f"{name}, every={every}" if every > 1 else name] = (
-            once if every == 1 else lambda once=once: [once() for _ in range(EVERY)]  # type: ignore[misc]
-        )
+        runs[f"{name}, every={every}" if every > 1 else name] = repeated(step(own, x, y), every)
     return runs
+
+
+def repeated(run: Callable[[], None], times: int) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(times):
+            run()
+
+    return several
 
 
 def row(width: int, norm: str | None, split: str, rounds: int) -> str:

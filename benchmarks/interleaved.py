@@ -4,13 +4,13 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
+    contestants: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of each call, by name: every round runs all contestants, one after the other, in another order. (What ran
     just before leaves its threads awake or asleep, and the caches full of its own.)"""
