@@ -207,9 +207,8 @@ class Cache:
         return [name for name, entry in self._cases.items() if entry["split"] == split]
 
     def has(self, target: str, split: str = "train") -> bool:
-        """Whether every case of the split (and at least one) has the target, ct or labels."""
-        names = self.names(split)
-        return bool(names) and all(target in self._cases[name]["targets"] for name in names)
+        """Whether any case of the split has the target, ct or labels."""
+        return any(target in self._cases[name]["targets"] for name in self.names(split))
 
     def case(self, name: str) -> CaseArrays:
         """Opens the memory maps of a case. InputError: no such case, a file missing or not what the manifest says."""
@@ -293,7 +292,8 @@ class SliceSampler:
 
     def batch(self, step: int) -> dict[str, Any]:
         """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names, and
-        if every case of the split has them "ct" float32 [N, 1, H, W] in HU and "labels" int64 [N, H, W]."""
+        if any case of the split has them "ct" float32 [N, 1, H, W] in HU and "labels" int64 [N, H, W], with "has_ct" and
+        "has_labels" bool [N]: an example of a case without holds AIR_HU, or 0."""
         rng = np.random.default_rng([self.seed, step])
         n, (h, w) = self.batch_size, self.patch
         channels = self._cases[0].inputs.shape[1]
@@ -302,6 +302,7 @@ class SliceSampler:
             arrays["ct"] = np.full((n, 1, h, w), AIR_HU, np.float32)
         if "labels" in self._targets:
             arrays["labels"] = np.zeros((n, h, w), np.int64)
+        arrays |= {f"has_{target}": np.zeros(n, bool) for target in self._targets}
         names = []
         for i in range(n):
             index = int(rng.integers(len(self._cases)))
@@ -317,8 +318,11 @@ class SliceSampler:
             if self.bias:
                 zero = self._zero[index][:, None, None]
                 arrays["inputs"][i] = (arrays["inputs"][i] - zero) * _coil(rng, self.bias, h, w) + zero
-            for target in ("mask", *self._targets):
-                arrays[target][i, ..., to_y, to_x] = getattr(case, target)[z, from_y, from_x]
+            arrays["mask"][i, ..., to_y, to_x] = case.mask[z, from_y, from_x]
+            for target in self._targets:
+                if (values := getattr(case, target)) is not None:
+                    arrays[target][i, ..., to_y, to_x] = values[z, from_y, from_x]
+                    arrays[f"has_{target}"][i] = True
             names.append(self.names[index])
         return {key: torch.from_numpy(array) for key, array in arrays.items()} | {"case": names}
 

@@ -31,11 +31,13 @@ PATCH_WEIGHTING = "gaussian"
 class Prediction:
     """One volume, axes [Z, Y, X]: ct float32 in HU and labels uint8 (None if the run has no such task), and uncertainty
     float32: the SD over drawn architectures of the CT in HU, or without a CT task the root of the summed variances of
-    the class probabilities. Zero where nothing is drawn."""
+    the class probabilities. Zero where nothing is drawn. noise float32: the CT's SD in HU as the network predicts it,
+    None unless the run has `objective.ct_noise` heteroscedastic."""
 
     ct: np.ndarray | None
     labels: np.ndarray | None
     uncertainty: np.ndarray
+    noise: np.ndarray | None = None
 
 
 class Predictor:
@@ -70,17 +72,20 @@ class Predictor:
         mean, variance = self._slices(slices, draws if self.constant_p else 0)
         if draws and self.draws_anything and not self.constant_p:
             variance = self._slices(slices, draws)[1]
-        ct = labels = None
-        start = 0
+        ct = labels = noise = None
+        start, unit = 0, self.config.objective.ct_scale_hu
         if "ct" in self.config.tasks:
-            ct, start = mean[:, 0].numpy() * self.config.objective.ct_scale_hu, 1
+            ct, start = mean[:, 0].numpy() * unit, 1
+            if self.config.objective.ct_noise == "heteroscedastic":
+                noise, start = mean[:, 1].numpy() * unit, 2
         if "organs" in self.config.tasks:
             labels = mean[:, start:].argmax(1).to(torch.uint8).numpy()
-        spread = variance[:, 0].sqrt() * self.config.objective.ct_scale_hu if start else variance.sum(1).sqrt()
-        return Prediction(ct, labels, spread.numpy())
+        spread = variance[:, 0].sqrt() * unit if start else variance.sum(1).sqrt()
+        return Prediction(ct, labels, spread.numpy(), noise)
 
     def _slices(self, slices: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of all outputs side by side (CT in units, class probabilities), [Z, outputs, Y, X]."""
+        """Mean and variance of all outputs side by side (CT and its predicted SD in units, class probabilities), [Z,
+        outputs, Y, X]."""
         means, variances = [], []
         self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
         # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
@@ -116,13 +121,13 @@ class Predictor:
 
     def _predict(self, x: Tensor, draws: int) -> Tensor:
         torch.manual_seed(self.config.seed)
-        found = predict(self.model, x, draws, {"organs": lambda y: y.softmax(1)})
+        found = predict(self.model, x, draws, {"organs": lambda y: y.softmax(1), "ct": _with_sd})
         means = [found[task][0] for task in ("ct", "organs") if task in found]
         variances = [found[task][1] for task in ("ct", "organs") if task in found]
         return torch.cat([*means, *variances], 1)
 
     def cases(self, cases: tuple[Case, ...], out: Path, draws: int) -> Iterator[tuple[str, Path]]:
-        """Predict cases one by one into OUT/CASE/{ct,labels,uncertainty}.nii.gz, same affine and shape as the MR.
+        """Predict cases one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and shape as the MR.
 
         OUT must be new or empty. Yields (case, folder) as each is done.
         """
@@ -146,11 +151,17 @@ class Predictor:
                     "ct": (result.ct, np.float32),
                     "labels": (result.labels, np.uint8),
                     "uncertainty": (result.uncertainty, np.float32),
+                    "noise": (result.noise, np.float32),
                 }
                 for name, (array, dtype) in files.items():
                     if array is not None:
                         write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
                 yield case.name, folder
+
+
+def _with_sd(y: Tensor) -> Tensor:
+    """A CT output: of two channels, the second is the log of the SD."""
+    return y if y.shape[1] == 1 else torch.cat([y[:, :1], y[:, 1:].exp()], 1)
 
 
 def _config(saved: dict[str, Any], path: Path) -> TrainConfig:

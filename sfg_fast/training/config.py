@@ -43,13 +43,16 @@ class ObjectiveConfig:
         lambda1: weight of the sum of squared kernel norms.
         lambda2: weight of the sum of entropies of the grouping probabilities.
         ct_scale_hu: unit of the network's CT output in HU; also the SD of its Gaussian likelihood while that is fixed.
-        ct_noise: "fixed", or "learned": the SD of the CT likelihood is a parameter.
+        ct_noise: SD of the CT likelihood: "fixed"; "learned", a parameter that weighs the task by its noise; or
+            "heteroscedastic", predicted for every voxel.
+        organs_noise: "fixed", or "learned": a parameter that weighs the task by its noise.
     """
 
     lambda1: float = 1e-3
     lambda2: float = 1e-2
     ct_scale_hu: float = 400.0
     ct_noise: str = "fixed"
+    organs_noise: str = "fixed"
 
 
 @dataclasses.dataclass
@@ -167,5 +170,7 @@ def check(config: TrainConfig) -> None:
         refuse("network.width", config.network.width, "three numbers of channels, each at least 1")
     if schedule.temperature_end > schedule.temperature_start:
         refuse("schedule.temperature_end", schedule.temperature_end, "at most schedule.temperature_start")
-    if objective.ct_noise not in ("fixed", "learned"):
-        refuse("objective.ct_noise", objective.ct_noise, "fixed or learned")
+    if objective.ct_noise not in ("fixed", "learned", "heteroscedastic"):
+        refuse("objective.ct_noise", objective.ct_noise, "fixed, learned or heteroscedastic")
+    if objective.organs_noise not in ("fixed", "learned"):
+        refuse("objective.organs_noise", objective.organs_noise, "fixed or learned")

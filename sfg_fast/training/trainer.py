@@ -37,7 +37,8 @@ RECALIBRATION_BATCHES = 16
 
 def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
     """The configured network for images of `in_channels` channels and `organs` classes. InputError if it can't be."""
-    outputs = {task: {"ct": 1, "organs": organs}[task] for task in config.tasks}
+    sizes = {"ct": 2 if config.objective.ct_noise == "heteroscedastic" else 1, "organs": organs}
+    outputs = {task: sizes[task] for task in config.tasks}
     network = config.network
     try:
         model = SFGHighResNet(
@@ -94,7 +95,7 @@ class Trainer:
         for task in config.tasks:
             target = {"ct": "ct", "organs": "labels"}[task]
             if not cache.has(target):
-                raise InputError(f"{config.data}: task {task!r} needs {target}, and not every case has them")
+                raise InputError(f"{config.data}: task {task!r} needs {target}, and no training case has any")
         patch = None if config.patch is None else (config.patch[0], config.patch[1])
         self.sampler = SliceSampler(cache, "train", config.schedule.batch, patch, config.seed, config.bias)
         self.monitored = _held_out_slice(cache)
@@ -176,10 +177,12 @@ class Trainer:
             group["lr"] = rate if group["name"] == "weights" else logits_rate
 
         batch = self.sampler.batch(self.step)
-        targets = {task: batch[{"ct": "ct", "organs": "labels"}[task]].to(self.device) for task in self.config.tasks}
+        names = {task: {"ct": "ct", "organs": "labels"}[task] for task in self.config.tasks}
+        targets = {task: batch[name].to(self.device) for task, name in names.items()}
+        present = {task: batch[f"has_{name}"].to(self.device) for task, name in names.items()}
         self.model.train()
         outputs = self.model(batch["inputs"].to(self.device))
-        value, nll = self.objective(self.model, outputs, targets, len(self.sampler))
+        value, nll = self.objective(self.model, outputs, targets, len(self.sampler), present)
         loss = value / len(self.sampler)  # so that the learning rate does not depend on the cohort's size
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -197,7 +200,7 @@ class Trainer:
 
     def _postfix(self, terms: dict[str, float], timing: dict[str, Any]) -> dict[str, str]:
         curves = self.history["curves"]
-        text = {name.removeprefix("nll/"): f"{value:.3f}" for name, value in terms.items() if name.startswith("nll/")}
+        text = {name[4:]: f"{value:.3f}" for name, value in terms.items() if name.startswith("nll/")}
         for name, unit in (("psnr", "dB"), ("dice", "")):
             if curves[name] and curves[name][-1] is not None:
                 text[name] = f"{curves[name][-1]:.2f}{unit}"
@@ -223,7 +226,8 @@ class Trainer:
         for name, value in row.items():
             curves[name].append(value)
         for task in self.config.tasks:
-            curves["nll"][task].append(terms[f"nll/{task}"])
+            value = terms[f"nll/{task}"]  # NaN, if no example of the batch has a target
+            curves["nll"][task].append(None if math.isnan(value) else value)
         allocation["step"].append(self.step)
         for name, layer in sfg_layers(self.model).items():
             # The learnt p, also while its argmax is fixed; the assignment itself where nothing is learnt.
@@ -232,7 +236,7 @@ class Trainer:
             allocation["p"][name].append(p.mean(0).tolist())
             allocation["entropy"][name].append(entropy(layer).mean().item() if learnt else 0.0)
         for name, value in {**row, **terms}.items():
-            if name != "step" and value is not None:
+            if name != "step" and value is not None and not math.isnan(value):
                 board.add_scalar(name, value, self.step)
         for name in allocation["p"]:
             for group, share in zip(self.history["groups"], allocation["p"][name][-1], strict=True):
@@ -247,7 +251,7 @@ class Trainer:
             outputs = self.model(slice_["inputs"])
         found: dict[str, float | None] = {"psnr": None, "dice": None}
         if "ct" in outputs and "ct" in slice_:
-            error = (outputs["ct"] * self.config.objective.ct_scale_hu - slice_["ct"])[slice_["mask"]]
+            error = (outputs["ct"][:, :1] * self.config.objective.ct_scale_hu - slice_["ct"])[slice_["mask"]]
             found["psnr"] = 10 * math.log10(4024.0**2 / max(error.square().mean().item(), 1e-12))
         if "organs" in outputs and "labels" in slice_:
             predicted, true = outputs["organs"].argmax(1), slice_["labels"]
@@ -315,7 +319,7 @@ def _head_bias(model: SFGHighResNet, task: str) -> Tensor:
 def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig) -> None:
     """Head biases: the mean CT, and the classes' frequencies."""
     if "ct" in config.tasks:
-        _head_bias(model, "ct").fill_(cache.mean_ct("train") / config.objective.ct_scale_hu)
+        _head_bias(model, "ct")[0] = cache.mean_ct("train") / config.objective.ct_scale_hu
     if "organs" in config.tasks:
         frequencies = torch.as_tensor(cache.class_frequencies("train"), dtype=torch.float32)
         _head_bias(model, "organs").copy_(frequencies.clamp_min(1e-6).log())

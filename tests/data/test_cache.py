@@ -150,8 +150,20 @@ def test_where_the_mask_comes_from(tmp_path):
     assert cache.case("b").mask.all()
     assert [cache.manifest["cases"][name]["mask_from"] for name in "abc"] == ["ct", "volume", "file"]
     assert (cache.case("b").ct, cache.case("b").labels) == (None, None)
-    assert (cache.has("ct"), cache.has("ct", "test")) == (False, True)
-    assert set(SliceSampler(cache, "train", 2, (3, 3), 0).batch(0)) == {"inputs", "mask", "case"}
+    assert (cache.has("ct"), cache.has("ct", "test"), cache.has("labels", "val")) == (True, True, False)
+
+
+def test_examples_of_cases_without_a_target(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort", leave_out=[("b", "ct")])
+    batch = SliceSampler(preprocess(cohort, tmp_path / "cache", progress=False), "train", 20, (3, 3), 0).batch(0)
+    assert set(batch) == {"inputs", "mask", "case", "ct", "has_ct", "labels", "has_labels"}
+    assert batch["has_ct"].tolist() == [name == "a" for name in batch["case"]]
+    assert set(batch["case"]) == {"a", "b"}
+    assert batch["has_labels"].all()
+    assert (batch["ct"][~batch["has_ct"]] == -1024).all()
+    none = write_cohort(tmp_path / "none", leave_out=[("a", "ct"), ("b", "ct")])
+    batch = SliceSampler(preprocess(none, tmp_path / "cache2", progress=False), "train", 2, (3, 3), 0).batch(0)
+    assert set(batch) == {"inputs", "mask", "case", "labels", "has_labels"}
 
 
 def test_unnamed_labels_get_names(tmp_path, cohort):
@@ -312,6 +324,8 @@ def test_patches_are_pieces_of_the_volumes(cache):
         "ct": ((64, 1, 3, 4), torch.float32),
         "labels": ((64, 3, 4), torch.int64),
         "mask": ((64, 1, 3, 4), torch.bool),
+        "has_ct": ((64,), torch.bool),
+        "has_labels": ((64,), torch.bool),
     }
     places = {"a": set(), "b": set()}
     for i, name in enumerate(batch["case"]):

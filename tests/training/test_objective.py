@@ -41,7 +41,7 @@ def test_one_task_leaves_the_other_out():
 
 
 def test_learned_noise_finds_the_standard_deviation():
-    likelihood = GaussianLikelihood(400.0, learned=True)
+    likelihood = GaussianLikelihood(400.0, "learned")
     optimiser = torch.optim.Adam(likelihood.parameters(), lr=0.05)
     error = torch.randn(8, 1, 32, 32) * 120  # HU
     for _ in range(300):
@@ -52,5 +52,53 @@ def test_learned_noise_finds_the_standard_deviation():
 
 
 def test_fixed_noise_is_no_parameter():
-    assert not any(p.requires_grad for p in GaussianLikelihood(400.0, learned=False).parameters())
-    assert not list(CategoricalLikelihood().parameters())
+    assert not any(p.requires_grad for p in GaussianLikelihood(400.0, "fixed").parameters())
+    assert not any(p.requires_grad for p in CategoricalLikelihood("fixed").parameters())
+
+
+def test_heteroscedastic_noise_is_predicted_for_every_voxel(float64):
+    likelihood = GaussianLikelihood(400.0, "heteroscedastic")
+    output, target = torch.randn(3, 2, 4, 5), torch.randn(3, 1, 4, 5) * 400
+    exact = Normal(output[:, :1], output[:, 1:].exp()).log_prob(target / 400).mean((1, 2, 3))
+    torch.testing.assert_close(likelihood(output, target), exact)
+
+
+def test_homoscedastic_weighting_is_kendalls(float64):
+    likelihood = CategoricalLikelihood("learned")
+    likelihood.log_sigma.data.fill_(0.3)
+    output, target = torch.randn(3, 4, 5, 5), torch.randint(4, (3, 5, 5))
+    log_p = Categorical(logits=output.movedim(1, -1)).log_prob(target).mean((1, 2))
+    torch.testing.assert_close(likelihood(output, target), log_p / math.exp(0.6) - 0.3)
+
+
+def test_missing_targets_are_left_out_and_the_rest_is_unbiased(float64):
+    """The mean over all batches of the data term is that of all examples, whoever has which target."""
+    model = SFGHighResNet(1, {"ct": 1, "organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
+    objective = Objective(("ct", "organs"), ObjectiveConfig(lambda1=0.0, lambda2=0.0))
+    total, size = 6, 3
+    outputs = {"ct": torch.randn(total, 1, size, size), "organs": torch.randn(total, 3, size, size)}
+    targets = {"ct": torch.randn(total, 1, size, size), "organs": torch.randint(3, (total, size, size))}
+    present = {"ct": torch.tensor([1, 1, 0, 0, 1, 0]).bool(), "organs": torch.tensor([0, 1, 1, 0, 1, 1]).bool()}
+    targets["ct"][~present["ct"]] = float("nan")  # whatever it holds
+
+    def value(index):
+        pick = lambda tensors: {task: tensor[index] for task, tensor in tensors.items()}  # noqa: E731
+        return objective(model, pick(outputs), pick(targets), total, pick(present))
+
+    everything, nll = value(list(range(total)))
+    pairs = [value([i, j])[0] for i in range(total) for j in range(total)]
+    torch.testing.assert_close(torch.stack(pairs).mean(), everything)
+    exact = -sum(Normal(outputs["ct"][i], 1.0).log_prob(targets["ct"][i] / 400).mean() for i in (0, 1, 4)) / 3
+    torch.testing.assert_close(nll["ct"], exact.detach())
+    assert value([2, 3])[1]["ct"].isnan()
+
+
+def test_a_missing_target_has_no_gradient():
+    objective = Objective(("ct",), ObjectiveConfig())
+    model = SFGHighResNet(1, {"ct": 1}, width=(3, 3, 3), blocks=1, residual="routed")
+    output = torch.randn(2, 1, 3, 3, requires_grad=True)
+    target = torch.full((2, 1, 3, 3), float("nan"))
+    target[0] = 0
+    objective(model, {"ct": output}, {"ct": target}, 2, {"ct": torch.tensor([True, False])})[0].backward()
+    assert output.grad[0].any()
+    assert torch.equal(output.grad[1], torch.zeros(1, 3, 3))

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from sfg_fast.data import preprocess, read_cohort, write_phantom
+from sfg_fast.data import Cache, preprocess, read_cohort, write_phantom
 from sfg_fast.errors import InputError
+from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.training import checkpoint
-from sfg_fast.training.config import NetworkConfig, ScheduleConfig, TrainConfig
+from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
 from sfg_fast.training.trainer import Trainer, learning_rate_at
 
 
@@ -113,7 +115,6 @@ def test_learning_rate_schedule():
 
 
 def test_heads_start_from_the_mean_ct_and_the_class_frequencies(cache, tmp_path):
-    from sfg_fast.data import Cache
 
     trainer = Trainer(config(cache, tmp_path / "run"))
     bias = trainer.model.heads.conv.bias
@@ -127,6 +128,40 @@ def test_one_task(cache, tmp_path):
     trainer = Trainer(config(cache, tmp_path / "run", tasks=["organs"], network={"method": "one_task"}))
     trainer.run()
     assert set(trainer.model.outputs) == {"organs"}
+
+
+def test_cases_without_a_target_train_the_other_task(tmp_path):
+    """One case has no CT and the other no labels: all train, and the history has no number where there was no target."""
+    write_phantom(tmp_path / "cohort", cases=3, test=1, size=24, slices=6, progress=False)
+    first, second = (case for case in read_cohort(tmp_path / "cohort").cases if case.split == "train")
+    first.ct.unlink()
+    second.labels.unlink()
+    preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
+    trainer = Trainer(config(tmp_path / "cache", tmp_path / "run", schedule={}, log_every=1))
+    trainer.run()
+    curves = json.loads((tmp_path / "run" / "history.json").read_text())["curves"]["nll"]
+    for task in ("ct", "organs"):
+        assert any(value is not None for value in curves[task])
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("network", [{"estimator": "reinmax", "every": 2}, {"estimator": "gumbel_rao"}])
+def test_every_estimator_can_be_configured(cache, tmp_path, network):
+    trainer = Trainer(config(cache, tmp_path / "run", network=network))
+    before = [layer.logits.clone() for layer in trainer._layers()]
+    trainer.run()
+    assert all((a != b.logits).any() for a, b in zip(before, trainer._layers(), strict=True))
+
+
+def test_predicted_noise(cache, tmp_path):
+    run = config(cache, tmp_path / "run")
+    run.objective = ObjectiveConfig(ct_noise="heteroscedastic", organs_noise="learned")
+    Trainer(run).run()
+    case = Cache(cache).case(Cache(cache).names("test")[0])
+    found = Predictor(tmp_path / "run").volume(np.ascontiguousarray(case.inputs.swapaxes(0, 1)), 2)
+    assert found.ct.shape == found.noise.shape == case.mask.shape
+    assert (found.noise > 0).all()
+    assert found.labels.max() < 6
 
 
 def test_constant_p_trains_and_keeps_p(cache, tmp_path):
@@ -145,7 +180,6 @@ def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache
     """Mostly shared, separate stacks: argmax p leaves the tasks' streams without a kernel. With its statistics, whose
     variance is zero there, a drawn prediction would be wrong by orders of magnitude."""
     from sfg_fast.data import load_case
-    from sfg_fast.evaluation.predict import Predictor
 
     network = {"init": "mostly_shared"}
     run = config(cache, tmp_path / "run", steps=20, network=network)
