@@ -292,12 +292,15 @@ class SliceSampler:
 
     def batch(self, step: int) -> dict[str, Any]:
         """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names, and
-        if any case of the split has them "ct" float32 [N, 1, H, W] in HU and "labels" int64 [N, H, W], with "has_ct" and
-        "has_labels" bool [N]: an example of a case without holds AIR_HU, or 0."""
+        if any case of the split has them "ct" float32 [N, 1, H, W] in HU and "labels" int64 [N, H, W], with "has_ct"
+        and "has_labels" bool [N]: an example of a case without holds AIR_HU, or 0."""
         rng = np.random.default_rng([self.seed, step])
         n, (h, w) = self.batch_size, self.patch
         channels = self._cases[0].inputs.shape[1]
-        arrays = {"inputs": np.empty((n, channels, h, w), np.float32), "mask": np.zeros((n, 1, h, w), bool)}
+        arrays: dict[str, np.ndarray] = {
+            "inputs": np.empty((n, channels, h, w), np.float32),
+            "mask": np.zeros((n, 1, h, w), bool),
+        }
         if "ct" in self._targets:
             arrays["ct"] = np.full((n, 1, h, w), AIR_HU, np.float32)
         if "labels" in self._targets:

@@ -36,7 +36,8 @@ class GaussianLikelihood(nn.Module):
         """output [M, 1 or 2, H, W] in units, target [M, 1, H, W] in HU -> mean log-likelihood per voxel of each image,
         [M].
         """
-        mean, log_sigma = output, self.log_sigma
+        mean = output
+        log_sigma: Tensor = self.log_sigma
         if self.noise == "heteroscedastic":
             mean, log_sigma = output[:, :1], output[:, 1:]
         error = (mean - target / self.scale) * torch.exp(-log_sigma)
