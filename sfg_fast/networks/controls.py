@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -186,10 +187,23 @@ def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+class Prediction(NamedTuple):
+    """Of one task, over drawn architectures."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of a task whose link gives probabilities (of classes, dimension 1): H(mean p) in nats, without that
+        dimension. It is large where each architecture is unsure, and where they contradict one another."""
+        return -torch.xlogy(self.mean, self.mean).sum(1)
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, x: Tensor, draws: int = 0, links: Mapping[str, Callable[[Tensor], Tensor]] | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, Prediction]:
     """Prediction of a multi-task model, {task: (mean, variance)}, each as the model's own output.
 
     draws = 0: argmax p (`map`), variance zero. draws = S > 0: mean and variance (divided by S) over S drawn
@@ -216,4 +230,4 @@ def predict(
                     delta = y - mean[task]
                     mean[task] = mean[task] + delta / (draw + 1)
                     squares[task] = squares[task] + delta * (y - mean[task])
-    return {task: (mean[task], squares[task] / max(draws, 1)) for task in mean}
+    return {task: Prediction(mean[task], squares[task] / max(draws, 1)) for task in mean}

@@ -131,7 +131,7 @@ def test_one_task(cache, tmp_path):
 
 
 def test_cases_without_a_target_train_the_other_task(tmp_path):
-    """One case has no CT and the other no labels: both train, and where there was no target the history has no number."""
+    """One case has no CT, the other no labels: both train. Where there was no target the history has no number."""
     write_phantom(tmp_path / "cohort", cases=3, test=1, size=24, slices=6, progress=False)
     first, second = (case for case in read_cohort(tmp_path / "cohort").cases if case.split == "train")
     first.ct.unlink()
