@@ -45,7 +45,10 @@ from sfg_fast.groups import FilterGroups, Routing
 CHANNELS = (16, 32, 64, 128, 256)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1))
-LIMITS = {"forward": 1.4, "input gradient": 1.4, "weight gradient": 1.45}
+LIMITS = {  # of executed / necessary products, from 128 channels on
+    "forward": 1.4, "input gradient": 1.4, "weight gradient": 1.45,
+    "forward, others": 1.4, "input gradient, others": 1.4,
+}  # fmt: skip
 
 
 class Architecture(NamedTuple):
@@ -101,26 +104,25 @@ def even_split(width: int, groups: int = 3) -> FilterGroups:
 
 
 def layer(channels: int, width: int, kind: str = "packed") -> RoutedConv:
-    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: packed, expanded or soft (relaxed)."""
+    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: packed; others, where all gates of rows
+    and columns want a gradient; or soft (relaxed)."""
     rows = even_split(width)
     if channels == 1:
         return RoutedConv(rows, FilterGroups.blocks([1], ("image",)), Routing.ALL, GEOMETRY)
     columns = even_split(channels)
     if kind == "soft":
-        sides = FilterGroups.relaxed(rows.gates, 2), FilterGroups.streams(channels, 2)
-        return RoutedConv(*sides, Routing.ARROW, GEOMETRY)
-    if kind == "expanded":
-        sides = (FilterGroups.expanded(side.assignment, side.gates, 2) for side in (rows, columns))
-        return RoutedConv(*sides, Routing.ARROW, GEOMETRY)
+        rows, columns = FilterGroups.relaxed(rows.gates, 2), FilterGroups.streams(channels, 2)
+    if kind == "others":
+        rows, columns = (dataclasses.replace(side, all_gates=True) for side in (rows, columns))
     return RoutedConv(rows, columns, Routing.ARROW, GEOMETRY)
 
 
 def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
-    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; the
-    expanded pass and back, and a relaxed draw, with the gates' gradient behind a norm and a ReLU; and the small
-    launches."""
+    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; the same
+    two where all gates want a gradient, and this, behind a norm and a ReLU; of a relaxed draw; and the small launches.
+    """
     for architecture in architectures:
         for dtype in dtypes:
             for c in (1, *channels):
@@ -149,14 +151,16 @@ def layer_configurations(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
     )  # fmt: skip
     if c > 1:
-        for kind in ("expanded", "soft"):
-            all_forward, all_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), DTYPES[dtype], device)
-            yield one(f"forward, {kind}", all_forward, True)
-            yield one(f"input gradient, {kind}", all_adjoint, False)
-            yield one(f"gates' gradient, {kind}", all_forward, True, "gate_gradient", AFFINE=True)
+        for kind in ("others", "soft"):
+            other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), DTYPES[dtype], device)
+            yield one(f"forward, {kind}", other_forward, True)
+            yield one(f"input gradient, {kind}", other_adjoint, False)
+            if kind == "others":
+                yield one(f"gates' gradient, {kind}", other_forward, True, "gate_gradient", KEPT=True, AFFINE=True)
+    sizes = {"G": gradient, "K": k, "C": c, "BIAS": True}
     small = {
-        "pack": {"F": forward, "B": adjoint, "G": gradient, "K": k, "C": c, "BIAS": True, "BLOCK": 1024, "PLACES": 64},
-        "reduce": {"G": gradient, "K": k, "C": c, "BIAS": True, "ACC": tl.float32, "BLOCK": 256},
+        "pack": {"F": forward, "B": adjoint, **sizes, "GATES": False, "BLOCK": 1024, "PLACES": 64},
+        "reduce": {**sizes, "ACC": tl.float32, "BLOCK": 256},
         "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     for kernel, constants in small.items():
@@ -164,7 +168,8 @@ def layer_configurations(
 
 
 TYPES = {
-    **dict.fromkeys(("x", "passed", "w", "residual", "y", "dy", "df", "weight", "forward", "backward"), None),
+    **dict.fromkeys(("x", "passed", "w", "residual", "y", "kept", "others", "dy", "df"), None),
+    **dict.fromkeys(("weight", "forward", "backward"), None),
     **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),
     **dict.fromkeys(("row_places", "column_places"), "i32"),
@@ -332,8 +337,8 @@ def tile_ranges(p: Pass, out: FilterGroups, read: FilterGroups) -> list[tuple[in
 
 
 def work(one: Configuration) -> Work | None:
-    """Of a configuration; None for small launches, and where all rows are made at once: these repeat nothing."""
-    if one.direction not in LIMITS or one.launch is None:
+    """Of a configuration; None for small launches, and relaxed draws: these repeat nothing."""
+    if one.launch is None or one.direction.endswith("soft"):
         return None
     spec, itemsize = layer(one.channels, one.kernels), DTYPES[one.dtype].itemsize
     rows, columns = (torch.repeat_interleave(torch.arange(3), side.offsets.diff()) if len(side.names) > 1 else None
@@ -352,7 +357,7 @@ def work(one: Configuration) -> Work | None:
         executed = live * g.block_c * g.block_k
         loaded = live * (9 / g.taps) * (g.taps * g.block_c + 2 * g.block_k) * itemsize
         return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once + one.kernels * itemsize)
-    p, (out, read) = one.what, (spec.rows, spec.columns) if one.direction == "forward" else (spec.columns, spec.rows)
+    p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)
     relu = 2 if p.adjoint else 1  # the ReLU's output is read beside its gradient
     once += one.kernels * itemsize if p.adjoint else 0
     pixels = one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
@@ -366,10 +371,47 @@ def work(one: Configuration) -> Work | None:
         depth = config.cdiv(9 * p.channels, p.block_k) * p.block_k
         loaded = p.columns // p.block_n * depth * (relu + p.block_n / pixels)
         return Work(p.columns * depth // 9, necessary, masked, (loaded + p.out_channels) * itemsize, once)
-    chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
+    written = p.out_channels
+    if one.direction.endswith("others"):
+        chunks = other_chunks(one, p, out, read)
+        if p.adjoint:
+            necessary, written = masked, 3 * p.out_channels
+            once += 2 * p.out_channels * itemsize
+        elif one.kernel == "gate_gradient":
+            necessary = int(((columns > 0) & (columns != rows[:, None])).sum())
+            written = 3 * p.out_channels  # or read: what was kept, and the gradient of the others
+            once += 2 * p.out_channels * itemsize
+        else:
+            written = 2 * p.out_channels
+            once += p.out_channels * itemsize
+    else:
+        chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
     executed = sum(chunks) * p.block_k * p.block_n
     loaded = 9 * sum(chunks) * p.block_k * (relu + p.block_n / pixels)
-    return Work(executed, necessary, masked, (loaded + p.out_channels) * itemsize, once)
+    return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
+
+
+def other_chunks(one: Configuration, p: Pass, out: FilterGroups, read: FilterGroups) -> list[int]:
+    """For every tile of output channels: chunks of all the ranges that everything.py goes through."""
+    ends, offsets, table = out.offsets.tolist(), read.offsets.tolist(), []
+
+    def chunks(low: int, high: int) -> int:
+        return config.cdiv(high - low // 8 * 8, p.block_k) if high > low else 0
+
+    for n0 in range(0, p.columns, p.block_n):
+        n1 = n0 + p.block_n
+        if p.adjoint:
+            ranges = [(offsets[g], offsets[g + 1]) for g in range(p.in_groups)]
+        elif one.kernel == "gate_gradient":
+            alone = [ends[g] <= n0 and ends[g + 1] >= n1 for g in range(p.out_groups)]
+            ranges = [(offsets[g], offsets[g + 1]) for g in range(1, p.in_groups) if not alone[g]]
+        else:
+            here = [g for g in range(1, p.out_groups) if max(ends[g], n0) < min(ends[g + 1], n1)]
+            here = [g for g in here if offsets[g + 1] > offsets[g]]
+            ranges = [(0, offsets[1]), (min(map(offsets.__getitem__, here), default=0),
+                                        max((offsets[g + 1] for g in here), default=0))]  # fmt: skip
+        table.append(sum(chunks(low, high) for low, high in ranges))
+    return table
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -390,7 +432,7 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
         found.append(f"{name}: accesses of {min(code.load, code.store)} bytes in the main loop")
     if half and done is not None and min(one.channels, one.kernels) >= 128:
         ratio = done.executed / done.necessary
-        if ratio > LIMITS[one.direction]:
+        if ratio > LIMITS.get(one.direction, ratio):
             found.append(f"{name}: {ratio:.3f} times the necessary products, allowed {LIMITS[one.direction]}")
     return found
 

@@ -74,6 +74,8 @@ class Pass:
         width = channels // in_groups if own_rows else channels
         everything = shares_products or (others and adjoint)
         block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
+        if others and adjoint and width >= 128:  # a chunk holds one group's channels only: small ones waste less
+            block_k = 16
         columns = _up(out_channels, block_n)
         if flat:
             block_k = 16 if taps * channels <= 16 else 32
