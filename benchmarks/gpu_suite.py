@@ -62,13 +62,13 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import Geometry, RoutedConv
+from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 from sfg_fast.kernels.triton import config
 from torch import Tensor
 
 from sfg_fast import SFGConv2d, SFGHighResNet, backend
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import AllRows, routed_conv, routed_conv_expanded
+from sfg_fast.routed_conv import Others, routed_conv, routed_conv_kept
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 HALF = torch.float16 if DRY else torch.bfloat16  # the interpreter can't multiply bfloat16
@@ -95,7 +95,7 @@ class Case(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     image: tuple[int, int] = (37, 70)
     routing: str = "arrow"
-    kind: str = "packed"  # or expanded: rows and columns; or streams in, relaxed rows out
+    kind: str = "packed"  # or others: all gates of rows and columns want a gradient; or relaxed rows, from streams
 
 
 CASES = [
@@ -109,8 +109,8 @@ CASES = [
     Case((3, 4, 5, 6), (6, 0, 7, 4), kernel=(1, 1), padding=(0, 0)),
     Case((64, 64, 64), (64, 64, 64), routing="own"),
     Case((150, 3, 3), (2, 120, 31)),
-    Case((5, 6, 5), (5, 6, 5), kind="expanded"),
-    Case((43, 42, 43), (21, 22, 21), kind="expanded", stride=(2, 2)),
+    Case((5, 6, 5), (5, 6, 5), kind="others"),
+    Case((43, 42, 43), (21, 22, 21), kind="others", stride=(2, 2)),
     Case((5, 6, 5), (5, 6, 5), kind="relaxed"),
     Case((20, 22, 21), (33, 0, 7), kind="relaxed", dilation=(2, 1), padding=(2, 1)),
 ]
@@ -124,74 +124,71 @@ def check(case: Case, dtype: torch.dtype, relu: bool) -> dict[str, float]:
     out, into = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (case.rows, case.columns))
     out = out[torch.randperm(len(out))].to(DEVICE)
     k, c = len(out), len(into)
-    geometry = Geometry(case.stride, case.padding, case.dilation)
-    onehot = F.one_hot(out, groups).float()
+    geometry, learns = Geometry(case.stride, case.padding, case.dilation), case.kind == "others"
     if case.routing == "all":
         columns = FilterGroups.blocks([c], ("image",), DEVICE)
+    elif case.kind == "relaxed":
+        columns = FilterGroups.streams(c, groups - 1, DEVICE)
     else:
-        into = into[torch.randperm(c)].to(DEVICE)
-        gates = F.one_hot(into, groups).float()
-        columns = {
-            "packed": lambda: FilterGroups.from_assignment(into, groups - 1, gates),
-            "expanded": lambda: FilterGroups.expanded(into, gates, groups - 1),
-            "relaxed": lambda: FilterGroups.streams(c, groups - 1, DEVICE),
-        }[case.kind]()
-    rows = {
-        "packed": FilterGroups.from_assignment,
-        "expanded": FilterGroups.expanded,
-        "relaxed": lambda assignment, tasks, gates: FilterGroups.relaxed(gates, tasks),
-    }[case.kind](*((out, onehot, groups - 1) if case.kind == "expanded" else (out, groups - 1, onehot)))
+        columns = FilterGroups.from_assignment(into[torch.randperm(c)].to(DEVICE), groups - 1, all_gates=learns)
+    rows = FilterGroups.from_assignment(out, groups - 1, all_gates=learns)
+    if case.kind == "relaxed":
+        rows = FilterGroups.relaxed(F.one_hot(out, groups).float(), groups - 1)
     spec = RoutedConv(rows, columns, Routing(case.routing), geometry)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=DEVICE).to(dtype)
 
-    x = random(2, len(columns.order), *case.image)
-    if columns.drawn is not None:
-        x = x * F.one_hot(into, groups).t().reshape(-1)[:, None, None]
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = random(2, len(columns.order), *case.image).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias = random(k, c, *case.kernel).requires_grad_(), random(k).requires_grad_()
-    leaves = (x, weight, bias)
+    leaves = [x, weight, bias]
+    if learns:  # the gradient of the columns in the groups that are not theirs
+        leaves.append(x.new_zeros(()).expand(2, (groups - 1) * c, *case.image).requires_grad_())
 
-    def run() -> tuple[Tensor, AllRows | None, tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, Others | None, tuple[Tensor, ...]]:
+        recipe = None
         with backend("triton"):
-            if rows.drawn is None:
-                live, all_rows = routed_conv(x, weight, bias, spec, relu), None
+            if learns:
+                y, recipe = routed_conv_kept(x, weight, bias, spec, relu, others=leaves[3])
             else:
-                live, all_rows = routed_conv_expanded(x, weight, bias, spec, relu)
+                y = routed_conv(x, weight, bias, spec, relu)
         torch.manual_seed(1)
-        return live, all_rows, torch.autograd.grad(live, leaves, random(*live.shape))
+        return y, recipe, torch.autograd.grad(y, leaves, random(*y.shape))
 
-    live, all_rows, gradients = run()
+    y, recipe, gradients = run()
     again = run()
-    for a, b in zip((live, *gradients), (again[0], *again[2]), strict=True):
+    for a, b in zip((y, *gradients), (again[0], *again[2]), strict=True):
         assert torch.equal(a, b), "a second run gave other bits"
 
-    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    exact_x, exact_weight, exact_bias = exact_leaves
-    reads = spec.routing.reads(len(rows.names), len(columns.names), DEVICE)[rows.ids[:, None], columns.ids]
-    big = exact_weight[rows.order][:, columns.order] * reads[:, :, None, None]
-    exact_all = F.conv2d(exact_x, big, exact_bias[rows.order], *geometry)
-    picked = exact_all if rows.drawn is None else exact_all[:, rows.drawn.rows_in_streams]
-    if relu:  # both through the same mask: rounding flips signs near zero
-        exact_all, picked = exact_all.relu(), picked * (live > 0)
+    # Every channel in every group: its own as it is, zero elsewhere.
+    exact_weight, exact_bias = (leaf.detach().double().requires_grad_() for leaf in (weight, bias))
+    exact_x = x.detach().double()
+    if case.routing != "all":
+        exact_x = exact_x.new_zeros(2, groups * c, *case.image).index_copy(1, columns.rows_in_streams, exact_x)
+    exact_x.requires_grad_()
+    dense = [exact_x] * groups if case.routing == "all" else list(exact_x.split(c, 1))
+    if case.routing == "arrow":
+        dense = [dense[0], *(task + dense[0] for task in dense[1:])]
+    everything = torch.cat([F.conv2d(read, exact_weight, exact_bias, *geometry) for read in dense], 1)
+    own = everything[:, rows.rows_in_streams]
+    exact_y = own.relu()
     torch.manual_seed(1)
-    exact = torch.autograd.grad(picked, exact_leaves, random(*live.shape).double())
-    if columns.drawn is not None:  # gradients of columns that are zero count, too
-        assert exact[0].shape == gradients[0].shape
-    pairs = {"forward": (live, picked), "dx": (gradients[0], exact[0]), "dw": (gradients[1], exact[1]),
-             "db": (gradients[2], exact[2])}  # fmt: skip
-    if all_rows is not None:
-        pairs["all rows"] = (all_rows.values(), exact_all)
-        df = random(*exact_all.shape)
-        scale, shift = (None, None) if relu else (torch.randn(groups, k, device=DEVICE) for _ in range(2))
-        dz = all_rows.gate_gradient(df, scale, shift, True)
-        assert dz is not None
-        h = exact_all
+    exact_dy = random(*y.shape).double()
+    # Both through the same ReLU: rounding flips signs near zero.
+    exact_leaves = [exact_x, exact_weight, exact_bias]
+    dx, dw, db = torch.autograd.grad(own, exact_leaves, exact_dy * (y > 0) if relu else exact_dy)
+    live_dx = dx if case.routing == "all" else dx[:, columns.rows_in_streams]
+    pairs = {"forward": (y, exact_y if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw),
+             "db": (gradients[2], db)}  # fmt: skip
+    if recipe is not None:
+        pairs["dx of others"] = (gradients[3], dx[:, (columns.others * c + columns.order).flatten()])
+        u = everything.detach()[:, (rows.others * k + rows.order).flatten()].unflatten(1, rows.others.shape)
+        df = random(2, (groups - 1) * k, *u.shape[3:])
+        scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=DEVICE) for _ in range(2))
         if scale is not None and shift is not None:
-            h = h * scale.double().reshape(-1, 1, 1) + shift.double().reshape(-1, 1, 1)
-        h = h.relu()
-        pairs["gates"] = (dz, (df.double() * h).sum((0, 2, 3)))
+            u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
+        dz = kernels.gate_gradient(recipe.recipe(scale, shift, True), df)
+        pairs["gates"] = (dz, (df.double().unflatten(1, rows.others.shape) * u.relu()).sum((0, 3, 4)))
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
 
 
@@ -542,13 +539,25 @@ def variants(layer: Layer, rounds: int) -> dict[str, Any]:
     x, dy = ([torch.randn(shape, device=DEVICE).to(HALF).contiguous(memory_format=torch.channels_last)
               for _ in range(sets)] for _ in range(2))  # fmt: skip
 
+    learning = spec._replace(rows=dataclasses.replace(groups, all_gates=True))
+    learning = learning._replace(columns=learning.rows)
+
     def passes() -> dict[str, float]:
-        packed = kernels.pack(weight, bias, spec, HALF)
-        y = [kernels.forward(one, packed, spec, True) for one in x]
+        packed, everything = (kernels.pack(weight, bias, one, HALF) for one in (spec, learning))
+        y = [kernels.forward(one, packed, spec, True)[0] for one in x]
+        a, dothers = kernels.forward(x[0], everything, learning, True, keep=True)[1], torch.cat([dy[0], dy[0]], 1)
+        gates = kernels.pack(weight, bias, learning, HALF, gates=True)
         calls = {
             "forward": lambda i: kernels.forward(x[i], packed, spec, True),
+            "forward that keeps": lambda i: kernels.forward(x[i], everything, learning, True, keep=True),
             "input gradient": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:], y[i]),
             "input gradient without ReLU": lambda i: kernels.input_gradient(dy[i], packed, spec, shape[2:]),
+            "input gradient with others": lambda i: kernels.input_gradient(
+                dy[i], everything, learning, shape[2:], y[i]
+            ),
+            "gates' gradient": lambda i: kernels.gate_gradient(
+                Recipe(x[i], a, gates, learning, None, None, True), dothers
+            ),
             "weight gradient": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec, y[i]),
             "weight gradient without ReLU": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec),
             "pack": lambda _: kernels.pack(weight, bias, spec, HALF),
