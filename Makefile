@@ -48,6 +48,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
 	$(BIN)/python -m benchmarks.bench_reference
+	$(BIN)/python -m benchmarks.bench_chain
 
 # What the compilers make of the Triton kernels, for GPUs that need not be there: about 20 minutes.
 static-report: $(STAMP)
