@@ -1,0 +1,281 @@
+// Output by output: what forward pass, input gradient and gates' gradient share. A Convolution says what is summed, a
+// Plan how its output is cut into blocks; `convolve` goes through the blocks with several threads and hands each tile,
+// its sources in scratch, to whoever wants to know.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "rows.h"
+#include "scratch.h"
+
+namespace sfg {
+
+constexpr int64_t CONVOLUTION_POSITIONS = 4096;
+constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
+
+// Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
+template <typename T>
+struct Convolution {
+    const InnerLoops<T>& loops;
+    const T *in, *relu_in;          // relu_in: see Copy
+    int64_t in_channels, in_plane;  // plane: numbers in a channel
+    const T *weight, *bias;
+    int64_t output_stride, read_stride;  // of the weight
+    int64_t out_channels, out_plane, out_width;
+    std::vector<Part> parts;
+    int64_t weights;
+    std::vector<Axis> vertical, horizontal;
+};
+
+// A convolution of which a block's sources are in scratch, for the outputs of one tile.
+template <typename T>
+struct Sums {
+    const InnerLoops<T>& loops;
+    const Tile& tile;
+    const Layout& layout;
+    const T* x;  // scratch, where source channel 0 would be
+    const T *weights, *biases;
+    int64_t taps, aside_stride;
+    Strips at;
+
+    // The sum over the sources in `reads`, the first of which is the `from`-th of those that the tile has weights for.
+    // It starts with the bias, or with what is in `start`.
+    OutputTile<T> over(const Range* reads, int64_t read_count, int64_t from, const T* start, T* to) const {
+        return {.x = x,
+                .channel_stride = layout.source_stride,
+                .taps = layout.taps.data(),
+                .tap_count = int64_t(layout.taps.size()),
+                .reads = reads,
+                .read_count = read_count,
+                .weight = weights + from * taps * tile.outputs,
+                .kernel_taps = taps,
+                .bias = biases,
+                .start = start,
+                .start_channel = aside_stride,
+                .start_strip = layout.pitch,
+                .outputs = tile.outputs,
+                .relu = false,
+                .at = at,
+                .y = to,
+                .residual = nullptr,
+                .y_channel = aside_stride,
+                .y_strip = layout.pitch};
+    }
+};
+
+// One tile of one block.
+template <typename T>
+struct Work {
+    const Convolution<T>& task;
+    const Patch& patch;
+    int64_t n, item;
+    Sums<T> sums;
+    const Sums<T>* beside;  // of the convolution beside this one, if there is one
+    T* asides;              // scratch for blocks of outputs
+    int64_t aside_size;
+
+    const Tile& tile() const { return sums.tile; }
+    T* aside(int number) const { return asides + number * aside_size; }
+    int64_t line() const { return patch.job->vertical->step * task.out_width; }  // between a block's rows
+
+    // The block's first position in channel `channel` of an image of `channels`.
+    int64_t at(int64_t channels, int64_t channel) const {
+        const Axis &v = *patch.job->vertical, &h = *patch.job->horizontal;
+        return (n * channels + channel) * task.out_plane + (v.first + patch.row * v.step) * task.out_width + h.first +
+               patch.column * h.step;
+    }
+
+    // A finished block from scratch to where it belongs, the tile's first output being `to` there.
+    void place(const T* from, T* to, const T* residual) const {
+        const int64_t step = patch.job->horizontal->step;
+        for (int64_t k = 0; k < tile().outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++) {
+                const T* row = from + k * sums.aside_stride + i * sums.layout.pitch;
+                const int64_t offset = k * task.out_plane + i * line();
+                if (residual)
+                    for (int64_t j = 0; j < patch.columns; j++)
+                        to[offset + j * step] = row[j] + residual[offset + j * step];
+                else if (step == 1)
+                    move_row(to + offset, row, patch.columns);
+                else
+                    for (int64_t j = 0; j < patch.columns; j++) to[offset + j * step] = row[j];
+            }
+    }
+
+    // The other way.
+    void fetch(const T* from, T* to, const Sums<T>& layout_of) const {
+        for (int64_t k = 0; k < tile().outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++)
+                move_row(to + k * layout_of.aside_stride + i * layout_of.layout.pitch,
+                         from + k * task.out_plane + i * line(), patch.columns);
+    }
+};
+
+// How the blocks of an output are shared out.
+struct Plan {
+    std::vector<Job> jobs;
+    int64_t items;  // of one image
+    int64_t source, aside;
+    // Of a convolution beside this one, with outputs of the same shape and tiles: how each job's blocks lie in its
+    // scratch, and all that is read.
+    std::vector<Layout> beside;
+    Range beside_reads;
+    int64_t beside_source;
+};
+
+template <typename T>
+Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolution<T>* beside = nullptr) {
+    const int64_t lanes = task.loops.lanes;
+    Plan plan{};
+    // Small problems are cut finer, so that every thread gets some blocks.
+    const int64_t share = p.n * task.out_plane / (3 * threads);
+    const int64_t most =
+        threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
+    Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
+    if (beside)
+        for (const Part& part : beside->parts)
+            if (part.reads.first < part.reads.last) {
+                const bool first = plan.beside_reads.last == 0;
+                plan.beside_reads = {first ? part.reads.first : std::min(plan.beside_reads.first, part.reads.first),
+                                     std::max(plan.beside_reads.last, part.reads.last)};
+            }
+    limits.other_channels = plan.beside_reads.last - plan.beside_reads.first;
+    plan.jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &plan.items);
+    const auto fit_aside = [&](const Layout& layout) {
+        plan.aside = std::max(plan.aside, spread(layout.rows * layout.pitch + lanes, sizeof(T)));
+    };
+    for (const Job& job : plan.jobs) {
+        plan.source = std::max(plan.source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
+        fit_aside(job.layout);
+        if (!beside) continue;
+        const Axis& v = beside->vertical[job.vertical - task.vertical.data()];
+        plan.beside.push_back(layout(v, beside->horizontal[0], job.layout.rows, job.layout.columns, limits));
+        plan.beside_source = std::max(plan.beside_source, limits.other_channels * plan.beside.back().source_stride);
+        fit_aside(plan.beside.back());
+    }
+    plan.source = spread(plan.source, sizeof(T)), plan.aside *= task.loops.outputs;
+    plan.beside_source = beside ? spread(plan.beside_source, sizeof(T)) : 0;
+    return plan;
+}
+
+// [tile][channel read][tap][output], and behind them the biases of all outputs.
+template <typename T>
+class PackedWeights {
+ public:
+    PackedWeights(const Convolution<T>& task, int64_t taps)
+        : task_(task), taps_(taps), tiles_(tiles_of(task.parts)), data_(task.weights * taps + task.out_channels) {}
+
+    // By all threads together.
+    void fill() const {
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles_.size(); i++) {
+            const Tile& tile = *tiles_[i];
+            T* to = weights(tile);
+            for (const Range& range : tile.reads)
+                for (int64_t c = range.first; c < range.last; c++) {
+                    const T* from = task_.weight + tile.first * task_.output_stride + c * task_.read_stride;
+                    for (int64_t t = 0; t < taps_; t++)
+                        for (int64_t k = 0; k < tile.outputs; k++) *to++ = from[k * task_.output_stride + t];
+                }
+            for (int64_t k = 0; k < tile.outputs; k++) biases(tile)[k] = task_.bias ? task_.bias[tile.first + k] : T(0);
+        }
+    }
+    T* weights(const Tile& tile) const { return data_.data() + tile.weights * taps_; }
+    T* biases(const Tile& tile) const { return data_.data() + task_.weights * taps_ + tile.first; }
+    const Tile& tile(int64_t first) const {
+        return **std::find_if(tiles_.begin(), tiles_.end(), [&](const Tile* tile) { return tile->first == first; });
+    }
+    int64_t taps() const { return taps_; }
+
+ private:
+    const Convolution<T>& task_;
+    const int64_t taps_;
+    const std::vector<const Tile*> tiles_;
+    const Buffer<T> data_;
+};
+
+// body(Work) for every tile of every block, in any order. `asides`: blocks of scratch that it wants. `beside`: another
+// convolution, with outputs of the same shape and tiles.
+template <typename T, typename Body>
+void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int threads, int asides, const Body& body,
+              const Convolution<T>* beside = nullptr, int64_t beside_taps = 0) {
+    const int64_t lanes = task.loops.lanes, per_thread = plan.source + plan.beside_source + asides * plan.aside;
+    const PackedWeights<T> packed(task, p.r * p.s);
+    const std::unique_ptr<PackedWeights<T>> packed_beside(beside ? new PackedWeights<T>(*beside, beside_taps)
+                                                                 : nullptr);
+    const Buffer<T> scratch(per_thread * threads);
+
+    on_threads(threads, [&](int thread, int) {
+        T* x = scratch.data() + per_thread * thread;
+        T* x_beside = x + plan.source;
+        std::memset(x, 0, (plan.source + plan.beside_source) * sizeof(T));
+        packed.fill();
+        if (beside) packed_beside->fill();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < p.n * plan.items; item++) {
+            const int64_t n = item / plan.items;
+            const Patch patch(plan.jobs, item % plan.items);
+            const Job& job = *patch.job;
+            const auto load = [&](const Convolution<T>& source, Range channels, const Axis& v, const Axis& h,
+                                  const Layout& layout, T* to) {
+                const int64_t image = n * source.in_channels * source.in_plane;
+                task.loops.copy(copy_of(source.in + image, source.relu_in ? source.relu_in + image : nullptr,
+                                        source.in_plane, channels, v, h, patch.row, patch.rows, patch.column,
+                                        patch.columns, to, layout));
+            };
+            const auto sums = [&](const PackedWeights<T>& weights, const Tile& tile, const Layout& layout,
+                                  const T* sources) {
+                return Sums<T>{.loops = task.loops,
+                               .tile = tile,
+                               .layout = layout,
+                               .x = sources,
+                               .weights = weights.weights(tile),
+                               .biases = weights.biases(tile),
+                               .taps = weights.taps(),
+                               .aside_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T)),
+                               .at = layout.strips(patch.rows, patch.columns)};
+            };
+            load(task, job.part->reads, *job.vertical, *job.horizontal, job.layout, x);
+            const Layout* other = beside ? &plan.beside[&job - plan.jobs.data()] : nullptr;
+            if (beside)
+                load(*beside, plan.beside_reads, beside->vertical[job.vertical - task.vertical.data()],
+                     beside->horizontal[0], *other, x_beside);
+            for (const Tile& tile : job.part->tiles) {
+                Work<T> work{
+                    .task = task,
+                    .patch = patch,
+                    .n = n,
+                    .item = item,
+                    .sums = sums(packed, tile, job.layout, x - job.part->reads.first * job.layout.source_stride),
+                    .beside = nullptr,
+                    .asides = x_beside + plan.beside_source,
+                    .aside_size = plan.aside};
+                if (!beside) {
+                    body(work);
+                    continue;
+                }
+                const Sums<T> second = sums(*packed_beside, packed_beside->tile(tile.first), *other,
+                                            x_beside - plan.beside_reads.first * other->source_stride);
+                work.beside = &second;
+                body(work);
+            }
+        }
+    });
+}
+
+// What a tile computes of one output: straight to its place where it can, else by way of scratch.
+template <typename T>
+void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, T* aside) {
+    const bool direct = !work.sums.layout.flat && work.patch.job->horizontal->step == 1;
+    if (direct) {
+        sum.y = to, sum.residual = residual;
+        sum.y_channel = work.task.out_plane, sum.y_strip = work.line();
+        return work.task.loops.output(sum);
+    }
+    sum.y = aside;
+    work.task.loops.output(sum);
+    work.place(aside, to, residual);
+}
+
+}  // namespace sfg
