@@ -7,6 +7,7 @@ from .groups import FilterGroups
 from .layers.conv import SFGConv2d
 from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
 from .networks.highresnet import SFGHighResNet
+from .networks.transfer import transfer
 from .networks.vgg import SFGVGG
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "sampling",
     "set_estimator",
     "set_temperature",
+    "transfer",
 ]

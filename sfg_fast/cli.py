@@ -66,6 +66,7 @@ def predict(
     out: str,
     split: str = "test",
     draws: int = 8,
+    by: str = "map",
     device: str = "auto",
     allow_outside: bool = False,
 ) -> None:
@@ -77,6 +78,7 @@ def predict(
         out: folder to be made, OUT/CASE/{ct,labels,uncertainty}.nii.gz.
         split: which cases: train, val, test, or all.
         draws: drawn architectures behind the uncertainty map; 0 for none.
+        by: CT and labels by the most probable architecture (map), or by the mean over the drawn ones (draws).
         device: auto, cpu or cuda.
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
@@ -90,7 +92,7 @@ def predict(
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
     predictor = Predictor(Path(run), device)
-    for _ in tqdm(predictor.cases(cases, Path(out), draws), total=len(cases), desc="predict", unit="case"):
+    for _ in tqdm(predictor.cases(cases, Path(out), draws, by), total=len(cases), desc="predict", unit="case"):
         pass
     print(f"{len(cases)} cases in {out}")
 

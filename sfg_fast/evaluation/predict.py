@@ -62,15 +62,17 @@ class Predictor:
         self.constant_p = draws_from_constant_p(self.model)
         self.draws_anything = not all(layer.assigned for layer in sfg_layers(self.model).values())
 
-    def volume(self, inputs: np.ndarray, draws: int) -> Prediction:
+    def volume(self, inputs: np.ndarray, draws: int, by: str = "map") -> Prediction:
         """Predict one volume slice by slice; in-plane patches are aggregated.
 
-        inputs: raw MR [C, Z, Y, X]. The CT and the labels come from the most probable architecture (from the mean over
-        draws if p is constant); the uncertainty from `draws` drawn architectures, the same for all slices.
+        inputs: raw MR [C, Z, Y, X]. The uncertainty comes from `draws` drawn architectures, the same for all slices;
+        the CT and the labels from the most probable architecture (`by` = "map"), or from the mean over the drawn ones
+        ("draws"; always, if p is constant).
         """
         slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
-        mean, variance = self._slices(slices, draws if self.constant_p else 0)
-        if draws and self.draws_anything and not self.constant_p:
+        averaged = self.constant_p or (by == "draws" and self.draws_anything)
+        mean, variance = self._slices(slices, draws if averaged else 0)
+        if draws and self.draws_anything and not averaged:
             variance = self._slices(slices, draws)[1]
         ct = labels = noise = None
         start, unit = 0, self.config.objective.ct_scale_hu
@@ -126,13 +128,16 @@ class Predictor:
         variances = [found[task][1] for task in ("ct", "organs") if task in found]
         return torch.cat([*means, *variances], 1)
 
-    def cases(self, cases: tuple[Case, ...], out: Path, draws: int) -> Iterator[tuple[str, Path]]:
+    def cases(self, cases: tuple[Case, ...], out: Path, draws: int, by: str = "map") -> Iterator[tuple[str, Path]]:
         """Predict cases one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and shape as the MR.
 
-        OUT must be new or empty. Yields (case, folder) as each is done.
+        OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done.
         """
-        if draws < 0 or (draws == 0 and self.constant_p):
-            raise InputError(f"draws={draws}: expected at least {int(self.constant_p)} drawn architectures")
+        if by not in ("map", "draws"):
+            raise InputError(f"by={by!r}: expected map (argmax p) or draws (the mean over drawn architectures)")
+        least = int(self.constant_p or by == "draws")
+        if draws < least:
+            raise InputError(f"draws={draws}: expected at least {least} drawn architectures")
         with new_folder(out):
             for case in cases:
                 if len(case.inputs) != self.in_channels:
@@ -142,7 +147,7 @@ class Predictor:
                 mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
                 loaded = load_case(mr_only, {})
                 try:
-                    result = self.volume(loaded.inputs, draws)
+                    result = self.volume(loaded.inputs, draws, by)
                 except InputError as error:
                     raise InputError(f"case {case.name} ({case.inputs[0]}): {error}") from error
                 folder = out / case.name

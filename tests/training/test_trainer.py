@@ -194,6 +194,39 @@ def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache
     assert 1 < drawn.uncertainty.mean() < 2000
 
 
+def test_prediction_by_the_mean_over_drawn_architectures(cache, tmp_path):
+    from sfg_fast.data import load_case
+    from sfg_fast.data.cache import normalise
+    from sfg_fast.networks.controls import sampling
+
+    run = config(cache, tmp_path / "run", steps=3)
+    Trainer(run).run()
+    predictor = Predictor(tmp_path / "run")
+    case = load_case(read_cohort(cache.parent / "cohort").split("test")[0], {})
+    found = predictor.volume(case.inputs, 3, "draws")
+    model = predictor.model  # left with the statistics of draws
+    torch.manual_seed(run.seed)
+    with torch.no_grad(), sampling(model):
+        outputs = [model(torch.from_numpy(normalise(case.inputs)).transpose(0, 1)) for _ in range(3)]
+    ct = torch.stack([y["ct"][:, 0] for y in outputs]).double() * 400
+    torch.testing.assert_close(torch.from_numpy(found.ct).double(), ct.mean(0), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(
+        torch.from_numpy(found.uncertainty).double(), ct.std(0, correction=0), rtol=1e-3, atol=1e-2
+    )
+    probabilities = torch.stack([y["organs"].softmax(1) for y in outputs]).mean(0)
+    assert (torch.from_numpy(found.labels) == probabilities.argmax(1)).double().mean() > 0.999
+    assert (found.ct != predictor.volume(case.inputs, 3).ct).any()
+
+
+@pytest.mark.parametrize(("by", "draws", "said"), [("mean", 2, "by='mean': expected map"), ("draws", 0, "draws=0")])
+def test_predictions_by_something_else_are_refused(cache, tmp_path, by, draws, said):
+    Trainer(config(cache, tmp_path / "run", steps=1)).run()
+    cases = read_cohort(cache.parent / "cohort").split("test")
+    with pytest.raises(InputError, match=said):
+        list(Predictor(tmp_path / "run").cases(cases, tmp_path / "out", draws, by))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_not_overwritten(cache, tmp_path):
     Trainer(config(cache, tmp_path / "run"))
     with pytest.raises(InputError, match="holds a run already"):
