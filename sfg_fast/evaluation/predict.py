@@ -15,11 +15,10 @@ from ..data.cache import normalise
 from ..data.cohort import Case, load_case
 from ..data.volumes import write_volume
 from ..errors import InputError
-from ..files import new_folder, read_json
+from ..files import new_folder
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
-from ..training import checkpoint
-from ..training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
-from ..training.trainer import build_network, choose_device
+from ..training.run import load_run
+from ..training.trainer import choose_device
 
 SLICES_AT_ONCE = 16
 PATCH_OVERLAP = 0.5
@@ -44,21 +43,11 @@ class Predictor:
     """A trained run, ready to predict. Raises InputError for a folder that is no run or a checkpoint of another one."""
 
     def __init__(self, run: Path, device: str = "auto") -> None:
-        path = run / "checkpoints" / "last.pt"
-        state = checkpoint.load(path)
-        if not state["finished"]:
-            raise InputError(
-                f"{run}: training stopped at step {state['step']}, expected a finished run (train --resume)"
-            )
-        self.config = _config(state["config"], path)
-        data = read_json(run / "data.json")
-        self.label_names: dict[str, int] = data["labels"]
-        self.in_channels: int = data["in_channels"]
-        self.device = choose_device(device)
-        self.model = build_network(self.config, self.in_channels, max(self.label_names.values(), default=0) + 1)
-        checkpoint.load_weights(self.model, state["model"], path)
+        trained = load_run(run)
+        self.config, self.label_names, self.in_channels = trained.config, trained.label_names, trained.in_channels
+        self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
-        self._statistics = {0: norm_buffers(self.model), 1: state["drawn_statistics"]}
+        self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
         self.constant_p = draws_from_constant_p(self.model)
         self.draws_anything = not all(layer.assigned for layer in sfg_layers(self.model).values())
 
@@ -167,15 +156,3 @@ class Predictor:
 def _with_sd(y: Tensor) -> Tensor:
     """A CT output: of two channels, the second is the log of the SD."""
     return y if y.shape[1] == 1 else torch.cat([y[:, :1], y[:, 1:].exp()], 1)
-
-
-def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
-    try:
-        parts = {
-            "network": NetworkConfig(**saved["network"]),
-            "objective": ObjectiveConfig(**saved["objective"]),
-            "schedule": ScheduleConfig(**saved["schedule"]),
-        }
-        return TrainConfig(**{**saved, **parts})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: its configuration is not one of this version ({error})") from error

@@ -89,6 +89,22 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass
+class TransferConfig:
+    """Start from the filters of another run.
+
+    Args:
+        run: folder of a finished run of a network of the same widths and blocks; null for none.
+        tasks: which of this run's tasks take which of that run's filters, e.g. {ct: ct}; null: tasks of the same name;
+            {}: the shared filters only.
+        freeze: keep what was transferred as it is, and learn the other tasks beside it, with the kernels that are left.
+    """
+
+    run: str | None = None
+    tasks: dict[str, str] | None = None
+    freeze: bool = False
+
+
+@dataclasses.dataclass
 class TrainConfig:
     """A training run.
 
@@ -116,6 +132,7 @@ class TrainConfig:
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
 
 
 def check(config: TrainConfig) -> None:
@@ -168,6 +185,8 @@ def check(config: TrainConfig) -> None:
         refuse("network.estimator", "none", "an estimator that learns p (for a constant p: network.method constant_p)")
     if min(config.network.width, default=0) < 1:
         refuse("network.width", config.network.width, "three numbers of channels, each at least 1")
+    if config.transfer.run is None and (config.transfer.freeze or config.transfer.tasks is not None):
+        refuse("transfer.run", None, "the folder of a run, because transfer.tasks or transfer.freeze is set")
     if schedule.temperature_end > schedule.temperature_start:
         refuse("schedule.temperature_end", schedule.temperature_end, "at most schedule.temperature_start")
     if objective.ct_noise not in ("fixed", "learned", "heteroscedastic"):

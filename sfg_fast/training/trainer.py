@@ -23,40 +23,17 @@ from ..networks.controls import (
     map_assignment,
     norm_buffers,
     recalibrate,
-    set_estimator,
     set_temperature,
     sfg_layers,
 )
 from ..networks.highresnet import SFGHighResNet
+from ..networks.transfer import transfer
 from . import checkpoint
-from .config import ScheduleConfig, TrainConfig, check
+from .config import ScheduleConfig, TrainConfig, TransferConfig, check
 from .objective import Objective
+from .run import build_network, load_run
 
 RECALIBRATION_BATCHES = 16
-
-
-def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
-    """The configured network for images of `in_channels` channels and `organs` classes. InputError if it can't be."""
-    sizes = {"ct": 2 if config.objective.ct_noise == "heteroscedastic" else 1, "organs": organs}
-    outputs = {task: sizes[task] for task in config.tasks}
-    network = config.network
-    try:
-        model = SFGHighResNet(
-            in_channels,
-            outputs,
-            network.width,
-            network.blocks,
-            network.residual,
-            method=network.method,
-            norm=network.norm,
-            init=network.init,
-            estimator=network.estimator,
-        )
-        if network.method == "sfg":
-            set_estimator(model, network.estimator, network.every)
-        return model
-    except ValueError as error:
-        raise InputError(f"network: {error}") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -104,6 +81,8 @@ class Trainer:
         organs = max(cache.label_names.values(), default=0) + 1
         self.model = build_network(config, cache.in_channels, organs)
         _start_from_the_mean(self.model, cache, config)
+        if config.transfer.run is not None:
+            _transfer(self.model, config.transfer)
         self.model.to(self.device)
         self.objective = Objective(tuple(config.tasks), config.objective).to(self.device)
         self.optimiser = self._optimiser()
@@ -323,6 +302,15 @@ def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig
     if "organs" in config.tasks:
         frequencies = torch.as_tensor(cache.class_frequencies("train"), dtype=torch.float32)
         _head_bias(model, "organs").copy_(frequencies.clamp_min(1e-6).log())
+
+
+def _transfer(model: SFGHighResNet, config: TransferConfig) -> None:
+    """Start from another run's filters. (A resumed run does so, too, before it gets its own: what is frozen stays so.)"""
+    assert config.run is not None
+    try:
+        transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)
+    except ValueError as error:
+        raise InputError(f"transfer.run={config.run!r}: {str(error).removeprefix('transfer: ')}") from error
 
 
 def _held_out_slice(cache: Cache) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from sfg_fast.errors import InputError
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.training import checkpoint
-from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
+from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, TransferConfig
+from sfg_fast.training.run import load_run
 from sfg_fast.training.trainer import Trainer, learning_rate_at
 
 
@@ -225,6 +226,43 @@ def test_predictions_by_something_else_are_refused(cache, tmp_path, by, draws, s
     with pytest.raises(InputError, match=said):
         list(Predictor(tmp_path / "run").cases(cases, tmp_path / "out", draws, by))
     assert not (tmp_path / "out").exists()
+
+
+def test_transfer_from_a_run_and_frozen_filters_through_a_resume(cache, tmp_path):
+    Trainer(config(cache, tmp_path / "ct", tasks=["ct"])).run()
+    source = load_run(tmp_path / "ct").model
+    options = {"transfer": TransferConfig(str(tmp_path / "ct"), freeze=True)}
+    whole = Trainer(config(cache, tmp_path / "both", **options))
+    whole.run()
+    cut = Trainer(config(cache, tmp_path / "cut", **options))
+    for _ in range(2):
+        cut._train_step()
+        cut.step += 1
+    cut._save()
+    cut = Trainer(config(cache, tmp_path / "cut", **options), resume=True)
+    cut.run()
+    for run in (whole, cut):
+        for name, layer in sfg_layers(run.model).items():
+            assert torch.equal(layer.weight, sfg_layers(source)[name].weight)  # both of its groups are transferred
+        rows = run.model.heads.rows("ct")
+        assert torch.equal(run.model.heads.conv.weight[rows], source.heads.conv.weight)
+        assert run.model.heads.conv.bias.grad[rows.stop :].any()
+
+
+@pytest.mark.parametrize(
+    ("transfer", "said"),
+    [
+        ({"freeze": True}, "transfer.run=None: expected the folder of a run"),
+        ({"run": "nowhere"}, "nowhere/checkpoints/last.pt: no such checkpoint"),
+        ({"run": "ct", "tasks": {"ct": "pet"}}, "ct': tasks: 'pet' is no task of the source, expected one of ct"),
+    ],
+)
+def test_transfers_that_can_not_be_are_refused(cache, tmp_path, monkeypatch, transfer, said):
+    monkeypatch.chdir(tmp_path)
+    Trainer(config(cache, tmp_path / "ct", steps=1, tasks=["ct"])).run()
+    with pytest.raises(InputError, match=said):
+        Trainer(config(cache, tmp_path / "run", transfer=TransferConfig(**transfer)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(cache, tmp_path):
