@@ -149,6 +149,8 @@ def _parts(
     theirs = dict(source.named_modules())
     for name, module in target.named_modules():
         other = theirs.get(name)
+        if isinstance(module, SFGConv2d | StreamBlock | Merge | Heads) and type(other) is not type(module):
+            raise ValueError(f"transfer: the source has no {type(module).__name__} {name!r}")
         if isinstance(module, SFGConv2d) and isinstance(other, SFGConv2d):
             rows = kernels[module.logits].nonzero().flatten()
             found = [_Part(module, other, rows, rows)]

@@ -305,7 +305,7 @@ def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig
 
 
 def _transfer(model: SFGHighResNet, config: TransferConfig) -> None:
-    """Start from another run's filters. (A resumed run does so, too, before it gets its own: what is frozen stays so.)"""
+    """Start from another run's filters. (A resumed run does so, too, and then loads its own: frozen ones stay frozen.)"""
     assert config.run is not None
     try:
         transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)

@@ -148,6 +148,7 @@ def test_filters_of_a_fixed_grouping():
         ({"in_channels": 2}, {}, {}, r"'weight' of layer 'stages.0.sfg' has shape \(4, 2, 3, 3\) in the source"),
         ({"norm": None}, {}, {}, "'stages.0.sfg' has a norm in only one of source and target"),
         ({"blocks": 2}, {}, {}, "expected the same"),
+        ({"residual": "separate"}, {"residual": "separate", "blocks": 2}, {}, "no StreamBlock 'stages.0.blocks.1'"),
     ],
 )  # fmt: skip
 def test_refusals_leave_the_target_alone(source, target, options, said):
