@@ -305,7 +305,7 @@ def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig
 
 
 def _transfer(model: SFGHighResNet, config: TransferConfig) -> None:
-    """Start from another run's filters. (A resumed run does so, too, and then loads its own: frozen ones stay frozen.)"""
+    """Start from another run's filters. (A resumed run does so, too, and then loads its own; the frozen stay.)"""
     assert config.run is not None
     try:
         transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)
