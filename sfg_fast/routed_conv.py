@@ -197,6 +197,7 @@ class _RoutedConv(torch.autograd.Function):
         *made_of: Tensor,
     ) -> Any:
         """`gates` and `producer`, without its tensors, and those of its others: see `Producer`."""
+        ctx.set_materialize_grads(False)  # no zeros for a
         y, a, ctx.kept = passes.forward(x, weight, bias, residual, kernels, spec, relu, keep)
         ctx.save_for_backward(x, y if relu else None, gates, *made_of)  # what passed the ReLU is positive
         ctx.kernels, ctx.spec, ctx.producer = kernels, spec, producer
@@ -207,7 +208,9 @@ class _RoutedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, passed, gates, *made_of = ctx.saved_tensors
         wants_x, wants_others, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
         kept, kernels, spec, producer = ctx.kept, ctx.kernels, ctx.spec, ctx.producer

@@ -8,7 +8,7 @@
 namespace sfg {
 namespace {
 
-constexpr int64_t GRADIENT_POSITIONS = 2048;  // of a block, so that a tile's outputs stay in the first-level cache
+constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block, so that a tile's outputs stay in the first-level cache
 
 }  // namespace
 
