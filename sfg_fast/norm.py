@@ -3,8 +3,9 @@
 Inside an SFG layer the order is convolution -> normalisation -> activation -> gate. In training a kernel is
 normalised by the batch statistics of its DRAWN row (in a relaxed draw: its most probable one), and the same scale and
 shift serve its other rows. So nothing has to be computed for unselected rows, whose gate is zero, except what their
-gate's gradient needs. Running statistics belong to (group, kernel) pairs, because the same kernel sees other inputs
-in another group.
+gate's gradient needs. (Batch statistics of its own for every group and kernel learn no better:
+benchmarks/results/phantom_study.md.) Running statistics belong to (group, kernel) pairs, because the same kernel sees
+other inputs in another group.
 """
 
 from __future__ import annotations
