@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .groups import FilterGroups, Routing
 from .kernels.packing import select_channels
+from .plain_ops import act_on_features, no_attribute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +84,31 @@ class SFGFeatures:
         others = no_memory(inputs[0].shape, inputs[0], *inputs) if inputs else None
         return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
 
+    def __mul__(self, factor: float) -> SFGFeatures:
+        """Times a number."""
+        return self.channelwise(lambda x: x * factor) if isinstance(factor, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def concatenate(self, *more: SFGFeatures) -> SFGFeatures:
+        """[F | F' | ..] along the channels: the kernels of all, each in its own group (`torch.cat` does this)."""
+        every = (self, *more)
+        if len({features.routing for features in every}) > 1:
+            raise ValueError(f"features routed {[one.routing.value for one in every]} can't be concatenated")
+        groups = FilterGroups.joined([features.groups for features in every])
+        if groups.full:
+            streams = [one.streams().unflatten(1, (len(self), -1)) for one in every]
+            return SFGFeatures(torch.cat(streams, 2).flatten(1, 2), groups, self.routing)
+        starts = itertools.accumulate([0, *(one.groups.width for one in every[:-1])])
+        rows = torch.cat([one.groups.inverse + start for one, start in zip(every, starts, strict=True)])[groups.order]
+        packed = select_channels(torch.cat([one.packed for one in every], 1), rows)
+        others = None
+        if groups.all_gates:
+            inputs = [one.others for one in every if one.others is not None]
+            where = [one.others is not None for one in every]
+            others = _JoinedOthers.apply(rows, [one.packed.shape[1] for one in every], where, *inputs)
+        return SFGFeatures(packed, groups, self.routing, others)
+
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
         others = None if self.others is None else _OnZeros.apply(self.others, operation)
@@ -108,6 +135,30 @@ class SFGFeatures:
         others = None if self.others is None else fn(self.others)
         return SFGFeatures(fn(self.packed), self.groups.map(fn), self.routing, others)
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return act_on_features(function, args, dict(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name)
+
+    def dim(self) -> int:
+        return self.packed.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        """As `Tensor.size`, of `shape`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
     @property
     def shape(self) -> torch.Size:
         """The shape of one dense tensor, [N, K, H, W]."""
@@ -132,6 +183,24 @@ class _NoMemory(torch.autograd.Function):
 
 
 no_memory = _NoMemory.apply
+
+
+class _JoinedOthers(torch.autograd.Function):
+    """The others of concatenated features: row r is number `rows[r]` of the parts' `counts` rows. Parts that have no
+    others (not `where`) get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], where: list[bool], *parts: Tensor) -> Tensor:
+        ctx.counts, ctx.where, ctx.tasks = counts, where, parts[0].shape[1] // counts[where.index(True)]
+        ctx.save_for_backward(rows)
+        n, _, height, width = parts[0].shape
+        return parts[0].new_zeros(()).expand(n, ctx.tasks * len(rows), height, width)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        by_part = df.unflatten(1, (ctx.tasks, -1)).index_select(2, torch.argsort(rows)).split(ctx.counts, 2)
+        return None, None, None, *(d.flatten(1, 2) for d, has in zip(by_part, ctx.where, strict=True) if has)
 
 
 class _OnZeros(torch.autograd.Function):

@@ -5,6 +5,7 @@ The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argma
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -80,6 +81,7 @@ class GroupGates(nn.Module):
             argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
     """
 
+    _version = 1  # of the state_dict
     _temperature: Tensor
     fixed_assignment: Tensor
     learning_steps: Tensor
@@ -251,8 +253,14 @@ class GroupGates(nn.Module):
             return weight
         return _WithZeroGradient.apply(weight, self.logits)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+        errors = args[-1]
+        if (version := metadata.get("version") or 1) > self._version:
+            errors.append(
+                f"{prefix or 'the state'}: version {version} of {type(self).__name__}, this is sfg_fast "
+                f"{importlib.metadata.version('sfg_fast')}, expected at most {self._version}: install a later sfg_fast"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, *args)
         self.assigned = bool((self.fixed_assignment >= 0).all())
         self._learning_steps = int(self.learning_steps)
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters

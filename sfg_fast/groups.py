@@ -127,6 +127,21 @@ class FilterGroups:
         offsets = torch.stack([torch.full((), end, dtype=torch.int64, device=device) for end in ends])
         return FilterGroups(torch.arange(ends[-1], device=device), offsets, names, ends[-1])
 
+    @staticmethod
+    def joined(parts: Sequence[FilterGroups]) -> FilterGroups:
+        """Of concatenated features: kernels are numbered on from part to part, each stays in its group. One row per
+        kernel, or full if any part is. ValueError if the groups differ, or have rows of their own."""
+        names = parts[0].names
+        if any(part.names != names or part.blocked for part in parts):
+            raise ValueError(f"features of different kinds can't be concatenated: {', '.join(map(str, parts))}")
+        width = sum(part.width for part in parts)
+        if any(part.full for part in parts):
+            return FilterGroups.streams(width, names[1:], parts[0].order.device)
+        assignment = torch.cat([part.assignment for part in parts])  # type: ignore[misc]
+        order, offsets = sort_by_group(assignment, len(names))
+        gates = torch.cat([part.gates for part in parts])  # type: ignore[misc]
+        return FilterGroups(order, offsets, names, width, assignment, gates, any(part.all_gates for part in parts))
+
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.names[1:]

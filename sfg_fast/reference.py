@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .gates import GroupGates
 from .groups import FilterGroups, Routing
 from .norm import KernelNorm
+from .plain_ops import act_on_features, no_attribute
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
@@ -44,6 +45,41 @@ class DenseFeatures(list[Tensor]):
     @property
     def shape(self) -> torch.Size:
         return self[0].shape
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name)
+
+    def dim(self) -> int:
+        return self[0].dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self[0].device
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return act_on_features(function, args, dict(kwargs or {}))
+
+    def channelwise(self, operation: Callable[[Tensor], Tensor]) -> DenseFeatures:
+        return DenseFeatures(map(operation, self), self.groups, self.routing)
+
+    def concatenate(self, *more: DenseFeatures) -> DenseFeatures:
+        tensors = [torch.cat(parts, 1) for parts in zip(self, *more, strict=True)]
+        return DenseFeatures(tensors, FilterGroups.joined([one.groups for one in (self, *more)]), self.routing)
+
+    def __mul__(self, factor: float) -> DenseFeatures:  # type: ignore[override]
+        return self.channelwise(lambda x: x * factor) if isinstance(factor, int | float) else NotImplemented
+
+    __rmul__ = __mul__  # type: ignore[assignment]
 
     def __add__(self, other: DenseFeatures) -> DenseFeatures:  # type: ignore[override]
         if self.routing is not other.routing or not self.groups.same_as(other.groups):
@@ -130,6 +166,10 @@ class SFGConv2d(GroupGates):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
         self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
         self.padding, self.padding_mode = plain.padding, padding_mode
+        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, str) and min(sizes) < least:
+                raise ValueError(f"{name}={sizes}: expected at least {least}")
         self.weight, self.bias = plain.weight, plain.bias
         factory = {"device": device, "dtype": dtype}
         self.norm = KernelNorm(out_channels, len(self.group_names), **factory) if norm else None

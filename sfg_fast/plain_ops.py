@@ -1,0 +1,125 @@
+"""What plain torch functions may do to features of SFG layers, packed or dense: `__torch_function__` of both.
+
+A function may act if it treats every channel alone and keeps zeros, because channels of other groups are zero and are
+not even there. Everything else raises, and says what to do instead: nothing is made dense silently.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# relu'(0) = 0: behind a gate, where an unselected kernel is zero, these tell its gate nothing.
+_FLAT_AT_ZERO = {F.relu, torch.relu, F.relu6, F.hardtanh, F.threshold, F.hardshrink, F.softshrink}
+_CHANNELWISE = _FLAT_AT_ZERO | {
+    F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softsign, F.tanhshrink,
+    torch.tanh, F.tanh, torch.sin, torch.erf, torch.abs, torch.neg, torch.square, torch.sqrt, torch.clone,
+    Tensor.tanh, Tensor.abs, Tensor.neg, Tensor.square, Tensor.clone,
+    F.dropout, F.dropout2d,
+    F.max_pool2d, F.avg_pool2d, F.lp_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+    F.interpolate, F.upsample, F.pad,
+}  # fmt: skip
+_NORMS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.local_response_norm, torch.batch_norm}
+_CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.linear}
+_REVIVES = {
+    F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.softmax, F.log_softmax, F.softmin, torch.exp,
+    torch.cos, torch.log, F.alpha_dropout, F.feature_alpha_dropout,
+}  # fmt: skip
+
+_INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
+
+
+def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`function(features, ..)` with features of an SFG layer in place of a tensor. Raises TypeError if it can't be."""
+    name = getattr(function, "__name__", str(function))
+    if function in (torch.cat, torch.concat, torch.concatenate):
+        return _concatenate(*args, **kwargs)
+    if function in (torch.add, Tensor.add) and len(args) == 2 and all(map(_are_features, args)):
+        if kwargs:
+            raise TypeError(f"torch.add({', '.join(kwargs)}=...): features can only be added as they are")
+        return args[0] + args[1]
+    if function in _NORMS:
+        raise TypeError(
+            f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
+            "SFGConv2d(..., norm='batch')"
+        )
+    if function in _CONVOLUTIONS:
+        raise TypeError(
+            f"{name} would mix what belongs to different tasks: use SFGConv2d, or give it what one task reads, "
+            "features.merged(task)"
+        )
+    if function in _REVIVES:
+        raise TypeError(
+            f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
+            f"SFGConv2d(..., activation={_qualified(function, name)})"
+        )
+    features = args[0] if args else kwargs.pop("input", None)
+    rest = args[1:]
+    if function not in _CHANNELWISE or any(map(_are_features, (*rest, *kwargs.values()))):
+        if name.endswith("_with_indices"):
+            raise TypeError(f"{name}: SFG features have no indices, expected return_indices=False")
+        raise TypeError(
+            f"{name} is not known to act on each channel alone and to keep zeros, so it can't act on SFG features: "
+            f"{_INSTEAD}"
+        )
+    _check_keeps_zeros(function, name, rest, kwargs)
+    if kwargs.get("inplace"):  # the packed tensor is the layer's own
+        kwargs = {**kwargs, "inplace": False}
+    if function in _FLAT_AT_ZERO and getattr(features, "others", None) is not None:
+        _warn_flat(name)
+    return features.channelwise(lambda x: function(x, *rest, **kwargs))
+
+
+def no_attribute(features: Any, name: str) -> AttributeError:
+    """What to raise for an attribute that features don't have."""
+    text = f"{type(features).__name__!r} object has no attribute {name!r}"
+    return AttributeError(f"{text}, because it is no tensor: {_INSTEAD}" if hasattr(Tensor, name) else text)
+
+
+def _are_features(x: Any) -> bool:
+    return hasattr(type(x), "merged")
+
+
+def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Some functions keep zeros only with the right arguments."""
+    if function is F.pad:
+        mode = kwargs.get("mode", rest[1] if len(rest) > 1 else "constant")
+        value = kwargs.get("value", rest[2] if len(rest) > 2 else None)
+        if mode == "constant" and value:
+            raise TypeError(
+                f"pad(value={value}) would give values to the channels that the grouping zeroes, expected 0"
+            )
+        if len(rest[0] if rest else kwargs["pad"]) > 4:
+            raise TypeError(f"pad={rest[0] if rest else kwargs['pad']}: only height and width can be padded")
+    elif function in (F.hardtanh, F.threshold):
+        zero = torch.zeros(1)
+        if function(zero, *rest, **{**kwargs, "inplace": False}) != 0:
+            raise TypeError(f"{name} with these limits moves zero, expected limits on either side of it")
+
+
+def _concatenate(features: Any, dim: int = 0, **other: Any) -> Any:
+    if dim not in (1, -3) or other or not all(map(_are_features, features)):
+        raise TypeError(
+            f"torch.cat(dim={dim}) of {', '.join(type(one).__name__ for one in features)}: SFG features can be "
+            "concatenated along their channels (dim=1), and only with one another"
+        )
+    return features[0].concatenate(*features[1:])
+
+
+def _warn_flat(name: str) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{name} behind a gate: the values are right, but the gates of groups that a kernel was not drawn into get "
+            "no gradient through it, so p is learnt poorly; put it before the gate, SFGConv2d(..., activation='relu')",
+            stacklevel=5,
+        )
+
+
+def _qualified(function: Any, name: str) -> str:
+    module = getattr(function, "__module__", None)
+    return f"{'torch.nn.functional' if module == 'torch.nn.functional' else 'torch'}.{name}"
