@@ -6,6 +6,7 @@ from .features import SFGFeatures
 from .groups import FilterGroups
 from .layers.conv import SFGConv2d
 from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
+from .networks.freeze import freeze
 from .networks.highresnet import SFGHighResNet
 from .networks.transfer import transfer
 from .networks.vgg import SFGVGG
@@ -18,6 +19,7 @@ __all__ = [
     "SFGHighResNet",
     "assign",
     "backend",
+    "freeze",
     "penalties",
     "predict",
     "recalibrate",

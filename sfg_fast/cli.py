@@ -1,4 +1,4 @@
-"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | demo.
+"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | demo.
 
 Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line;
 130 interrupted.
@@ -141,6 +141,21 @@ def report(
     print(f"report in {target}")
 
 
+def freeze(run: str, out: str, tasks: list[str] | None = None) -> None:
+    """Write the learnt architecture of a run as plain convolutions: OUT.onnx, or OUT.pt2 for torch.export.load.
+
+    Args:
+        run: folder of a trained run.
+        out: file to be made. It maps a normalised MR [N, channels, H, W] to the CT in HU and organ probabilities.
+        tasks: which outputs, by default all of the run.
+    """
+    from .evaluation.export import export_run
+
+    deployed = export_run(Path(run), Path(out), tasks)
+    count = sum(parameter.numel() for parameter in deployed.parameters())
+    print(f"{count} weights in {out}")
+
+
 def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
     """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
 
@@ -175,14 +190,16 @@ def _run(arguments: list[str]) -> int:
 
     from .training.config import TrainConfig
 
-    commands = {function.__name__: function for function in (phantom, preprocess, predict, evaluate, report, demo)}
+    commands = {
+        function.__name__: function for function in (phantom, preprocess, predict, evaluate, report, freeze, demo)
+    }
     parser = ArgumentParser(
         prog="sfg-fast",
         description="Multi-task CNNs with stochastic filter groups: from MR to synthetic CT and organ labels.",
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True)
-    order = ("phantom", "preprocess", "train", "predict", "evaluate", "report", "demo")
+    order = ("phantom", "preprocess", "train", "predict", "evaluate", "report", "freeze", "demo")
     for name in order:
         function = train if name == "train" else commands[name]
         summary = (function.__doc__ or "").split("\n\n")[0]

@@ -175,21 +175,21 @@ class SFGConv2d(GroupGates):
         self.norm = KernelNorm(out_channels, len(self.group_names), **factory) if norm else None
         self.activation = activation
         # torch's padding before the convolution ("same" may be uneven, other modes are not zeros).
-        self._pad_before = list(plain._reversed_padding_repeated_twice)
-        self._even = self._pad_before[0::2] == self._pad_before[1::2]
+        self.pad_before = list(plain._reversed_padding_repeated_twice)
+        self._even = self.pad_before[0::2] == self.pad_before[1::2]
 
     @property
     def zero_padding(self) -> tuple[int, int] | None:
         """(vertical, horizontal) zero padding that the convolution itself can do, or None: pad the input before."""
         if self.padding_mode == "zeros" and self._even:
-            return self._pad_before[2], self._pad_before[0]
+            return self.pad_before[2], self.pad_before[0]
         return None
 
     def pad(self, x: Tensor) -> Tensor:
         """The input, padded where `zero_padding` can't do it."""
         if self.zero_padding is not None:
             return x
-        return F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return F.pad(x, self.pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(self.pad(x), weight, self.bias, self.stride, self.zero_padding or 0, self.dilation)

@@ -1,0 +1,381 @@
+"""The learnt architecture as a plain network: one `nn.Conv2d` for each group of each layer, nothing that is not used.
+
+An SFG network whose assignment is fixed is T+1 networks that read one another: the shared one, and for each task one
+that reads itself and the shared one. So every SFG layer becomes up to T+1 plain convolutions of its live kernels, with
+the normalisation folded in. What is built is what the wanted tasks ask for, and it is found out by asking: features
+are computed when somebody reads them, and a convolution is made when it is first asked for, with the columns that its
+input has. Kernels that no output depends on are never asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..groups import SHARED, Routing
+from ..layers.streams import Heads, Merge, StreamBlock
+from ..plain_ops import act_on_features, no_attribute
+from ..reference import SFGConv2d, activate
+from .controls import draws_from_constant_p, map_assignment, sfg_layers
+
+
+def freeze(
+    model: nn.Module,
+    assignment: Mapping[str, Tensor | Sequence[int]] | None = None,
+    tasks: Iterable[str] | None = None,
+    example: Tensor | None = None,
+) -> nn.Module:
+    """A network of plain modules with the same outputs as `model` in `eval()`: it runs, exports and compiles without
+    sfg_fast's kernels, and has only the filters that its outputs depend on.
+
+    Args:
+        model: any module with SFG layers whose outputs come from `Heads`, or that reads `features.merged(task)`.
+        assignment: {layer name: int [K]}, by default argmax p of each layer (or its fixed assignment). Running
+            statistics must be those of this very assignment: `recalibrate(model, batches)` before.
+        tasks: which tasks' outputs are kept; None: all.
+        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64]. Its size is forgotten.
+
+    Raises:
+        ValueError: no SFG layer, a constant p, unknown tasks, or assignments of other layers.
+    """
+    layers = sfg_layers(model)
+    if not layers:
+        raise ValueError("freeze: the model has no SFG layer")
+    if assignment is None and draws_from_constant_p(model):
+        raise ValueError("freeze: the grouping is drawn from a constant p, there is no learnt architecture")
+    chosen: dict[str, Tensor] = map_assignment(model) if assignment is None else {}
+    for name, groups in (assignment or {}).items():
+        if name not in layers:
+            raise ValueError(f"freeze: {name!r} is no SFG layer with a grouping of its own")
+        chosen[name] = torch.as_tensor(groups)
+    if missing := layers.keys() - chosen.keys():
+        raise ValueError(f"freeze: no assignment for {', '.join(sorted(missing))}")
+    names = next(iter(layers.values())).group_names
+    wanted = names[1:] if tasks is None else tuple(tasks)
+    for task in wanted:
+        if task not in names[1:]:
+            raise ValueError(f"freeze: {task!r} is no task of the model, expected one of {', '.join(names[1:])}")
+
+    by_logits = {id(layer.logits): chosen[name].tolist() for name, layer in layers.items()}
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    pairs = zip(list(model.named_modules()), list(frozen.modules()), strict=True)
+    replaced = {
+        name: _plain(original, twin, by_logits, wanted)
+        for (name, original), twin in pairs
+        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads)
+        or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
+    }
+    for name, module in replaced.items():
+        frozen.set_submodule(name, module) if name else None
+    frozen = replaced.get("", frozen)
+    if example is None:
+        parameter = next(model.parameters())
+        example = parameter.new_zeros(1, next(iter(layers.values())).in_channels, 64, 64)
+    with torch.no_grad():
+        frozen(example)
+    for module in frozen.modules():
+        if isinstance(module, _Frozen):
+            module.__dict__.pop("source", None)
+    return frozen
+
+
+def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[int]], tasks: Sequence[str]) -> nn.Module:
+    if isinstance(twin, SFGConv2d):
+        assert isinstance(original, SFGConv2d)
+        return FrozenConv(twin, by_logits[id(original.logits)])
+    if isinstance(twin, StreamBlock):
+        return FrozenStreamBlock(twin)
+    if isinstance(twin, Merge):
+        return FrozenMerge(twin)
+    if isinstance(twin, Heads):
+        return FrozenHeads(twin, tasks)
+    assert isinstance(twin, nn.ModuleDict)
+    return nn.ModuleDict({task: twin[task] for task in tasks})
+
+
+class GroupTensors:
+    """Features of a frozen network: for each group its live kernels alone, [N, K_g, H, W], computed when first read.
+
+    `kernels`: for each group the indices of its kernels, [] for none. `width`: K. `zero`: one channel of zeros of the
+    features' size, which stands in where a group has nothing.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[int], Tensor],
+        zero: Callable[[], Tensor],
+        kernels: Sequence[Sequence[int]],
+        width: int,
+        names: tuple[str, ...],
+        routing: Routing = Routing.ARROW,
+    ) -> None:
+        self.zero, self.kernels, self.width, self.names, self.routing = zero, kernels, width, names, routing
+        self.groups = None  # there is no draw to be passed on
+        self._compute, self._known = compute, {}  # type: ignore[var-annotated]
+
+    def __getitem__(self, group: int) -> Tensor:
+        """The live kernels of a group that has any."""
+        if group not in self._known:
+            self._known[group] = self._compute(group)
+        return self._known[group]
+
+    def read(self, group: int) -> list[int]:
+        """The groups with kernels that a group of the next layer reads."""
+        both = (group, 0) if self.routing is Routing.ARROW and group else (group,)
+        return [one for one in both if self.kernels[one]]
+
+    def dense(self, group: int | str) -> Tensor:
+        """[N, K, H, W], zero where a kernel is in another group."""
+        group = self.names.index(group) if isinstance(group, str) else group
+        kernels = self.kernels[group]
+        if list(kernels) == list(range(self.width)):
+            return self[group]
+        live = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
+        place = {kernel: row for row, kernel in enumerate(kernels)}
+        rows = [place.get(kernel, len(kernels)) for kernel in range(self.width)]
+        return live.index_select(1, torch.tensor(rows, device=live.device))
+
+    def merged(self, task: int | str) -> Tensor:
+        group = self.names.index(task) if isinstance(task, str) else task
+        parts = [self.dense(one) for one in self.read(group)] or [self.dense(group)]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        n, _, height, width = self.zero().shape
+        return torch.Size((n, self.width, height, width))
+
+    def dim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return act_on_features(function, args, dict(kwargs or {}))
+
+    def channelwise(self, operation: Callable[[Tensor], Tensor]) -> GroupTensors:
+        return GroupTensors(
+            lambda group: operation(self[group]), lambda: operation(self.zero()),
+            self.kernels, self.width, self.names, self.routing,
+        )  # fmt: skip
+
+    def __add__(self, other: GroupTensors) -> GroupTensors:
+        if [list(one) for one in self.kernels] != [list(one) for one in other.kernels]:
+            raise ValueError(f"features of different groupings can't be added: {self.kernels} and {other.kernels}")
+        return GroupTensors(
+            lambda group: self[group] + other[group], self.zero, self.kernels, self.width, self.names, self.routing
+        )
+
+    def __mul__(self, factor: float) -> GroupTensors:
+        return self.channelwise(lambda x: x * factor)
+
+    __rmul__ = __mul__
+
+    def concatenate(self, *more: GroupTensors) -> GroupTensors:
+        every = (self, *more)
+        kernels: list[list[int]] = [[] for _ in self.names]
+        width = 0
+        for one in every:
+            for group, own in enumerate(one.kernels):
+                kernels[group] += [kernel + width for kernel in own]
+            width += one.width
+        return GroupTensors(
+            lambda group: torch.cat([one[group] for one in every if one.kernels[group]], 1), self.zero,
+            kernels, width, self.names, self.routing,
+        )  # fmt: skip
+
+
+class _Frozen(nn.Module):
+    """Plain convolutions, made from `source` when they are first asked for."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["source"] = source  # not a submodule: what is not used goes
+        self.convolutions = nn.ModuleDict()
+
+    def _convolution(self, name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
+        if name not in self.convolutions:
+            if "source" not in self.__dict__:
+                raise RuntimeError(f"the frozen network was built without {name!r}: freeze it with that task")
+            self.convolutions[name] = make(self.source)
+        return self.convolutions[name]
+
+
+def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> nn.Conv2d:
+    options = {
+        name: getattr(like, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    } | changes
+    rows, columns = weight.shape[:2]
+    conv = nn.Conv2d(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
+    conv.weight.data = weight.detach().clone()
+    if bias is not None and conv.bias is not None:
+        conv.bias.data = bias.detach().clone()
+    return conv.requires_grad_(False)
+
+
+def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return weight * scale[:, None, None, None], shift if bias is None else scale * bias + shift
+
+
+class FrozenConv(_Frozen):
+    """An SFG layer with a fixed assignment: a plain convolution for each group, normalisation folded in."""
+
+    def __init__(self, source: SFGConv2d, assignment: Sequence[int]) -> None:
+        super().__init__(source)
+        self.names, self.width, self.activation = source.group_names, source.out_channels, source.activation
+        self.kernels = [[k for k, of in enumerate(assignment) if of == group] for group in range(len(self.names))]
+        self.stride, self.pads = source.stride, tuple(source.pad_before)
+        self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
+
+    def forward(self, x: Tensor | GroupTensors, groups: Any = None) -> GroupTensors:
+        """`groups` is ignored: the assignment is fixed."""
+        return GroupTensors(
+            lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names
+        )
+
+    def _zero(self, x: Tensor | GroupTensors) -> Tensor:
+        """A channel of zeros as large as the output: padded, without what a kernel reaches over, every stride-th."""
+        zero = F.pad(x[:, :1] * 0 if isinstance(x, Tensor) else x.zero(), self.pads)
+        (down, right), (vertical, horizontal) = self.reach, self.stride
+        zero = zero[:, :, : zero.shape[2] - down : vertical, : zero.shape[3] - right : horizontal]
+        return activate(zero, self.activation) * 0  # an activation may change the size, too
+
+    def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
+        read, columns = _columns(x, group)
+        conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
+        return activate(conv(read), self.activation)
+
+    def _make(self, source: SFGConv2d, group: int, columns: list[int] | None) -> nn.Conv2d:
+        rows = self.kernels[group]
+        weight, bias = _columns_of(source.weight[rows], columns), None if source.bias is None else source.bias[rows]
+        if source.norm is not None:
+            scale, shift = (affine[group, rows] for affine in source.norm.running_affine())
+            weight, bias = _folded(weight, bias, scale, shift)
+        return _conv2d(weight, bias, source)
+
+
+def _columns(x: Tensor | GroupTensors, group: int) -> tuple[Tensor, list[int] | None]:
+    """What a group reads, and which input channels that is. (None: all, of an image.)"""
+    if isinstance(x, Tensor):
+        return x, None
+    read = x.read(group)
+    if not read:  # nothing at all: a channel of zeros stands for it
+        return x.zero(), []
+    parts = [x[one] for one in read]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), [k for one in read for k in x.kernels[one]]
+
+
+def _columns_of(weight: Tensor, columns: list[int] | None) -> Tensor:
+    if columns is None:
+        return weight
+    return weight[:, columns] if columns else torch.zeros_like(weight[:, :1])
+
+
+class FrozenStreamBlock(_Frozen):
+    """Plain residual blocks, one for each stream; the second normalisation is folded into the first convolution."""
+
+    def __init__(self, source: StreamBlock) -> None:
+        super().__init__(source)
+        self.names, self.width, self.first = source.names, source.channels, source.first
+
+    def forward(self, x: GroupTensors) -> GroupTensors:
+        every = [list(range(self.width))] * len(self.names)
+        return GroupTensors(lambda group: self._group(x, group), x.zero, every, self.width, self.names)
+
+    def _group(self, x: GroupTensors, group: int) -> Tensor:
+        name, rows = self.names[group], slice(group * self.width, (group + 1) * self.width)
+        shortcut, columns = x.dense(group), None
+        h = shortcut
+        if self.first:
+            kernels = x.kernels[group]  # its own live ones
+            h, columns = (x[group], list(kernels)) if kernels else (x.zero(), [])
+        else:
+            norm = self._convolution(f"{name}_norm", lambda source: _slice_of(source.norm1, rows))
+            h = F.relu(norm(h))
+
+        def first(source: StreamBlock) -> nn.Module:
+            weight, bias = _columns_of(source.conv1.weight[rows], columns), source.conv1.bias
+            bias = None if bias is None else bias[rows]
+            if source.norm2 is not None:
+                weight, bias = _folded(weight, bias, *_affine(source.norm2, rows))
+            return _conv2d(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
+
+        def second(source: StreamBlock) -> nn.Module:
+            bias = None if source.conv2.bias is None else source.conv2.bias[rows]
+            geometry = {"dilation": source.dilation, "padding": source.dilation}
+            return _conv2d(source.conv2.weight[rows], bias, source.conv2, **geometry)
+
+        h = F.relu(self._convolution(f"{name}_1", first)(h))
+        return shortcut + self._convolution(f"{name}_2", second)(h)
+
+
+def _affine(norm: nn.BatchNorm2d, rows: slice) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight[rows] * (norm.running_var[rows] + norm.eps).rsqrt()
+    return scale, norm.bias[rows] - norm.running_mean[rows] * scale
+
+
+def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
+    if norm is None:
+        return nn.Identity()
+    own = nn.BatchNorm2d(rows.stop - rows.start, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(own, name).data = getattr(norm, name)[rows].detach().clone()
+    return own.eval().requires_grad_(False)
+
+
+class FrozenMerge(_Frozen):
+    """[F_t | F_s] and a plain 1x1 convolution, for each task."""
+
+    def __init__(self, source: Merge) -> None:
+        super().__init__(source)
+        self.names, self.width = source.names, source.channels
+
+    def forward(self, x: GroupTensors) -> GroupTensors:
+        every = [list(range(self.width))] * len(self.names)
+        return GroupTensors(lambda group: self._group(x, group), x.zero, every, self.width, self.names, Routing.OWN)
+
+    def _group(self, x: GroupTensors, group: int) -> Tensor:
+        if group == 0:
+            return x.dense(SHARED)
+        rows = slice((group - 1) * self.width, group * self.width)
+
+        def make(source: Merge) -> nn.Module:
+            bias = None if source.conv.bias is None else source.conv.bias[rows]
+            return _conv2d(source.conv.weight[rows], bias, source.conv)
+
+        return self._convolution(self.names[group], make)(torch.cat([x.dense(group), x.dense(SHARED)], 1))
+
+
+class FrozenHeads(_Frozen):
+    """A plain 1x1 convolution for each task on [F_t | F_shared]; returns {task: [N, channels, H, W]}."""
+
+    def __init__(self, source: Heads, tasks: Sequence[str]) -> None:
+        super().__init__(source)
+        self.tasks = {task: 1 + list(source.outputs).index(task) for task in tasks}
+
+    def forward(self, x: GroupTensors) -> dict[str, Tensor]:
+        return {task: self._task(x, task, group) for task, group in self.tasks.items()}
+
+    def _task(self, x: GroupTensors, task: str, group: int) -> Tensor:
+        read, columns = _columns(x, group)
+
+        def make(source: Heads) -> nn.Module:
+            rows = source.rows(task)
+            bias = None if source.conv.bias is None else source.conv.bias[rows]
+            return _conv2d(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
+
+        return self._convolution(task, make)(read)
