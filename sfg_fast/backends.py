@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import kernels as _kernels
 
 BACKENDS = ("reference", "masked", "native", "triton")
 ENVIRONMENT = "SFG_FAST_BACKEND"
@@ -63,9 +66,25 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
 def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: (order, offsets). The
     same on every backend."""
-    module = load("triton" if current() == "triton" else "masked")
-    assignment, order, offsets = module.sample(log_p.detach(), noise)
+    log_p, name = log_p.detach(), "triton" if current() == "triton" else "masked"
+    if name == "triton" and torch.compiler.is_compiling():
+        assignment, order, offsets = _sample(log_p, noise)
+    else:
+        assignment, order, offsets = load(name).sample(log_p, noise)
     return assignment, (order, offsets)
+
+
+@torch.library.custom_op("sfg_fast::sample", mutates_args=())
+def _sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton's `sample` as an operator, for graphs (`masked` has plain torch operations)."""
+    return load("triton").sample(log_p, noise)
+
+
+@_sample.register_fake
+def _(log_p: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, groups = log_p.shape
+    sizes = (kernels, kernels, groups + 1)
+    return tuple(log_p.new_empty(size, dtype=torch.int64) for size in sizes)  # type: ignore[return-value]
 
 
 def _fastest(x: Tensor) -> ModuleType:
@@ -114,10 +133,9 @@ def load(name: str) -> ModuleType:
     problem = _import(name)
     if problem:
         raise BackendError(f"backend {name!r} is not there: {problem}")
-    return _loaded[name]
+    return getattr(_kernels, _MODULES[name])  # (a graph is traced through this: no import here)
 
 
-_loaded: dict[str, ModuleType] = {}
 _problems: dict[str, str] = {}
 
 
@@ -126,8 +144,7 @@ def _import(name: str) -> str:
     """Why it can't be used here, or nothing. Tried once: failing is slow, and auto asks for every convolution."""
     if name not in _problems:
         try:
-            _loaded[name] = module(_MODULES[name])
-            _problems[name] = _loaded[name].missing() or ""
+            _problems[name] = module(_MODULES[name]).missing() or ""
         except ImportError as error:
             _problems[name] = str(error) or "it can't be imported"
     return _problems[name]

@@ -81,7 +81,7 @@ class SFGFeatures:
                 f"(conv(x, groups=features.groups)); got {self.groups} and {other.groups}"
             )
         inputs = [features.others for features in (self, other) if features.others is not None]
-        others = no_memory(inputs[0].shape, inputs[0], *inputs) if inputs else None
+        others = no_memory(inputs[0].shape, self.dtype, *inputs) if inputs else None
         return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
 
     def __mul__(self, factor: float) -> SFGFeatures:
@@ -111,7 +111,10 @@ class SFGFeatures:
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
-        others = None if self.others is None else _OnZeros.apply(self.others, operation)
+        others = self.others
+        if others is not None:  # in a graph the plain operation does, zeros and all
+            compiling = torch.compiler.is_compiling()
+            others = operation(others) if compiling else _OnZeros.apply(others, operation)
         return SFGFeatures(operation(self.packed), self.groups, self.routing, others)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
@@ -120,7 +123,7 @@ class SFGFeatures:
 
         def move(t: Tensor) -> Tensor:
             if t is self.others:  # `Tensor.to` would give it memory
-                return no_memory(t.shape, t.new_empty(0).to(device, dtype), t)
+                return no_memory(t.shape, dtype or t.dtype, t, device=device)
             return t.to(device, dtype if t.is_floating_point() else None, non_blocking)
 
         return self._map(move)
@@ -173,16 +176,17 @@ class _NoMemory(torch.autograd.Function):
     """Zeros that take no memory. Their gradient goes to all `inputs`, which are like them."""
 
     @staticmethod
-    def forward(ctx: Any, shape: Sequence[int], like: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, *inputs: Tensor) -> Tensor:
         ctx.likes = [(tensor.dtype, tensor.device) for tensor in inputs]
-        return like.new_zeros(()).expand(*shape)
+        return inputs[0].new_zeros((), dtype=dtype, device=device).expand(*shape)
 
     @staticmethod
     def backward(ctx: Any, df: Tensor) -> Any:
-        return None, None, *(df.to(dtype=dtype, device=device) for dtype, device in ctx.likes)
+        return None, None, None, *(df.to(dtype=dtype, device=device) for dtype, device in ctx.likes)
 
 
-no_memory = _NoMemory.apply
+def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
+    return _NoMemory.apply(tuple(shape), dtype, device, *inputs)
 
 
 class _JoinedOthers(torch.autograd.Function):

@@ -10,8 +10,8 @@ import dataclasses
 import enum
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Routing(enum.Enum):
             tuple(self is Routing.ALL or out == g or (self is Routing.ARROW and g == 0) for g in range(groups_in))
             for out in range(groups_out)
         )
+
+
+class _kept:
+    """A property that is computed once. (`functools.cached_property` holds a lock in Python 3.11, which a compiled
+    graph can't; there it is computed where it is used, and the compiler finds out that it is the same.)"""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, groups: Any, owner: type) -> Any:
+        if groups is None:
+            return self
+        if torch.compiler.is_compiling():
+            return self.compute(groups)
+        return groups.__dict__.setdefault(self.compute.__name__, self.compute(groups))
 
 
 def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
@@ -156,28 +171,28 @@ class FilterGroups:
         """Does every group have rows of its own (`blocks`)?"""
         return self.assignment is None and not self.full
 
-    @cached_property
+    @_kept
     def ends(self) -> list[int]:
         """`offsets` on the host."""
         return self.offsets.tolist()
 
-    @cached_property
+    @_kept
     def ids(self) -> Tensor:
         """int64 [rows], the group of each row."""
         rows = torch.arange(self.order.numel(), device=self.order.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
 
-    @cached_property
+    @_kept
     def rows_in_streams(self) -> Tensor:
         """int64 [rows], where each row stands among the (T+1)K rows of full groups."""
         return self.ids * self.width + self.order
 
-    @cached_property
+    @_kept
     def inverse(self) -> Tensor:
         """int64 [K], kernel -> its row, for one row per kernel."""
         return torch.argsort(self.order)
 
-    @cached_property
+    @_kept
     def others(self) -> Tensor:
         """int64 [groups - 1, rows], for one row per kernel: the groups that the row's kernel was not drawn into, the
         tasks in order, then shared."""

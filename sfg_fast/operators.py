@@ -2,6 +2,8 @@
 
     sfg_fast::routed_conv           (x, weight, bias, residual, ..) -> (u, what the gates of its others need)
     sfg_fast::routed_conv_backward  (dy, x, weight, ..) -> (dx, gradient of the columns' others, dw, db)
+    sfg_fast::gate_gradient         (gradient of the rows' others, x, weight, ..) -> dz of the others
+    sfg_fast::others                (x, weight, ..) -> u of the others, for activations that the kernels don't know
 
 A graph sees them as one node each, with shapes but without values (`register_fake`). In eager mode an
 autograd.Function does the same work (routed_conv.py), because calling an operator costs more.
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from . import backends, passes
 from .groups import FilterGroups, Routing
+from .kernels import masked
 from .kernels.packing import channels_last
-from .kernels.spec import Geometry, RoutedConv
+from .kernels.spec import Geometry, Recipe, RoutedConv
 
 # An operator takes tensors, numbers and strings. `sides`: order and offsets of the rows, and of the columns; `sizes`:
 # groups and width of the rows, and of the columns; `geometry`: stride, padding, dilation.
@@ -36,11 +39,38 @@ def routed_conv(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """What `_RoutedConv.apply` does in eager mode, as an operator. Without `keep` the second tensor is empty."""
-    name = kernels.__name__.rsplit(".", 1)[1]
+    return _forward(x, others, weight, bias, residual, *_numbers(spec), relu, keep, _folder(kernels))
+
+
+def gate_gradient(
+    dothers: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    spec: RoutedConv,
+    relu: bool,
+    kernels: Any,
+) -> Tensor:
+    """`kernels.gate_gradient` of unpacked parameters, as an operator: dz [G-1, rows] of the others."""
+    return _gate_gradient(dothers, x, a, weight, bias, scale, shift, *_numbers(spec), relu, _folder(kernels))
+
+
+def others(x: Tensor, a: Tensor | None, weight: Tensor, bias: Tensor | None, spec: RoutedConv) -> Tensor:
+    """u of the others side by side, [N, (G-1) * rows, H', W'], by `masked`, as an operator."""
+    return _others(x, a, weight, bias, *_numbers(spec))
+
+
+def _numbers(spec: RoutedConv) -> tuple[list[Tensor], list[int], list[int], str]:
     sizes = [len(spec.rows.names), spec.rows.width, len(spec.columns.names), spec.columns.width]
-    geometry = [number for pair in spec.geometry for number in pair]
     sides = [spec.rows.order, spec.rows.offsets, spec.columns.order, spec.columns.offsets]
-    return _forward(x, others, weight, bias, residual, sides, sizes, geometry, spec.routing.value, relu, keep, name)
+    return sides, sizes, [number for pair in spec.geometry for number in pair], spec.routing.value
+
+
+def _folder(kernels: Any) -> str:
+    return kernels.__name__.rsplit(".", 1)[1]
 
 
 @torch.library.custom_op("sfg_fast::routed_conv", mutates_args=())
@@ -127,6 +157,75 @@ def _(
     dothers = _empty(x, (sizes[2] - 1) * x.shape[1], size, kernels) if wants_others else x.new_empty(0)
     dw, db = weight.new_empty(weight.shape if wants[1] else 0), weight.new_empty(sizes[1] if wants[2] else 0)
     return dx, dothers, dw, db
+
+
+@torch.library.custom_op("sfg_fast::gate_gradient", mutates_args=())
+def _gate_gradient(
+    dothers: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    sides: Sequence[Tensor],
+    sizes: Sequence[int],
+    geometry: Sequence[int],
+    routing: str,
+    relu: bool,
+    kernels: str,
+) -> Tensor:
+    module, spec = backends.module(kernels), _spec(sides, sizes, geometry, routing, False, True)
+    packed = module.pack(weight, bias, spec, x.dtype, gates=True)
+    return module.gate_gradient(Recipe(x, a, packed, spec, scale, shift, relu), dothers)
+
+
+@_gate_gradient.register_fake
+def _(
+    dothers: Tensor,
+    x: Any,
+    a: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    sides: Sequence[Tensor],
+    sizes: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    dtype = torch.promote_types(dothers.dtype, torch.float32)
+    return dothers.new_empty((sizes[0] - 1, sides[0].shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("sfg_fast::others", mutates_args=())
+def _others(
+    x: Tensor,
+    a: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sides: Sequence[Tensor],
+    sizes: Sequence[int],
+    geometry: Sequence[int],
+    routing: str,
+) -> Tensor:
+    spec = _spec(sides, sizes, geometry, routing, False, True)
+    packed = masked.pack(weight, bias, spec, x.dtype, gates=True)
+    return torch.cat(masked.others(Recipe(x, a, packed, spec, None, None, False)), 1)
+
+
+@_others.register_fake
+def _(
+    x: Tensor,
+    a: Any,
+    weight: Tensor,
+    bias: Any,
+    sides: Sequence[Tensor],
+    sizes: Sequence[int],
+    geometry: Sequence[int],
+    routing: Any,
+) -> Tensor:
+    size = _geometry(geometry).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    return x.new_empty((x.shape[0], (sizes[0] - 1) * sides[0].shape[0], *size))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

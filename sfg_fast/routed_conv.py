@@ -63,6 +63,18 @@ class Others(NamedTuple):
         packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
         return Recipe(self.x, self.a, packed, self.spec, scale, shift, relu)
 
+    def gate_gradient(self, dothers: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
+        """dz [G-1, rows] = <dL/dF, act(scale * u + shift)>."""
+        if torch.compiler.is_compiling():
+            return operators.gate_gradient(dothers, *self[:4], scale, shift, self.spec, relu, self.kernels)
+        return self.kernels.gate_gradient(self.recipe(scale, shift, relu), dothers)
+
+    def values(self) -> Sequence[Tensor]:
+        """u itself: G-1 tensors [N, rows, H', W']."""
+        if torch.compiler.is_compiling():
+            return operators.others(*self[:4], self.spec).chunk(len(self.spec.rows.names) - 1, 1)
+        return masked.others(self.recipe(None, None, False, masked))
+
     def split(self) -> tuple[tuple[Tensor | None, ...], Others]:
         """The tensors, for autograd to keep, and what is left; `joined` is the way back."""
         return self[:4], Others(None, None, None, None, *self[4:])  # type: ignore[arg-type]

@@ -171,10 +171,9 @@ class _Gates(torch.autograd.Function):
         if dothers is not None:
             others = ctx.others.joined(tensors)
             if ctx.activation in (None, "relu"):
-                recipe = others.recipe(scale, shift, ctx.activation == "relu")
-                dz = others.kernels.gate_gradient(recipe, dothers)
+                dz = others.gate_gradient(dothers, scale, shift, ctx.activation == "relu")
             else:
-                values = masked.others(others.recipe(None, None, False, masked))
+                values = others.values()
                 parts = zip(values, dothers.chunk(len(values), 1), strict=True)
                 dz = torch.stack([
                     channel_dots(d, activate(masked.affine(u, scale, shift, n), ctx.activation))

@@ -1,0 +1,105 @@
+"""torch.compile(fullgraph=True) of layers and whole networks: the same numbers as in eager mode, and one graph for all
+draws."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling
+from sfg_fast.backends import available
+from tests.oracle import assert_close
+
+BACKENDS = ["reference", "masked"] + ["native"] * available("native") + ["triton"] * available("triton")
+TASKS = {"ct": 1, "organs": 2}
+
+
+class Chain(nn.Module):
+    def __init__(self, estimator, activation="relu"):
+        super().__init__()
+        options = {"tasks": tuple(TASKS), "norm": "batch", "activation": activation, "estimator": estimator}
+        self.layers = nn.Sequential(SFGConv2d(1, 5, 3, **options), nn.AvgPool2d(2), SFGConv2d(5, 4, 3, **options))
+
+    def forward(self, x):
+        y = self.layers(x)
+        return {task: y.merged(task) for task in TASKS}
+
+
+def train_step(net, call, x, seed):
+    """Outputs, gradients and running statistics of a training step."""
+    net.zero_grad()
+    torch.manual_seed(seed)
+    y = call(x)
+    (sum(t.sin().sum() for t in y.values()) + penalties(net)[1]).backward()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    return y, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}, state
+
+
+def check(make, name, size, steps=3, compiler="aot_eager"):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = make()
+    torch.manual_seed(0)
+    net = make()
+    compiled = torch.compile(net, fullgraph=True, backend=compiler)
+    x = torch.randn(2, 1, *size)
+    with backend(name):
+        for seed in range(steps):
+            with torch._dynamo.config.patch(error_on_recompile=seed > 0):  # another draw, the same graph
+                found = train_step(net, compiled, x, seed)
+            expected = train_step(eager, eager, x, seed)
+            for a, b in zip(found, expected, strict=True):
+                assert a.keys() == b.keys()
+                for key in b:
+                    assert_close(a[key], b[key], what=key)
+        net.eval()
+        eager.eval()
+        with torch.no_grad():
+            results = []
+            for call in (compiled, eager):
+                torch.manual_seed(9)  # a constant p is drawn here, too
+                results.append(call(x))
+            for task in TASKS:
+                assert_close(results[0][task], results[1][task], what=f"eval, {task}")
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "selected", "none"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_layers(name, estimator, float64):
+    check(lambda: Chain(estimator), name, (11, 12))
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_rao", "reinmax"])
+def test_other_estimators(estimator, float64):
+    check(lambda: Chain(estimator), "auto", (11, 12))
+
+
+@pytest.mark.parametrize("name", ["masked"] + ["native"] * available("native"))
+def test_activation_that_the_kernels_do_not_know(name, float64):
+    check(lambda: Chain("straight_through", torch.tanh), name, (11, 12))
+
+
+@pytest.mark.parametrize("residual", ["routed", "separate"])
+def test_highresnet(residual, float64):
+    check(lambda: SFGHighResNet(1, TASKS, [3, 4, 4], 1, residual), "auto", (12, 10), steps=2)
+
+
+def test_vgg(float64):
+    check(lambda: SFGVGG(1, TASKS, 2), "auto", (32, 32), steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+def test_inductor(name, float64):
+    check(lambda: Chain("straight_through"), name, (11, 12), compiler="inductor")
+
+
+def test_drawn_predictions_of_a_compiled_network():
+    net = Chain("straight_through").eval()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 1, 11, 12)
+    with torch.no_grad(), sampling(net):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            found = compiled(x)
+            torch.manual_seed(seed)
+            torch.testing.assert_close(found, net(x))
