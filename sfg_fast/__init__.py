@@ -6,6 +6,7 @@ from .features import SFGFeatures
 from .groups import FilterGroups
 from .layers.conv import SFGConv2d
 from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
+from .networks.convert import convert
 from .networks.freeze import freeze
 from .networks.highresnet import SFGHighResNet
 from .networks.transfer import transfer
@@ -19,6 +20,7 @@ __all__ = [
     "SFGHighResNet",
     "assign",
     "backend",
+    "convert",
     "freeze",
     "penalties",
     "predict",

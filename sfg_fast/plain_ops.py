@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 # relu'(0) = 0: behind a gate, where an unselected kernel is zero, these tell its gate nothing.
 _FLAT_AT_ZERO = {F.relu, torch.relu, F.relu6, F.hardtanh, F.threshold, F.hardshrink, F.softshrink}
-_CHANNELWISE = _FLAT_AT_ZERO | {
+CHANNELWISE = _FLAT_AT_ZERO | {
     F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softsign, F.tanhshrink,
     torch.tanh, F.tanh, torch.sin, torch.erf, torch.abs, torch.neg, torch.square, torch.sqrt, torch.clone,
     Tensor.tanh, Tensor.abs, Tensor.neg, Tensor.square, Tensor.clone,
@@ -60,7 +60,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
         )
     features = args[0] if args else kwargs.pop("input", None)
     rest = args[1:]
-    if function not in _CHANNELWISE or any(map(_are_features, (*rest, *kwargs.values()))):
+    if function not in CHANNELWISE or any(map(_are_features, (*rest, *kwargs.values()))):
         if name.endswith("_with_indices"):
             raise TypeError(f"{name}: SFG features have no indices, expected return_indices=False")
         raise TypeError(

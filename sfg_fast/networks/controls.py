@@ -156,7 +156,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False
             for norm in norms:
                 norm.train()
                 if isinstance(norm, KernelNorm):
-                    norm.forget(None if best is None else best_of[norm])
+                    norm.forget(None if best is None else best_of.get(norm))
                     norm.momentum = 0.0  # the rate is max(1/n, momentum)
                 else:
                     norm.reset_running_stats()

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..groups import SHARED, Routing
+from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..plain_ops import act_on_features, no_attribute
 from ..reference import SFGConv2d, activate
@@ -67,7 +68,7 @@ def freeze(
     replaced = {
         name: _plain(original, twin, by_logits, wanted)
         for (name, original), twin in pairs
-        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads)
+        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads | FeatureNorm)
         or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
     }
     for name, module in replaced.items():
@@ -76,6 +77,8 @@ def freeze(
     if example is None:
         parameter = next(model.parameters())
         example = parameter.new_zeros(1, next(iter(layers.values())).in_channels, 64, 64)
+    if isinstance(frozen, fx.GraphModule):  # of `convert`: the heads are in the graph
+        _keep_outputs(frozen, wanted)
     with torch.no_grad():
         frozen(example)
     for module in frozen.modules():
@@ -84,12 +87,23 @@ def freeze(
     return frozen
 
 
+def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
+    output = next(node for node in network.graph.nodes if node.op == "output")
+    outputs: Any = output.args[0]
+    output.args = ({task: outputs[task] for task in tasks},)
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
 def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[int]], tasks: Sequence[str]) -> nn.Module:
     if isinstance(twin, SFGConv2d):
         assert isinstance(original, SFGConv2d)
         return FrozenConv(twin, by_logits[id(original.logits)])
     if isinstance(twin, StreamBlock):
         return FrozenStreamBlock(twin)
+    if isinstance(twin, FeatureNorm):
+        return FrozenNorm(twin)
     if isinstance(twin, Merge):
         return FrozenMerge(twin)
     if isinstance(twin, Heads):
@@ -335,6 +349,23 @@ def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(own, name).data = getattr(norm, name)[rows].detach().clone()
     return own.eval().requires_grad_(False)
+
+
+class FrozenNorm(_Frozen):
+    """A plain batch normalisation for each group's live kernels."""
+
+    def forward(self, x: GroupTensors) -> GroupTensors:
+        return GroupTensors(lambda group: self._group(x, group), x.zero, x.kernels, x.width, x.names, x.routing)
+
+    def _group(self, x: GroupTensors, group: int) -> Tensor:
+        def make(source: FeatureNorm) -> nn.Module:
+            kernels = list(x.kernels[group])
+            scale, shift = (affine[group, kernels].detach() for affine in source.norm.running_affine())
+            norm = nn.BatchNorm2d(len(kernels), 0.0, device=scale.device, dtype=scale.dtype)  # mean 0, variance 1
+            norm.weight.data, norm.bias.data = scale.clone(), shift.clone()
+            return norm.eval().requires_grad_(False)
+
+        return self._convolution(x.names[group], make)(x[group])
 
 
 class FrozenMerge(_Frozen):

@@ -1,0 +1,481 @@
+"""An existing network with SFG layers in place of its convolutions, pretrained weights kept."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..layers.conv import SFGConv2d
+from ..layers.feature_norm import FeatureNorm
+from ..norm import KernelNorm
+from ..plain_ops import CHANNELWISE
+from .controls import sfg_layers
+
+_ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.relu6, F.selu, F.celu, F.softplus,
+                     torch.sigmoid, torch.tanh)
+}  # fmt: skip
+_NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
+
+
+def convert(
+    module: nn.Module,
+    tasks: Mapping[str, int] | Iterable[str],
+    skip: Iterable[str] = (),
+    example: Tensor | None = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """The same network for several tasks: every convolution an SFG layer, up to a head of its own for each task.
+
+    `module` is run once on `example`, and what it does is recorded as a graph: each `nn.Conv2d` becomes an `SFGConv2d`
+    with the batch normalisation and the activation that follow it, because these belong before the gate; what is added
+    up shares one grouping (shortcuts); concatenations, pooling, interpolation stay; a batch normalisation that follows
+    a sum becomes a `FeatureNorm`. The last convolution, or all that follows the last feature map (pooling, flattening,
+    linear layers), becomes a head for each task. Weights are those of `module`: with all kernels shared each task's
+    output is `module`'s, which is checked.
+
+    Args:
+        module: a network of one image [N, C, H, W] and one output. It is left alone.
+        tasks: {name: number of outputs}, or names: as many outputs as `module` has. A head of another size starts anew.
+        skip: names of modules to be left plain. They must stand before the SFG layers: a plain convolution in between
+            would mix what belongs to different tasks.
+        example: an image, by default zeros [1, C, 64, 64]. What the forward pass of `module` makes of its size (an
+            `if`, a number) is kept as it was for the example.
+        options: of all SFG layers: `init`, `estimator`.
+
+    Returns:
+        A module that returns {task: output}. Modules have the names that they had in `module`.
+
+    Raises:
+        ValueError: for what can't be converted, with its name: another norm than batch normalisation, a transposed or
+            grouped convolution, a sum with something that is no feature of an SFG layer, ..
+    """
+    tasks = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks)
+    network = copy.deepcopy(module)
+    modes = {child: child.training for child in network.modules()}
+    first = next((child for child in network.modules() if isinstance(child, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError("convert: the module has no nn.Conv2d")
+    if example is None:
+        example = first.weight.new_zeros(1, first.in_channels, 64, 64)
+    network.eval()
+    graph, expected = _record(network, example)
+    _Conversion(network, graph, tasks, set(skip), options).run()
+    converted = fx.GraphModule(network, graph)
+    converted.graph.eliminate_dead_code()
+    converted.graph.lint()
+    converted.recompile()
+    _check_equal(converted, example, expected, tasks)
+    for child, training in modes.items():
+        child.train(training)
+    converted.train(module.training)
+    return converted
+
+
+# --- what the network does -------------------------------------------------------------------------------------------
+
+
+class _Tape(TorchFunctionMode):
+    """Writes down which modules and functions make the output of the image, as a graph."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.graph, self.inside, self.known = fx.Graph(), 0, {}  # type: ignore[var-annotated]
+        self.kept: list[Any] = []  # so that no id is given twice
+        self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
+
+    def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
+        if not any(isinstance(leaf, Tensor) and id(leaf) in self.known for leaf in pytree.tree_leaves(arguments)):
+            return
+        if isinstance(out, Tensor):
+            self.tell(out, make(pytree.tree_map_only(Tensor, self.node, arguments)))
+        elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
+            whole = make(pytree.tree_map_only(Tensor, self.node, arguments))
+            for index, one in enumerate(out):
+                self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
+
+    def tell(self, tensor: Any, node: fx.Node) -> None:
+        self.known[id(tensor)] = node
+        self.kept.append(tensor)
+
+    def node(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self.known:
+            name = self.attributes.get(id(tensor))
+            if name is None:
+                raise ValueError(f"convert: a tensor {tuple(tensor.shape)} made in the forward pass can't be recorded")
+            self.tell(tensor, self.graph.get_attr(name))
+        return self.known[id(tensor)]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = (args, dict(kwargs or {}))
+        if self.inside:
+            return function(*args, **arguments[1])
+        out = function(*args, **arguments[1])
+        self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
+        return out
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (
+        type(module).__module__.startswith("torch.nn") or _pads_channels(module)
+    )
+
+
+def _pads_channels(module: nn.Module) -> bool:
+    """MONAI's ChannelPad: a shortcut to more channels."""
+    return type(module).__name__ == "ChannelPad"
+
+
+def _record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
+    tape = _Tape(network)
+    hooks = []
+    stack: list[Any] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tape.inside += 1
+        known = any(isinstance(leaf, Tensor) and id(leaf) in tape.known for leaf in pytree.tree_leaves((args, kwargs)))
+        stack.append(pytree.tree_map_only(Tensor, tape.node, (args, kwargs)) if known and tape.inside == 1 else None)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str) -> None:
+        tape.inside -= 1
+        nodes = stack.pop()
+        if nodes is not None and not tape.inside:
+            if not isinstance(out, Tensor):
+                raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
+            tape.tell(out, tape.graph.call_module(name, *nodes))
+
+    for name, child in network.named_modules():
+        if name and _is_leaf(child):
+            hooks.append(child.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(child.register_forward_hook(functools.partial(leave, name=name), with_kwargs=True))
+    tape.tell(example, tape.graph.placeholder("x"))
+    try:
+        with torch.no_grad(), tape:
+            out = network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(out, Tensor) or id(out) not in tape.known:
+        raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
+    tape.graph.output(tape.known[id(out)])
+    return tape.graph, out
+
+
+# --- what becomes of it ----------------------------------------------------------------------------------------------
+
+
+class _Conversion:
+    """Rewrites a recorded graph. Every node is plain (the image, and what skipped modules make of it), features of SFG
+    layers, or the tail, which is done once for each task."""
+
+    def __init__(
+        self, network: nn.Module, graph: fx.Graph, tasks: Mapping[str, int | None], skip: set[str], options: Any
+    ) -> None:
+        self.network, self.graph, self.tasks, self.options = network, graph, tasks, options
+        self.modules = dict(network.named_modules())
+        if unknown := skip - self.modules.keys():
+            raise ValueError(f"skip: there is no module {', '.join(map(repr, sorted(unknown)))}")
+        self.skip = {name for name in self.modules if any(name == one or name.startswith(f"{one}.") for one in skip)}
+        self.kind: dict[fx.Node, str] = {}
+        self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
+        self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
+
+    def run(self) -> None:
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        self.head = self._head(output.args[0])
+        for node in list(self.graph.nodes):
+            if node.op != "output":
+                self._node(node)
+        if self.kind[output.args[0]] != "tail" or not sfg_layers(self.network):
+            raise ValueError("convert: nothing is left to be an SFG layer, or nothing behind them to be a head")
+        self._share_groupings()
+        self._tails(output)
+
+    def _head(self, node: fx.Node) -> fx.Node | None:
+        """The last convolution, if nothing but channelwise functions follow it; else None: the tail starts later."""
+        while node.op != "placeholder":
+            module = self._module(node)
+            if isinstance(module, nn.Conv2d):
+                return node
+            if isinstance(module, nn.Linear | _NORMS) or len(node.all_input_nodes) != 1:
+                return None
+            node = node.all_input_nodes[0]
+        return None
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _uses(self, node: fx.Node) -> int:
+        return sum(other.op == "call_module" and other.target == node.target for other in self.graph.nodes)
+
+    def _node(self, node: fx.Node) -> None:
+        kinds = {self.kind[one] for one in node.all_input_nodes}
+        features = [one for one in node.all_input_nodes if self.kind[one] == "features"]
+        module = self._module(node)
+        if "tail" in kinds or node is self.head:
+            self.kind[node] = "tail"
+        elif isinstance(module, nn.Conv2d) and node.target not in self.skip:
+            self._conv(node, module)
+        elif not features:
+            self._plain(node, module)
+        else:
+            self._on_features(node, module, features)
+
+    def _plain(self, node: fx.Node, module: nn.Module | None) -> None:
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) and node.target not in self.skip:
+            raise ValueError(f"convert: {node.target!r} is a transposed convolution, expected nn.Conv2d (or skip it)")
+        self.kind[node] = "plain"
+
+    def _conv(self, node: fx.Node, conv: nn.Conv2d) -> None:
+        name = str(node.target)
+        if conv.groups != 1:
+            raise ValueError(f"convert: {name!r} is a convolution of {conv.groups} groups, expected 1 (or skip it)")
+        if self._uses(node) > 1:
+            raise ValueError(f"convert: {name!r} is used more than once, expected one place for each convolution")
+        norm, activation = self._followers(node)
+        self._replace(name, self._sfg(conv, norm, activation))
+        self.kind[node], self.stream[node] = "features", node
+
+    def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
+        layer = SFGConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+            conv.dilation, 1, conv.bias is not None, conv.padding_mode, tasks=tuple(self.tasks),  # type: ignore[arg-type]
+            norm=None if norm is None else "batch", activation=activation, device=conv.weight.device,
+            dtype=conv.weight.dtype, **self.options,
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        if norm is not None and layer.norm is not None:
+            copy_batch_norm(norm, layer.norm)
+        return layer
+
+    def _followers(self, node: fx.Node) -> tuple[nn.BatchNorm2d | None, Any]:
+        """The batch normalisation and the activation that read this convolution and nobody else does; they are taken
+        out of the graph."""
+        norm, activation = None, None
+        follower = _only_user(node)
+        found = None if follower is None else self._module(follower)
+        if follower is not None and isinstance(found, nn.BatchNorm2d) and self._uses(follower) == 1:
+            norm = found
+            self._take_out(follower, node)
+            follower = _only_user(node)
+        if follower is not None and (activation := self._activation(follower)) is not None:
+            self._take_out(follower, node)
+        return norm, activation
+
+    def _activation(self, node: fx.Node) -> Any:
+        module = self._module(node)
+        if isinstance(module, nn.ReLU):
+            return "relu"
+        if isinstance(module, nn.PReLU):
+            return module if module.num_parameters == 1 else None
+        if module is not None:
+            elementwise = type(module).__module__ == "torch.nn.modules.activation"
+            return copy.copy(module) if elementwise and not isinstance(module, _NOT_ELEMENTWISE) else None
+        if node.op != "call_function" or len(node.all_input_nodes) != 1:
+            return None
+        name = getattr(node.target, "__name__", "").removesuffix("_")
+        if name == "relu":
+            return "relu"
+        if name in _ACTIVATIONS:
+            kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
+            return functools.partial(_elementwise, name=name, args=tuple(node.args[1:]), kwargs=kwargs)
+        return None
+
+    def _take_out(self, node: fx.Node, before: fx.Node) -> None:
+        node.replace_all_uses_with(before)
+        self.graph.erase_node(node)
+        self.kind[node] = "gone"
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self.network.set_submodule(name, module)
+
+    def _on_features(self, node: fx.Node, module: nn.Module | None, features: list[fx.Node]) -> None:
+        name = getattr(node.target, "__name__", str(node.target))
+        self.kind[node], self.stream[node] = "features", self.stream[features[0]]
+        if isinstance(module, nn.BatchNorm2d):
+            norm = FeatureNorm(module.num_features, 1 + len(self.tasks), module.eps, module.momentum or 0.0,
+                               device=module.weight.device, dtype=module.weight.dtype)  # fmt: skip
+            copy_batch_norm(module, norm.norm)
+            self._replace(str(node.target), norm)
+        elif isinstance(module, _NORMS):
+            raise ValueError(
+                f"convert: {node.target!r} is {type(module).__name__}, which would give values to channels that the "
+                "grouping zeroes, expected nn.BatchNorm2d"
+            )
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            raise ValueError(
+                f"convert: {node.target!r} ({type(module).__name__}) reads features of SFG layers and would mix what "
+                "belongs to different tasks: only nn.Conv2d becomes an SFG layer, and only what stands before all of "
+                "them can be skipped"
+            )
+        elif module is not None and _pads_channels(module):
+            self._channel_pad(node, module)
+        elif name in _ADD:
+            self._add(node, features)
+        elif name in ("cat", "concat", "concatenate"):
+            if len(features) < len(node.all_input_nodes):
+                raise ValueError("convert: features of SFG layers are concatenated with something else")
+            self.stream[node] = node
+        elif not (_acts_on_channels(module) if module is not None else node.target in CHANNELWISE):
+            del self.stream[node]
+            self.kind[node] = "tail"
+
+    def _channel_pad(self, node: fx.Node, module: Any) -> None:
+        """A shortcut to more channels is an SFG layer of 1x1 kernels: zeros and ones, or the projection."""
+        if module.project is not None:
+            conv = module.project
+        elif module.pad is not None:
+            before = module.pad[-4]
+            width = self._width(node.all_input_nodes[0])
+            conv = nn.Conv2d(width, before + width + module.pad[-3], 1, bias=False)
+            nn.init.zeros_(conv.weight)
+            conv.weight.data[before : before + width, :, 0, 0] = torch.eye(width)
+        else:
+            self._replace(str(node.target), nn.Identity())
+            return
+        self._replace(str(node.target), self._sfg(conv, None, None))
+        self.stream[node] = node
+
+    def _width(self, node: fx.Node) -> int:
+        return self.network.get_submodule(str(self.stream[node].target)).out_channels  # type: ignore[return-value]
+
+    def _add(self, node: fx.Node, features: list[fx.Node]) -> None:
+        if len(features) == 1 and node.args[0] is not node.args[1]:
+            raise ValueError(f"convert: {node.name!r} adds features of SFG layers and something else")
+        if node.kwargs.get("alpha", 1) != 1:
+            raise ValueError(f"convert: {node.name!r} adds {node.kwargs['alpha']} times, expected a plain sum")
+        node.target, node.args, node.kwargs = operator.add, node.args[:2], {}  # not in place
+        first, *rest = (self._owner(self.stream[one]) for one in features)
+        for other in rest:
+            if first.op != "call_module" or other.op != "call_module":
+                raise ValueError(f"convert: {node.name!r} adds concatenated features, whose groupings differ")
+            if other is not first:
+                self.same[other] = first
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        while node in self.same:
+            node = self.same[node]
+        return node
+
+    def _share_groupings(self) -> None:
+        """Convolutions whose outputs are added share the grouping of the first of them, and its draw."""
+        order = {node: number for number, node in enumerate(self.graph.nodes)}
+        classes: dict[fx.Node, list[fx.Node]] = {}
+        for node in {node for pair in self.same.items() for node in pair}:
+            classes.setdefault(self._owner(node), []).append(node)
+        for members in classes.values():
+            owner, *others = sorted(members, key=order.__getitem__)
+            with self.graph.inserting_after(owner):
+                groups = self.graph.call_function(getattr, (owner, "groups"))
+            for node in others:
+                self._module(node).share_grouping(self._module(owner))  # type: ignore[union-attr, operator]
+                node.kwargs = {**node.kwargs, "groups": groups}
+
+    def _tails(self, output: fx.Node) -> None:
+        """The nodes of the tail, once for each task, on what that task reads."""
+        tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
+        last = next((n for n in reversed(tail) if isinstance(self._module(n), nn.Conv2d | nn.Linear)), None)
+        results: dict[str, fx.Node] = {}
+        names: dict[str, dict[str, nn.Module]] = {}
+        with self.graph.inserting_before(output):
+            for task, size in self.tasks.items():
+                copies: dict[fx.Node, fx.Node] = {}
+
+                def read(node: fx.Node, task: str = task, copies: dict[fx.Node, fx.Node] = copies) -> fx.Node:
+                    if self.kind[node] == "features" and node not in copies:
+                        copies[node] = self.graph.call_method("merged", (node, task))
+                    return copies.get(node, node)
+
+                for node in tail:
+                    module = self._module(node)
+                    copies[node] = self.graph.node_copy(node, read)
+                    if module is not None:
+                        own = copy.deepcopy(module)
+                        if node is last and size is not None:
+                            own = _resized(own, size)
+                        names.setdefault(str(node.target), {})[task] = own
+                        copies[node].target = f"{node.target}.{task}"
+                results[task] = copies[output.args[0]]  # type: ignore[index]
+            for name, modules in names.items():
+                self._replace(name, nn.ModuleDict(modules))
+        output.args = (results,)
+        for node in reversed(tail):
+            self.graph.erase_node(node)
+
+
+_NOT_ELEMENTWISE = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
+
+
+def _elementwise(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _ACTIVATIONS[name](x, *args, **kwargs)
+
+
+def _acts_on_channels(module: nn.Module) -> bool:
+    kinds = ("activation", "pooling", "dropout", "upsampling", "padding", "linear")
+    folder = type(module).__module__.rpartition(".")[2]
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return False
+    return folder in kinds
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and len(users[0].all_input_nodes) == 1 else None
+
+
+def _resized(module: nn.Module, size: int) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        if module.out_features == size:
+            return module
+        return nn.Linear(module.in_features, size, module.bias is not None).to(module.weight)
+    assert isinstance(module, nn.Conv2d)
+    if module.out_channels == size:
+        return module
+    return nn.Conv2d(
+        module.in_channels, size, module.kernel_size, module.stride, module.padding, module.dilation,  # type: ignore[arg-type]
+        bias=module.bias is not None, padding_mode=module.padding_mode,
+    ).to(module.weight)  # fmt: skip
+
+
+@torch.no_grad()
+def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
+    """Scale and shift, and the running statistics as every kernel's pooled ones: each group starts its own with its
+    first draw."""
+    to.eps, to.momentum = norm.eps, norm.momentum or 0.0
+    if norm.affine:
+        to.weight.copy_(norm.weight)
+        to.bias.copy_(norm.bias)
+    else:
+        to.requires_grad_(False)
+    if norm.running_mean is not None and norm.running_var is not None:
+        to.pooled_mean.copy_(norm.running_mean)
+        to.pooled_var.copy_(norm.running_var)
+
+
+def _check_equal(converted: nn.Module, example: Tensor, expected: Tensor, tasks: Mapping[str, int | None]) -> None:
+    """With all kernels shared every task's output is what the module gave."""
+    layers = list(sfg_layers(converted).values())
+    converted.eval()
+    for layer in layers:
+        layer.assign(torch.zeros(layer.out_channels, dtype=torch.int64))
+    with torch.no_grad():
+        found: dict[str, Tensor] = converted(example)
+    for layer in layers:
+        layer.assign(None)
+    for task, size in tasks.items():
+        if size is None and not torch.allclose(found[task], expected, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "convert: with all kernels shared the outputs differ from the module's, so it does something that was "
+                f"not seen (largest difference {(found[task] - expected).abs().max():.3g})"
+            )
