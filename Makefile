@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all test-cpp test-sanitize lint bench static-report clean
+.PHONY: docs install demo test test-all test-cpp test-sanitize lint bench static-report clean
 
 install: $(STAMP)
 
@@ -49,6 +49,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
 	$(BIN)/python -m benchmarks.bench_reference
 	$(BIN)/python -m benchmarks.bench_chain
+
+# build/docs/index.html; every warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # What the compilers make of the Triton kernels, for GPUs that need not be there: about 20 minutes.
 static-report: $(STAMP)

@@ -1,8 +1,11 @@
-"""The README's example runs as it stands, and the commands it names exist."""
+"""Every Python block of README and docs runs as it stands, and the commands they name exist."""
 
 import re
 from pathlib import Path
 
+import pytest
+
+DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
 README = (Path(__file__).parent.parent / "README.md").read_text()
 MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text()
 
@@ -10,18 +13,38 @@ MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text()
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
-    for block in blocks:
+    for number, block in enumerate(blocks):
         names = {}
         exec(block, names)
+        if number:
+            assert names["plain"](names["torch"].randn(1, 1, 64, 64))["ct"].shape == (1, 1, 64, 64)
+            continue
         assert names["first"].logits.grad.abs().sum() > 0
         assert names["ct_only"].shape == (4, 16, 64, 64)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
+def test_documentation_blocks_run(page):
+    """One after the other, as a reader would type them."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
+def test_files_that_the_documentation_names_exist(page):
+    root = Path(__file__).parent.parent
+    for name in re.findall(r"`((?:sfg_fast|tests|benchmarks|kernels|examples)/[\w/.]+)`", page.read_text()):
+        assert (root / name).exists(), name
+    for name in re.findall(r"!\[.*?\]\(([\w.]+)\)", page.read_text()):
+        assert (root / "docs" / name).stat().st_size > 10_000
 
 
 def test_commands_exist():
     from sfg_fast import cli
 
     commands = set(re.findall(r"^sfg-fast (\w+)", README, re.MULTILINE))
-    assert commands == {"preprocess", "train", "predict", "evaluate", "report"}
+    assert commands == {"preprocess", "train", "predict", "evaluate", "report", "freeze"}
     assert all(callable(getattr(cli, name)) for name in commands)
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)

@@ -35,7 +35,10 @@ class SFGConv2d(reference.SFGConv2d):
         estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 
     Attributes:
-        weight [K, C, kH, kW], bias [K] or None, logits [K, T+1], temperature (0-dim), norm, every (see `GroupGates`).
+        weight: [K, C, kH, kW].
+        bias: [K] or None.
+        norm: a `KernelNorm` or None.
+        logits: [K, T+1], temperature: 0-dim, every: see `GroupGates`.
 
     Raises:
         ValueError: for arguments that can't be (groups other than 1, unknown names), at construction.

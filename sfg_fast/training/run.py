@@ -71,7 +71,7 @@ def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
             "network": NetworkConfig(**saved["network"]),
             "objective": ObjectiveConfig(**saved["objective"]),
             "schedule": ScheduleConfig(**saved["schedule"]),
-            "transfer": TransferConfig(**saved["transfer"]),
+            "transfer": TransferConfig(**saved.get("transfer", {})),
         }
         return TrainConfig(**{**saved, **parts})
     except (KeyError, TypeError) as error:
