@@ -49,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
 	$(BIN)/python -m benchmarks.bench_reference
 	$(BIN)/python -m benchmarks.bench_chain
+	$(BIN)/python -m benchmarks.bench_freeze
 
 # build/docs/index.html; every warning is an error.
 docs: $(STAMP)
