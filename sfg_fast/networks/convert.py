@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from ..layers.conv import SFGConv2d
 from ..layers.feature_norm import FeatureNorm
 from ..norm import KernelNorm
 from ..plain_ops import CHANNELWISE
 from .controls import sfg_layers
+from .record import pads_channels, record
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -70,7 +69,7 @@ def convert(
     if example is None:
         example = first.weight.new_zeros(1, first.in_channels, 64, 64)
     network.eval()
-    graph, expected = _record(network, example)
+    graph, expected = record(network, example)
     _Conversion(network, graph, tasks, set(skip), options).run()
     converted = fx.GraphModule(network, graph)
     converted.graph.eliminate_dead_code()
@@ -81,95 +80,6 @@ def convert(
         child.train(training)
     converted.train(module.training)
     return converted
-
-
-# --- what the network does -------------------------------------------------------------------------------------------
-
-
-class _Tape(TorchFunctionMode):
-    """Writes down which modules and functions make the output of the image, as a graph."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.graph, self.inside, self.known = fx.Graph(), 0, {}  # type: ignore[var-annotated]
-        self.kept: list[Any] = []  # so that no id is given twice
-        self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
-
-    def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
-        if not any(isinstance(leaf, Tensor) and id(leaf) in self.known for leaf in pytree.tree_leaves(arguments)):
-            return
-        if isinstance(out, Tensor):
-            self.tell(out, make(pytree.tree_map_only(Tensor, self.node, arguments)))
-        elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
-            whole = make(pytree.tree_map_only(Tensor, self.node, arguments))
-            for index, one in enumerate(out):
-                self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
-
-    def tell(self, tensor: Any, node: fx.Node) -> None:
-        self.known[id(tensor)] = node
-        self.kept.append(tensor)
-
-    def node(self, tensor: Tensor) -> Any:
-        if id(tensor) not in self.known:
-            name = self.attributes.get(id(tensor))
-            if name is None:
-                raise ValueError(f"convert: a tensor {tuple(tensor.shape)} made in the forward pass can't be recorded")
-            self.tell(tensor, self.graph.get_attr(name))
-        return self.known[id(tensor)]
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = (args, dict(kwargs or {}))
-        if self.inside:
-            return function(*args, **arguments[1])
-        out = function(*args, **arguments[1])
-        self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
-        return out
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (
-        type(module).__module__.startswith("torch.nn") or _pads_channels(module)
-    )
-
-
-def _pads_channels(module: nn.Module) -> bool:
-    """MONAI's ChannelPad: a shortcut to more channels."""
-    return type(module).__name__ == "ChannelPad"
-
-
-def _record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
-    tape = _Tape(network)
-    hooks = []
-    stack: list[Any] = []
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tape.inside += 1
-        known = any(isinstance(leaf, Tensor) and id(leaf) in tape.known for leaf in pytree.tree_leaves((args, kwargs)))
-        stack.append(pytree.tree_map_only(Tensor, tape.node, (args, kwargs)) if known and tape.inside == 1 else None)
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str) -> None:
-        tape.inside -= 1
-        nodes = stack.pop()
-        if nodes is not None and not tape.inside:
-            if not isinstance(out, Tensor):
-                raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
-            tape.tell(out, tape.graph.call_module(name, *nodes))
-
-    for name, child in network.named_modules():
-        if name and _is_leaf(child):
-            hooks.append(child.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.append(child.register_forward_hook(functools.partial(leave, name=name), with_kwargs=True))
-    tape.tell(example, tape.graph.placeholder("x"))
-    try:
-        with torch.no_grad(), tape:
-            out = network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(out, Tensor) or id(out) not in tape.known:
-        raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
-    tape.graph.output(tape.known[id(out)])
-    return tape.graph, out
 
 
 # --- what becomes of it ----------------------------------------------------------------------------------------------
@@ -319,7 +229,7 @@ class _Conversion:
                 "belongs to different tasks: only nn.Conv2d becomes an SFG layer, and only what stands before all of "
                 "them can be skipped"
             )
-        elif module is not None and _pads_channels(module):
+        elif module is not None and pads_channels(module):
             self._channel_pad(node, module)
         elif name in _ADD:
             self._add(node, features)
