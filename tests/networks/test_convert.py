@@ -1,6 +1,7 @@
 """Existing networks with SFG layers: the same numbers with everything shared, learnable and fast paths alike."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -180,6 +181,31 @@ def test_frozen(name):
         torch.testing.assert_close(alone(x), {"organs": net(x)["organs"]}, rtol=1e-8, atol=1e-8)
     assert not any(isinstance(module, SFGConv2d | FeatureNorm) for module in frozen.modules())
     assert sum(p.numel() for p in alone.parameters()) < sum(p.numel() for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+def test_copies_states_and_compiled_graphs(name):
+    net = convert(pretrained(name), TASKS, example=image(name))
+    x = image(name)
+    other = convert(pretrained(name, seed=1), TASKS, example=x)
+    other.load_state_dict(net.state_dict())
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net)), other]
+    expected = net.eval()(x)
+    for one in copies:
+        torch.testing.assert_close(one.eval()(x), expected)
+    net.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(copies[0].train(), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in (*net.modules(), *copies[0].modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        results = []
+        for call in (net, compiled):
+            torch.manual_seed(5)
+            results.append(call(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-8)
 
 
 def test_shortcuts_share_one_grouping():
