@@ -39,7 +39,7 @@ def prepare(batch: dict[str, Tensor], device: torch.device, non_blocking: bool, 
     return batch["mr"].to(device), {task: batch[task].to(device) for task in ("ct", "organs")}
 
 
-def main(epochs: int = 6) -> dict[str, float]:
+def main(epochs: int = 10) -> dict[str, float]:
     torch.manual_seed(0)
     plain = BasicUNet(2, 1, 2, features=(8, 8, 16, 16, 16, 8), norm=("batch", {}), upsample="nontrainable")
     network = convert(plain, {"ct": 1, "organs": 2})

@@ -40,6 +40,17 @@ def test_files_that_the_documentation_names_exist(page):
         assert (root / "docs" / name).stat().st_size > 10_000
 
 
+def test_messages_that_the_documentation_explains_are_there():
+    root = Path(__file__).parent.parent
+    source = " ".join(path.read_text() for path in (root / "sfg_fast").rglob("*.py"))
+    source = re.sub(r'"\s+f?"', "", source)  # parts of one string
+    rows = re.findall(r"^\| `(.*?)`", (root / "docs/errors.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 12
+    for row in rows:
+        for part in row.split("..."):
+            assert part.strip() in source, row
+
+
 def test_commands_exist():
     from sfg_fast import cli
 
