@@ -34,10 +34,13 @@ Every module says of itself:
     MEMORY_FORMAT    of the images that it returns; None: that of x
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
                      relu=y, the output of the ReLU that dy has yet to go back through
-    FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None) -> dx, dz:
-                     what the features dx belongs to contribute to the gradient of their gates, [1,columns], the gates
-                     of the groups drawn; with their recipe also the others', [G,columns] in all. dothers is never
-                     stored. Stride 1 only.
+    FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None, own=True)
+                     -> dx, dz: what the features dx belongs to contribute to the gradient of their gates, [1,columns],
+                     the gates of the groups drawn (not `own`: zeros); with their recipe also the others', [G,columns]
+                     in all. dothers is never stored. Stride 1 only.
+    NORMALISES       normalise(u, weight, bias, eps, relu, residual | None) -> y, mean, var: batch normalisation, ReLU
+                     and the sum with the residual in one go; var is the biased one. normalise_gradient(dy, u, weight,
+                     bias, mean, var, eps, relu) -> du, dweight, dbias
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
                      them is computed once and added to all outputs that read it
 """

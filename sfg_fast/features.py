@@ -75,14 +75,17 @@ class SFGFeatures:
         """A shortcut. Both must be of one draw: a packed tensor can't hold a kernel in two groups."""
         if not isinstance(other, SFGFeatures):
             return NotImplemented
-        if self.routing is not other.routing or not self.groups.same_as(other.groups):
+        self.check_same_draw(other.groups, other.routing)
+        others = joined_others(self.others, other.others)
+        return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
+
+    def check_same_draw(self, groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
+        """Raises ValueError unless features of these groups can be added."""
+        if self.routing is not routing or not self.groups.same_as(groups):
             raise ValueError(
                 "features of different groupings can't be added: let both convolutions share one draw "
-                f"(conv(x, groups=features.groups)); got {self.groups} and {other.groups}"
+                f"(conv(x, groups=features.groups)); got {self.groups} and {groups}"
             )
-        inputs = [features.others for features in (self, other) if features.others is not None]
-        others = no_memory(inputs[0].shape, self.dtype, *inputs) if inputs else None
-        return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
 
     def __mul__(self, factor: float) -> SFGFeatures:
         """Times a number."""
@@ -187,6 +190,12 @@ class _NoMemory(torch.autograd.Function):
 
 def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
     return _NoMemory.apply(tuple(shape), dtype, device, *inputs)
+
+
+def joined_others(*parts: Tensor | None) -> Tensor | None:
+    """The others of a sum."""
+    inputs = [part for part in parts if part is not None]
+    return no_memory(inputs[0].shape, inputs[0].dtype, *inputs) if inputs else None
 
 
 class _JoinedOthers(torch.autograd.Function):

@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
 
+from . import backends
 from .groups import FilterGroups
 
 
@@ -23,8 +25,10 @@ class KernelNorm(nn.Module):
 
     Only drawn pairs are updated. A pair that was never drawn falls back to its kernel's pooled statistics.
     A pair's rate of update is max(1/n, momentum), n its number of draws: a rarely drawn pair starts from its first
-    draw.
+    draw. `synchronised`: batch statistics over all processes (see `synchronise`).
     """
+
+    synchronised = False
 
     running_mean: Tensor
     running_var: Tensor
@@ -43,6 +47,24 @@ class KernelNorm(nn.Module):
         self.register_buffer("pooled_mean", torch.zeros(kernels, **factory))
         self.register_buffer("pooled_var", torch.ones(kernels, **factory))
 
+    def does_all(self, rows: Tensor, groups: FilterGroups) -> bool:
+        """Can `normalise_and_gate` take these rows?"""
+        return self.training and not groups.full and not self.synchronised and in_one_go(rows) is not None
+
+    def normalise_and_gate(
+        self, rows: Tensor, groups: FilterGroups, relu: bool, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
+        which are one but want a gradient. Scale and shift as `forward`."""
+        assert groups.gates is not None
+        own = groups.gates[groups.order, groups.ids].to(rows.dtype) if groups.gates.requires_grad else None
+        parameters = self.weight[groups.order].to(rows.dtype), self.bias[groups.order].to(rows.dtype)
+        out, mean, var = _BatchNorm.apply(rows, *parameters, own, residual, self.eps, relu, in_one_go(rows))
+        with torch.no_grad():
+            statistics = mean[groups.inverse], var[groups.inverse]
+            scale, shift = self.batch_affine(*statistics, _count(rows), groups.assignment)  # type: ignore[arg-type]
+        return out, scale.expand(len(groups.names), -1), shift.expand(len(groups.names), -1)
+
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise rows [N, R, H, W] that are all live.
 
@@ -60,6 +82,11 @@ class KernelNorm(nn.Module):
             scale, shift = self.batch_affine(mean, var, _count(rows), groups.assignment)
             out = rows * _channels(scale.repeat(len(groups.names)), rows)
             out = out + _channels(shift.repeat(len(groups.names)), rows)
+        elif self.synchronised:
+            var, mean = torch.var_mean(rows, (0, 2, 3), correction=0)
+            inverse = groups.inverse
+            scale, shift = self.batch_affine(mean[inverse], var[inverse], _count(rows), groups.assignment)
+            out = rows * _channels(scale[groups.order], rows) + _channels(shift[groups.order], rows)
         else:
             mean, var = self.running_mean.new_zeros(groups.width), self.running_mean.new_zeros(groups.width)
             out = nn.functional.batch_norm(  # with rate 1 the "running" statistics it writes are this batch's own
@@ -77,6 +104,8 @@ class KernelNorm(nn.Module):
 
         `count` is the number of values behind each statistic, `assignment` [K] the drawn group.
         """
+        if self.synchronised:
+            mean, var, count = _over_processes(mean, var, count)
         if count < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel, got one")
         self._update(mean.detach(), var.detach() * (count / max(count - 1, 1)), assignment)
@@ -119,6 +148,121 @@ class KernelNorm(nn.Module):
     def extra_repr(self) -> str:
         groups, kernels = self.running_mean.shape
         return f"{kernels} kernels, {groups} groups, eps={self.eps}, momentum={self.momentum}"
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of all processes, also on the CPU, where torch's SyncBatchNorm does not
+    go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        mean, var, count = _over_processes(mean, var, _count(x))
+        with torch.no_grad():
+            _keep_statistics(self, mean, var, count)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * _channels(scale, x) + _channels(self.bias - mean * scale, x)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """gates * act(norm(rows)) + residual with batch statistics, by kernels that do it in one go; with mean and (biased)
+    variance. Gates [rows], if there are any, are one.
+
+    Their gradient comes for free: <dout, act(norm(rows))> = weight * dweight + bias * dbias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gates: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+        kernels: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, var = kernels.normalise(rows, weight, bias, eps, relu, residual)
+        ctx.save_for_backward(rows, weight, bias, mean, var)
+        ctx.eps, ctx.relu, ctx.kernels = eps, relu, kernels
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return out, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> Any:
+        if dout is None:
+            return (None,) * 8
+        rows, weight, bias, *moments = ctx.saved_tensors
+        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, rows, weight, bias, *moments, ctx.eps, ctx.relu)
+        dgates = weight * dweight + bias * dbias if ctx.needs_input_grad[3] else None
+        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def in_one_go(x: Tensor) -> Any:
+    """The kernels that normalise and activate a tensor like x in one go, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    kernels, dtype = backends.kernels(x)
+    return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None
+
+
+def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """relu(norm(x))."""
+    kernels = in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
+    if kernels is None:
+        return nn.functional.relu(norm(x))
+    parameters = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    out, mean, var = _BatchNorm.apply(x, *parameters, None, None, norm.eps, True, kernels)
+    with torch.no_grad():
+        _keep_statistics(norm, mean, var, _count(x))
+    return out
+
+
+def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """The running statistics go towards those of a batch; var is the biased one."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), rate)
+    norm.running_var.lerp_((var * (count / max(count - 1, 1))).to(norm.running_var.dtype), rate)
+
+
+def synchronise(model: nn.Module) -> None:
+    """From now on every batch norm of the model takes its batch statistics over all processes of torch.distributed.
+    They must draw the same assignments, and have batches of the same size."""
+    for module in model.modules():
+        if isinstance(module, KernelNorm):
+            module.synchronised = True
+        elif type(module) is nn.BatchNorm2d:
+            module.__class__ = SynchronisedBatchNorm2d
+
+
+def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """Mean and (biased) variance of all processes' values from those of each; differentiable."""
+    processes = distributed.get_world_size()
+    whole = _Sum.apply(mean / processes)
+    return whole, _Sum.apply((var + (mean - whole).square()) / processes), count * processes
+
+
+class _Sum(torch.autograd.Function):
+    """Over all processes. Each one's loss depends on the sum, so the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, here: Tensor) -> Tensor:
+        total = here.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
 
 
 def _count(rows: Tensor) -> int:

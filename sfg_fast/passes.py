@@ -34,7 +34,6 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Kept]:
     """Returns u (`relu`: relu(u)), with `keep` what the gates of the others need besides x, and what is kept."""
-    fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
     kept = prepare(weight, bias, kernels, spec, x.dtype)
     fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
     return *kernels.forward(x, kept.packed, spec, **fused, keep=keep), kept

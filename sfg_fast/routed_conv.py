@@ -95,6 +95,7 @@ class Producer(NamedTuple):
     scale: Tensor | None  # [T, rows]
     shift: Tensor | None
     relu: bool
+    own: bool  # do the gates of the drawn groups still want their gradient?
 
 
 def routed_conv_kept(
@@ -231,8 +232,8 @@ class _RoutedConv(torch.autograd.Function):
             recipe = None
             if producer.others is not None:
                 recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.relu)
-            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, relu=passed)
-            dz = producer.groups.by_kernel(dz[0], dz[1:] if recipe else None, gates)
+            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, relu=passed, own=producer.own)
+            dz = producer.groups.by_kernel(dz[0] if producer.own else None, dz[1:] if recipe else None, gates)
             _, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, [False, *wants])
         else:
             asked = [wants_x or wants_others, *wants]

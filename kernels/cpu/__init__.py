@@ -20,6 +20,7 @@ __all__ = [
     "FUSES",
     "FUSES_GATES",
     "MEMORY_FORMAT",
+    "NORMALISES",
     "SHARES_PRODUCTS",
     "cannot",
     "forward",
@@ -27,12 +28,14 @@ __all__ = [
     "input_and_gate_gradient",
     "input_gradient",
     "missing",
+    "normalise",
+    "normalise_gradient",
     "pack",
     "sample",
     "weight_gradient",
 ]
 
-FUSES, FUSES_GATES, SHARES_PRODUCTS = True, True, False
+FUSES, FUSES_GATES, SHARES_PRODUCTS, NORMALISES = True, True, False, True
 MEMORY_FORMAT = torch.contiguous_format
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
@@ -98,6 +101,7 @@ def input_and_gate_gradient(
     features: Tensor,
     recipe: Recipe | None,
     relu: Tensor | None = None,
+    own: bool = True,
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(features, memory_format=torch.contiguous_format)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
@@ -108,7 +112,7 @@ def input_and_gate_gradient(
         _plain(packed.weight),
         to_dlpack(dx),
         None,
-        _plain(features),
+        _plain(features) if own else None,
         made,
         to_dlpack(dz),
     )
@@ -137,6 +141,26 @@ def weight_gradient(
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db)
     _native.weight_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
     return unpack(dw, spec.rows, spec.columns), None if db is None else unpack_dim(db, 0, spec.rows)
+
+
+def normalise(
+    u: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, var = torch.empty_like(u, memory_format=MEMORY_FORMAT), torch.empty_like(weight), torch.empty_like(weight)
+    arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(residual)
+    _native.normalise(*arrays, eps, relu, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads())
+    return y, mean, var
+
+
+def normalise_gradient(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    du = torch.empty_like(u, memory_format=MEMORY_FORMAT)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    arrays = (_plain(tensor) for tensor in (dy, u, weight, bias, mean, var))
+    gradients = (to_dlpack(tensor) for tensor in (du, dweight, dbias))
+    _native.normalise_gradient(*arrays, eps, relu, *gradients, torch.get_num_threads())
+    return du, dweight, dbias
 
 
 def _arguments(recipe: Recipe, size: Sequence[int]) -> tuple[Any, ...]:

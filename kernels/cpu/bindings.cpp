@@ -152,7 +152,7 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
     const Blocks b = blocks(rows, columns, reads, p);
     T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
     const T* features = data(live, {p.n, p.c, p.h, p.w}, "the features don't fit the gradient");
-    require(bool(dz) == bool(live), "the gates' gradient needs the features");
+    require(bool(dz) == (live || recipe), "the gates' gradient needs the features or their producer");
     std::optional<sfg::Producer<T>> made;
     if (recipe) {
         made = producer(*recipe);
@@ -201,6 +201,41 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
 }
 
 template <typename T>
+using Vector = Array<T, 1>;
+
+template <typename T>
+void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, Optional<T> residual, double eps,
+               bool relu, Tensor<T> y, Vector<T> mean, Vector<T> var, int threads) {
+    const int64_t n = u.shape(0), c = u.shape(1), h = u.shape(2), w = u.shape(3);
+    const T* add = data(residual, {n, c, h, w}, "the residual does not fit the output");
+    T* to = data(std::optional(y), {n, c, h, w}, "the output does not fit the input");
+    for (const int64_t size : {weight.shape(0), bias.shape(0), mean.shape(0), var.shape(0)})
+        require(size == c, "a parameter or statistic does not fit the channels");
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
+    const nb::gil_scoped_release released;
+    sfg::normalise<T>(inner, u.data(), weight.data(), bias.data(), add, T(eps), relu, to, mean.data(), var.data(), n, c,
+                      h * w, threads);
+}
+
+template <typename T>
+void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> weight, Vector<const T> bias,
+                        Vector<const T> mean, Vector<const T> var, double eps, bool relu, Tensor<T> du,
+                        Vector<T> dweight, Vector<T> dbias, int threads) {
+    const int64_t n = u.shape(0), c = u.shape(1), h = u.shape(2), w = u.shape(3);
+    const T* from = data(std::optional(dy), {n, c, h, w}, "the gradient does not fit the input");
+    T* to = data(std::optional(du), {n, c, h, w}, "the gradient does not fit the input");
+    for (const int64_t size :
+         {weight.shape(0), bias.shape(0), mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
+        require(size == c, "a parameter or statistic does not fit the channels");
+    const sfg::InnerLoops<T>& inner = loops<T>();
+    require(threads >= 1, "threads must be at least 1");
+    const nb::gil_scoped_release released;
+    sfg::normalise_gradient<T>(inner, from, u.data(), weight.data(), bias.data(), mean.data(), var.data(), T(eps), relu,
+                               to, dweight.data(), dbias.data(), n, c, h * w, threads);
+}
+
+template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
           "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a,
@@ -213,6 +248,12 @@ void define(nb::module_& m) {
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a);
+    m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(),
+          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "y"_a.noconvert(), "mean"_a.noconvert(),
+          "var"_a.noconvert(), "threads"_a);
+    m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
+          "bias"_a.noconvert(), "mean"_a.noconvert(), "var"_a.noconvert(), "eps"_a, "relu"_a, "du"_a.noconvert(),
+          "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a);
 }
 
 }  // namespace

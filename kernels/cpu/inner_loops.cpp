@@ -416,14 +416,105 @@ void add(T* to, const T* from, int64_t count) {
     for (; j < count; j++) to[j] += from[j];
 }
 
+// ------------------------------------------------------------------------------------------------------- normalisation
+
+template <typename T>
+T squares(const T* values, int64_t count, T mean) {
+    constexpr int L = LANES<T>;
+    const Vector<T> centre = broadcast(mean);
+    Vector<T> sums[4] = {};
+    T rest = 0;
+    int64_t j = 0;
+    for (; j + 4 * L <= count; j += 4 * L)
+        for (int i = 0; i < 4; i++) {
+            const Vector<T> d = load(values + j + i * L) - centre;
+            sums[i] += d * d;
+        }
+    for (; j < count; j++) rest += (values[j] - mean) * (values[j] - mean);
+    sums[0] += sums[1] + sums[2] + sums[3];
+    add_sums<T, 1>(sums, &rest);
+    return rest;
+}
+
+template <typename T>
+void affine(const AffineTile<T>& t) {
+    const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
+    int64_t j = 0;
+    for (; j + LANES<T> <= t.count; j += LANES<T>) {
+        Vector<T> y = load(t.u + j) * scale + shift;
+        if (t.relu) y = y < none ? none : y;
+        if (t.residual) y += load(t.residual + j);
+        store<T>(t.y + j, y);
+    }
+    for (; j < t.count; j++) {
+        T y = t.u[j] * t.scale + t.shift;
+        if (t.relu && y < 0) y = 0;
+        t.y[j] = t.residual ? y + t.residual[j] : y;
+    }
+}
+
+template <typename T>
+SFG_INLINE Vector<T> passed(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
+    const Vector<T> none{}, dy = load(t.dy + j);
+    return t.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? none : dy) : dy;
+}
+
+template <typename T>
+SFG_INLINE T passed(const AffineGradient<T>& t, int64_t j) {
+    return t.relu && t.u[j] * t.scale + t.shift <= 0 ? T(0) : t.dy[j];
+}
+
+template <typename T>
+void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
+    constexpr int L = LANES<T>;
+    const Vector<T> centre = broadcast(mean);
+    Vector<T> plain[2] = {}, moments[2] = {};
+    int64_t j = 0;
+    for (; j + 2 * L <= t.count; j += 2 * L)
+        for (int i = 0; i < 2; i++) {
+            const Vector<T> u = load(t.u + j + i * L), g = passed(t, j + i * L, u);
+            plain[i] += g;
+            moments[i] += g * (u - centre);
+        }
+    T rest[2] = {0, 0};
+    for (; j < t.count; j++) {
+        const T g = passed(t, j);
+        rest[0] += g, rest[1] += g * (t.u[j] - mean);
+    }
+    plain[0] += plain[1], moments[0] += moments[1];
+    add_sums<T, 1>(plain, rest), add_sums<T, 1>(moments, rest + 1);
+    sums[0] = rest[0], sums[1] = rest[1];
+}
+
+template <typename T>
+void affine_gradient(const AffineGradient<T>& t, T slope, T offset, T* du) {
+    const Vector<T> scale = broadcast(t.scale), slopes = broadcast(slope), offsets = broadcast(offset);
+    int64_t j = 0;
+    for (; j + LANES<T> <= t.count; j += LANES<T>) {
+        const Vector<T> u = load(t.u + j);
+        store<T>(du + j, scale * passed(t, j, u) + (slopes * u + offsets));
+    }
+    for (; j < t.count; j++) du[j] = t.scale * passed(t, j) + (slope * t.u[j] + offset);
+}
+
 constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS == 32 ? 8 : 4;
 
 }  // namespace
 
-#define SFG_LOOPS(T)                                                                                             \
-    extern const InnerLoops<T> loops_##T = {                                                                     \
-        LANES<T>, OUTPUTS, GRADIENT_OUTPUTS, copy<T>, output<T, OUTPUTS>, gradient<T, GRADIENT_OUTPUTS>, sum<T>, \
-        gates<T>, add<T>};
+#define SFG_LOOPS(T)                                                       \
+    extern const InnerLoops<T> loops_##T = {LANES<T>,                      \
+                                            OUTPUTS,                       \
+                                            GRADIENT_OUTPUTS,              \
+                                            copy<T>,                       \
+                                            output<T, OUTPUTS>,            \
+                                            gradient<T, GRADIENT_OUTPUTS>, \
+                                            sum<T>,                        \
+                                            gates<T>,                      \
+                                            add<T>,                        \
+                                            squares<T>,                    \
+                                            affine<T>,                     \
+                                            affine_sums<T>,                \
+                                            affine_gradient<T>};
 SFG_LOOPS(float)
 SFG_LOOPS(double)
 

@@ -92,6 +92,25 @@ struct GateTile {
     T* sums;
 };
 
+// y = act(scale * u + shift) + residual, for a channel of an image.
+template <typename T>
+struct AffineTile {
+    const T *u, *residual;  // residual: or null
+    T scale, shift;
+    bool relu;
+    int64_t count;
+    T* y;
+};
+
+// The way back: g is dy where scale * u + shift passes the ReLU, otherwise 0.
+template <typename T>
+struct AffineGradient {
+    const T *u, *dy;
+    T scale, shift;
+    bool relu;
+    int64_t count;
+};
+
 template <typename T>
 struct InnerLoops {
     int64_t lanes;             // numbers in a vector
@@ -102,7 +121,11 @@ struct InnerLoops {
     void (*gradient)(const GradientTile<T>&);
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum
     void (*gates)(const GateTile<T>&);
-    void (*add)(T* to, const T* from, int64_t count);  // to += from
+    void (*add)(T* to, const T* from, int64_t count);      // to += from
+    T (*squares)(const T* values, int64_t count, T mean);  // sum of (value - mean)^2
+    void (*affine)(const AffineTile<T>&);
+    void (*affine_sums)(const AffineGradient<T>&, T mean, T* sums);               // sums of g and g * (u - mean)
+    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, T* du);  // du = scale * g + slope * u + offset
 };
 
 #define SFG_DECLARE(isa)                          \

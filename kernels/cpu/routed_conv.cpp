@@ -170,7 +170,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
     const auto of_live = [&](const Work<T>& work, const T* df) {
         const int64_t at = work.at(p.c, work.tile().first);
         work.place(df, dx + at, nullptr);
-        if (dz) gate(work, 0, df, live + at, task.out_plane, work.line(), false);
+        if (live) gate(work, 0, df, live + at, task.out_plane, work.line(), false);
     };
 
     if (!last)
@@ -179,13 +179,13 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                             const std::vector<Range>& reads = work.tile().reads;
                             const OutputTile<T> sum =
                                 work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
-                            if (!dz)
+                            if (!live)
                                 return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr,
                                               work.aside(0));
                             loops.output(sum);
                             of_live(work, work.aside(0));
                         }),
-               add_up(found, items, gates, dz);
+               dz ? add_up(found, items, gates, dz) : void();
 
     const auto of_all_groups = [&](const Work<T>& work) {
         const Tile& tile = work.tile();

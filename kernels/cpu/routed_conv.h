@@ -43,8 +43,8 @@ struct Producer {
 // dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
 // others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
 // group that is not its own, in the order 1, 2, .., 0.
-// dz: null, or the inner products of dx with the features `live` [n][c][h][w] to which it belongs, [1][c]. With their
-// producer: also of what would go to others with what these would be, [groups_in][c] in all.
+// dz: null, or the inner products of dx with the features `live` [n][c][h][w] to which it belongs, [1][c] (0 if these
+// are null). With their producer: also of what would go to others with what these would be, [groups_in][c] in all.
 template <typename T>
 void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const T* live,
                     const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
@@ -59,6 +59,18 @@ void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz,
 template <typename T>
 void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);
+
+// Batch normalisation of u [n][c][plane]: y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the
+// mean and the (biased) variance of each channel, which are also returned. residual: or null.
+template <typename T>
+void normalise(const InnerLoops<T>&, const T* u, const T* weight, const T* bias, const T* residual, T eps, bool relu,
+               T* y, T* mean, T* var, int64_t n, int64_t c, int64_t plane, int threads);
+
+// Its gradients du, dweight, dbias; that of the residual is dy.
+template <typename T>
+void normalise_gradient(const InnerLoops<T>&, const T* dy, const T* u, const T* weight, const T* bias, const T* mean,
+                        const T* var, T eps, bool relu, T* du, T* dweight, T* dbias, int64_t n, int64_t c,
+                        int64_t plane, int threads);
 
 // Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
 const char* const* instruction_sets();

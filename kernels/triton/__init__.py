@@ -24,6 +24,7 @@ from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
 FUSES = SHARES_PRODUCTS = True
+NORMALISES = False
 FUSES_GATES = False
 MEMORY_FORMAT = torch.channels_last
 INTERPRETED = triton.knobs.runtime.interpret

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
-from ..features import SFGFeatures
+from ..features import SFGFeatures, joined_others
 from ..groups import FilterGroups, Routing
 from ..kernels import masked
 from ..kernels.masked import channel_dots
@@ -48,6 +48,7 @@ class SFGConv2d(reference.SFGConv2d):
         self,
         x: Tensor | Features | Sequence[Tensor],
         groups: FilterGroups | None = None,
+        residual: Features | None = None,
     ) -> Features:
         """Convolve, normalise, activate, gate.
 
@@ -55,12 +56,14 @@ class SFGConv2d(reference.SFGConv2d):
             x: an image [N, C, H, W] that every group reads; or features of an SFG layer; or T+1 dense tensors
                 [N, C, H, W], shared first, which are merged by summation as features are.
             groups: a draw to use instead of a new one (shortcuts need one grouping: `conv(x, groups=features.groups)`).
+            residual: features of the same draw; F + residual is returned, with less to do than by adding afterwards.
 
         Returns:
             `SFGFeatures`; under `backend("reference")` the T+1 dense tensors with the same interface.
         """
         if backends.current() == "reference":
-            return super().forward(x, groups)  # type: ignore[arg-type]
+            dense = super().forward(x, groups)  # type: ignore[arg-type]
+            return dense if residual is None else residual + dense  # type: ignore[operator]
         image = isinstance(x, Tensor)
         features = _image(x) if isinstance(x, Tensor) else self._features(x)
         self._check_channels(features)
@@ -78,7 +81,36 @@ class SFGConv2d(reference.SFGConv2d):
             u, others = routed_conv_kept(*arguments, **source)
         else:
             u = routed_conv(*arguments, **source)
-        return self._epilogue(u, groups, relu, others)
+        if self.norm is not None and self.activation in (None, "relu") and self.norm.does_all(u, groups):
+            return self._normalised(u, groups, others, residual)
+        features = self._epilogue(u, groups, relu, others)
+        return features if residual is None else residual + features  # type: ignore[operator]
+
+    def _normalised(
+        self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None
+    ) -> SFGFeatures:
+        """Norm, activation, gate and shortcut in one go."""
+        assert self.norm is not None
+        add = None
+        if residual is not None:
+            if not isinstance(residual, SFGFeatures) or residual.dtype != u.dtype:
+                return residual + self._normalised(u, groups, others, None)  # type: ignore[operator,return-value]
+            residual.check_same_draw(groups)
+            add = residual.packed
+        relu = self.activation == "relu"
+        h, scale, shift = self.norm.normalise_and_gate(u, groups, relu, add)
+        without_memory = None if residual is None else residual.others
+        if others is None:
+            return SFGFeatures(h, groups, others=without_memory)
+        gates = groups.gates
+        assert gates is not None
+        scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
+        packed, own = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, False)
+        if residual is not None:
+            return SFGFeatures(packed, groups, others=joined_others(own, without_memory))
+        return SFGFeatures(
+            packed, groups, others=own, producer=Producer(h, gates, groups, others, scale, shift, relu, False)
+        )
 
     def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool, others: Others | None) -> SFGFeatures:
         """Norm, activation (unless done) and gate."""
@@ -95,10 +127,10 @@ class SFGConv2d(reference.SFGConv2d):
             return SFGFeatures(h, groups)  # the gates of the drawn rows are one
         if others is not None and scale is not None and shift is not None:
             scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
-        packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation)
+        packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, True)
         producer = None
         if self.activation in (None, "relu"):
-            producer = Producer(h, gates, groups, others, scale, shift, self.activation == "relu")
+            producer = Producer(h, gates, groups, others, scale, shift, self.activation == "relu", True)
         return SFGFeatures(packed, groups, others=without_memory, producer=producer)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
@@ -141,7 +173,8 @@ class _Gates(torch.autograd.Function):
     """The gates of a one-hot draw: those of the drawn rows are one, so forward has nothing to do; those of the others
     are zero, and so are these, without memory. Backward: dz = <dL/dF, h> for all gates that want it.
 
-    `others`: what u of the others is made of; h = act(scale * u + shift), scale and shift [T, rows].
+    `others`: what u of the others is made of; h = act(scale * u + shift), scale and shift [T, rows]. Not `own`: the
+    gates of the drawn rows have their gradient already.
     """
 
     @staticmethod
@@ -154,9 +187,10 @@ class _Gates(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         activation: Activation,
+        own: bool,
     ) -> tuple[Tensor, Tensor | None]:
         tensors, ctx.others = ((), None) if others is None else others.split()
-        ctx.save_for_backward(h, gates, scale, shift, *tensors)
+        ctx.save_for_backward(h if own else None, gates, scale, shift, *tensors)
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.activation = groups, activation
         packed = h.view_as(h)
@@ -169,7 +203,7 @@ class _Gates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, df: Tensor | None, dothers: Tensor | None) -> Any:
         h, gates, scale, shift, *tensors = ctx.saved_tensors
-        own = None if df is None else channel_dots(df, h)
+        own = None if df is None or h is None else channel_dots(df, h)
         dz = None
         if dothers is not None:
             others = ctx.others.joined(tensors)
@@ -182,4 +216,4 @@ class _Gates(torch.autograd.Function):
                     channel_dots(d, activate(masked.affine(u, scale, shift, n), ctx.activation))
                     for n, (u, d) in enumerate(parts)
                 ])  # fmt: skip
-        return df, ctx.groups.by_kernel(own, dz, gates), None, None, None, None, None
+        return df, ctx.groups.by_kernel(own, dz, gates), None, None, None, None, None, None

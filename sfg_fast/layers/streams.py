@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
 from ..kernels.spec import Geometry
+from ..norm import batch_norm_relu
 from ..reference import DenseFeatures
 from ..routed_conv import RoutedConv, routed_conv
 from .conv import Features, SFGConv2d, for_backend
@@ -52,11 +53,11 @@ class StreamBlock(nn.Module):
         geometry = Geometry((1, 1), (self.dilation,) * 2, (self.dilation,) * 2)
         h = x.packed
         if not self.first:
-            h = F.relu(h if self.norm1 is None else self.norm1(h))
+            h = _normalised(self.norm1, h)
         columns = x.groups if self.first else streams
         spec = RoutedConv(block, columns, Routing.OWN, geometry)
         h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec, others=x.others, producer=x.producer)
-        h = F.relu(h if self.norm2 is None else self.norm2(h))
+        h = _normalised(self.norm2, h)
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
         return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=x.streams()), streams)
 
@@ -73,6 +74,10 @@ class StreamBlock(nn.Module):
             h = F.relu(_slice_of_norm(h, self.norm2, rows))
             out.append(tensor + _slice_of_conv(h, self.conv2, rows, self.dilation))
         return DenseFeatures(out, streams)
+
+
+def _normalised(norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor:
+    return F.relu(x) if norm is None else batch_norm_relu(norm, x)
 
 
 def _slice_of_conv(x: Tensor, conv: nn.Conv2d, rows: slice, dilation: int) -> Tensor:
@@ -141,7 +146,7 @@ class RoutedBlock(nn.Module):
         self.conv2.share_grouping(trunk)
 
     def forward(self, x: Features) -> Features:
-        return x + self.conv2(self.conv1(x), groups=x.groups)
+        return self.conv2(self.conv1(x), groups=x.groups, residual=x)
 
 
 class Heads(nn.Module):

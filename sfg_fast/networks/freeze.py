@@ -253,11 +253,14 @@ class FrozenConv(_Frozen):
         self.stride, self.pads = source.stride, tuple(source.pad_before)
         self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
 
-    def forward(self, x: Tensor | GroupTensors, groups: Any = None) -> GroupTensors:
+    def forward(
+        self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
+    ) -> GroupTensors:
         """`groups` is ignored: the assignment is fixed."""
-        return GroupTensors(
+        own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names
         )
+        return own if residual is None else residual + own
 
     def _zero(self, x: Tensor | GroupTensors) -> Tensor:
         """A channel of zeros as large as the output: padded, without what a kernel reaches over, every stride-th."""

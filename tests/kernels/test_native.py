@@ -464,3 +464,84 @@ def test_unusual_inputs(empty):
         strange = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(*(convolve(t, weight, spec) for t in (x, strange)))
     assert weight_gradient(x, torch.ones_like(x), weight, spec, bias=False)[1] is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40)).filter(
+        lambda shape: shape[0] * shape[2] * shape[3] >= 16
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([0.0, 100.0]),
+    st.integers(1, 3),
+    st.integers(0, 2**16),
+)
+def test_normalise(instruction_set, shape, relu, residual, dtype, mean, threads, seed):
+    """Against torch's batch normalisation in float64, and autograd through it."""
+    c = shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(shape, dtype=dtype, generator=generator) * 3 + mean
+    weight, bias = (torch.randn(c, dtype=dtype, generator=generator) for _ in range(2))
+    dy = torch.randn(shape, dtype=dtype, generator=generator)
+    add = torch.randn(shape, dtype=dtype, generator=generator) if residual else None
+    outputs = [guarded(*size, dtype=dtype) for size in (shape, (c,), (c,), shape, (c,), (c,))]
+    y, average, var, du, dweight, dbias = (tensor for _, tensor in outputs)
+    _native.normalise(u, weight, bias, add, 1e-5, relu, y, average, var, threads)
+    _native.normalise_gradient(dy, u, weight, bias, average, var, 1e-5, relu, du, dweight, dbias, threads)
+
+    exact = [t.double().requires_grad_() for t in (u, weight, bias)]
+    v = F.batch_norm(exact[0], None, None, *exact[1:], True, 0.1, 1e-5)
+    # Within rounding of 0 either side of the ReLU is right: there dy is 0.
+    count = u.numel() // c
+    kink = (v.abs() < 1e3 * torch.finfo(dtype).eps * (1 + mean)) & relu
+    dy.masked_fill_(kink, 0)
+    _native.normalise_gradient(dy, u, weight, bias, average, var, 1e-5, relu, du, dweight, dbias, threads)
+    expected = F.relu(v) if relu else v
+    expected.backward(dy.double())
+    expected = expected.detach() + (0 if add is None else add.double())
+    moments = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+
+    # A value of size `mean` has an error of half an eps of it, and so has the mean of all: in units of the SD, which is
+    # 3, or less by chance. Sums of `count` terms err like a random walk.
+    bound = 32 * torch.finfo(dtype).eps * (1 + mean / moments[0].sqrt().min().item())
+    for found, wanted, size in (
+        (y, expected, 4),
+        (average, moments[1], 3),
+        (var, moments[0], 9),
+        (du, exact[0].grad, 4),
+        (dweight, exact[1].grad, 4 * count**0.5),
+        (dbias, exact[2].grad, 4 * count**0.5),
+    ):
+        assert (found.double() - wanted).abs().max() <= bound * size
+    for memory, _ in outputs:
+        assert (memory[:64] == 7).all()
+        assert (memory[-64:] == 7).all()
+
+
+def test_normalise_bits_do_not_depend_on_threads(instruction_set):
+    u, dy = torch.randn(2, 3, 7, 30, 31).unbind(0)
+    weight, bias = torch.randn(2, 7).unbind(0)
+    found = []
+    for threads in (1, 2, 5):
+        y, du = torch.empty(2, 3, 7, 30, 31).unbind(0)
+        mean, var, dweight, dbias = torch.empty(4, 7).unbind(0)
+        _native.normalise(u, weight, bias, None, 1e-5, True, y, mean, var, threads)
+        _native.normalise_gradient(dy, u, weight, bias, mean, var, 1e-5, True, du, dweight, dbias, threads)
+        found.append([y, mean, var, du, dweight, dbias])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_normalise_lets_nan_through(instruction_set):
+    """A NaN is not hidden by the ReLU, and stays in its channel."""
+    u = torch.randn(1, 2, 5, 5)
+    u[0, 1, 2, 2] = float("nan")
+    y, mean, var = cpu.normalise(u, torch.ones(2), torch.zeros(2), 1e-5, True, None)
+    assert y[0, 0].isfinite().all()
+    assert y[0, 1].isnan().all()
+    du, _, _ = cpu.normalise_gradient(torch.ones_like(u), u, torch.ones(2), torch.zeros(2), mean, var, 1e-5, True)
+    assert du[0, 0].isfinite().all()
+    assert du[0, 1].isnan().all()

@@ -226,6 +226,41 @@ void check_gates(const char* isa) {
     compare("input gradient beside the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
 }
 
+// Batch normalisation: y against its definition; that du is right is checked in test_native.py with autograd.
+template <typename T>
+void check_normalise(const char* isa) {
+    const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const int64_t n = pick(1, 3), c = pick(1, 5), plane = pick(20, 300), size = n * c * plane;
+    const std::vector<T> u = random_numbers<T>(size), weight = random_numbers<T>(c), bias = random_numbers<T>(c);
+    const std::vector<T> residual = random_numbers<T>(size);
+    std::vector<T> y(size, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
+    const int threads = int(pick(1, 3));
+    sfg::normalise<T>(loops, u.data(), weight.data(), bias.data(), residual.data(), T(1e-5), false, y.data(),
+                      mean.data(), var.data(), n, c, plane, threads);
+    sfg::normalise_gradient<T>(loops, residual.data(), u.data(), weight.data(), bias.data(), mean.data(), var.data(),
+                               T(1e-5), true, du.data(), dweight.data(), dbias.data(), n, c, plane, threads);
+    std::vector<double> expected(size);
+    for (int64_t k = 0; k < c; k++) {
+        double sum = 0, squares = 0;
+        const auto each = [&](const auto& visit) {
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < plane; j++) visit((i * c + k) * plane + j);
+        };
+        each([&](int64_t at) { sum += u[at]; });
+        each([&](int64_t at) { squares += std::pow(u[at] - sum / double(n * plane), 2); });
+        const double scale = weight[k] / std::sqrt(squares / double(n * plane) + 1e-5);
+        each([&](int64_t at) { expected[at] = (u[at] - sum / double(n * plane)) * scale + bias[k] + residual[at]; });
+    }
+    compare("normalise", y, expected, n * plane);
+    for (const T value : du)
+        if (!std::isfinite(value)) {
+            std::printf("normalise: a gradient was not written\n");
+            failures++;
+            return;
+        }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -239,6 +274,8 @@ int main(int argc, char** argv) {
             check<double>(problem, *isa);
             check_gates<float>(*isa);
             check_gates<double>(*isa);
+            check_normalise<float>(*isa);
+            check_normalise<double>(*isa);
         }
     }
     std::printf("%d problems on %d instruction sets, %d failures\n", cases, sets, failures);
