@@ -1,8 +1,16 @@
-"""The one exception for bad input: the command line prints it as a single line and exits with 2."""
+"""What ends a command: bad input (exit code 2), or a request to stop (exit code 143)."""
 
 
 class InputError(ValueError):
     """Something the user gave (a file, a folder, a value) can't be used.
 
-    The message is one sentence that names the file or argument, the value found and what was expected.
+    The message is one sentence that names the file or argument, the value found and what was expected; on one line,
+    whatever the value is.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
+
+
+class Preempted(Exception):
+    """SIGTERM came, as a cluster sends it, and everything is saved."""

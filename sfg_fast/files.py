@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -12,13 +14,19 @@ from typing import Any
 
 from .errors import InputError
 
+MAX_JSON_BYTES = 2**29  # a manifest of 10^5 cases has about 10^8
+
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. InputError: missing, not text, not JSON."""
+    """The content of a JSON file. InputError: missing, not text, not JSON, more than MAX_JSON_BYTES."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
 
@@ -31,13 +39,19 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of path to write to; it becomes path at the end, and vanishes if the block fails."""
+    """A temporary sibling of path to write to; it becomes path at the end, and vanishes if the block fails.
+
+    Raises InputError if it can't be written there, OSError if the disk is full.
+    """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path}: can't be written ({one_line(error)})") from error
+        message = f"{path}: can't be written ({one_line(error)})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not the user's input, but a full disk
+            raise OSError(message) from error
+        raise InputError(message) from error
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -80,6 +94,17 @@ def new_folder(path: Path) -> Iterator[None]:
         if not there:
             path.rmdir()
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else holds this file's lock inside the block (it goes with the process). InputError if somebody does."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path.parent}: another process is writing to it, expected to be the only one") from error
+        yield
 
 
 def one_line(error: Exception) -> str:

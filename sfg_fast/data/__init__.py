@@ -1,8 +1,10 @@
 """Cohorts: from NIfTI files, real or synthetic, to training batches; nibabel, scipy and tqdm load where used."""
 
-from .cache import Cache, CaseArrays, SliceSampler, body_mask, normalise, preprocess
+from .cache import Cache, CaseArrays
 from .cohort import SPLITS, Case, Cohort, LoadedCase, load_case, read_cohort
 from .phantom import PhantomCase, make_case, write_phantom
+from .preprocessing import body_mask, normalise, preprocess
+from .sampler import SliceSampler
 from .volumes import Grid, read_labels, read_volume, same_grid, write_volume
 
 __all__ = [

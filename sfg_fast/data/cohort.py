@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,12 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     return _checked(path.parent, cases, meta, meta_path)
 
 
+def files(case: Case) -> dict[str, tuple[Path, ...]]:
+    """The files of a case by what they are: mr, and ct, labels, mask where there is one."""
+    optional = {"ct": case.ct, "labels": case.labels, "mask": case.mask}
+    return {"mr": case.inputs} | {role: (path,) for role, path in optional.items() if path is not None}
+
+
 def load_case(case: Case, label_names: dict[str, int]) -> LoadedCase:
     """Reads every file of the case and checks them against each other.
 
@@ -123,9 +129,9 @@ def check_split(name: Any, where: str) -> str:
 
 
 def check_case_name(name: Any, where: str) -> str:
-    """Case names become folder names: no separators, nothing hidden, and not the manifest's own name."""
+    """Case names become folder names: no separators, nothing hidden, not too long, no name of a file in the cache."""
     plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
-    if not plain or name == "manifest.json":
+    if not plain or len(name.encode()) > 200 or name in ("manifest.json", "preprocess.json", "splits_final.json"):
         raise InputError(f"{where}: case name {name!r} can't be a folder name")
     return name
 
@@ -302,17 +308,13 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
         seen.add(case.name)
         if len(case.inputs) != channels:
             raise InputError(f"{root}: case {case.name} has {len(case.inputs)} MR channels, {cases[0].name} {channels}")
-        for file in _files(case):
+        for file in (path for paths in files(case).values() for path in paths):
             if not os.path.isfile(file):  # unlike Path.is_file it never raises
                 raise InputError(f"case {case.name}: no such file {file}")
     label_names = check_label_names(meta["labels"], str(meta_path)) if "labels" in meta else {}
     if all(case.labels is None for case in cases):
         label_names = {}
     return Cohort(root, tuple(cases), label_names, _channel_names(meta, meta_path, channels))
-
-
-def _files(case: Case) -> Iterable[Path]:
-    return (file for file in (*case.inputs, case.ct, case.labels, case.mask) if file is not None)
 
 
 def _channel_names(meta: dict[str, Any], source: Path, channels: int) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ never resampled; `Grid` remembers how the file was stored, so that results go ba
 
 from __future__ import annotations
 
+import gzip
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from numpy.typing import DTypeLike
 from ..errors import InputError
 from ..files import one_line, replacing
 
-MAX_VOXELS = 2**31  # refused from the header alone, before any memory is taken
+# Refused from the header alone, before any memory is taken:
+MAX_VOXELS = 2**29  # 2 GiB as float32; 1024 x 1024 x 512
+MAX_HEADER_BYTES = 2**24  # everything before the voxels, extensions included
+DEFLATE_LIMIT = 1032  # no gzip file holds more than this times its own size
 GRID_TOLERANCE_MM = 0.1  # how far apart the corner voxels of two grids may lie that count as the same
 _LABEL_TOLERANCE = 1e-3  # integers behind a float32 scl_slope come back as 254.99998
 _STORED_TYPES = tuple(np.dtype(name) for name in ("float32", "uint8", "int16"))
@@ -91,8 +96,9 @@ def same_grid(a: Grid, b: Grid) -> bool:
 def read_volume(path: Path | str) -> tuple[np.ndarray, Grid]:
     """The volume as float32 [Z, Y, X] (see the module's text for the axes), scaled as its header says, and its grid.
 
-    Raises InputError: no such file, not a readable NIfTI file, not 3-D (trailing axes of length 1 are accepted),
-    empty, more than MAX_VOXELS voxels, a singular affine, voxels that aren't real numbers, NaN or infinite voxels.
+    Raises InputError: no such file, another ending than .nii or .nii.gz, not a readable NIfTI file, not 3-D (trailing
+    axes of length 1 are accepted), empty, more than MAX_VOXELS voxels or more than the file can hold, a header of more
+    than MAX_HEADER_BYTES, a singular affine, voxels that aren't real numbers, NaN or infinite voxels.
     """
     path = Path(path)
     stored, grid = _read(path, np.float32)
@@ -160,20 +166,31 @@ def nifti_stem(name: str) -> str | None:
     return None
 
 
-def _read(path: Path, dtype: DTypeLike | None) -> tuple[np.ndarray, Grid]:
-    """The voxels as stored, as dtype (None: as exact as the file has them), after every check of the header."""
+def volume_shape(path: Path) -> tuple[int, int, int]:
+    """The shape [Z, Y, X] from the header alone; raises InputError for whatever is wrong with the header."""
+    _, grid = _open(path)
+    return grid.array_shape
+
+
+def _open(path: Path) -> tuple[Any, Grid]:
+    """nibabel's image, of which nothing but the header was read, after every check of the header."""
     import nibabel as nib
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if nifti_stem(path.name) is None:
+        raise InputError(f"{path}: the file name must end in .nii or .nii.gz")
     try:
+        _check_start(path)
         image = nib.load(path, mmap=False)
+    except InputError:
+        raise
     except Exception as error:  # whatever a parser may raise on bytes from anywhere
         raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)})") from error
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path}: a {type(image).__name__}, expected a NIfTI file")
 
-    shape = tuple(int(n) for n in image.shape)
+    stored_shape = shape = tuple(int(n) for n in image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
@@ -182,19 +199,58 @@ def _read(path: Path, dtype: DTypeLike | None) -> tuple[np.ndarray, Grid]:
         raise InputError(f"{path}: shape {shape}, an empty volume")
     if math.prod(shape) > MAX_VOXELS:
         raise InputError(f"{path}: shape {shape} is more than the {MAX_VOXELS} voxels that are accepted")
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}, expected real numbers")
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels of type {dtype}, expected real numbers")
+    size, needed = path.stat().st_size, math.prod(stored_shape) * dtype.itemsize
+    if needed > size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1):
+        raise InputError(f"{path}: shape {shape} of {dtype} needs {needed} bytes, more than a file of {size} can hold")
     # Headers hold float32; an affine computed from the quaternion is rounded to what a written file will hold.
-    affine = np.asarray(image.affine, dtype=np.float32).astype(np.float64)
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        affine = np.asarray(image.affine, dtype=np.float32).astype(np.float64)
     if not _invertible(affine):
         raise InputError(f"{path}: the affine {affine.tolist()} is singular, expected three independent axes in mm")
+    return image, Grid(affine, shape)
 
+
+def _check_start(path: Path) -> None:
+    """Where the voxels start, and the extensions before them, are numbers in the file that a reader would follow to
+    anywhere: InputError if they are absurd."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(540)
+        sizes = {order: struct.unpack_from(order + "i", start.ljust(4, b"\0"))[0] for order in "<>"}
+        order = next((order for order, size in sizes.items() if size in (348, 540)), None)
+        if order is None or len(start) < sizes[order]:
+            return  # no NIfTI: nibabel says so
+        header = sizes[order]
+        kind, where = ("f", 108) if header == 348 else ("q", 168)  # NIfTI-1, NIfTI-2
+        offset = struct.unpack_from(order + kind, start, where)[0]
+        if not 0 <= offset <= MAX_HEADER_BYTES:  # NaN, too
+            raise InputError(f"{path}: the voxels start at byte {offset:g}, expected at most {MAX_HEADER_BYTES}")
+        file.seek(header)
+        extensions = file.read(max(int(offset) - header, 0))
+    position = 4
+    while extensions[:1] not in (b"", b"\0") and position + 8 <= len(extensions):
+        (length,) = struct.unpack_from(order + "i", extensions, position)
+        if not 8 <= length <= len(extensions) - position:
+            raise InputError(f"{path}: a header extension of {length} bytes, expected at most {len(extensions)}")
+        position += length
+
+
+def _read(path: Path, dtype: DTypeLike | None) -> tuple[np.ndarray, Grid]:
+    """The voxels as stored, as dtype (None: as exact as the file has them)."""
+    image, grid = _open(path)
     try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                content = file.read(image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize)
+                file.read(1)  # the checksum is compared at the end of the file, where nibabel never comes
+            image = type(image).from_bytes(content)
         with np.errstate(over="ignore", invalid="ignore"):  # a float64 beyond float32 becomes inf, refused later
             stored = np.asarray(image.dataobj, dtype=dtype)
     except Exception as error:
         raise InputError(f"{path}: the voxels can't be read ({one_line(error)})") from error
-    return stored.reshape(shape), Grid(affine, shape)
+    return stored.reshape(grid.shape), grid
 
 
 def _to_array(stored: np.ndarray, grid: Grid) -> np.ndarray:

@@ -1,0 +1,366 @@
+"""From a cohort of NIfTI files to memory maps: every case checked, normalised and written, in parallel.
+
+A case is written to a folder of its own, which appears when it is complete. So a run that was killed goes on where it
+was, and a second run writes only cases whose files have changed: each is known by a hash of its files' contents and
+of everything else that its arrays depend on. The layout of the folder: cache.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import check_vacant, locked, make_folder, one_line, read_json, write_json
+from .cache import ENTRY, TARGETS, VERSION, Cache
+from .cohort import Case, Cohort, LoadedCase, files, load_case, unnamed_labels
+from .volumes import volume_shape
+
+MARKER = "preprocess.json"  # says whose cache a folder is, also before the manifest is written
+_FILES = {"inputs.npy", "mask.npy", *(f"{target}.npy" for target in TARGETS)}
+# Memory per voxel and MR channel that a case takes while it is written: 13 to 18 measured, more if it has to be scaled.
+BYTES_AT_WORK = 34
+
+
+def preprocess(
+    cohort: Cohort, out: Path | str, progress: bool = True, *, processes: int = 1, on_bad_case: str = "stop"
+) -> Cache:
+    """Reads, checks and normalises every case of the cohort and writes the cache to folder `out`: new, empty, or of an
+    earlier run for the same cohort, of which unchanged cases are kept.
+
+    processes: how many cases at once, each in a process of its own (fewer if memory is short). on_bad_case: "stop" at
+    the first case that can't be used, or "skip" it; the manifest then has the reasons, {"rejected": {case: reason}}.
+    The body mask is the case's own file, else `body_mask` of its CT, else the whole volume. Labels that nobody named
+    become "label_1", "label_2", ..
+
+    Raises InputError, naming the case, for whatever `load_case` refuses, an MR or CT without contrast, labels that
+    are background in every case, label values with gaps that nobody named, no case that can be used, a disk that is too
+    full for all of it, and a folder that holds anything else. Complete cases then stay for the next run; if there
+    is none, nothing of the output remains. Raises ChildProcessError if a process dies.
+    """
+    from tqdm import tqdm
+
+    out, bad = Path(out), {"stop": True, "skip": False}.get(on_bad_case)
+    if bad is None or processes < 1:
+        raise InputError(
+            f"on_bad_case={on_bad_case!r}, processes={processes}: expected stop or skip, and at least one process"
+        )
+    entries: dict[str, dict[str, Any]] = {}
+    rejected: dict[str, str] = {}
+    with _output(cohort, out):
+        work = functools.partial(_process, cohort.label_names, out)
+        bar = functools.partial(tqdm, total=len(cohort.cases), unit="case", disable=not progress)
+        voxels = [_voxels(case) for case in bar(cohort.cases, desc="headers")]
+        fitting = _that_fit_in_memory(max(voxels), len(cohort.channel_names))
+        processes = min(processes, len(cohort.cases), fitting)
+        _check_space(cohort, voxels, out, processes, progress)
+        with _pool(processes) as each:
+            for case, entry in zip(cohort.cases, bar(each(work, cohort.cases), desc="preprocess"), strict=True):
+                if isinstance(entry, str):
+                    if bad:
+                        raise InputError(entry)
+                    rejected[case.name] = entry
+                else:
+                    entries[case.name] = {"split": case.split, **entry}
+        if not entries:
+            raise InputError(f"{cohort.root}: no case can be used; the first: {next(iter(rejected.values()))}")
+        label_names = _named(cohort, entries)
+        for entry in entries.values():
+            if (counts := entry["label_voxels"]) is not None:
+                entry["label_voxels"] = counts + [0] * (len(label_names) - len(counts))
+        for name in _case_folders(out) - entries.keys():  # cases that the cohort no longer has
+            shutil.rmtree(out / name)
+        manifest = {
+            "version": VERSION,
+            "label_names": label_names,
+            "channel_names": list(cohort.channel_names),
+            "cases": entries,
+            "rejected": rejected,
+        }
+        write_json(out / "manifest.json", manifest)
+    return Cache(out)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _output(cohort: Cohort, out: Path) -> Iterator[None]:
+    """The folder to write to: new, empty or of this cohort, and nobody else writes to it. If the block fails before a
+    case is complete, everything is as it was before."""
+    there, marker = out.is_dir(), out / MARKER
+    whose = {"version": VERSION, "cohort": str(cohort.root.resolve())}
+    if not marker.exists():
+        check_vacant(out)
+    elif (found := read_json(marker)) != whose:
+        raise InputError(f"{out}: already there, with {MARKER} saying {found}, expected {whose}; name a new folder")
+    make_folder(out)
+    if not marker.exists():
+        write_json(marker, whose)
+    with locked(marker):
+        try:
+            _sweep(out)
+            yield
+        except BaseException:  # Ctrl-C, too
+            _sweep(out)
+            if not _case_folders(out):
+                with suppress(OSError):
+                    marker.unlink()
+                    if not there:
+                        out.rmdir()
+            raise
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for child in out.glob(".partial-*"):
+        if child.is_dir():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink()
+
+
+def _case_folders(out: Path) -> set[str]:
+    return {file.parent.name for file in out.glob("[!.]*/case.json")}
+
+
+def _check_space(cohort: Cohort, voxels: list[int], out: Path, processes: int, progress: bool) -> None:
+    """Says what the cases that are not there yet will take on the disk; InputError if there is less."""
+    complete = _case_folders(out)
+    new = [(case, n) for case, n in zip(cohort.cases, voxels, strict=True) if case.name not in complete]
+    needed = sum(n * (4 * len(case.inputs) + 4 * bool(case.ct) + bool(case.labels) + 1) for case, n in new)
+    free = shutil.disk_usage(out).free
+    if progress:
+        print(
+            f"{len(new)} of {len(cohort.cases)} cases to write, {_size(needed)}; {_size(free)} free; "
+            f"{processes} at a time",
+            file=sys.stderr,
+        )
+    if needed > free:
+        raise InputError(f"{out}: {_size(needed)} are needed for {len(new)} cases, but only {_size(free)} are free")
+
+
+def _size(number: float) -> str:
+    power = min(int(math.log(max(number, 1), 1024)), 4)
+    return f"{number / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
+    """`map`, in order, over this many processes (one: in this very process)."""
+    if processes == 1:
+        yield map
+        return
+    # Not forked: the parent may have threads, which a fork would leave in the middle of anything.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process died, perhaps for want of memory; the same command goes on, with fewer --processes"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's business, and a worker doesn't outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _that_fit_in_memory(largest: int, channels: int) -> int:
+    """How many cases of this many voxels fit into the free memory, at least one."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize  # not known here
+    return max(1, free // max(1, largest * channels * BYTES_AT_WORK))
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+def _voxels(case: Case) -> int:
+    """From the header alone; 0 for one that can't be read, which `_process` will reject."""
+    try:
+        return math.prod(volume_shape(case.inputs[0]))
+    except InputError:
+        return 0
+
+
+def _process(label_names: dict[str, int], out: Path, case: Case) -> dict[str, Any] | str:
+    """Writes the case, if its folder isn't complete and up to date: its entry in the manifest, or why it is refused."""
+    try:
+        source = _content_hash(case, label_names)
+        if (entry := _complete(out / case.name, source)) is not None:
+            return entry
+        return _write_case(case, load_case(case, label_names), source, out)
+    except InputError as error:
+        return str(error)
+
+
+def _content_hash(case: Case, label_names: dict[str, int]) -> str:
+    """Of the contents of all files, what they are, and what else the arrays depend on."""
+    found: list[Any] = [VERSION, label_names]
+    for role, paths in files(case).items():
+        for path in paths:
+            found.append([role, path.name.endswith(".gz"), _sha256(path)])
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({one_line(error)})") from error
+
+
+def _complete(folder: Path, source: str) -> dict[str, Any] | None:
+    """The entry of a case that is there, whole, and of these very files."""
+    try:
+        entry = read_json(folder / "case.json")
+        sums = entry["checksums"]
+        known = entry["source"] == source and set(entry) == ENTRY - {"split"} and set(sums) <= _FILES
+        if known and all(_sha256(folder / name) == found for name, found in sums.items()):
+            return entry
+    except (InputError, AttributeError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[str, Any]:
+    """Writes the arrays of one case; returns its entry in the manifest."""
+    try:
+        statistics = foreground_statistics(loaded.inputs)
+        if loaded.mask is not None:
+            mask, mask_from = loaded.mask, "file"
+        elif loaded.ct is not None:
+            mask, mask_from = body_mask(loaded.ct), "ct"
+        else:
+            mask, mask_from = np.ones(loaded.inputs.shape[1:], bool), "volume"
+    except InputError as error:
+        raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
+    arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
+    arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
+    partial, folder = out / f".partial-{os.getpid()}-{case.name}", out / case.name
+    try:
+        partial.mkdir()
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        entry = {
+            "shape": list(mask.shape),
+            "spacing": list(loaded.grid.spacing),
+            "grid": loaded.grid.to_json(),
+            "targets": [target for target in TARGETS if target in arrays],
+            "mask_from": mask_from,
+            "mr_foreground": [{"mean": mean, "sd": deviation} for mean, deviation in statistics],
+            "ct_body_mean": None if loaded.ct is None else float(loaded.ct[mask].mean(dtype=np.float64)),
+            "label_voxels": None if loaded.labels is None else np.bincount(loaded.labels.ravel()).tolist(),
+            "foreground_slices": None if loaded.labels is None else _runs(np.any(loaded.labels, axis=(1, 2))),
+            "source": source,
+            "checksums": {f"{name}.npy": _sha256(partial / f"{name}.npy") for name in arrays},
+        }
+        write_json(partial / "case.json", entry)
+        if folder.exists():  # of an earlier version of the files, or damaged
+            (out / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise OSError(f"{folder}: can't be written ({one_line(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+def _runs(where: np.ndarray) -> list[list[int]]:
+    """[[from, to), ..] of the runs of True in a vector."""
+    edges = np.flatnonzero(np.diff(where, prepend=False, append=False))
+    return edges.reshape(-1, 2).tolist()
+
+
+def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """The cohort's label names, or label_1, label_2, .. for the values found."""
+    counts = [entry["label_voxels"] for entry in entries.values() if entry["label_voxels"] is not None]
+    if not counts:
+        return {}
+    values = sorted({value for one in counts for value, count in enumerate(one) if count})
+    if values == [0]:
+        raise InputError(f"{cohort.root}: the labels of every case are all background, expected at least one organ")
+    if cohort.label_names:
+        return cohort.label_names
+    if values[-1] != len(set(values) | {0}) - 1:
+        raise InputError(f"{cohort.root}: the label files hold the values {values}, expected 0, 1, 2, .. without gaps")
+    return unnamed_labels(values[-1])
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def foreground_statistics(inputs: np.ndarray) -> list[tuple[float, float]]:
+    """Mean and SD of each channel of inputs [C, ...] over its foreground, the voxels above the channel's own mean.
+
+    Raises InputError where the image or its foreground is constant.
+    """
+    statistics = []
+    for index, channel in enumerate(inputs):
+        foreground = channel[channel > channel.mean(dtype=np.float64)]
+        deviation = float(foreground.std(dtype=np.float64)) if foreground.size else 0.0
+        if deviation == 0:
+            raise InputError(f"MR channel {index} is constant in its foreground, expected an image with contrast")
+        statistics.append((float(foreground.mean(dtype=np.float64)), deviation))
+    return statistics
+
+
+def normalise(inputs: np.ndarray) -> np.ndarray:
+    """MR [C, Z, Y, X] -> float32 z-scores, per channel over its foreground (see `foreground_statistics`).
+
+    It needs nothing but the MR, so training and prediction see the same values.
+    """
+    normalised = np.empty(inputs.shape, np.float32)
+    for channel, (mean, deviation), out in zip(inputs, foreground_statistics(inputs), normalised, strict=True):
+        np.subtract(channel, mean, out=out)
+        out /= deviation
+    return normalised
+
+
+def body_mask(ct: np.ndarray, threshold_hu: float = -500.0) -> np.ndarray:
+    """The patient in a CT [Z, Y, X] in HU, bool: the largest connected part above the threshold (not the table),
+    its holes (gas) filled slice by slice. Raises InputError if nothing lies above the threshold."""
+    from scipy import ndimage
+
+    parts, count = ndimage.label(ct > threshold_hu)
+    if count == 0:
+        raise InputError(f"the CT has no voxel above {threshold_hu:g} HU (its maximum is {ct.max():g})")
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    body = parts == sizes.argmax()
+    return np.stack([ndimage.binary_fill_holes(one) for one in body])

@@ -1,0 +1,331 @@
+"""Preprocessing: what it writes, what it keeps, and what it refuses."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sfg_fast.data import Cache, Case, Cohort, body_mask, normalise, preprocess, preprocessing, read_cohort
+from sfg_fast.errors import InputError
+from sfg_fast.files import locked
+
+from .small_cohort import LABELS, SHAPES, arrays, spoil, write_cohort
+
+
+def test_preprocess_twice_gives_the_same_bytes(tmp_path, cohort, cache):
+    preprocess(cohort, tmp_path / "again", progress=False)
+    files = [path.relative_to(cache.path) for path in cache.path.rglob("*") if path.is_file()]
+    assert len(files) == 17
+    for file in files:
+        assert (cache.path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_unnamed_labels_get_names(tmp_path, cohort):
+    unnamed = Cohort(cohort.root, cohort.cases, {}, cohort.channel_names)
+    cache = preprocess(unnamed, tmp_path / "cache", progress=False)
+    assert cache.label_names == {"background": 0, "label_1": 1, "label_2": 2}
+    assert len(cache.class_frequencies()) == 3
+
+
+def test_where_the_mask_comes_from(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort", leave_out=[("a", "mask"), ("b", "mask"), ("b", "ct"), ("b", "labels")])
+    cache = preprocess(cohort, tmp_path / "cache", progress=False)
+    np.testing.assert_array_equal(cache.case("a").mask, body_mask(arrays("a")["ct"]))
+    assert cache.case("b").mask.all()
+    assert [cache.cases[name]["mask_from"] for name in "abc"] == ["ct", "volume", "file"]
+    assert (cache.case("b").ct, cache.case("b").labels) == (None, None)
+    assert (cache.has("ct"), cache.has("ct", "test"), cache.has("labels", "val")) == (True, True, False)
+
+
+def test_body_mask_is_the_largest_part_with_its_gas_and_without_the_table():
+    ct = np.full((3, 20, 20), -1000.0)
+    body = np.zeros(ct.shape, bool)
+    body[:, 5:15, 4:16] = True
+    ct[body] = 40
+    ct[:, 1, 2:18] = 200  # the table
+    ct[1, 8:11, 8:11] = -900  # gas
+    ct[2, 5:9, 8] = -900  # gas open to the air: no hole
+    body[2, 5:9, 8] = False
+    np.testing.assert_array_equal(body_mask(ct), body)
+    assert body_mask(ct, threshold_hu=100).sum() == 3 * 16
+    with pytest.raises(InputError, match=r"no voxel above 300 HU \(its maximum is 200\)"):
+        body_mask(ct, threshold_hu=300)
+
+
+@pytest.mark.parametrize("image", [np.full((3, 3, 3), 5.0), np.eye(3)[None] * 2])
+def test_images_without_contrast_are_refused(image):
+    good = np.random.default_rng(0).normal(size=image.shape)
+    with pytest.raises(InputError, match="MR channel 1 is constant in its foreground"):
+        normalise(np.stack([good, image]))
+
+
+def test_normalise_is_blind_to_gain_and_offset():
+    image = np.random.default_rng(0).gamma(2, 1, (2, 3, 4, 5)).astype(np.float32)
+    moved = image * np.array([1000, 0.01], np.float32).reshape(2, 1, 1, 1) + 7
+    z = normalise(image)
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(normalise(moved), z, atol=1e-3)
+    for raw, channel in zip(image, z, strict=True):
+        bright = channel[raw > raw.mean()]
+        np.testing.assert_allclose([bright.mean(), bright.std()], [0, 1], atol=1e-5)
+
+
+def all_background(cohort):
+    for name in "abc":
+        spoil(cohort, "labels", 0, name)
+    return cohort
+
+
+def unnamed_gap(cohort):
+    spoil(cohort, "labels", 200)
+    return Cohort(cohort.root, cohort.cases, {}, cohort.channel_names)
+
+
+def no_body(cohort):
+    spoil(cohort, "ct", -1000)
+    return Cohort(
+        cohort.root,
+        tuple(Case(c.name, c.inputs, c.ct, c.labels, None, c.split) for c in cohort.cases),
+        cohort.label_names,
+        cohort.channel_names,
+    )
+
+
+BAD_COHORTS = {
+    "first case": (lambda c: spoil(c, "mr_1", 5, "a"), "case a .*: MR channel 1 is constant"),
+    "constant MR": (lambda c: spoil(c, "mr_1", 5), "case b .*: MR channel 1 is constant"),
+    "unknown label": (lambda c: spoil(c, "labels", 3), "case b: .*labels.nii holds label value 3"),
+    "no body": (no_body, "case b .*: the CT has no voxel above -500 HU"),
+    "all background": (all_background, "the labels of every case are all background"),
+    "gap": (unnamed_gap, r"hold the values \[0, 1, 2, 200\], expected 0, 1, 2, .. without gaps"),
+}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("what", BAD_COHORTS)
+def test_bad_cohorts_are_refused(tmp_path, cohort, what, there):
+    make, message = BAD_COHORTS[what]
+    bad, out = make(cohort), tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        preprocess(bad, out, progress=False)
+    assert "\n" not in str(error.value)
+    assert not (out / "manifest.json").exists()
+    if what == "first case":
+        assert out.exists() == there
+        assert not there or not any(out.iterdir())
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def watched(monkeypatch, act=lambda case: None):
+    """The names of the cases that are read from now on."""
+    seen = []
+
+    def load(case, label_names):
+        act(case)
+        seen.append(case.name)
+        return load_case(case, label_names)
+
+    load_case = preprocessing.load_case
+    monkeypatch.setattr(preprocessing, "load_case", load)
+    return seen
+
+
+@pytest.mark.parametrize("stop_at", ["a", "c"])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, cohort, cache, monkeypatch, stop_at):
+    out = tmp_path / "out"
+
+    def interrupt(case):
+        if case.name == stop_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        watched(patch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(cohort, out, progress=False)
+    if stop_at == "a":
+        assert not out.exists()
+    else:
+        assert sorted(p.name for p in out.iterdir()) == ["a", "b", "preprocess.json"]
+        with pytest.raises(InputError, match=r"it has no manifest\.json"):
+            Cache(out)
+    seen = watched(monkeypatch)
+    preprocess(cohort, out, progress=False)
+    assert seen == list("abc"["abc".index(stop_at) :])
+    assert everything(out) == everything(cache.path)
+
+
+def touch(cohort, cache):
+    os.utime(cohort.root / "a" / "ct.nii", (1, 1))
+
+
+def change_a_voxel(cohort, cache):
+    path = cohort.root / "a" / "ct.nii"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def other_names(cohort, cache):
+    text = (cohort.root / "dataset.json").read_text()
+    (cohort.root / "dataset.json").write_text(text.replace("bladder", "rectum"))
+
+
+def other_split(cohort, cache):
+    (cohort.root / "dataset.json").write_text(
+        json.dumps({"labels": LABELS, "split": {"train": ["b"], "val": ["a", "c"]}})
+    )
+
+
+def lost_mask(cohort, cache):
+    (cohort.root / "b" / "mask.nii").unlink()
+
+
+def damaged_array(cohort, cache):
+    with (cache.path / "c" / "ct.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+
+
+def cut_entry(cohort, cache):
+    (cache.path / "c" / "case.json").write_text("{")
+
+
+def lost_array(cohort, cache):
+    (cache.path / "c" / "mask.npy").unlink()
+
+
+def left_over(cohort, cache):
+    (cache.path / ".partial-1-a").mkdir()
+    (cache.path / ".partial-1-a" / "ct.npy").write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        (lambda cohort, cache: None, ""),
+        (touch, ""),
+        (other_split, ""),
+        (left_over, ""),
+        (change_a_voxel, "a"),
+        (lost_mask, "b"),
+        (damaged_array, "c"),
+        (cut_entry, "c"),
+        (lost_array, "c"),
+        (other_names, "abc"),
+    ],
+)
+def test_only_what_changed_is_redone(tmp_path, cohort, cache, monkeypatch, change, redone):
+    change(cohort, cache)
+    seen = watched(monkeypatch)
+    again = preprocess(read_cohort(cohort.root), cache.path, progress=False)
+    assert "".join(seen) == redone
+    monkeypatch.undo()
+    fresh = preprocess(read_cohort(cohort.root), tmp_path / "fresh", progress=False)
+    assert everything(again.path) == everything(fresh.path)
+
+
+def test_a_case_that_left_the_cohort_leaves_the_cache(tmp_path, cohort, cache):
+    without = Cohort(cohort.root, cohort.cases[1:], cohort.label_names, cohort.channel_names)
+    assert set(preprocess(without, cache.path, progress=False).cases) == {"b", "c"}
+    assert not (cache.path / "a").exists()
+
+
+def test_while_a_case_is_replaced_there_is_no_manifest(cohort, cache, monkeypatch):
+    change_a_voxel(cohort, cache)
+    lost_mask(cohort, cache)
+
+    def killed(case):
+        if case.name == "b":
+            raise KeyboardInterrupt
+
+    watched(monkeypatch, killed)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(read_cohort(cohort.root), cache.path, progress=False)
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        Cache(cache.path)
+
+
+def test_bad_cases_are_skipped_and_told(tmp_path, cohort, monkeypatch):
+    spoil(cohort, "mr_1", 5)
+    cache = preprocess(cohort, tmp_path / "out", progress=False, on_bad_case="skip")
+    assert set(cache.cases) == {"a", "c"}
+    assert list(cache.rejected) == ["b"]
+    assert "MR channel 1 is constant" in cache.rejected["b"]
+    spoil(cohort, "mr_1", 5, "a")  # was good, and is there
+    assert set(preprocess(cohort, tmp_path / "out", progress=False, on_bad_case="skip").cases) == {"c"}
+    assert not (tmp_path / "out" / "a").exists()
+    spoil(cohort, "mr_1", 5, "c")
+    with pytest.raises(InputError, match=r"no case can be used; the first: case a .*MR channel 1 is constant"):
+        preprocess(cohort, tmp_path / "out", progress=False, on_bad_case="skip")
+
+
+def test_a_bad_case_stops_and_what_is_complete_stays(tmp_path, cohort):
+    spoil(cohort, "mr_1", 5)
+    with pytest.raises(InputError, match="case b"):
+        preprocess(cohort, tmp_path / "out", progress=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "preprocess.json"]
+
+
+@pytest.mark.parametrize(("options", "said"), [({"on_bad_case": "ignore"}, "='ignore'"), ({"processes": 0}, "=0")])
+def test_options_that_can_not_be(tmp_path, cohort, options, said):
+    with pytest.raises(InputError, match=said):
+        preprocess(cohort, tmp_path / "out", **options)
+
+
+def test_processes_write_the_same_bytes(tmp_path, cohort, cache):
+    spoil(cohort, "labels", 77, "a")
+    with pytest.raises(InputError, match=r"case a: .*77"):
+        preprocess(cohort, tmp_path / "out", progress=False, processes=2)
+    shutil.rmtree(cohort.root)
+    preprocess(write_cohort(cohort.root), tmp_path / "out", progress=False, processes=2)
+    assert everything(tmp_path / "out") == everything(cache.path)
+
+
+def test_a_disk_that_is_too_full_is_refused_before_it_starts(tmp_path, cohort, monkeypatch, capsys):
+    voxels = {name: np.prod(shape) for name, shape in SHAPES.items()}
+    needed = int(sum(voxels.values())) * (2 * 4 + 4 + 1 + 1)
+    for free in (needed - 1, needed):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(preprocessing.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if free < needed:
+            with pytest.raises(InputError, match=r"5.29 KiB are needed for 3 cases, but only 5.29 KiB are free"):
+                preprocess(cohort, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+        else:
+            preprocess(cohort, tmp_path / "out")
+    assert "3 of 3 cases to write, 5.29 KiB" in capsys.readouterr().err
+    written = sum(len(content) - 128 for path, content in everything(tmp_path / "out").items() if path.suffix == ".npy")
+    assert written == needed  # but for numpy's headers
+
+
+def test_few_processes_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(preprocessing.os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 340}.get)
+    assert preprocessing._that_fit_in_memory(5000, 1) == 2
+    assert preprocessing._that_fit_in_memory(5000, 2) == 1
+    assert preprocessing._that_fit_in_memory(5000000, 1) == 1
+
+
+def test_folders_of_something_else_are_refused(tmp_path, cohort, cache):
+    other = write_cohort(tmp_path / "other")
+    before = everything(cache.path)
+    with pytest.raises(InputError, match=r"already there, with preprocess.json saying .*name a new folder"):
+        preprocess(other, cache.path, progress=False)
+    assert everything(cache.path) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="already there and not an empty folder"):
+        preprocess(cohort, tmp_path / "full", progress=False)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_two_at_once_are_refused(tmp_path, cohort, cache):
+    with locked(cache.path / "preprocess.json"), pytest.raises(InputError, match="another process is writing to it"):
+        preprocess(cohort, cache.path, progress=False)
