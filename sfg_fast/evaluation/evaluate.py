@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.cache import body_mask
 from ..data.cohort import Case, Cohort, LoadedCase, load_case, unnamed_labels
+from ..data.preprocessing import body_mask
 from ..data.volumes import read_labels, read_volume, same_grid
 from ..errors import InputError
 from .metrics import case_metrics, metrics_document

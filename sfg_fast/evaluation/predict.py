@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cache import normalise
 from ..data.cohort import Case, load_case
+from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
 from ..files import new_folder
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
+from ..training.parallel import choose_device
 from ..training.run import load_run
-from ..training.trainer import choose_device
 
 SLICES_AT_ONCE = 16
 PATCH_OVERLAP = 0.5
@@ -40,10 +40,13 @@ class Prediction:
 
 
 class Predictor:
-    """A trained run, ready to predict. Raises InputError for a folder that is no run or a checkpoint of another one."""
+    """A trained run, ready to predict, with its `final` network or the `best` on the validation split.
 
-    def __init__(self, run: Path, device: str = "auto") -> None:
-        trained = load_run(run)
+    Raises InputError for a folder that is no run or a checkpoint of another one.
+    """
+
+    def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
+        trained = load_run(run, checkpoint)
         self.config, self.label_names, self.in_channels = trained.config, trained.label_names, trained.in_channels
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()

@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 TASKS = ("ct", "organs")
+PRECISIONS = ("float32", "bfloat16")
+DECAYS = ("cosine", "polynomial", "constant")
 
 
 @dataclasses.dataclass
@@ -60,12 +62,14 @@ class ScheduleConfig:
     """How long and how fast.
 
     Args:
-        steps: optimiser steps (mini-batches).
-        batch: slices (or patches) in a mini-batch, M of eq. 2.
+        steps: optimiser steps.
+        batch: slices (or patches) in a mini-batch of one process; M of eq. 2 is batch x accumulate x processes.
+        accumulate: mini-batches whose gradients are added up for a step, each with a draw of its own.
         learning_rate: of Adam, for weights.
         logits_factor: the logits' learning rate is this many times the weights'.
         warmup: steps of linear warm-up.
-        decay_from: share of the steps after which the weights' rate decays along a cosine, to 5 %.
+        decay: how the weights' rate falls: "cosine", to 5 %; "polynomial", (1 - t)^0.9, to 0, as nnU-Net's; "constant".
+        decay_from: share of the steps after which it does.
         temperature_start: temperature of the relaxation at the start.
         temperature_end: and its floor, reached exponentially at `temperature_until` of the steps.
         temperature_until: share of the steps.
@@ -73,19 +77,24 @@ class ScheduleConfig:
             1: draw to the end, as the paper does. Less than 1 is ours: it removes most of the gap between drawn and
             argmax evaluation.
         clip: largest norm of the weights' gradient.
+        patience: stop when the validation split has not improved for so many checkpoints; null: never. It counts from
+            `draw_until`, because the weights have to learn the fixed grouping.
     """
 
     steps: int = 20000
     batch: int = 8
+    accumulate: int = 1
     learning_rate: float = 3e-3
     logits_factor: float = 10.0
     warmup: int = 10
+    decay: str = "cosine"
     decay_from: float = 0.5
     temperature_start: float = 1.0
     temperature_end: float = 0.1
     temperature_until: float = 0.8
     draw_until: float = 0.6
     clip: float = 1.0
+    patience: int | None = None
 
 
 @dataclasses.dataclass
@@ -110,25 +119,45 @@ class TrainConfig:
 
     Args:
         data: folder made by `sfg-fast preprocess`.
-        out: run folder to be made: config.yaml, checkpoints/, history.json, tensorboard/.
+        out: run folder to be made: config.yaml, checkpoints/, history.json, summary.json, progress.png, tensorboard/.
         tasks: which of ct, organs to learn.
+        folds: train on k - 1 of k parts of the cohort's train and val cases and validate on the other, one after the
+            other, to OUT/fold_0 ..; the parts are in DATA/splits_final.json. null: the cohort's own split.
+        fold: only this one of the folds, 0 .. k - 1.
         patch: height and width of random in-plane patches in voxels; null for whole slices.
+        foreground: share of the slices (or patches) that must show an organ.
         bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none.
         seed: of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "float32", or "bfloat16" where autocast allows it.
+        workers: processes that read slices ahead; 0: none.
+        same_assignment: one draw for all processes, and batch statistics over all of them (as one process with the
+            whole batch). Otherwise each process draws its own.
         log_every: steps between looks at a held-out slice and at the grouping.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints, and between looks at the validation split.
+        validation_slices: how many slices of the validation split are looked at.
+        keep: how many checkpoints to resume from are kept.
+        max_bad_steps: how many steps with a gradient that isn't finite are left out before the run gives up.
     """
 
     data: str
     out: str
     tasks: list[str] = dataclasses.field(default_factory=lambda: list(TASKS))
+    folds: int | None = None
+    fold: int | None = None
     patch: list[int] | None = None
+    foreground: float = 0.33
     bias: float = 0.1
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
+    workers: int = 0
+    same_assignment: bool = False
     log_every: int = 50
     checkpoint_every: int = 500
+    validation_slices: int = 64
+    keep: int = 3
+    max_bad_steps: int = 10
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
@@ -158,6 +187,9 @@ def check(config: TrainConfig) -> None:
         "checkpoint_every": config.checkpoint_every,
         "network.blocks": config.network.blocks,
         "network.every": config.network.every,
+        "schedule.accumulate": schedule.accumulate,
+        "validation_slices": config.validation_slices,
+        "keep": config.keep,
     }.items():
         if count < 1:
             refuse(key, count, "at least 1")
@@ -172,15 +204,36 @@ def check(config: TrainConfig) -> None:
         if not rate > 0:
             refuse(key, rate, "a positive number")
     for key, weight in {
+        "seed": config.seed,
+        "workers": config.workers,
+        "max_bad_steps": config.max_bad_steps,
+        "schedule.warmup": schedule.warmup,
+        "schedule.logits_factor": schedule.logits_factor,
         "bias": config.bias,
         "objective.lambda1": objective.lambda1,
         "objective.lambda2": objective.lambda2,
     }.items():
         if not weight >= 0:
             refuse(key, weight, "at least 0")
-    for key, share in {"schedule.draw_until": schedule.draw_until, "schedule.decay_from": schedule.decay_from}.items():
+    for key, share in {
+        "schedule.draw_until": schedule.draw_until,
+        "schedule.decay_from": schedule.decay_from,
+        "foreground": config.foreground,
+    }.items():
         if not 0 <= share <= 1:
-            refuse(key, share, "a share of the steps, 0 to 1")
+            refuse(key, share, "a share, 0 to 1")
+    for key, value, choices in (
+        ("precision", config.precision, PRECISIONS),
+        ("schedule.decay", schedule.decay, DECAYS),
+    ):
+        if value not in choices:
+            refuse(key, value, f"one of {', '.join(choices)}")
+    if schedule.patience is not None and schedule.patience < 1:
+        refuse("schedule.patience", schedule.patience, "null, or at least 1")
+    if config.folds is not None and config.folds < 2:
+        refuse("folds", config.folds, "null, or at least 2")
+    if config.fold is not None and not 0 <= config.fold < (config.folds or 0):
+        refuse("fold", config.fold, "null, or a number below folds" if config.folds else "null, because folds is")
     if config.network.estimator == "none":
         refuse("network.estimator", "none", "an estimator that learns p (for a constant p: network.method constant_p)")
     if min(config.network.width, default=0) < 1:

@@ -1,18 +1,22 @@
-"""A run folder read back: the configured network, and what it has learnt."""
+"""The configured network: as training starts from it, and read back from a run folder with what it has learnt."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..data.cache import Cache
+from ..data.cohort import check_label_names
 from ..errors import InputError
 from ..files import read_json
 from ..networks.controls import set_estimator
 from ..networks.highresnet import SFGHighResNet
+from ..networks.transfer import transfer
 from . import checkpoint
-from .config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, TransferConfig
+from .config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, TransferConfig, check
 
 
 def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
@@ -50,19 +54,37 @@ class Run(NamedTuple):
     in_channels: int
 
 
-def load_run(folder: Path) -> Run:
-    """Read a finished run. Raises InputError for a folder that is no run, is not finished, or is of another version."""
-    path = folder / "checkpoints" / "last.pt"
+def load_run(folder: Path, which: str = "final") -> Run:
+    """Read a finished run: its `final` network, or the `best` on the validation split.
+
+    Raises InputError for a folder that is no run, is not finished, has no best, or is of another version.
+    """
+    path = folder / "checkpoints" / f"{which}.pt"
+    if not path.exists() and (left := checkpoint.steps(path.parent)):
+        if (path.parent / "final.pt").exists():
+            raise InputError(f"{folder}: the run has no {path.name}, because it had no validation split")
+        step = checkpoint.load(left[0])["step"]
+        raise InputError(f"{folder}: training stopped at step {step}, expected a finished run (train --resume)")
     state = checkpoint.load(path)
     if not state["finished"]:
         raise InputError(
             f"{folder}: training stopped at step {state['step']}, expected a finished run (train --resume)"
         )
     config = _config(state["config"], path)
-    data = read_json(folder / "data.json")
-    model = build_network(config, data["in_channels"], max(data["labels"].values(), default=0) + 1)
+    in_channels, labels = _about_data(folder / "data.json")
+    model = build_network(config, in_channels, max(labels.values(), default=0) + 1)
     checkpoint.load_weights(model, state["model"], path)
-    return Run(config, model, state["drawn_statistics"], data["labels"], data["in_channels"])
+    return Run(config, model, state["drawn_statistics"], labels, in_channels)
+
+
+def _about_data(path: Path) -> tuple[int, dict[str, int]]:
+    """What the run was trained on: channels of the MR, and names of labels."""
+    found = read_json(path)
+    channels = found.get("in_channels") if isinstance(found, dict) else None
+    if type(channels) is not int or channels < 1:
+        raise InputError(f"{path}: in_channels {channels!r}, expected the number of MR channels of the run")
+    labels = found.get("labels")
+    return channels, check_label_names(labels, str(path)) if labels else {}
 
 
 def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
@@ -73,6 +95,47 @@ def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
             "schedule": ScheduleConfig(**saved["schedule"]),
             "transfer": TransferConfig(**saved.get("transfer", {})),
         }
-        return TrainConfig(**{**saved, **parts})
-    except (KeyError, TypeError) as error:
+        config = TrainConfig(**{**saved, **parts})
+        check(config)
+        return config
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its configuration is not one of this version ({error})") from error
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+def starting_network(config: TrainConfig, cache: Cache) -> SFGHighResNet:
+    """The configured network as training starts from it: heads at the mean CT and the classes' frequencies, filters of
+    another run where they are transferred. InputError if it can't be."""
+    model = build_network(config, cache.in_channels, max(cache.label_names.values(), default=0) + 1)
+    _start_from_the_mean(model, cache, config)
+    if config.transfer.run is not None:
+        _transfer(model, config.transfer)
+    return model
+
+
+def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig) -> None:
+    """Head biases: the mean CT, and the classes' frequencies."""
+    if "ct" in config.tasks:
+        _head_bias(model, "ct")[0] = cache.mean_ct("train") / config.objective.ct_scale_hu
+    if "organs" in config.tasks:
+        frequencies = torch.as_tensor(cache.class_frequencies("train"), dtype=torch.float32)
+        _head_bias(model, "organs").copy_(frequencies.clamp_min(1e-6).log())
+
+
+def _transfer(model: SFGHighResNet, config: TransferConfig) -> None:
+    """Start from another run's filters. (A resumed run does so, too, and then loads its own; the frozen stay.)"""
+    assert config.run is not None
+    try:
+        transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)
+    except ValueError as error:
+        raise InputError(f"transfer.run={config.run!r}: {str(error).removeprefix('transfer: ')}") from error
+
+
+def _head_bias(model: SFGHighResNet, task: str) -> Tensor:
+    bias = model.heads.conv.bias
+    assert bias is not None
+    return bias.data[model.heads.rows(task)]

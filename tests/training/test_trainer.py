@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,24 +15,23 @@ from sfg_fast.errors import InputError
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.training import checkpoint
-from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, TransferConfig
+from sfg_fast.training import trainer as trainer_module
+from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TransferConfig
+from sfg_fast.training.folds import make_splits, read_fold
 from sfg_fast.training.run import load_run
-from sfg_fast.training.trainer import Trainer, learning_rate_at
+from sfg_fast.training.schedule import learning_rate_at
+from sfg_fast.training.trainer import Trainer
+
+from .small_run import config, make_cache
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_phantom(folder / "cohort", cases=3, test=1, size=24, slices=6, progress=False)
-    preprocess(read_cohort(folder / "cohort"), folder / "cache", progress=False)
-    return folder / "cache"
+    return make_cache(tmp_path_factory.mktemp("data"))
 
 
-def config(cache, out, steps=6, **options):
-    network = NetworkConfig(width=[3, 4, 4], blocks=1, residual="routed", **options.pop("network", {}))
-    schedule = ScheduleConfig(steps=steps, batch=2, **options.pop("schedule", {}))
-    defaults = {"log_every": 2, "checkpoint_every": 2}
-    return TrainConfig(str(cache), str(out), network=network, schedule=schedule, **{**defaults, **options})
+def newest(trainer):
+    return checkpoint.steps(trainer.checkpoints)[0]
 
 
 def test_a_run_leaves_everything_behind(cache, tmp_path):
@@ -46,7 +47,7 @@ def test_a_run_leaves_everything_behind(cache, tmp_path):
     assert list(history["allocation"]["p"]) == list(layers)
     for rows in history["allocation"]["p"].values():
         assert all(abs(sum(row) - 1) < 1e-5 for row in rows)
-    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
+    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "final.pt")
     assert state["finished"]
     assert state["step"] == 6
     assert not any(layer.assigned for layer in layers.values())
@@ -61,8 +62,8 @@ def test_resume_is_exact_to_the_bit(cache, tmp_path, stop):
     first = Trainer(config(cache, tmp_path / "cut"))
     save = first._save
 
-    def killed(drawn_statistics=None):
-        save(drawn_statistics)
+    def killed():
+        save()
         if first.step == stop:
             raise KeyboardInterrupt
 
@@ -113,6 +114,14 @@ def test_learning_rate_schedule():
     assert learning_rate_at(schedule, 9) == learning_rate_at(schedule, 50) == 1.0
     assert learning_rate_at(schedule, 75) == pytest.approx(0.05 + 0.95 / 2)
     assert learning_rate_at(schedule, 100) == pytest.approx(0.05)
+
+
+def test_other_decays():
+    polynomial = ScheduleConfig(steps=100, learning_rate=1.0, warmup=0, decay="polynomial", decay_from=0.0)
+    assert learning_rate_at(polynomial, 50) == pytest.approx(0.5**0.9)
+    assert learning_rate_at(polynomial, 100) == 0
+    constant = ScheduleConfig(steps=100, learning_rate=1.0, warmup=0, decay="constant")
+    assert learning_rate_at(constant, 99) == 1
 
 
 def test_heads_start_from_the_mean_ct_and_the_class_frequencies(cache, tmp_path):
@@ -197,7 +206,7 @@ def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache
 
 def test_prediction_by_the_mean_over_drawn_architectures(cache, tmp_path):
     from sfg_fast.data import load_case
-    from sfg_fast.data.cache import normalise
+    from sfg_fast.data.preprocessing import normalise
     from sfg_fast.networks.controls import sampling
 
     run = config(cache, tmp_path / "run", steps=3)
@@ -253,7 +262,7 @@ def test_transfer_from_a_run_and_frozen_filters_through_a_resume(cache, tmp_path
     ("transfer", "said"),
     [
         ({"freeze": True}, "transfer.run=None: expected the folder of a run"),
-        ({"run": "nowhere"}, "nowhere/checkpoints/last.pt: no such checkpoint"),
+        ({"run": "nowhere"}, "nowhere/checkpoints/final.pt: no such checkpoint"),
         ({"run": "ct", "tasks": {"ct": "pet"}}, "ct': tasks: 'pet' is no task of the source, expected one of ct"),
     ],
 )
@@ -283,12 +292,236 @@ def test_resume_refuses_a_finished_run(cache, tmp_path):
         Trainer(config(cache, tmp_path / "run", steps=2), resume=True)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_cases(cache, tmp_path):
+def test_a_lost_network_stops_the_run_and_names_the_cases(cache, tmp_path):
     trainer = Trainer(config(cache, tmp_path / "run"))
     with torch.no_grad():
         trainer.model.heads.conv.weight[:] = torch.nan
     with pytest.raises(FloatingPointError, match="phantom_00"):
         trainer.run()
+
+
+def spoilt(cache, folder, value=np.nan, file="inputs"):
+    """A copy of the cache in which one case has a number that preprocess would have refused."""
+    shutil.copytree(cache, folder)
+    array = np.load(folder / "phantom_001" / f"{file}.npy", mmap_mode="r+")
+    array[:, ..., 3] = value
+    array.flush()
+    return folder
+
+
+@pytest.mark.parametrize(("file", "value"), [("inputs", np.nan), ("inputs", np.inf), ("ct", np.nan)])
+def test_steps_that_are_not_finite_are_left_out_and_tell_whose_they_were(cache, tmp_path, capsys, file, value):
+    """Three cases in batches of one: a third of the steps is bad. Without the spoilt case the weights would be those of
+    the good steps alone; here they, and the running statistics, are finite."""
+    bad = spoilt(cache, tmp_path / "bad", value, file)
+    run = config(bad, tmp_path / "run", steps=8, schedule={"batch": 1}, max_bad_steps=4)
+    trainer = Trainer(run)
+    trainer.run()
+    left_out = trainer.history["bad_steps"]
+    batches = [trainer.sampler[step]["case"] for step in range(8)]
+    assert [one["step"] for one in left_out] == [step for step in range(8) if batches[step] == ["phantom_001"]]
+    assert len(left_out) == 4
+    assert all(one["cases"] == ["phantom_001"] for one in left_out)
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    assert "the gradient is not finite (cases phantom_001); left out, 4 of at most 4" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_steps"] == 4
+    run = config(bad, tmp_path / "again", steps=8, schedule={"batch": 1}, max_bad_steps=3)
+    with pytest.raises(FloatingPointError, match=r"\(cases phantom_001\), 4 such steps; lower"):
+        Trainer(run).run()
+
+
+def test_a_step_that_is_left_out_changes_nothing(cache, tmp_path):
+    trainer = Trainer(config(spoilt(cache, tmp_path / "bad"), tmp_path / "run", schedule={"batch": 4}))
+    trainer.history["bad_steps"] = []
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer._train_step()
+    assert trainer.history["bad_steps"][0]["cases"] == ["phantom_001"]
+    for name, value in trainer.model.state_dict().items():
+        if "learning_steps" not in name:
+            assert torch.equal(before[name], value), name
+    assert not trainer.optimiser.state
+
+
+def test_gradients_of_mini_batches_are_averaged_into_a_step(cache, tmp_path):
+    """By hand, with the same draws: the mean of the gradients of three mini-batches."""
+    run = config(cache, tmp_path / "run", schedule={"accumulate": 3, "clip": 1e9})
+    trainer = Trainer(run)
+    state = torch.get_rng_state()
+    trainer._train_step()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    other = Trainer(config(cache, tmp_path / "other", schedule={"accumulate": 3}))
+    torch.set_rng_state(state)
+    other.model.train()
+    for step in range(3):
+        other.loss(other.sampler[step])[0].backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, other.model.get_parameter(name).grad / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_trains_with_float32_weights_and_losses(cache, tmp_path):
+    from sfg_fast import backend
+
+    with backend("masked"):  # native computes in float32 under autocast
+        plain = Trainer(config(cache, tmp_path / "plain"))
+        low = Trainer(config(cache, tmp_path / "low", precision="bfloat16"))
+        seen = []
+        low.model.final[-1].register_forward_hook(lambda module, inputs, y: seen.append(y.packed.dtype))
+        torch.manual_seed(5)
+        expected = plain._train_step()
+        torch.manual_seed(5)
+        found = low._train_step()
+    assert seen == [torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    assert found["objective"] == pytest.approx(expected["objective"], rel=0.02)
+    assert found["objective"] != expected["objective"]
+
+
+@pytest.fixture(scope="module")
+def with_val(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("val"), cases=6, test=2)
+
+
+def test_validation_keeps_the_best(with_val, tmp_path, monkeypatch):
+    """The validation split gets worse from the second look on: best.pt is of step 2, final.pt of step 6."""
+    worse = iter([3.0, 2.0, 2.5, 2.6])
+    real = trainer_module.validate
+
+    def made_up(*arguments):
+        sums = real(*arguments)
+        value = next(worse)
+        return sums | {"nll/ct": value * sums["examples/ct"], "nll/organs": 0 * sums["examples/organs"]}
+
+    monkeypatch.setattr(trainer_module, "validate", made_up)
+    run = config(with_val, tmp_path / "run", steps=8, folds=2, fold=1)
+    trainer = Trainer(run)
+    trainer.run()
+    validation = trainer.history["validation"]
+    assert (validation["step"], validation["nll"]) == ([2, 4, 6, 8], [3.0, 2.0, 2.5, 2.6])
+    best, final = (checkpoint.load(trainer.checkpoints / f"{name}.pt") for name in ("best", "final"))
+    assert (best["step"], best["finished"], final["step"]) == (4, True, 8)
+    at_4 = checkpoint.load(trainer.checkpoints / "step_00000004.pt")
+    for name, value in at_4["model"].items():
+        if "running" not in name and "pooled" not in name and "draws" not in name and "fixed" not in name:
+            assert torch.equal(best["model"][name], value), name
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["validation"]["best"]["step"], summary["validation"]["last"]["nll"]) == (4, 2.6)
+    predictor = {which: Predictor(tmp_path / "run", "cpu", which) for which in ("best", "final")}
+    weights = {which: one.model.heads.conv.weight for which, one in predictor.items()}
+    assert torch.equal(weights["best"], best["model"]["heads.conv.weight"])
+    assert not torch.equal(weights["best"], weights["final"])
+
+
+def test_validation_is_what_prediction_would_give(with_val, tmp_path):
+    """By hand, over the same slices, with the network as it is finished: argmax p and its own statistics."""
+    run = config(with_val, tmp_path / "run", folds=2, fold=0, validation_slices=10**6)
+    trainer = Trainer(run)
+    trainer.run()
+    last = {name: values[-1] for name, values in trainer.history["validation"].items()}
+    model = load_run(tmp_path / "run").model.eval()
+    squared = voxels = 0.0
+    nll = {"ct": [], "organs": []}
+    with torch.no_grad():
+        for step in range(len(trainer.validation) // 2):
+            batch = trainer.validation[step]
+            outputs = model(batch["inputs"])
+            error = (outputs["ct"].double() * 400 - batch["ct"])[batch["mask"]]
+            squared, voxels = squared + error.square().sum().item(), voxels + error.numel()
+            unit = (outputs["ct"] - batch["ct"] / 400).square() / 2 + 0.5 * np.log(2 * np.pi)
+            nll["ct"].append(unit.mean().item())
+            nll["organs"].append(torch.nn.functional.cross_entropy(outputs["organs"], batch["labels"]).item())
+    assert last["psnr"] == pytest.approx(10 * np.log10(4024**2 / (squared / voxels)), abs=1e-3)
+    assert last["nll"] == pytest.approx(np.mean(nll["ct"]) + np.mean(nll["organs"]), rel=1e-4)
+
+
+def test_validating_moves_nothing(with_val, tmp_path):
+    trainers = [Trainer(config(with_val, tmp_path / name, folds=2, fold=0)) for name in ("a", "b")]
+    for trainer in trainers:
+        torch.manual_seed(1)
+        for _ in range(3):
+            trainer._train_step()
+            trainer.step += 1
+            if trainer is trainers[0]:
+                trainer._validate()
+    for (name, a), b in zip(
+        trainers[0].model.state_dict().items(), trainers[1].model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_early_stop_waits_for_the_fixed_grouping(with_val, tmp_path, monkeypatch):
+    rising = iter(range(100))
+    real = trainer_module.validate
+    monkeypatch.setattr(
+        trainer_module, "validate", lambda *a: (s := real(*a)) | {"nll/ct": next(rising) * s["examples/ct"]}
+    )
+    schedule = {"patience": 2, "draw_until": 0.5}
+    trainer = Trainer(config(with_val, tmp_path / "run", steps=20, folds=2, fold=0, schedule=schedule))
+    trainer.run()
+    assert trainer.step == 12  # worse at 4, 6, 8 (still drawn), at 10 and at 12
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_early"]
+    assert checkpoint.load(trainer.checkpoints / "final.pt")["finished"]
+
+
+def test_folds(with_val, tmp_path):
+    cache = Cache(with_val)
+    make_splits(cache, 2)
+    folds = [read_fold(cache, 2, fold) for fold in (0, 1)]
+    for fold in folds:
+        assert sorted(fold.names("train") + fold.names("val")) == cache.names("train")
+        assert not fold.names("test")
+    assert sorted(folds[0].names("val") + folds[1].names("val")) == cache.names("train")
+    run = config(with_val, tmp_path / "run", folds=2, fold=1)
+    trainer = Trainer(run)
+    assert trainer.sampler.names == folds[1].names("train")
+    assert trainer.validation.names == folds[1].names("val")
+    with pytest.raises(InputError, match=r"folds=5: .*has 4 train and val cases, expected at least 5"):
+        make_splits(Cache(copied(with_val, tmp_path / "copy")), 5)
+
+
+def copied(cache, folder):
+    shutil.copytree(cache, folder, ignore=shutil.ignore_patterns("splits_final.json"))
+    return folder
+
+
+def test_resume_refuses_another_cohort(cache, tmp_path):
+    data = copied(cache, tmp_path / "cache")
+    Trainer(config(data, tmp_path / "run"))
+    shutil.copytree(data, tmp_path / "moved")
+    Trainer(config(tmp_path / "moved", tmp_path / "run"), resume=True)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["cases"]["phantom_000"]["source"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="the cohort has changed since the run began, expected the same"):
+        Trainer(config(data, tmp_path / "run"), resume=True)
+
+
+def test_workers_and_what_is_kept_may_change_on_the_way(cache, tmp_path):
+    Trainer(config(cache, tmp_path / "run"))
+    assert Trainer(config(cache, tmp_path / "run", keep=1, max_bad_steps=0, workers=2), resume=True).step == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_array_that_is_lost_on_the_way_is_one_clear_line(cache, tmp_path, workers):
+    data = copied(cache, tmp_path / "cache")
+    trainer = Trainer(config(data, tmp_path / "run", workers=workers))
+    for path in data.glob("*/ct.npy"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"^\S+ct.npy: can't be read .*; preprocess the cohort again$"):
+        trainer.run()
+
+
+def test_waiting_for_slices_is_measured(cache, tmp_path, monkeypatch):
+    clock = iter(range(10**6))  # every look at the clock is a second later
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
+    trainer = Trainer(config(cache, tmp_path / "run"))
+    trainer._train_step()
+    assert trainer._waited_share() == 1 / 3  # a step of three looks, the wait between the inner two
+
+
+def test_without_torchrun_there_is_one_process(cache, tmp_path):
+    trainer = Trainer(config(cache, tmp_path / "run", same_assignment=True))
+    assert (trainer.processes.count, trainer.processes.main) == (1, True)
+    assert not any(getattr(module, "synchronised", False) for module in trainer.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -306,6 +539,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_cases(cache, 
         ({"network": {"estimator": "none"}}, "network.estimator='none'"),
         ({"schedule": {"temperature_end": 2.0}}, "schedule.temperature_end=2.0"),
         ({"bias": -0.1}, "bias=-0.1"),
+        ({"foreground": 1.5}, "foreground=1.5"),
+        ({"precision": "float16"}, "precision='float16'"),
+        ({"workers": -1}, "workers=-1"),
+        ({"keep": 0}, "keep=0"),
+        ({"max_bad_steps": -1}, "max_bad_steps=-1"),
+        ({"validation_slices": 0}, "validation_slices=0"),
+        ({"schedule": {"accumulate": 0}}, "schedule.accumulate=0"),
+        ({"schedule": {"decay": "step"}}, "schedule.decay='step'"),
+        ({"schedule": {"patience": 0}}, "schedule.patience=0"),
+        ({"schedule": {"patience": 3}}, "schedule.patience=3: .* has no case of split val"),
+        ({"folds": 1}, "folds=1"),
+        ({"fold": 0}, "fold=0: expected null, because folds is"),
+        ({"folds": 2, "fold": 2}, "fold=2: expected null, or a number below folds"),
+        ({"folds": 2}, "folds=2: a run is one fold, expected fold to be given"),
     ],
 )
 def test_values_that_can_not_be(cache, tmp_path, change, message):
@@ -318,15 +565,15 @@ def test_checkpoint_of_another_architecture(cache, tmp_path):
     run = config(cache, tmp_path / "run")
     trainer = Trainer(run)
     trainer._save()
-    state = checkpoint.load(trainer.last_checkpoint)
+    state = checkpoint.load(newest(trainer))
     other = Trainer(
         dataclasses.replace(run, out=str(tmp_path / "other"), network=NetworkConfig(width=[3, 4, 5], blocks=1))
     )
     with pytest.raises(InputError, match=r"another architecture .*final.0.fixed_assignment"):
-        checkpoint.load_weights(other.model, state["model"], trainer.last_checkpoint)
+        checkpoint.load_weights(other.model, state["model"], newest(trainer))
     state["model"]["heads.conv.weight"] = torch.zeros(1)
     with pytest.raises(InputError, match=r"another architecture \('heads.conv.weight' has shape \(1,\)"):
-        checkpoint.load_weights(trainer.model, state["model"], trainer.last_checkpoint)
+        checkpoint.load_weights(trainer.model, state["model"], newest(trainer))
 
 
 def test_checkpoint_that_is_none(tmp_path):
@@ -336,22 +583,75 @@ def test_checkpoint_that_is_none(tmp_path):
     with pytest.raises(InputError, match="not a readable checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
     torch.save({"version": 99}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="version 99, expected 1"):
+    with pytest.raises(InputError, match="version 99, expected 2"):
         checkpoint.load(tmp_path / "last.pt")
 
 
+STATE = dict.fromkeys(checkpoint.KEYS)
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, {"step": 1})
+    path = tmp_path / "step_00000001.pt"
+    checkpoint.save(path, {**STATE, "step": 1})
 
     def full(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(path, {"step": 2})
+    with pytest.raises(OSError, match=r"step_00000001.pt: can't be written .no space left"):
+        checkpoint.save(path, {**STATE, "step": 2})
     assert checkpoint.load(path)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_nothing_half_written(tmp_path):
+    for step in (5, 30, 1000):
+        checkpoint.save(checkpoint.step_path(tmp_path, step), {**STATE, "step": step})
+    (tmp_path / "step_00001500.pt.77.part").write_bytes(b"half")
+    checkpoint.save(tmp_path / "best.pt", STATE)
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "step_00000030.pt", "step_00001000.pt"]
+    assert checkpoint.newest(tmp_path)[1]["step"] == 1000
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def one_bit(path):
+    """In the middle of a tensor: torch would read it without a word."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"needle-in-here") + 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, one_bit])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    needle = torch.frombuffer(bytearray(b"needle-in-here" * 9), dtype=torch.uint8)
+    for step in (1, 2):
+        checkpoint.save(checkpoint.step_path(tmp_path, step), {**STATE, "step": step, "model": {"w": needle}})
+    damage(checkpoint.step_path(tmp_path, 2))
+    with pytest.warns(
+        UserWarning, match=r"step_00000002.pt: not a readable checkpoint .*going on from step_00000001.pt"
+    ):
+        assert checkpoint.newest(tmp_path)[1]["step"] == 1
+    damage(checkpoint.step_path(tmp_path, 1))
+    with pytest.raises(InputError, match=r"step_00000002.pt: not a readable"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_bomb_is_refused_before_it_unpacks(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", STATE)
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry, source.read(entry))
+        target.writestr("archive/data/9", bytes(10**7), zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="unpacks to more than its"):
+        checkpoint.load(tmp_path / "b.pt")
 
 
 def test_a_checkpoint_can_not_run_code(tmp_path):
@@ -361,6 +661,6 @@ def test_a_checkpoint_can_not_run_code(tmp_path):
         def __reduce__(self):
             return (print, ("executed",))
 
-    (tmp_path / "last.pt").write_bytes(pickle.dumps({"version": 1, "model": Evil()}))
+    (tmp_path / "last.pt").write_bytes(pickle.dumps({"version": 2, "model": Evil()}))
     with pytest.raises(InputError, match="not a readable checkpoint"):
         checkpoint.load(tmp_path / "last.pt")

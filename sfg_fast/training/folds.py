@@ -1,0 +1,78 @@
+"""k-fold cross-validation: nnU-Net's splits_final.json, a run for each fold, and what they come to together."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.cache import Cache
+from ..errors import InputError
+from ..files import read_json, write_json
+
+
+def splits_path(cache: Cache) -> Path:
+    return cache.path / "splits_final.json"
+
+
+def make_splits(cache: Cache, folds: int) -> None:
+    """Divide the train and val cases into folds at random and write them down, unless that was done before.
+
+    InputError if there are fewer cases than folds.
+    """
+    if splits_path(cache).exists():
+        return
+    names = sorted(cache.names("train") + cache.names("val"))
+    if len(names) < folds:
+        raise InputError(
+            f"folds={folds!r}: {cache.path} has {len(names)} train and val cases, expected at least {folds}"
+        )
+    order = np.random.default_rng(12345).permutation(len(names))
+    parts = [{names[i] for i in part} for part in np.array_split(order, folds)]
+    splits = [
+        {"train": [name for name in names if name not in part], "val": [name for name in names if name in part]}
+        for part in parts
+    ]
+    write_json(splits_path(cache), splits)
+
+
+def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
+    """The cache with the train and val cases of this fold. InputError if splits_final.json does not fit the cohort."""
+    path = splits_path(cache)
+    splits = read_json(path)
+    expected = f'expected {folds} folds {{"train": [..], "val": [..]}}'
+    if not isinstance(splits, list) or len(splits) != folds:
+        found = f"{len(splits)} folds" if isinstance(splits, list) else type(splits).__name__
+        raise InputError(f"{path}: {found}, {expected}")
+    split = splits[fold]
+    if not isinstance(split, dict) or set(split) != {"train", "val"}:
+        raise InputError(f"{path}: fold {fold} is {str(split)[:80]}, {expected}")
+    known = {*cache.names("train"), *cache.names("val")}
+    for which, names in split.items():
+        if not isinstance(names, list) or not names:
+            raise InputError(f"{path}: fold {fold}, {which} is {str(names)[:80]}, expected a list of cases")
+        for name in names:
+            if not isinstance(name, str) or name not in known:
+                raise InputError(f"{path}: fold {fold}, {which} names {name!r}, expected a train or val case")
+    if both := set(split["train"]) & set(split["val"]):
+        raise InputError(f"{path}: fold {fold} has {sorted(both)[0]!r} in train and in val, expected it in one")
+    return cache.with_splits(split)
+
+
+def summarise(out: Path, folds: int) -> dict[str, Any]:
+    """The last validation of every finished fold, mean and SD over them; written to OUT/summary.json."""
+    found = {}
+    for fold in range(folds):
+        path = out / f"fold_{fold}" / "summary.json"
+        if path.exists():
+            found[f"fold_{fold}"] = read_json(path)["validation"]["last"]
+    spread: dict[str, Any] = {}
+    for name in ("nll", "psnr", "dice"):
+        values = [value for one in found.values() if one and (value := one[name]) is not None]
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        spread[name] = {"mean": statistics.mean(values), "sd": sd} if values else None
+    document = {"folds": found, "summary": spread}
+    write_json(out / "summary.json", document)
+    return document

@@ -1,0 +1,221 @@
+"""Everything that a training run is, and how it outlives its process: made, saved, resumed to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from ..data.cache import Cache
+from ..data.sampler import SliceSampler
+from ..errors import InputError
+from ..files import make_folder, read_json, replacing, write_json
+from ..norm import synchronise
+from . import checkpoint
+from .config import TrainConfig, check
+from .folds import make_splits, read_fold
+from .history import empty_history
+from .objective import Objective
+from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
+from .run import starting_network
+from .schedule import build_optimiser
+from .validation import held_out_slice
+
+TARGETS = {"ct": "ct", "organs": "labels"}  # what each task learns from
+# What may differ in a run that is resumed: it moves nothing but files and time.
+OPERATIONAL = {"out", "data", "device", "workers", "keep", "max_bad_steps"}
+
+
+class TrainingState:
+    """The network, objective and optimiser at a step, what was seen so far, and where the slices come from.
+
+    Attributes:
+        step: optimiser steps done. `history`: see `history.empty_history`.
+        best: the best row of the validation so far, or None; `stale`: how many looks ago, since groupings are fixed.
+        sampler, validation: slices to train on, and of the validation split (None without one); `calibration`: those
+            that running statistics are re-estimated from; `monitored`: one held-out slice.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: bool = False,
+        observe: Callable[[dict[str, Any], Path], None] = lambda history, folder: None,
+    ) -> None:
+        check(config)
+        self.config, self.out, self.observe = config, Path(config.out), observe
+        device = choose_device(config.device)
+        cache = Cache(Path(config.data))
+        self.processes = Processes(device)
+        self.device = self.processes.device
+        if config.folds is not None:
+            if config.fold is None:
+                raise InputError(f"folds={config.folds!r}: a run is one fold, expected fold to be given")
+            self.processes.main_does(lambda: make_splits(cache, config.folds or 0))
+            cache = read_fold(cache, config.folds, config.fold)
+        self._make_samplers(cache)
+        for task in config.tasks:
+            if not cache.has(TARGETS[task]):
+                raise InputError(f"{config.data}: task {task!r} needs {TARGETS[task]}, and no training case has any")
+
+        torch.manual_seed(config.seed)
+        self.model = starting_network(config, cache)
+        if config.same_assignment and self.processes.count > 1:
+            synchronise(self.model)
+        self.model.to(self.device)
+        self.objective = Objective(tuple(config.tasks), config.objective).to(self.device)
+        self.optimiser = build_optimiser(config.schedule, self.model, self.objective)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.stale = 0  # checkpoints since the best
+        self.history = empty_history(self.model, config.tasks)
+        self.about_data = {
+            "in_channels": cache.in_channels,
+            "labels": cache.label_names,
+            "cases": {split: len(cache.names(split)) for split in ("train", "val", "test")},
+            "fingerprint": cache.fingerprint(),
+        }
+        if resume and any(self.checkpoints.glob("*.pt")):
+            self._resume()
+        else:
+            self._draw_apart(0)
+            self.processes.main_does(lambda: self._claim(resume))
+            self._save()  # a run that is killed before its first checkpoint can be resumed, too
+
+    def _make_samplers(self, cache: Cache) -> None:
+        config, processes = self.config, self.processes
+        patch = None if config.patch is None else (config.patch[0], config.patch[1])
+        options = (config.schedule.batch, patch, config.seed)
+        augmented = (*options, config.bias, config.foreground)
+        rank, ranks = processes.rank, processes.count
+        self.sampler = SliceSampler(cache, "train", *augmented, rank=rank, ranks=ranks)
+        self.calibration = SliceSampler(cache, "train", *augmented)  # the same in all processes
+        self.validation = SliceSampler(cache, "val", *options, rank=rank, ranks=ranks) if cache.names("val") else None
+        self.monitored = held_out_slice(cache)
+        if config.schedule.patience is not None and self.validation is None:
+            raise InputError(
+                f"schedule.patience={config.schedule.patience!r}: {config.data} has no case of split val, expected one"
+            )
+
+    def _claim(self, resume: bool) -> None:
+        """A resumed run without a checkpoint was killed before it had any: it starts."""
+        if not resume and ((self.out / "config.yaml").exists() or self.checkpoints.exists()):
+            raise InputError(f"{self.out}: holds a run already, expected a new folder (or --resume)")
+        make_folder(self.out)
+        with replacing(self.out / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+        write_json(self.out / "data.json", self.about_data)
+
+    def _draw_apart(self, step: int) -> None:
+        """Each process draws its own assignments, unless one draw for all is asked for."""
+        if self.processes.rank and not self.config.same_assignment:
+            torch.manual_seed(seed_of(self.config.seed, self.processes.rank, step))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def _state(self, drawn_statistics: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Everything that a run is. A finished one has `drawn_statistics`, for predictions by draws; `model` then has
+        those of argmax p. Before that `model` has the mean over the processes, and each process's own are beside it."""
+        own = {"rng": random_state(self.device), "statistics": statistics_of(self.model)}
+        processes = self.processes.gathered(own)
+        model = self.model.state_dict()
+        if drawn_statistics is None and len(processes) > 1:
+            model = {**model, **merged_statistics([one["statistics"] for one in processes])}
+        return {
+            "model": model,
+            "objective": self.objective.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "finished": drawn_statistics is not None,
+            "drawn_statistics": drawn_statistics,
+            "processes": processes,
+            "best": self.best,
+            "stale": self.stale,
+            "history": self.history,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def _save(self) -> None:
+        """Write a checkpoint to resume from."""
+        state = self._state()
+
+        def write() -> None:
+            if self.best is not None and self.best["step"] == self.step:
+                checkpoint.save(self.checkpoints / "best.pt", state)
+            checkpoint.save(checkpoint.step_path(self.checkpoints, self.step), state)
+            checkpoint.prune(self.checkpoints, self.config.keep)
+            self._tell()
+
+        self.processes.main_does(write)
+
+    def _tell(self) -> None:
+        write_json(self.out / "history.json", self.history)
+        self.observe(self.history, self.out)
+
+    def _resume(self) -> None:
+        final = self.checkpoints / "final.pt"
+        if final.exists():
+            try:
+                step = checkpoint.load(final)["step"]
+            except InputError as error:
+                warnings.warn(f"{error}; finishing again", stacklevel=3)
+            else:
+                raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
+        path, state = checkpoint.newest(self.checkpoints)
+        mine, saved = _flat(dataclasses.asdict(self.config)), _flat(state["config"])
+        for key in sorted(mine.keys() | saved.keys()):
+            if mine.get(key) != saved.get(key) and key not in OPERATIONAL:
+                raise InputError(
+                    f"{key}={mine.get(key)!r}: the run to resume has {saved.get(key)!r}, expected the same"
+                )
+        fingerprint = read_json(self.out / "data.json").get("fingerprint")
+        if fingerprint != self.about_data["fingerprint"]:
+            raise InputError(
+                f"data={self.config.data!r}: the cohort has changed since the run began, expected the same"
+            )
+        self._restore(path, state)
+        self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
+        processes = state["processes"]
+        if len(processes) == self.processes.count:
+            own = processes[self.processes.rank]
+            self.model.load_state_dict(own["statistics"], strict=False)
+            set_random_state(own["rng"], self.device)
+        else:
+            warnings.warn(
+                f"{path}: of {len(processes)} processes, resumed by {self.processes.count}: not to the bit",
+                stacklevel=3,
+            )
+            torch.manual_seed(seed_of(self.config.seed, 0, self.step))
+            self._draw_apart(self.step)
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        checkpoint.load_weights(self.model, state["model"], path)
+        self.objective.load_state_dict(state["objective"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = state["step"]
+
+
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
