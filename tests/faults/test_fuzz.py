@@ -1,0 +1,265 @@
+"""Fuzzers: whatever stands in a header, a manifest or a checkpoint, the answer is a result or one clear sentence.
+
+Each has a quick form, the same every time, and a long one (`make test-all`, ten minutes together) that looks elsewhere
+every time and prints what it finds. Findings belong into test_bad_inputs.py.
+"""
+
+import copy
+import gzip
+import json
+import tracemalloc
+import warnings
+
+import hypothesis
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from sfg_fast.data import Cache, SliceSampler, preprocess, read_cohort, read_labels, read_volume, write_phantom
+from sfg_fast.errors import InputError
+from sfg_fast.training import checkpoint
+from sfg_fast.training.folds import read_fold
+
+MEMORY = 64 * 2**20  # bytes that a file of a few kilobytes may take
+
+
+def quick_and_long(quick, long):
+    """Parametrize a test with its number of examples."""
+    return pytest.mark.parametrize("examples", [quick, pytest.param(long, marks=pytest.mark.slow)])
+
+
+def fuzz(examples, strategy, check):
+    """Give examples to the check. The long form starts somewhere else every time."""
+    settings = hypothesis.settings(
+        max_examples=examples,
+        derandomize=examples < 1000,
+        print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
+    )
+    settings(hypothesis.given(strategy)(lambda value: check(value)))()
+
+
+def answers(work):
+    """The result, or None after one clear sentence; anything else fails."""
+    said = ""
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return work()
+    except InputError as error:
+        said = str(error)
+        return None
+    finally:
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert taken < MEMORY
+        assert "\n" not in said
+        assert len(said) < 2000
+
+
+changes = st.lists(
+    st.tuples(
+        st.integers(0, 700),
+        st.one_of(
+            st.binary(min_size=1, max_size=4),
+            st.sampled_from(
+                [
+                    b"\0\0\0\0",
+                    b"\xff\xff\xff\x7f",
+                    b"\xff\xff\xff\xff",
+                    b"\0\0\xc0\x7f",
+                    b"\0\0\x80\x7f",
+                    b"\0\0\x80\xff",
+                    b"\1\0",
+                ]
+            ),
+        ),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def with_changes(content, places):
+    content = bytearray(content)
+    for where, what in places:
+        content[where : where + len(what)] = what
+    return bytes(content)
+
+
+@quick_and_long(150, 8_000)
+@pytest.mark.parametrize("kind", ["nii", "nii.gz", "nifti2"])
+@pytest.mark.parametrize("read", [read_volume, read_labels])
+def test_headers(tmp_path, examples, kind, read):
+    image = (nib.Nifti2Image if kind == "nifti2" else nib.Nifti1Image)(
+        np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.diag([-2.0, 3, 4, 1])
+    )
+    original = image.to_bytes()
+    path = tmp_path / ("a.nii.gz" if kind == "nii.gz" else "a.nii")
+
+    def check(places):
+        content = with_changes(original, places)
+        path.write_bytes(gzip.compress(content, 1) if kind == "nii.gz" else content)
+        found = answers(lambda: read(path))
+        if found is not None:
+            array, grid = found
+            assert array.shape == grid.array_shape
+            assert np.isfinite(array).all()
+            assert np.isfinite(grid.affine).all()
+
+    fuzz(examples, changes, check)
+
+
+words = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
+    st.sampled_from(["case", "mr", "ct", "labels", "train", "val", "..", "/", "a.nii.gz", "../a.nii.gz", "background"]),
+)
+nested = st.recursive(
+    words, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+
+
+def altered(draw, content, likely=0.1):
+    """The content with a few values, keys or items replaced, doubled or left out."""
+    if draw(st.floats(0, 1)) < likely:
+        return draw(nested)
+    if isinstance(content, dict):
+        changed = {key: altered(draw, value) for key, value in content.items() if draw(st.integers(0, 30))}
+        return changed | ({draw(st.text(max_size=5)): draw(nested)} if not draw(st.integers(0, 9)) else {})
+    if isinstance(content, list):
+        changed = [altered(draw, value) for value in content if draw(st.integers(0, 30))]
+        return changed + changed[:1] if not draw(st.integers(0, 9)) else changed
+    return content
+
+
+def alterations(content):
+    return st.composite(lambda draw: altered(draw, copy.deepcopy(content), 0.02))()
+
+
+ROWS = [
+    {"case": "a", "mr": "a.nii.gz", "ct": "a.nii.gz", "split": "train"},
+    {"case": "b", "mr": "a.nii.gz", "labels": ""},
+]
+
+
+@quick_and_long(150, 5_000)
+@pytest.mark.parametrize(
+    "content", [ROWS, {"labels": {"background": 0, "x": 1}, "channel_names": {"0": "T2"}, "cases": ROWS}]
+)
+def test_json_lists(tmp_path, examples, content):
+    (tmp_path / "a.nii.gz").touch()
+    path = tmp_path / "list.json"
+
+    def check(changed):
+        path.write_text(json.dumps(changed))
+        found = answers(lambda: read_cohort(path))
+        for case in found.cases if found else ():
+            assert all(file.resolve().parent == tmp_path.resolve() for file in case.inputs)
+
+    fuzz(examples, alterations(content), check)
+
+
+@quick_and_long(150, 20_000)
+def test_csv_lists(tmp_path, examples):
+    (tmp_path / "a.nii.gz").touch()
+    path, original = tmp_path / "list.csv", b"case,mr,ct,split\na,a.nii.gz,,train\nb,a.nii.gz,a.nii.gz,test\n"
+    pieces = st.lists(
+        st.tuples(
+            st.integers(0, 60),
+            st.sampled_from(
+                [
+                    b",",
+                    b"\n",
+                    b'"',
+                    b"\0",
+                    b"\xff",
+                    b"../",
+                    b"/",
+                    b"\r",
+                    b"",
+                    b"mr",
+                    b"a" * 300,
+                    "\u00e9".encode(),
+                    b";",
+                    b" ",
+                ]
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+
+    def check(places):
+        path.write_bytes(with_changes(original, places))
+        answers(lambda: read_cohort(path))
+
+    fuzz(examples, pieces, check)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_phantom(folder / "cohort", cases=3, test=1, size=24, slices=4, progress=False)
+    return preprocess(read_cohort(folder / "cohort"), folder / "cache", progress=False)
+
+
+@quick_and_long(100, 2_000)
+def test_cache_manifests(cache, tmp_path, examples):
+    original = json.loads((cache.path / "manifest.json").read_text())
+    for name in cache.cases:
+        (tmp_path / name).symlink_to(cache.path / name)
+
+    def look():
+        opened = Cache(tmp_path)
+        opened.fingerprint()
+        for statistic in (opened.class_frequencies, opened.mean_ct):
+            answers(statistic)
+        return SliceSampler(opened, "train", 2, (8, 8), 0, 0.1, 0.5)[0]
+
+    def check(changed):
+        (tmp_path / "manifest.json").write_text(json.dumps(changed))
+        batch = answers(look)
+        assert batch is None or batch["inputs"].shape[2:] == (8, 8)
+
+    fuzz(examples, alterations(original), check)
+
+
+@quick_and_long(150, 10_000)
+def test_splits(cache, examples):
+    names = cache.names("train")
+    path = cache.path / "splits_final.json"
+
+    def check(changed):
+        path.write_text(json.dumps(changed))
+        fold = answers(lambda: read_fold(cache, 2, 0))
+        assert fold is None or not set(fold.names("train")) & set(fold.names("val"))
+
+    fuzz(examples, alterations([{"train": names[:1], "val": names[1:]}, {"train": names[1:], "val": names[:1]}]), check)
+    path.unlink()
+
+
+@quick_and_long(100, 10_000)
+def test_checkpoints(tmp_path, examples):
+    path = tmp_path / "step_00000001.pt"
+    checkpoint.save(path, {**dict.fromkeys(checkpoint.KEYS), "model": {"w": torch.arange(64.0)}, "step": 1})
+    original = path.read_bytes()
+    places = st.lists(
+        st.tuples(st.integers(0, len(original)), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3
+    )
+
+    def check(changed):
+        path.write_bytes(with_changes(original, changed))
+        state = answers(lambda: checkpoint.load(path))
+        assert state is None or torch.equal(state["model"]["w"], torch.arange(64.0))
+
+    fuzz(examples, places, check)
