@@ -1,5 +1,6 @@
 """The synthetic pelvis: anatomy in the right places, honest images, files that make a cohort."""
 
+import hashlib
 import itertools
 import json
 
@@ -109,6 +110,52 @@ def test_anatomy_does_not_depend_on_the_grid():
     np.testing.assert_allclose(shares[0], shares[1], rtol=0.2)
 
 
+@pytest.mark.parametrize(("seed", "size", "slices"), [(0, 48, 16), ((5, 1), 24, 4)])
+def test_difficulty_adds_to_the_same_patient(seed, size, slices):
+    """0 is the easy phantom to the bit: nothing more is drawn for it. At 1 it is the same patient, bent."""
+    easy, hard = make_case(seed, size, slices), make_case(seed, size, slices, difficulty=1)
+    again = make_case(seed, size, slices, difficulty=0)
+    for kind in ("mr", "ct", "labels", "mask"):
+        assert np.array_equal(getattr(easy, kind), getattr(again, kind))
+        assert not np.array_equal(getattr(easy, kind), getattr(hard, kind))
+    assert (hard.mask & easy.mask).sum() / (hard.mask | easy.mask).sum() > 0.75
+
+
+def test_easy_phantom_is_what_it_was():
+    digest = hashlib.sha256()
+    for seed, size, slices in ((0, 48, 16), ((5, 1), 32, 8)):
+        case = make_case(seed, size, slices)
+        for kind in ("ct", "labels", "mask"):
+            digest.update(np.rint(getattr(case, kind)).astype(np.int16).tobytes())
+    assert digest.hexdigest() == "00498c49ed4ea6274adb1f86c3b7d587a58437e877fe4bb7386839b9482ce0cc"
+
+
+def test_difficulty_brings_what_only_its_place_tells_apart():
+    """The more difficult, the less of the CT the MR's intensity alone explains."""
+    explained = {}
+    for difficulty in (0, 0.5, 1):
+        cases = [make_case(seed, difficulty=difficulty) for seed in range(6)]
+        mr, ct = (np.concatenate([getattr(case, kind)[case.mask] for case in cases]) for kind in ("mr", "ct"))
+        bins = np.digitize(mr, np.quantile(mr, np.linspace(0, 1, 40)[1:-1]))
+        means = np.bincount(bins, ct) / np.bincount(bins)
+        explained[difficulty] = 1 - np.var(ct - means[bins]) / np.var(ct)
+    assert explained[0] > explained[0.5] > explained[1]
+
+
+@pytest.mark.parametrize(("size", "slices"), [(24, 4), (40, 7)])
+def test_every_organ_is_in_every_difficult_case(size, slices):
+    for seed in range(8):
+        counts = np.bincount(make_case(seed, size, slices, difficulty=1).labels.ravel(), minlength=6)
+        assert (counts > 0).all(), (seed, counts)
+
+
+def test_difficulty_is_written_down(tmp_path):
+    write_phantom(tmp_path / "hard", 2, 1, 24, 4, seed=5, progress=False, difficulty=0.5)
+    assert json.loads((tmp_path / "hard" / "dataset.json").read_text())["difficulty"] == 0.5
+    loaded = load_case(read_cohort(tmp_path / "hard").cases[0], LABELS)
+    np.testing.assert_array_equal(loaded.inputs[0], make_case((5, 0), 24, 4, 0.5).mr)
+
+
 def test_written_cohort(written):
     cohort = read_cohort(written)
     assert cohort.label_names == LABELS
@@ -137,7 +184,16 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path, written):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 23}, {"slices": 3}, {"test": 5}, {"test": -1}, {"cases": 0, "test": 0}, {"seed": -1}]
+    "wrong",
+    [
+        {"size": 23},
+        {"slices": 3},
+        {"test": 5},
+        {"test": -1},
+        {"cases": 0, "test": 0},
+        {"seed": -1},
+        {"difficulty": 1.1},
+    ],
 )
 def test_bad_arguments_are_refused(tmp_path, wrong):
     with pytest.raises(InputError, match="expected size >= 24, slices >= 4, 0 <= test < cases, seed >= 0"):
