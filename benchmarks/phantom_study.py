@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from sfg_fast import backend, reference
-from sfg_fast.data.cache import preprocess
 from sfg_fast.data.cohort import Cohort, load_case, read_cohort
 from sfg_fast.data.phantom import write_phantom
+from sfg_fast.data.preprocessing import preprocess
 from sfg_fast.demo import demo_config
 from sfg_fast.errors import InputError
 from sfg_fast.evaluation.evaluate import mask_of

@@ -1,21 +1,29 @@
-"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | demo.
+"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | experiment | demo.
 
 Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line;
-130 interrupted.
+130 interrupted; 143 asked to stop by SIGTERM, and saved.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import itertools
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .errors import InputError
+from .errors import InputError, Preempted
+
+MAX_YAML_NODES = 10_000
 
 
-def phantom(out: str, cases: int = 15, test: int = 5, size: int = 48, slices: int = 16, seed: int = 0) -> None:
+def phantom(
+    out: str, cases: int = 15, test: int = 5, size: int = 48, slices: int = 16, seed: int = 0, difficulty: float = 0.0
+) -> None:
     """Make a synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, with a train/test split.
 
     Args:
@@ -25,39 +33,81 @@ def phantom(out: str, cases: int = 15, test: int = 5, size: int = 48, slices: in
         size: voxels along each in-plane axis.
         slices: axial slices.
         seed: of the shapes and the noise.
+        difficulty: 0 to 1: more varied anatomy, less contrast, more noise, more that only its place tells apart.
     """
     from .data.phantom import write_phantom
 
-    write_phantom(Path(out), cases, test, size, slices, seed)
+    write_phantom(Path(out), cases, test, size, slices, seed, difficulty=difficulty)
     print(f"{cases} cases in {out}")
 
 
-def preprocess(cohort: str, out: str, allow_outside: bool = False) -> None:
-    """Check a cohort and write it as memory maps for training.
+def preprocess(
+    cohort: str,
+    out: str,
+    processes: int = 0,
+    on_bad_case: Literal["stop", "skip"] = "stop",
+    allow_outside: bool = False,
+) -> None:
+    """Check a cohort and write it as memory maps for training; again: only the cases that are new or have changed.
 
     Args:
         cohort: folder of cases (mr/ct/labels.nii.gz), nnU-Net folder (+ targetsTr), or CSV/JSON list of files.
-        out: folder to be made.
+        out: folder to be made, or made by an earlier run for this cohort.
+        processes: cases at a time; 0 for one per core.
+        on_bad_case: stop at the first case that can't be used (exit code 2), or skip it and tell at the end (0).
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
-    from .data.cache import preprocess as write_cache
     from .data.cohort import read_cohort
+    from .data.preprocessing import preprocess as write_cache
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
-    write_cache(found, Path(out))
-    print(f"{len(found.cases)} cases in {out}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cache = write_cache(found, Path(out), processes=processes or cores, on_bad_case=on_bad_case)
+    for reason in cache.rejected.values():
+        print(f"rejected: {reason}", file=sys.stderr)
+    print(f"{len(cache.cases)} cases in {out}" + (f", {len(cache.rejected)} rejected" if cache.rejected else ""))
 
 
 def train(config: Any, resume: bool = False) -> None:
-    """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need."""
+    """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need.
+
+    Several processes: torchrun --nproc-per-node=N -m sfg_fast.cli train ..; one that torchrun restarts goes on."""
     from .files import check_vacant
+    from .training.folds import summarise
+    from .training.parallel import clear_word_of_lost_processes, launched, leave
     from .training.trainer import Trainer
 
-    if not resume:
+    rank, restarts = launched()
+    resume = resume or restarts > 0
+    if rank == 0 and not resume:
         check_vacant(Path(config.out))
-    trainer = Trainer(config, resume)
-    trainer.run()
-    print(f"trained {trainer.step} steps, run in {config.out}")
+    alone = config.folds is None or config.fold is not None
+    runs = [config] if alone else [_fold(config, fold) for fold in range(config.folds)]
+    for run in runs:
+        if alone or not (Path(run.out) / "checkpoints" / "final.pt").exists():
+            try:
+                with clear_word_of_lost_processes():
+                    trainer = Trainer(run, resume, _draw_progress)
+                    trainer.run()
+            except Preempted:
+                leave()
+                raise
+            if rank == 0:
+                print(f"trained {trainer.step} steps, run in {run.out}")
+    leave()
+    if rank == 0 and not alone:
+        print(f"{config.folds} folds: {summarise(Path(config.out), config.folds)['summary']}")
+
+
+def _fold(config: Any, fold: int) -> Any:
+    return dataclasses.replace(config, fold=fold, out=str(Path(config.out) / f"fold_{fold}"))
+
+
+def _draw_progress(history: dict[str, Any], folder: Path) -> None:
+    from .evaluation.figures import curves, save
+
+    if history["curves"]["step"]:
+        save(curves(history), folder / "progress.png")
 
 
 def predict(
@@ -67,6 +117,7 @@ def predict(
     split: str = "test",
     draws: int = 8,
     by: str = "map",
+    checkpoint: Literal["final", "best"] = "final",
     device: str = "auto",
     allow_outside: bool = False,
 ) -> None:
@@ -79,6 +130,7 @@ def predict(
         split: which cases: train, val, test, or all.
         draws: drawn architectures behind the uncertainty map; 0 for none.
         by: CT and labels by the most probable architecture (map), or by the mean over the drawn ones (draws).
+        checkpoint: the final network, or the best one on the validation split.
         device: auto, cpu or cuda.
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
@@ -91,7 +143,7 @@ def predict(
     cases = found.cases if split == "all" else found.split(split)
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
-    predictor = Predictor(Path(run), device)
+    predictor = Predictor(Path(run), device, checkpoint)
     for _ in tqdm(predictor.cases(cases, Path(out), draws, by), total=len(cases), desc="predict", unit="case"):
         pass
     print(f"{len(cases)} cases in {out}")
@@ -156,6 +208,15 @@ def freeze(run: str, out: str, tasks: list[str] | None = None) -> None:
     print(f"{count} weights in {out}")
 
 
+def experiment(config: Any) -> None:
+    """The paper's experiment: every method trained and tested with every seed; Table 1, tests, report; resumable."""
+    from .experiment.run import run_experiment
+
+    run_experiment(config)
+    out = Path(config.out)
+    print(f"table in {out / 'table.md'}, report in {out / 'report.html'}, numbers in {out / 'metrics.json'}")
+
+
 def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
     """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
 
@@ -177,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"sfg-fast: {error}", file=sys.stderr)
         return 2
+    except Preempted as error:
+        print(f"sfg-fast: {error}", file=sys.stderr)
+        return 143
     except (FloatingPointError, OSError) as error:
         print(f"sfg-fast: {error}", file=sys.stderr)
         return 1
@@ -188,8 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from .experiment.config import add_arguments, from_options
     from .training.config import TrainConfig
 
+    if arguments[:1] == ["experiment"] and not (arguments[1:] or ["-"])[0].startswith("-"):
+        arguments.insert(1, "--config")  # jsonargparse takes a configuration file as an option only
     commands = {
         function.__name__: function for function in (phantom, preprocess, predict, evaluate, report, freeze, demo)
     }
@@ -199,21 +266,28 @@ def _run(arguments: list[str]) -> int:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True)
-    order = ("phantom", "preprocess", "train", "predict", "evaluate", "report", "freeze", "demo")
-    for name in order:
-        function = train if name == "train" else commands[name]
+    configured = {"train": train, "experiment": experiment}
+    for name in ("phantom", "preprocess", "train", "predict", "evaluate", "report", "freeze", "experiment", "demo"):
+        function = configured.get(name) or commands[name]
         summary = (function.__doc__ or "").split("\n\n")[0]
         sub = ArgumentParser(description=summary, exit_on_error=False)
         if name == "train":
             sub.add_argument("--config", action="config", help="YAML file with any of the options below")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in `out`")
             sub.add_class_arguments(TrainConfig)
+        elif name == "experiment":
+            text = "YAML file with any of the options below; it may also stand alone: sfg-fast experiment CONFIG"
+            sub.add_argument("--config", action="config", help=text)
+            add_arguments(sub)
         else:
             sub.add_function_arguments(function, as_positional=True, skip={"allow_outside"})
             if "allow_outside" in inspect.signature(function).parameters:
                 text = "let a CSV/JSON list name files outside its own folder"
                 sub.add_argument("--allow_outside", action="store_true", help=text)
         subcommands.add_subcommand(name, sub, help=summary)
+    for name, following in itertools.pairwise([*arguments, ""]):
+        if name.partition("=")[0] == "--config":
+            _check_yaml(Path(name.partition("=")[2] or following))
     try:
         parsed = parser.parse_args([_underscored(argument) for argument in arguments])
     except ArgumentError as error:
@@ -223,9 +297,38 @@ def _run(arguments: list[str]) -> int:
     if name == "train":
         options.pop("config", None)
         train(TrainConfig(**{k: v for k, v in options.items() if k != "resume"}), options["resume"])
+    elif name == "experiment":
+        options.pop("config", None)
+        experiment(from_options(options))
     else:
         commands[name](**options)
     return 0
+
+
+def _check_yaml(path: Path) -> None:
+    """InputError: its aliases stand for far more than is written there ("billion laughs"), or a key is there twice, of
+    which YAML would take the last."""
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return  # the parser says what is wrong
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if isinstance(node, tuple):
+            return size(node[0]) + size(node[1])
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_YAML_NODES  # of a node inside itself
+            keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            if twice := [key for key, count in Counter(keys).items() if count > 1]:
+                raise InputError(f"{path}: the key {twice[0]!r} is there twice, expected once")
+            sizes[id(node)] = 1 + sum(map(size, node.value)) if isinstance(node, yaml.CollectionNode) else 1
+        return sizes[id(node)]
+
+    if root is not None and size(root) >= MAX_YAML_NODES:
+        raise InputError(f"{path}: its aliases stand for more than {MAX_YAML_NODES} values, expected a configuration")
 
 
 def _check_backend() -> None:

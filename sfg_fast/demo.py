@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .data.cache import preprocess
 from .data.cohort import read_cohort
 from .data.phantom import write_phantom
+from .data.preprocessing import preprocess
 from .evaluation.evaluate import evaluate
 from .evaluation.metrics import table
 from .evaluation.predict import Predictor

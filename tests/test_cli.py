@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from sfg_fast.cli import main
+from sfg_fast.training import checkpoint
 
 TINY = [
     "--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed",
@@ -80,6 +81,42 @@ def test_train_from_a_file_with_overrides_and_resume(made, tmp_path):
     assert main([*arguments, "--resume"]) == 2  # finished
 
 
+def test_cross_validation_over_folds(made, tmp_path, capsys):
+    out = tmp_path / "runs"
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    arguments = ["train", "--data", str(tmp_path / "cache"), "--out", str(out), "--folds", "2", *TINY]
+    assert main(arguments) == 0
+    assert "2 folds: " in capsys.readouterr().out
+    splits = json.loads((tmp_path / "cache" / "splits_final.json").read_text())
+    assert [sorted(fold["train"] + fold["val"]) for fold in splits] == [["phantom_000", "phantom_001"]] * 2
+    document = json.loads((out / "summary.json").read_text())
+    each = [json.loads((out / f"fold_{fold}" / "summary.json").read_text())["validation"]["last"] for fold in (0, 1)]
+    assert [document["folds"][f"fold_{fold}"] for fold in (0, 1)] == each
+    for name in ("nll", "psnr"):
+        values = [one[name] for one in each]
+        assert document["summary"][name]["mean"] == pytest.approx(np.mean(values))
+        assert document["summary"][name]["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert (out / "fold_1" / "progress.png").stat().st_size > 1000
+    assert (
+        main(["predict", str(out / "fold_1"), str(made / "cohort"), str(tmp_path / "p"), "--checkpoint", "best"]) == 0
+    )
+    shutil.rmtree(out / "fold_1")  # not come to yet, when it was killed
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads((out / "summary.json").read_text()) == document
+
+
+def test_bad_cases_are_skipped_and_listed(made, tmp_path, capsys):
+    break_cohort(made, tmp_path / "cohort", "NaN voxels")
+    command = ["preprocess", str(tmp_path / "cohort"), str(tmp_path / "cache"), "--on-bad-case", "skip"]
+    assert main([*command, "--processes", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "2 cases in" in captured.out
+    assert "1 rejected" in captured.out
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("rejected:")]
+    assert "case phantom_000" in line
+    assert "ct.nii.gz: 1 of 3456 voxels are NaN" in line
+
+
 def test_patches(made, tmp_path):
     out = str(tmp_path / "run")
     assert main(["train", "--data", str(made / "cache"), "--out", out, "--patch", "[16,12]", *TINY]) == 0
@@ -134,7 +171,7 @@ def break_cohort(made, target, how):
 def test_bad_cohorts(made, tmp_path, capsys, how, message):
     break_cohort(made, tmp_path / "cohort", how)
     refused(capsys, ["preprocess", str(tmp_path / "cohort"), str(tmp_path / "cache")], message)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
 def refused(capsys, arguments, message):
@@ -166,7 +203,6 @@ def refused(capsys, arguments, message):
         (["train", "--data", "{cache}", "--out", "{new}", "--config", "{new}.yaml"], "does not exist"),
         (["train", "--data", "{cache}", "--out", "{new}", "--tasks", "[dose]"], "dose"),
         (["train", "--data", "{cache}", "--out", "{new}", "--network.residual", "dense"], "dense"),
-        (["train", "--data", "{cache}", "--out", "{new}", "--resume"], "no such checkpoint"),
         (["train", "--data", "{cache}", "--out", "{new}", "--network.width", "[0,4,4]"], "network.width"),
         (["train", "--data", "{cache}", "--out", "{yaml}/run"], "bad.yaml"),
         (["predict", "{cohort}", "{cohort}", "{new}"], "no such checkpoint"),
@@ -240,9 +276,9 @@ def test_unnamed_labels(made, tmp_path):
 
 def test_unfinished_run_is_not_predicted(made, tmp_path, capsys):
     shutil.copytree(made / "run", tmp_path / "run")
-    path = tmp_path / "run/checkpoints/last.pt"
+    path = tmp_path / "run/checkpoints/final.pt"
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "finished": False, "step": 3}, path)
+    checkpoint.save(path, {**state, "finished": False, "step": 3})
     refused(
         capsys, ["predict", str(tmp_path / "run"), str(made / "cohort"), str(tmp_path / "new")], "stopped at step 3"
     )
@@ -267,10 +303,10 @@ def test_duplicate_case_names(made, tmp_path, capsys):
 
 def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
     shutil.copytree(made / "run", tmp_path / "run")
-    path = tmp_path / "run/checkpoints/last.pt"
+    path = tmp_path / "run/checkpoints/final.pt"
     state = torch.load(path, weights_only=True)
     state["config"]["network"]["width"] = [3, 4, 5]
-    torch.save(state, path)
+    checkpoint.save(path, state)
     refused(
         capsys, ["predict", str(tmp_path / "run"), str(made / "cohort"), str(tmp_path / "new")], "another architecture"
     )

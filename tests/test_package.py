@@ -23,6 +23,7 @@ FLOORS = [  # lowest first; a file imports only from floors below its own, or fr
     {"networks"},
     {"training"},
     {"evaluation"},
+    {"experiment"},
     {"demo", "cli"},
 ]
 

@@ -134,13 +134,17 @@ def entropy(history: Mapping[str, Any]) -> Figure:
     return figure
 
 
+PSNR, DICE = "held-out PSNR in mask [dB]", "held-out Dice, mean"
+
+
 def curves(history: Mapping[str, Any]) -> Figure:
-    """Course of training: objective (eq. 2), negative log likelihood of each task, held-out PSNR (dB) and Dice,
-    temperature, learning rate. A series without any number has no panel; None is a gap between measurements."""
+    """Course of training: objective (eq. 2), negative log likelihood of each task, PSNR (dB) and Dice of a held-out
+    slice and (points) of the validation split, temperature, learning rate. A series without any number has no panel;
+    None is a gap between measurements."""
     recorded = history["curves"]
     named = {"objective (eq. 2)": recorded["objective"]}
     named |= {f"negative log likelihood: {task}": values for task, values in recorded["nll"].items()}
-    named |= {"held-out PSNR in mask [dB]": recorded["psnr"], "held-out Dice, mean": recorded["dice"]}
+    named |= {PSNR: recorded["psnr"], DICE: recorded["dice"]}
     named |= {"temperature": recorded["temperature"], "learning rate": recorded["learning_rate"]}
     series = {title: np.array(values, dtype=float) for title, values in named.items()}  # None becomes NaN
     series = {title: values for title, values in series.items() if np.isfinite(values).any()}
@@ -154,6 +158,10 @@ def curves(history: Mapping[str, Any]) -> Figure:
         there = np.isfinite(values)
         colour = colours.get(title, "0.25")
         axes.plot(steps[there], values[there], color=colour, linewidth=1.2, marker=_marker(steps[there]))
+        if title in (PSNR, DICE):
+            measured = history["validation"]["psnr" if title == PSNR else "dice"]
+            points = np.array(measured, dtype=float)
+            axes.plot(history["validation"]["step"], points, "o", color=colour, markersize=4, fillstyle="none")
         axes.set_title(_literal(title), fontsize=10)
         axes.set_yscale("log" if title == "learning rate" else "linear")
         axes.tick_params(labelsize=8)
@@ -199,6 +207,77 @@ def activation_maps(
             axes.spines[:].set(visible=True, color=styles[group].colour, linewidth=2)
         if not maps[group]:
             row[0].text(0.5, 0.5, "no kernel", ha="center", va="center", color="0.5", transform=row[0].transAxes)
+    return figure
+
+
+def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) -> Figure:
+    """The learnt architecture as a graph: a column per layer, a node per group that has kernels, and edges to the
+    groups of the next layer that read it (section 2.1: shared reads shared, a task reads shared and its own).
+
+    A node's area and number are its kernels. Shortcuts of residual blocks are not drawn.
+
+    Args:
+        kernels: layer -> number of kernels in each group, in the order of the network.
+        groups: names of the groups, shared first; the others are tasks, each with a head in the last column.
+    """
+    if not kernels:
+        return _message(_NO_ALLOCATION)
+    order = _bar_order(groups)
+    height = {index: -row for row, (index, _) in enumerate(order)}
+    styles = list(_styles(groups).values())
+    tasks = range(1, len(groups))
+    # Which groups each column has; the input is read by all.
+    columns = [[index for index, count in enumerate(counts) if count] for counts in kernels.values()] + [list(tasks)]
+    most = max(map(max, kernels.values()))
+    figure = _figure(1.6 + 1.15 * len(columns), 0.9 + 0.9 * len(groups))
+    axes = figure.subplots()
+    for x, (sources, readers) in enumerate(itertools.pairwise(columns)):
+        for source, reader in itertools.product(sources, readers):
+            if source in (0, reader):
+                colour = styles[source].colour
+                axes.plot([x + 1, x + 2], [height[source], height[reader]], color=colour, linewidth=1.6, zorder=1)
+    for reader in columns[0]:
+        axes.plot([0, 1], [height[0], height[reader]], color="0.6", linewidth=1.6, zorder=1)
+    axes.scatter([0], [height[0]], s=260, marker="s", color="0.6", zorder=2)
+    for x, counts in enumerate(kernels.values(), 1):
+        for index in columns[x - 1]:
+            area = 120 + 900 * counts[index] / most
+            axes.scatter([x], [height[index]], s=area, color=styles[index].colour, edgecolor="0.2", zorder=2)
+            axes.text(x, height[index], str(counts[index]), ha="center", va="center", fontsize=8, zorder=3)
+    for task in tasks:
+        axes.scatter(
+            [len(columns)], [height[task]], s=260, marker="s", color=styles[task].colour, edgecolor="0.2", zorder=2
+        )
+    axes.set(xlim=(-0.5, len(columns) + 0.5), ylim=(-len(groups) + 0.4, 0.6))
+    axes.set_xticks(range(len(columns) + 1), ["input", *map(_literal, kernels), "heads"], rotation=30, ha="right")
+    axes.set_yticks([height[index] for index, _ in order], [_literal(groups[index]) for index, _ in order])
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Every subject's value for each method: a dot, joined to the same subject's of the other methods; the bar is
+    their mean.
+
+    Args:
+        scores: measure (the panel's title) -> method -> a value for each subject, NaN where there is none; the same
+            methods and subjects in the same order in all panels.
+    """
+    names = list(next(iter(scores.values())))
+    figure, panels = _panels(len(scores), 3, 4.2, 1.1 + 0.42 * len(names))
+    for number, (axes, (measure, by_method)) in enumerate(zip(panels, scores.items(), strict=True)):
+        values = np.array([by_method[name] for name in names], dtype=float)  # [methods, subjects]
+        rows = np.arange(len(names))
+        axes.plot(values, rows, color="0.8", linewidth=0.7, zorder=1)
+        axes.scatter(values, np.repeat(rows, values.shape[1]), s=16, color="#4a86c5", alpha=0.7, zorder=2)
+        means = [row[np.isfinite(row)].mean() if np.isfinite(row).any() else math.nan for row in values]
+        axes.scatter(means, rows, s=260, marker="|", color="0.1", linewidths=2, zorder=3)
+        axes.set_yticks(rows, map(_literal, names) if number == 0 else [""] * len(names), fontsize=9)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(_literal(measure), fontsize=10)
+        axes.grid(axis="x", alpha=0.25)
+        _strip(axes)
     return figure
 
 

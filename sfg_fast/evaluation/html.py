@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replacing
 from .figures import to_data_uri
-from .metrics import Table, heading, summary_tables
+from .metrics import Table, heading, number_at, summary_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,33 +65,43 @@ def write_report(
         figures: (caption, figure) in the order of the page; embedded as PNG.
         notes: sentences that the reader should know before the numbers.
     """
-    sections = [f"<h1>{escape(title)}</h1>"]
+    sections = []
     if document:
         sections.append(_cards(document))
     if notes:
-        sections.append(_section("Notes", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"))
+        sections.append(section("Notes", bullets(notes)))
     if document:
-        tables = "".join(map(_table, summary_tables(document)))
-        sections.append(_section("Results", tables + _conventions(document["conventions"]["rules"])))
+        tables = "".join(map(table, summary_tables(document)))
+        sections.append(section("Results", tables + conventions(document["conventions"]["rules"])))
     if figures:
-        sections.append(_section("Figures", "".join(_figure(caption, figure) for caption, figure in figures)))
+        sections.append(section("Figures", "".join(figure(caption, drawn) for caption, drawn in figures)))
     if document:
-        sections.append(_section("Cases", _table(_case_table(document))))
+        sections.append(section("Cases", table(_case_table(document))))
+    write_page(path, title, sections, config_yaml)
+
+
+def write_page(path: Path, title: str, sections: Sequence[str], config_yaml: str) -> None:
+    """Writes a page of sections in HTML, and a configuration as the last one, whole or not at all."""
     configuration = f"<details><summary>Show the configuration</summary><pre>{escape(config_yaml)}</pre></details>"
-    sections.append(_section("Configuration", configuration))
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
+        + "\n".join([f"<h1>{escape(title)}</h1>", *sections, section("Configuration", configuration)])
         + "\n</body>\n</html>\n"
     )
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>"
+def section(title: str, content: str) -> str:
+    """A part of the page: a heading in words, and content in HTML."""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """Sentences as a list."""
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def _cards(document: Mapping[str, Any]) -> str:
@@ -118,7 +128,8 @@ def _card(name: str, value: Mapping[str, Any], form: str, unit: str) -> str:
     )
 
 
-def _conventions(rules: Mapping[str, str]) -> str:
+def conventions(rules: Mapping[str, str]) -> str:
+    """How the numbers are measured: the rules of a `metrics_document`."""
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(rule)}</dd>" for term, rule in rules.items())
     return f'<aside class="conventions"><strong>How these numbers are measured</strong><dl>{terms}</dl></aside>'
 
@@ -138,35 +149,36 @@ def _case_table(document: Mapping[str, Any]) -> Table:
         columns.append(("Dice", ".3f", ("dice_mean",)))
         columns += [(heading(organ), ".3f", ("dice", organ)) for organ in summary["dice"]]
     rows = [
-        [name, *(_number(_at(case, place), form) for _, form, place in columns)]
+        [name, *(_number(number_at(case, place), form) for _, form, place in columns)]
         for name, case in document["cases"].items()
     ]
     return Table("CT in the mask, and Dice of each organ", ["Case", *(title for title, _, _ in columns)], rows)
 
 
-def _at(case: Mapping[str, Any], place: Sequence[str]) -> Any:
-    """The number at a place of a case's metrics; None where the case was not scored for it."""
-    value: Any = case
-    for key in place:
-        value = (value or {}).get(key)
-    return value
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+def table(part: Table) -> str:
+    """A table with its caption; cells (not the first of a row) may be **bold** or *italic* as in Markdown."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in part.header)
     rows = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in table.rows
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{_emphasised(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in part.rows
     )
     return (
-        f'<div class="scroll"><table><caption>{escape(table.caption)}</caption>'
+        f'<div class="scroll"><table><caption>{escape(part.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _figure(caption: str, figure: Figure) -> str:
+def _emphasised(cell: str) -> str:
+    for mark, tag in (("**", "b"), ("*", "i")):
+        if cell.startswith(mark) and cell.endswith(mark):
+            return f"<{tag}>{escape(cell.strip('*'))}</{tag}>"
+    return escape(cell)
+
+
+def figure(caption: str, drawn: Figure) -> str:
+    """A figure as a PNG inside the page, its caption beneath."""
     text = escape(caption)
-    return f'<figure><img src="{to_data_uri(figure)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    return f'<figure><img src="{to_data_uri(drawn)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
 def _number(value: float | None, form: str) -> str:

@@ -7,7 +7,7 @@ numbers (`metrics_document`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,20 +154,41 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
         measures = {"psnr_in_mask": ("PSNR in mask [dB]", 2), "psnr_zero_outside": ("PSNR zero outside [dB]", 2)}
         measures["mae_hu"] = ("MAE [HU]", 1)
         rows = [
-            [text, *(_cell(values[key], digits, n_cases) for values in ct.values())]
+            [text, *(cell(values[key], digits, n_cases) for values in ct.values())]
             for key, (text, digits) in measures.items()
         ]
         tables.append(Table("(a) CT synthesis, mean (SD)", ["", *map(heading, ct)], rows))
     if "dice" in summary:
         dice = {"overall": summary["dice_mean"], **summary["dice"]}
-        row = ["Dice", *(_cell(value, 3, n_cases) for value in dice.values())]
+        row = ["Dice", *(cell(value, 3, n_cases) for value in dice.values())]
         tables.append(Table("(b) Segmentation, mean (SD)", ["", *map(heading, dice)], [row]))
     return tables
 
 
 def table(document: Mapping[str, Any]) -> str:
     """`summary_tables` as Markdown with aligned columns, fit for a terminal too; ends with a newline."""
-    return "\n".join(f"{part.caption}\n\n{_markdown(part)}" for part in summary_tables(document))
+    return "\n".join(f"{part.caption}\n\n{markdown(part)}" for part in summary_tables(document))
+
+
+def markdown(part: Table) -> str:
+    """The header and the rows of a table as Markdown with aligned columns; ends with a newline."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (part.header, *part.rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        first, *rest = row
+        padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(padded)} |\n")
+    return "".join(lines)
+
+
+def number_at(case: Mapping[str, Any], place: Sequence[str]) -> float | None:
+    """The number at a place of a case's metrics, e.g. ("ct", "overall", "mae_hu"); None where there is none."""
+    value: Any = case
+    for key in place:
+        value = (value or {}).get(key)
+    return value
 
 
 def heading(name: str) -> str:
@@ -253,27 +274,20 @@ def _summarise(values: list[Any]) -> dict[str, Any]:
     if branches:
         keys = dict.fromkeys(key for branch in branches for key in branch)
         return {key: _summarise([branch.get(key) for branch in branches]) for key in keys}
-    numbers = [value for value in values if value is not None]
-    if not numbers:
+    return spread([value for value in values if value is not None])
+
+
+def spread(numbers: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "sd", "n"} of numbers, as in `summarise`."""
+    if not len(numbers):
         return {"mean": None, "sd": None, "n": 0}
     sd = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
     return {"mean": float(np.mean(numbers)), "sd": sd, "n": len(numbers)}
 
 
-def _cell(value: Mapping[str, Any], digits: int, n_cases: int) -> str:
+def cell(value: Mapping[str, Any], digits: int, n_cases: int) -> str:
+    """`mean (SD)` from a `spread`, followed by `n=` where that is not n_cases; a hyphen for n = 0."""
     if value["n"] == 0:
         return "-"
     text = f"{value['mean']:.{digits}f} ({value['sd']:.{digits}f})"
     return text if value["n"] == n_cases else f"{text} n={value['n']}"
-
-
-def _markdown(part: Table) -> str:
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in (part.header, *part.rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for row in (cells[0], rule, *cells[1:]):
-        first, *rest = row
-        padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append(f"| {' | '.join(padded)} |\n")
-    return "".join(lines)

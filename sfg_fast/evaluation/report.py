@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..data.cache import normalise
 from ..data.cohort import Cohort, LoadedCase, load_case
+from ..data.preprocessing import normalise
 from ..data.volumes import read_volume
 from ..files import make_folder, read_json
 from ..layers.conv import Features
@@ -47,7 +47,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         loaded = load_case(case, cohort.label_names)
         ct, labels = read_prediction(predictions, case, loaded)
         uncertainty = read_volume(predictions / case.name / "uncertainty.nii.gz")[0]
-        z = _telling_slice(loaded)
+        z = telling_slice(loaded)
         in_plane = loaded.grid.spacing[1:]
         if index == 0:
             image = loaded.inputs[0, z]
@@ -111,7 +111,7 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
     return maps
 
 
-def _telling_slice(case: LoadedCase) -> int:
+def telling_slice(case: LoadedCase) -> int:
     """The slice with most labels, else the middle one."""
     if case.labels is None or not case.labels.any():
         return case.inputs.shape[1] // 2

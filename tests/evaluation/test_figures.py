@@ -31,6 +31,7 @@ def history():
             "temperature": [1.0, 0.8, 0.6, 0.4],
             "learning_rate": [1e-3, 1e-3, 1e-4, 1e-5],
         },
+        "validation": {"step": [20], "nll": [1.0], "psnr": [22.0], "dice": [None]},
         "allocation": {
             "step": [0, 15, 30],
             "p": {layer: [third, third, row.tolist()] for layer, row in zip(LAYERS, FINAL, strict=True)},
@@ -140,8 +141,9 @@ def test_curves_skip_what_was_not_measured(history):
         "temperature",
         "learning rate",
     ]
-    (psnr,) = _panel(figure, "held-out PSNR in mask [dB]").lines
+    psnr, validation = _panel(figure, "held-out PSNR in mask [dB]").lines
     assert (psnr.get_xdata().tolist(), psnr.get_ydata().tolist()) == ([10, 30], [21, 23])
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([20], [22])
     assert _panel(figure, "learning rate").get_yscale() == "log"
     bar = figures.allocation(history).axes[0].containers[0][0]
     (ct,) = _panel(figure, "negative log likelihood: ct").lines

@@ -1,0 +1,166 @@
+"""The configuration of an experiment: one training, the rows of its table, the seeds; typed, one YAML file."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..files import one_line
+from ..networks.methods import METHODS
+from ..training.config import TASKS, TrainConfig
+from ..training.config import check as check_training
+
+PAPER_ROWS: dict[str, dict[str, Any]] = {
+    "One-task (HighResNet)": {"method": "one_task"},
+    "MT-hard sharing": {"method": "hard_sharing"},
+    "MT-constant mask": {"method": "constant_mask"},
+    "MT-constant p": {"method": "constant_p"},
+    "MT-SFG": {"method": "sfg"},
+}
+"""The rows of Table 1."""
+
+PER_RUN = {"data", "out", "tasks", "seed", "folds", "fold"}
+"""Options of a training that the experiment sets itself."""
+
+ALL = "all"
+"""The name of the set of all test cases beside the `subsets`."""
+
+
+@dataclasses.dataclass
+class ExperimentConfig:
+    """An experiment.
+
+    Args:
+        cohort: folder or list, as for `sfg-fast preprocess`, with train and test cases that have CT and labels.
+        out: folder to be made: cache/, runs/, metrics.json, table.md, report.html, figures/.
+        train: the training of every row: the options of `sfg-fast train`.
+        methods: the rows of the table in their order: name -> {method: .., and options of `train` that this row has
+            otherwise, such as network.estimator: reinmax}.
+        seeds: of weights, draws and slices; a training for each.
+        reference: the row that is tested against each other row; null: the one of method sfg without options of its
+            own, else the last.
+        subsets: name -> n: tables of their own for the first n test cases, beside those of all.
+        draws: drawn architectures that a prediction of constant p is the mean of.
+        processes: trainings (and cases of preprocessing) at a time on the CPU. On GPUs: one training for each.
+    """
+
+    cohort: str
+    out: str
+    train: TrainConfig
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: copy.deepcopy(PAPER_ROWS))
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    reference: str | None = None
+    subsets: dict[str, int] = dataclasses.field(default_factory=dict)
+    draws: int = 16
+    processes: int = 1
+
+
+class Job(NamedTuple):
+    """One row with one seed: the trainings in `folder` (one-task: one for each task, else one), and their scores."""
+
+    row: str
+    seed: int
+    folder: Path
+    trainings: list[TrainConfig]
+
+
+def add_arguments(parser: Any) -> None:
+    """The options of an experiment, for a parser of jsonargparse; `from_options` takes what it finds."""
+    parser.add_class_arguments(ExperimentConfig, skip={"train"})
+    parser.add_class_arguments(TrainConfig, "train", skip=PER_RUN, instantiate=False)
+
+
+def from_options(options: dict[str, Any]) -> ExperimentConfig:
+    """The configuration from what a parser with `add_arguments` found. Raises InputError: see `check`."""
+    train = TrainConfig(data=str(Path(options["out"]) / "cache"), out="", **options["train"])
+    config = ExperimentConfig(**{**options, "train": train})
+    check(config)
+    return config
+
+
+def check(config: ExperimentConfig) -> None:
+    """Raise InputError for values that can't be (the networks check their own)."""
+
+    def refuse(key: str, value: Any, expected: str) -> None:
+        raise InputError(f"{key}={value!r}: expected {expected}")
+
+    if not config.methods:
+        refuse("methods", config.methods, "at least one row, name -> {method: ..}")
+    for name, row in config.methods.items():
+        if len(name.encode()) > 100 or not name.isprintable() or not re.fullmatch(r"[^./\\ ]([^/\\]*[^./\\ ])?", name):
+            refuse("methods", name, "names that can be folder names, of at most 100 bytes")
+        if row.get("method") not in METHODS:
+            refuse(f"methods[{name!r}].method", row.get("method"), f"one of {', '.join(METHODS)}")
+    folded = [name.casefold() for name in config.methods]
+    if twice := [name for name in config.methods if folded.count(name.casefold()) > 1]:
+        refuse("methods", twice, "names that differ in more than upper and lower case")
+    if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
+        refuse("seeds", config.seeds, "at least one number, each at least 0 and there once")
+    if config.reference is not None and config.reference not in config.methods:
+        refuse("reference", config.reference, f"null, or one of {', '.join(config.methods)}")
+    for name, count in config.subsets.items():
+        if name == ALL or count < 1:
+            refuse("subsets", {name: count}, f"a name (not {ALL}) and a number of test cases, at least 1")
+    for key, count in (("draws", config.draws), ("processes", config.processes)):
+        if count < 1:
+            refuse(key, count, "at least 1")
+    jobs(config)
+
+
+def reference_row(config: ExperimentConfig) -> str:
+    """The row that is tested against the others."""
+    plain = [name for name, row in config.methods.items() if row == {"method": "sfg"}]
+    return config.reference or (plain or list(config.methods))[-1]
+
+
+def jobs(config: ExperimentConfig) -> list[Job]:
+    """Everything that has to be trained: seed by seed, so that a whole table stands early.
+
+    Raises InputError for a row with an option that a training does not have, or a value that it can't have.
+    """
+    of_rows = {name: _training(config, name) for name in config.methods}
+    found = []
+    for seed in config.seeds:
+        for name, train in of_rows.items():
+            folder = Path(config.out) / "runs" / name / f"seed_{seed}"
+            alone = train.network.method == "one_task"
+            parts = [(folder / task, [task]) for task in TASKS] if alone else [(folder, list(TASKS))]
+            trainings = [dataclasses.replace(train, out=str(out), tasks=tasks, seed=seed) for out, tasks in parts]
+            found.append(Job(name, seed, folder, trainings))
+    return found
+
+
+def _training(config: ExperimentConfig, name: str) -> TrainConfig:
+    """The training of a row: the common one with the row's own options, each checked for its type."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    where, train = f"methods[{name!r}]", config.train
+    row = {key: value for key, value in config.methods[name].items() if key != "method"}
+    options = {key: value for key, value in dataclasses.asdict(train).items() if key not in PER_RUN}
+    for key, value in row.items():
+        *parents, last = key.split(".")
+        part: Any = options
+        for parent in parents:
+            part = part.get(parent) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or last not in part or isinstance(part[last], dict) or key == "network.method":
+            raise InputError(f"{where}: {key}={value!r}, expected options of a training such as network.estimator")
+        part[last] = value
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, skip=PER_RUN)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_object(options))
+    except ArgumentError as error:
+        raise InputError(f"{where}: {one_line(error)}") from error
+    found = TrainConfig(data=train.data, out=train.out, **parsed.as_dict())
+    found.network.method = config.methods[name]["method"]
+    if found.network.method == "one_task" and isinstance(found.network.init, list):
+        found.network.init = "uniform"  # its grouping is fixed, and probabilities of three groups do not fit its two
+    try:
+        check_training(found)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return found

@@ -1,0 +1,255 @@
+"""The trainings of an experiment and their scores: one job for each row and seed, resumable, parallel where it pays.
+
+    OUT/experiment.yaml                        the configuration
+    OUT/cache/                                 the preprocessed cohort
+    OUT/runs/METHOD/seed_S[/TASK]              a run as `sfg-fast train` leaves it (TASK: one-task networks)
+    OUT/runs/METHOD/seed_S/metrics.json        the test cases' metrics; written last: this job is done
+    OUT/metrics.json, table.md, report.html, figures/
+
+Killed at any moment, the same experiment goes on; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ..data.cache import Cache
+from ..data.cohort import Case, load_case, read_cohort
+from ..data.preprocessing import preprocess
+from ..errors import InputError, Preempted
+from ..evaluation.evaluate import mask_of
+from ..evaluation.metrics import case_metrics, metrics_document
+from ..evaluation.predict import Predictor
+from ..files import locked, make_folder, read_json, replacing, write_json
+from ..training.parallel import choose_device
+from ..training.run import build_network
+from ..training.state import OPERATIONAL
+from ..training.trainer import Trainer
+from .config import ALL, ExperimentConfig, Job, check, jobs
+from .report import write_results
+
+
+def run_experiment(config: ExperimentConfig) -> None:
+    """Train, predict, score and report; what is done already is not done again.
+
+    Raises InputError for a configuration or cohort that can't be used, or other than that of the runs in `out`;
+    Preempted after SIGTERM, when everything is saved; FloatingPointError, OSError as `Trainer.run`.
+    """
+    check(config)
+    out, cohort = Path(config.out), read_cohort(Path(config.cohort))
+    test = cohort.split("test")
+    if not test:
+        raise InputError(f"cohort={config.cohort!r}: it has no test cases, expected at least one")
+    for name, count in config.subsets.items():
+        if count > len(test):
+            raise InputError(f"subsets={ {name: count} }: the cohort has {len(test)} test cases, expected at most that")
+    settings = out / "experiment.yaml"
+    if not settings.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already there and no experiment, expected a new folder")
+    make_folder(out)
+    (out / ".lock").touch()
+    with locked(out / ".lock"):
+        cache = preprocess(cohort, out / "cache", processes=config.processes)
+        every = jobs(config)
+        _check_networks(every, cache)
+        _check_unchanged(every, cache, config.draws)
+        with replacing(settings) as partial:
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        work = functools.partial(_complete, test=test, label_names=cache.label_names, draws=config.draws)
+        try:
+            _do([job for job in every if not _scores(job).exists()], work, len(every), _places(config))
+        except Preempted as error:
+            raise Preempted(f"{out}: stopped by SIGTERM, everything is saved; the same command goes on") from error
+        documents: dict[str, dict[int, Any]] = {name: {} for name in config.methods}
+        for job in every:
+            documents[job.row][job.seed] = read_json(_scores(job))
+        names = [case.name for case in test]
+        subsets = {name: names[:count] for name, count in config.subsets.items()}
+        write_results(config, every, documents, {**subsets, ALL: names}, test[0])
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(job: Job) -> Path:
+    return job.folder / "metrics.json"
+
+
+def _complete(job: Job, test: Sequence[Case], label_names: dict[str, int], draws: int) -> None:
+    """Train what is not trained yet, then score the test cases."""
+    for training in job.trainings:
+        if not (Path(training.out) / "checkpoints" / "final.pt").exists():
+            Trainer(training, resume=True).run()
+    predictors = [Predictor(Path(training.out), training.device) for training in job.trainings]
+    cases = {case.name: _score(case, predictors, label_names, draws) for case in test}
+    write_json(_scores(job), {"draws": _draws(job, draws), **metrics_document(cases, label_names)})
+
+
+def _score(case: Case, predictors: Sequence[Predictor], label_names: dict[str, int], draws: int) -> dict[str, Any]:
+    """The metrics of a case from the CT and the labels of whichever network predicts them."""
+    truth = load_case(case, label_names)
+    found: dict[str, np.ndarray] = {}
+    for predictor in predictors:
+        # The most probable architecture; a constant p has none, only the mean over draws.
+        prediction = predictor.volume(truth.inputs, draws if predictor.constant_p else 0)
+        for name, array in (("ct", prediction.ct), ("labels", prediction.labels)):
+            if array is not None:
+                found[name] = array
+    try:
+        return case_metrics(truth.ct, found["ct"], truth.labels, found["labels"], mask_of(truth), label_names)
+    except InputError as error:
+        raise InputError(f"case {case.name}: {error}") from error
+
+
+def _draws(job: Job, draws: int) -> int:
+    """How many draws the predictions of this job are means of; 0 for argmax p."""
+    return draws if job.trainings[0].network.method == "constant_p" else 0
+
+
+# --- before anything is trained ---------------------------------------------------------------------------------------
+
+
+def _check_networks(every: Sequence[Job], cache: Cache) -> None:
+    """InputError for a row whose network can't be made."""
+    for job in every:
+        for training in job.trainings:
+            try:
+                build_network(training, cache.in_channels, len(cache.label_names))
+            except InputError as error:
+                raise InputError(f"methods[{job.row!r}]: {error}") from error
+
+
+def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int) -> None:
+    """InputError, naming the first difference, if runs are there of another configuration or cohort."""
+    for job in every:
+        by_folder = {Path(training.out): training for training in job.trainings}
+        for path in sorted([*job.folder.glob("config.yaml"), *job.folder.glob("*/config.yaml")]):
+            # A folder of another method than now (one-task or not) differs from any training of the job in its method.
+            now = dataclasses.asdict(by_folder.get(path.parent, job.trainings[0]))
+            _check_same(f"methods[{job.row!r}]", path.parent, now, yaml.safe_load(path.read_text()))
+            about = path.with_name("data.json")
+            if about.exists() and read_json(about).get("fingerprint") != cache.fingerprint():
+                raise InputError(f"{path.parent}: the cohort has changed since this training, expected the same")
+        if _scores(job).exists() and (saved := read_json(_scores(job))["draws"]) != _draws(job, draws):
+            raise InputError(f"draws={draws}: {job.folder} was predicted by {saved}, expected the same or another out")
+
+
+def _check_same(where: str, folder: Path, now: Any, saved: Any, key: str = "") -> None:
+    if isinstance(now, dict) and isinstance(saved, dict) and key not in OPERATIONAL:
+        for name in sorted(now.keys() | saved.keys()):
+            _check_same(where, folder, now.get(name), saved.get(name), f"{key}.{name}".lstrip("."))
+    elif now != saved and key not in OPERATIONAL:
+        raise InputError(f"{where}: {key}={now!r}, but {folder} has {saved!r}, expected the same or another out")
+
+
+# --- in one process or several ----------------------------------------------------------------------------------------
+
+
+def _places(config: ExperimentConfig) -> list[int | None]:
+    """Where jobs run at the same time: the numbers of several GPUs; else None, once for each process."""
+    device = choose_device(config.train.device)
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if device.index is None else 1
+        return list(range(gpus)) if gpus > 1 else [None]
+    return [None] * config.processes
+
+
+def _do(left: Sequence[Job], work: Callable[[Job], None], total: int, places: list[int | None]) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=total - len(left), desc="experiment", unit="run") as bar:
+        if len(places) == 1:
+            for job in left:
+                bar.set_postfix_str(f"{job.row}, seed {job.seed}")
+                work(job)
+                bar.update()
+        else:
+            with _sigterm_raises():
+                _in_processes(left, work, places, bar.update)
+
+
+def _in_processes(
+    left: Sequence[Job], work: Callable[[Job], None], places: list[int | None], done: Callable[[], Any]
+) -> None:
+    """Every job in a process of its own, one for each place at a time. What one raises, or whatever interrupts this
+    process, stops the others, which save what they have."""
+    context = multiprocessing.get_context("spawn")
+    waiting, free = list(left), list(places)
+    threads = max(1, torch.get_num_threads() // len(places))
+    running: dict[Any, tuple[Job, int | None, Any, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, place = waiting.pop(0), free.pop(0)
+                answer, its_end = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(its_end, place, threads, work, job))
+                process.start()
+                its_end.close()
+                running[process.sentinel] = (job, place, process, answer)
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                job, place, process, answer = running.pop(sentinel)
+                process.join()
+                try:
+                    error = answer.recv()
+                except EOFError:
+                    error = ChildProcessError(f"{job.folder}: its process ended with code {process.exitcode}")
+                if error is not None:
+                    raise error
+                free.append(place)
+                done()
+    except BaseException:  # Ctrl-C too
+        for _, _, process, _ in running.values():
+            process.terminate()
+        for _, _, process, _ in running.values():
+            process.join()
+        raise
+
+
+def _child(answer: Any, gpu: int | None, threads: int, work: Callable[[Job], None], job: Job) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # the bar of the experiment is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    if gpu is None:
+        torch.set_num_threads(threads)
+    else:
+        torch.cuda.set_device(gpu)
+    try:
+        work(job)
+        answer.send(None)
+    except (InputError, Preempted, FloatingPointError, OSError) as error:
+        answer.send(error)
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Preempted. (In a process of its own the training listens to it itself.)"""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
