@@ -50,6 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_reference
 	$(BIN)/python -m benchmarks.bench_chain
 	$(BIN)/python -m benchmarks.bench_freeze
+	$(BIN)/python -m benchmarks.bench_scale
 
 # build/docs/index.html; every warning is an error.
 docs: $(STAMP)
