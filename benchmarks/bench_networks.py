@@ -1,0 +1,266 @@
+"""Whole networks: a training step, inference and memory, against everything one could use instead.
+
+    python -m benchmarks.bench_networks [FILE.md] [--networks routed separate vgg] [--sizes 96 160] [--rounds 9]
+
+The paper's widths (16, 32, 64; three blocks a stage; VGG-11 of width 32), two tasks, batches of 4, mean squares as
+loss, no optimiser. Ratios are medians (quartiles) of interleaved rounds. Each is taken in its faster memory format.
+
+    dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG, which runs
+                    as fast as a plain script (results/reference.md); eager, and compiled by torch.compile
+    masked          ours on `backend("masked")`: one torch convolution on the packed tensor
+    ours            straight_through (default), selected, straight_through with every=4
+    one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
+    MONAI           its HighResNet of these widths; it has no layers between the stages and two fewer at the end
+
+Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6) against two plain ones. Memory: the most
+that a process of its own has resident in a training step, less what it has before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.interleaved import interleaved, machine, ratio
+from benchmarks.plain_network import PlainNetwork
+from sfg_fast import SFGVGG, SFGHighResNet, assign, backend, freeze, recalibrate, set_estimator
+from sfg_fast.networks.controls import sfg_layers
+from sfg_fast.networks.vgg import VGG11
+
+BATCH, WIDTHS, BLOCKS, VGG_WIDTH, EVERY = 4, (16, 32, 64), 3, 32, 4
+OUTPUTS = {"ct": 1, "organs": 6}
+Step = Callable[[], None]
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, k: int, d: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(conv_norm(k, k, d, relu) for relu in (True, False)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def conv_norm(c: int, k: int, d: int = 1, relu: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(c, k, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(k)]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+
+
+class PlainVGG(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers, c = [], 1
+        for size in VGG11:
+            layers.append(nn.MaxPool2d(2) if size == "pool" else conv_norm(c, VGG_WIDTH * int(size)))
+            c = c if size == "pool" else VGG_WIDTH * int(size)
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(c, sum(OUTPUTS.values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def plain(kind: str) -> nn.Module:
+    """One network of the same convolutions as `routed`, without groups; also what `separate` is compared with."""
+    if kind == "vgg":
+        return PlainVGG()
+    layers, c = [], 1
+    for stage, k in enumerate(WIDTHS):
+        layers += [conv_norm(c, k), *(PlainBlock(k, 2**stage) for _ in range(BLOCKS))]
+        c = k
+    return nn.Sequential(*layers, conv_norm(c, c), conv_norm(c, c), nn.Conv2d(c, sum(OUTPUTS.values()), 1))
+
+
+def monai() -> nn.Module:
+    from monai.networks.nets import HighResNet
+
+    first = {"name": "conv_0", "n_features": WIDTHS[0], "kernel_size": 3}
+    blocks = [
+        {"name": f"res_{stage}", "n_features": k, "kernels": (3, 3), "repeat": BLOCKS} for stage, k in enumerate(WIDTHS)
+    ]
+    last = [
+        {"name": "conv_1", "n_features": WIDTHS[-1], "kernel_size": 1},
+        {"name": "conv_2", "kernel_size": 1},
+    ]
+    return HighResNet(2, 1, sum(OUTPUTS.values()), layer_params=(first, *blocks, *last))
+
+
+def ours(kind: str) -> nn.Module:
+    return SFGVGG(1, OUTPUTS, VGG_WIDTH) if kind == "vgg" else SFGHighResNet(1, OUTPUTS, WIDTHS, BLOCKS, kind)
+
+
+def step(network: nn.Module, size: int, name: str = "auto", last: bool = False, times: int = 1) -> Step:
+    """Forward and backward."""
+    x = torch.randn(BATCH, 1, size, size)
+    if last:
+        network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+
+    def run() -> None:
+        for _ in range(times):
+            for parameter in network.parameters():
+                parameter.grad = None
+            with backend(name):
+                y = network(x)
+                outputs = y.values() if isinstance(y, dict) else y if isinstance(y, list) else [y]
+                sum(out.square().mean() for out in outputs).backward()
+
+    return run
+
+
+def contestant(kind: str, size: int, name: str) -> Step:
+    """A training step of one of them; `name` may end in ", channels_last"."""
+    what, _, layout = name.partition(", ")
+    last = layout == "channels_last"
+    if what in ("dense", "dense compiled"):
+        if kind == "vgg":
+            return step(ours(kind), size, "reference", last)
+        network: nn.Module = PlainNetwork((1, 6), WIDTHS, BLOCKS, kind)
+        return step(torch.compile(network) if what == "dense compiled" else network, size, last=last)  # type: ignore[arg-type]
+    if what in ("one plain", "one plain compiled"):
+        network = plain(kind)
+        return step(torch.compile(network) if what == "one plain compiled" else network, size, last=last)  # type: ignore[arg-type]
+    if what == "MONAI":
+        return step(monai(), size, last=last)
+    network = ours(kind)
+    if what == "masked":
+        return step(network, size, "masked", last)
+    estimator, _, every = what.partition("=")
+    set_estimator(network, estimator, int(every or 1))
+    return step(network, size, times=int(every or 1))
+
+
+def names(kind: str) -> list[str]:
+    every = ["dense", "masked", "one plain", "one plain compiled"]
+    every += [] if kind == "vgg" else ["dense compiled", "MONAI"]
+    both = [name + layout for name in every for layout in ("", ", channels_last")]
+    return [*both, "straight_through", "selected", f"straight_through={EVERY}"]
+
+
+def training(kind: str, size: int, rounds: int) -> list[str]:
+    times = interleaved({name: contestant(kind, size, name) for name in names(kind)}, rounds)
+    for name in [name for name in times if ", " not in name and name + ", channels_last" in times]:
+        pair = times[name], times.pop(name + ", channels_last")
+        times[name] = min(pair, key=statistics.median)
+    if "dense compiled" in times:
+        times["dense faster"] = min(times["dense"], times["dense compiled"], key=statistics.median)
+    times["plain faster"] = min(times["one plain"], times["one plain compiled"], key=statistics.median)
+    times[f"straight_through={EVERY}"] = [t / EVERY for t in times[f"straight_through={EVERY}"]]
+    dense = "dense faster" if "dense faster" in times else "dense"
+    pairs = [
+        (dense, "straight_through"),
+        (dense, f"straight_through={EVERY}"),
+        (dense, "selected"),
+        (dense, "masked"),
+        ("straight_through", "one plain"),
+        ("straight_through", "plain faster"),
+        ("straight_through", "MONAI" if "MONAI" in times else "one plain"),
+        ("dense", dense),
+    ]
+    return [f"{kind}, {size}x{size}", *("{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, *pair)) for pair in pairs)]
+
+
+def inference(kind: str, size: int, rounds: int) -> list[str]:
+    torch.manual_seed(0)
+    network, x = ours(kind), torch.randn(BATCH, 1, size, size)
+    p = torch.tensor([0.6, 0.2, 0.2])
+    assign(network, {n: torch.multinomial(p, m.out_channels, True) for n, m in sfg_layers(network).items()})
+    recalibrate(network, [torch.randn(2, 1, 64, 64)])
+    frozen = freeze(network.eval())
+    last = x.to(memory_format=torch.channels_last)
+    plains = [plain(kind).eval() for _ in range(2)]
+    lasts = [plain(kind).eval().to(memory_format=torch.channels_last) for _ in range(2)]  # type: ignore[call-overload]
+
+    def run(models: list[nn.Module], image: Tensor) -> Step:
+        @torch.no_grad()
+        def once() -> None:
+            for model in models:
+                model(image)
+
+        return once
+
+    runs = {"plain": run(plains, x), "plain, last": run(lasts, last), "frozen": run([frozen], x)}
+    runs["frozen, last"] = run([freeze(network).to(memory_format=torch.channels_last)], last)
+    times = interleaved(runs, rounds)
+    for name in ("plain", "frozen"):
+        times[name] = min(times[name], times.pop(f"{name}, last"), key=statistics.median)
+    return [f"{kind}, {size}x{size}", "{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, "frozen", "plain"))]
+
+
+def peak(kind: str, size: int, name: str) -> float:
+    """MiB, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", kind, str(size), name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def peak_here(kind: str, size: int, name: str) -> float:
+    contestant(kind, 32, name)()  # what is loaded at first use
+    run = contestant(kind, size, name)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    for _ in range(2):
+        run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def memory(kind: str, size: int) -> list[str]:
+    found = {name: peak(kind, size, name) for name in ("dense", "masked", "straight_through", "selected", "one plain")}
+    cells = [f"{found['dense']:.0f}"]
+    cells += [f"{found[name] / found['dense']:.2f}" for name in ("straight_through", "selected", "masked", "one plain")]
+    return [f"{kind}, {size}x{size}", *cells]
+
+
+TABLES = {
+    "Training step": (
+        training,
+        "network | dense / straight_through | dense / every=4 | dense / selected | dense / masked | straight_through / "
+        "one plain | / the faster of one plain and it compiled | / MONAI (VGG: one plain) | dense: eager / faster",
+    ),
+    "Inference": (inference, "network | frozen / two plain networks"),
+    "Memory": (
+        lambda kind, size, rounds: memory(kind, size),
+        "network | dense, MiB | straight_through / dense | selected / dense | masked / dense | one plain / dense",
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--networks", nargs="+", default=["routed", "separate", "vgg"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[96, 160])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tables", nargs="+", default=list(TABLES))
+    parser.add_argument("--peak", nargs=3, metavar=("KIND", "SIZE", "NAME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        kind, size, name = options.peak
+        print(peak_here(kind, int(size), name))
+        return
+    lines = [
+        "# Whole networks\n",
+        f"`python -m benchmarks.bench_networks`. {machine()}. Batch {BATCH}. Medians (quartiles) of {options.rounds} "
+        "interleaved rounds.",
+    ]
+    for title in options.tables:
+        make, header = TABLES[title]
+        lines += [f"\n## {title}\n", f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+        for kind in options.networks:
+            for size in options.sizes:
+                lines.append("| " + " | ".join(make(kind, size, options.rounds)) + " |")
+                print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.file:
+        options.file.write_text(text)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
