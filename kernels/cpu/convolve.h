@@ -8,11 +8,13 @@
 
 #include "rows.h"
 #include "scratch.h"
+#include "winograd.h"
 
 namespace sfg {
 
 constexpr int64_t CONVOLUTION_POSITIONS = 4096;
 constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
+constexpr int MOST_OUTPUTS = 16;      // of a tile, with any instruction set
 
 // Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
 template <typename T>
@@ -26,6 +28,18 @@ struct Convolution {
     std::vector<Part> parts;
     int64_t weights;
     std::vector<Axis> vertical, horizontal;
+    int64_t taps;           // of a kernel as it is packed
+    bool winograd = false;  // taps are those of the products
+
+    // What suits it, once all else is there.
+    void choose_method() {
+        int64_t outputs = 0;
+        for (const Part& part : parts)
+            for (const Tile& tile : part.tiles) outputs += tile.outputs;
+        const Limits limits{loops.lanes, sizeof(T), 0, FLAT_OUTPUT, false};
+        winograd = outputs > 0 && suits_winograd(vertical, horizontal, weights / outputs, limits);
+        if (winograd) taps = winograd::PRODUCTS * horizontal[0].tap.size();
+    }
 };
 
 // A convolution of which a block's sources are in scratch, for the outputs of one tile.
@@ -38,6 +52,7 @@ struct Sums {
     const T *weights, *biases;
     int64_t taps, aside_stride;
     Strips at;
+    T* products;  // scratch for those of a group of rows
 
     // The sum over the sources in `reads`, the first of which is the `from`-th of those that the tile has weights for.
     // It starts with the bias, or with what is in `start`.
@@ -61,6 +76,43 @@ struct Sums {
                 .residual = nullptr,
                 .y_channel = aside_stride,
                 .y_strip = layout.pitch};
+    }
+
+    // Every group of rows: each product, then all of them together.
+    void compute(const OutputTile<T>& t) const {
+        if (!layout.winograd) return loops.output(t);
+        static const T no_bias[MOST_OUTPUTS] = {};
+        const int64_t count = layout.taps.size() / winograd::PRODUCTS;
+        OutputTile<T> product = t;
+        product.bias = no_bias, product.start = product.residual = nullptr, product.relu = false;
+        product.tap_count = count, product.at = {1, t.at.length, 0};
+        product.y_channel = product_channel(layout, loops.lanes);
+        const int64_t product_stride = product.y_channel * t.outputs;
+        for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS, product.x += layout.pitch) {
+            for (int64_t i = 0; i < winograd::PRODUCTS; i++) {
+                product.taps = t.taps + i * count, product.y = products + i * product_stride;
+                loops.output(product);
+            }
+            loops.combine({.products = products,
+                           .product_stride = product_stride,
+                           .channel_stride = product.y_channel,
+                           .bias = t.bias,
+                           .start = t.start ? t.start + row * t.start_strip : nullptr,
+                           .start_channel = t.start_channel,
+                           .start_row = t.start_strip,
+                           .outputs = t.outputs,
+                           .relu = t.relu,
+                           .rows = std::min<int64_t>(winograd::ROWS, t.at.strips - row),
+                           .columns = t.at.length,
+                           .y = t.y + row * t.y_strip,
+                           .residual = t.residual ? t.residual + row * t.y_strip : nullptr,
+                           .y_channel = t.y_channel,
+                           .y_row = t.y_strip});
+        }
+    }
+
+    static int64_t product_channel(const Layout& layout, int64_t lanes) {
+        return spread(round_up(layout.columns, lanes), sizeof(T));
     }
 };
 
@@ -117,6 +169,7 @@ struct Plan {
     std::vector<Job> jobs;
     int64_t items;  // of one image
     int64_t source, aside;
+    int64_t rows, products;  // scratch for Winograd: a channel before it is transformed, and the products
     // Of a convolution beside this one, with outputs of the same shape and tiles: how each job's blocks lie in its
     // scratch, and all that is read.
     std::vector<Layout> beside;
@@ -141,18 +194,26 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
                                      std::max(plan.beside_reads.last, part.reads.last)};
             }
     limits.other_channels = plan.beside_reads.last - plan.beside_reads.first;
+    Limits other_limits = limits;
+    limits.products = task.winograd ? winograd::PRODUCTS : 0;
+    other_limits.products = beside && beside->winograd ? winograd::PRODUCTS : 0;
     plan.jobs = sfg::jobs(task.parts, task.vertical, task.horizontal, limits, &plan.items);
-    const auto fit_aside = [&](const Layout& layout) {
+    const auto fit = [&](const Layout& layout) {
         plan.aside = std::max(plan.aside, spread(layout.rows * layout.pitch + lanes, sizeof(T)));
+        if (!layout.winograd) return;
+        const int64_t rows = layout.groups * winograd::ROWS + winograd::TAPS - 1;
+        plan.rows = std::max(plan.rows, spread(rows * layout.pitch + layout.slack, sizeof(T)));
+        plan.products =
+            std::max(plan.products, Sums<T>::product_channel(layout, lanes) * task.loops.outputs * winograd::PRODUCTS);
     };
     for (const Job& job : plan.jobs) {
         plan.source = std::max(plan.source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
-        fit_aside(job.layout);
+        fit(job.layout);
         if (!beside) continue;
         const Axis& v = beside->vertical[job.vertical - task.vertical.data()];
-        plan.beside.push_back(layout(v, beside->horizontal[0], job.layout.rows, job.layout.columns, limits));
+        plan.beside.push_back(layout(v, beside->horizontal[0], job.layout.rows, job.layout.columns, other_limits));
         plan.beside_source = std::max(plan.beside_source, limits.other_channels * plan.beside.back().source_stride);
-        fit_aside(plan.beside.back());
+        fit(plan.beside.back());
     }
     plan.source = spread(plan.source, sizeof(T)), plan.aside *= task.loops.outputs;
     plan.beside_source = beside ? spread(plan.beside_source, sizeof(T)) : 0;
@@ -163,8 +224,8 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
 template <typename T>
 class PackedWeights {
  public:
-    PackedWeights(const Convolution<T>& task, int64_t taps)
-        : task_(task), taps_(taps), tiles_(tiles_of(task.parts)), data_(task.weights * taps + task.out_channels) {}
+    explicit PackedWeights(const Convolution<T>& task)
+        : task_(task), tiles_(tiles_of(task.parts)), data_(task.weights * task.taps + task.out_channels) {}
 
     // By all threads together.
     void fill() const {
@@ -175,22 +236,31 @@ class PackedWeights {
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
                     const T* from = task_.weight + tile.first * task_.output_stride + c * task_.read_stride;
-                    for (int64_t t = 0; t < taps_; t++)
-                        for (int64_t k = 0; k < tile.outputs; k++) *to++ = from[k * task_.output_stride + t];
+                    for (int64_t t = 0; t < task_.taps; t++)
+                        for (int64_t k = 0; k < tile.outputs; k++) *to++ = packed(from + k * task_.output_stride, t);
                 }
             for (int64_t k = 0; k < tile.outputs; k++) biases(tile)[k] = task_.bias ? task_.bias[tile.first + k] : T(0);
         }
     }
-    T* weights(const Tile& tile) const { return data_.data() + tile.weights * taps_; }
-    T* biases(const Tile& tile) const { return data_.data() + task_.weights * taps_ + tile.first; }
+    T* weights(const Tile& tile) const { return data_.data() + tile.weights * task_.taps; }
+    T* biases(const Tile& tile) const { return data_.data() + task_.weights * task_.taps + tile.first; }
     const Tile& tile(int64_t first) const {
         return **std::find_if(tiles_.begin(), tiles_.end(), [&](const Tile* tile) { return tile->first == first; });
     }
-    int64_t taps() const { return taps_; }
+    int64_t taps() const { return task_.taps; }
 
  private:
+    T packed(const T* kernel, int64_t tap) const {
+        if (!task_.winograd) return kernel[tap];
+        const std::vector<int64_t>&rows = task_.vertical[0].tap, &columns = task_.horizontal[0].tap;
+        const int64_t count = columns.size();
+        double sum = 0;
+        for (int j = 0; j < winograd::TAPS; j++)
+            sum += winograd::WEIGHTS[tap / count][j] * double(kernel[rows[j] + columns[tap % count]]);
+        return T(sum);
+    }
+
     const Convolution<T>& task_;
-    const int64_t taps_;
     const std::vector<const Tile*> tiles_;
     const Buffer<T> data_;
 };
@@ -199,17 +269,18 @@ class PackedWeights {
 // convolution, with outputs of the same shape and tiles.
 template <typename T, typename Body>
 void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int threads, int asides, const Body& body,
-              const Convolution<T>* beside = nullptr, int64_t beside_taps = 0) {
-    const int64_t lanes = task.loops.lanes, per_thread = plan.source + plan.beside_source + asides * plan.aside;
-    const PackedWeights<T> packed(task, p.r * p.s);
-    const std::unique_ptr<PackedWeights<T>> packed_beside(beside ? new PackedWeights<T>(*beside, beside_taps)
-                                                                 : nullptr);
+              const Convolution<T>* beside = nullptr) {
+    const int64_t lanes = task.loops.lanes, sources = plan.source + plan.beside_source;
+    const int64_t per_thread = sources + asides * plan.aside + plan.rows + plan.products;
+    const PackedWeights<T> packed(task);
+    const std::unique_ptr<PackedWeights<T>> packed_beside(beside ? new PackedWeights<T>(*beside) : nullptr);
     const Buffer<T> scratch(per_thread * threads);
 
     on_threads(threads, [&](int thread, int) {
         T* x = scratch.data() + per_thread * thread;
-        T* x_beside = x + plan.source;
-        std::memset(x, 0, (plan.source + plan.beside_source) * sizeof(T));
+        T *x_beside = x + plan.source, *aside = x + sources;
+        T *rows = aside + asides * plan.aside, *products = rows + plan.rows;
+        std::memset(x, 0, sources * sizeof(T));
         packed.fill();
         if (beside) packed_beside->fill();
 #pragma omp for schedule(dynamic, 1)
@@ -220,9 +291,16 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
             const auto load = [&](const Convolution<T>& source, Range channels, const Axis& v, const Axis& h,
                                   const Layout& layout, T* to) {
                 const int64_t image = n * source.in_channels * source.in_plane;
-                task.loops.copy(copy_of(source.in + image, source.relu_in ? source.relu_in + image : nullptr,
-                                        source.in_plane, channels, v, h, patch.row, patch.rows, patch.column,
-                                        patch.columns, to, layout));
+                const int64_t rows_there = layout.winograd ? layout.groups * winograd::ROWS : patch.rows;
+                Copy<T> copy = copy_of(source.in + image, source.relu_in ? source.relu_in + image : nullptr,
+                                       source.in_plane, channels, v, h, patch.row, rows_there, patch.column,
+                                       patch.columns, layout.winograd ? rows : to, layout);
+                if (!layout.winograd) return task.loops.copy(copy);
+                for (copy.channels = 1; channels.first < channels.last; channels.first++, to += layout.source_stride) {
+                    task.loops.copy(copy);
+                    task.loops.transform(rows, layout.pitch, layout.groups, to, layout.phase_stride);
+                    copy.image += copy.image_stride, copy.relu += copy.relu ? copy.image_stride : 0;
+                }
             };
             const auto sums = [&](const PackedWeights<T>& weights, const Tile& tile, const Layout& layout,
                                   const T* sources) {
@@ -234,7 +312,8 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                                .biases = weights.biases(tile),
                                .taps = weights.taps(),
                                .aside_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T)),
-                               .at = layout.strips(patch.rows, patch.columns)};
+                               .at = layout.strips(patch.rows, patch.columns),
+                               .products = products};
             };
             load(task, job.part->reads, *job.vertical, *job.horizontal, job.layout, x);
             const Layout* other = beside ? &plan.beside[&job - plan.jobs.data()] : nullptr;
@@ -249,7 +328,7 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                     .item = item,
                     .sums = sums(packed, tile, job.layout, x - job.part->reads.first * job.layout.source_stride),
                     .beside = nullptr,
-                    .asides = x_beside + plan.beside_source,
+                    .asides = aside,
                     .aside_size = plan.aside};
                 if (!beside) {
                     body(work);
@@ -271,10 +350,10 @@ void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, T*
     if (direct) {
         sum.y = to, sum.residual = residual;
         sum.y_channel = work.task.out_plane, sum.y_strip = work.line();
-        return work.task.loops.output(sum);
+        return work.sums.compute(sum);
     }
     sum.y = aside;
-    work.task.loops.output(sum);
+    work.sums.compute(sum);
     work.place(aside, to, residual);
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "rows.h"
+#include "winograd.h"
 
 #if defined(__clang__)
 #define SFG_UNROLL _Pragma("clang loop unroll(full)")
@@ -279,16 +280,138 @@ void output(const OutputTile<T>& t) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------------------ winograd
+
+// The sum of factor * value over a row of a matrix, without its zeros.
+template <typename T, int N>
+SFG_INLINE Vector<T> combination(const double (&factors)[N], const Vector<T>* values) {
+    Vector<T> sum{};
+    bool started = false;
+    SFG_UNROLL
+    for (int i = 0; i < N; i++) {
+        if (factors[i] == 0) continue;
+        const Vector<T> part = factors[i] == 1 ? values[i] : values[i] * broadcast(T(factors[i]));
+        sum = started ? sum + part : part;
+        started = true;
+    }
+    return sum;
+}
+
+template <typename T>
+void transform(const T* rows, int64_t pitch, int64_t blocks, T* to, int64_t stride) {
+    using winograd::PRODUCTS, winograd::ROWS;
+    for (int64_t b = 0; b < blocks; b++, rows += ROWS * pitch, to += pitch)
+        for (int64_t j = 0; j < pitch; j += LANES<T>) {
+            Vector<T> sources[PRODUCTS];
+            SFG_UNROLL
+            for (int i = 0; i < PRODUCTS; i++) sources[i] = load(rows + i * pitch + j);
+            SFG_UNROLL
+            for (int i = 0; i < PRODUCTS; i++)
+                store<T>(to + i * stride + j, combination<T>(winograd::SOURCES[i], sources));
+        }
+}
+
+template <typename T>
+void combine(const ProductTile<T>& t) {
+    using winograd::PRODUCTS, winograd::ROWS;
+    constexpr int L = LANES<T>;
+    const Vector<T> none{};
+    for (int64_t k = 0; k < t.outputs; k++) {
+        const Vector<T> bias = broadcast(t.bias[k]);
+        for (int64_t j = 0; j < t.columns; j += L) {
+            Vector<T> products[PRODUCTS];
+            SFG_UNROLL
+            for (int i = 0; i < PRODUCTS; i++)
+                products[i] = load(t.products + i * t.product_stride + k * t.channel_stride + j);
+            SFG_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                if (r >= t.rows) break;
+                Vector<T> u = combination<T>(winograd::OUTPUTS[r], products);
+                u += t.start ? load(t.start + k * t.start_channel + r * t.start_row + j) : bias;
+                if (t.relu) u = u < none ? none : u;  // a NaN stays
+                const int64_t at = k * t.y_channel + r * t.y_row + j;
+                if (t.columns - j >= L) {
+                    store<T>(t.y + at, t.residual ? u + load(t.residual + at) : u);
+                } else {
+                    T lane[L];
+                    store<T>(lane, u);
+                    for (int64_t i = 0; i < t.columns - j; i++)
+                        t.y[at + i] = t.residual ? lane[i] + t.residual[at + i] : lane[i];
+                }
+            }
+        }
+    }
+}
+
+template <typename T, int N, bool RELU>
+SFG_INLINE Vector<T> mixed_at(const T* const* rows, int64_t to_relu, const Vector<T>* factors, int64_t j) {
+    const Vector<T> none{};
+    Vector<T> sum{};
+    SFG_UNROLL
+    for (int i = 0; i < N; i++) {
+        Vector<T> value = load(rows[i] + j);
+        if (RELU) value = load(rows[i] + to_relu + j) <= none ? none : value;
+        sum += factors[i] * value;
+    }
+    return sum;
+}
+
+template <typename T, int N, bool RELU>
+void mix_rows(const Mixture<T>& t) {
+    constexpr int L = LANES<T>;
+    Vector<T> factors[N];
+    const T* rows[N];
+    for (int i = 0; i < N; i++) factors[i] = broadcast(t.factor[i]), rows[i] = t.image + t.offset[i];
+    const int64_t to_relu = RELU ? t.relu - t.image : 0;
+    T* to = t.to;
+    for (int64_t group = 0; group < t.groups; group++, to += t.pitch) {
+        T* row = to + t.before;
+        zero_row(to, t.before);
+        int64_t j = 0;
+        for (; j + L <= t.length; j += L) store<T>(row + j, mixed_at<T, N, RELU>(rows, to_relu, factors, j));
+        if (j < t.length && t.length >= L) {  // the last vector overlaps the one before
+            store<T>(row + t.length - L, mixed_at<T, N, RELU>(rows, to_relu, factors, t.length - L));
+        } else {
+            for (; j < t.length; j++) {
+                row[j] = 0;
+                for (int i = 0; i < N; i++)
+                    if (!RELU || !(rows[i][to_relu + j] <= 0)) row[j] += t.factor[i] * rows[i][j];
+            }
+        }
+        zero_row(row + t.length, t.behind);
+        for (int i = 0; i < N; i++) rows[i] += t.group_stride;
+    }
+}
+
+template <typename T, int N>
+void mix(const Mixture<T>& t) {
+    if constexpr (N == 0) {
+        for (int64_t group = 0; group < t.groups; group++)
+            zero_row(t.to + group * t.pitch, t.before + t.length + t.behind);
+    } else if (t.count < N) {
+        mix<T, N - 1>(t);
+    } else if (t.relu) {
+        mix_rows<T, N, true>(t);
+    } else {
+        mix_rows<T, N, false>(t);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------ gradient
 
 // to[i] += the sum of the lanes of vector i.
 template <typename T, int N>
 SFG_INLINE void add_sums(const Vector<T>* vectors, T* to) {
     constexpr int L = LANES<T>, now = N < L ? N : L;
-    T sums[L];
-    store<T>(sums, lane_sums<T, now>(vectors));
-    SFG_UNROLL
-    for (int i = 0; i < now; i++) to[i] += sums[i];
+    const Vector<T> found = lane_sums<T, now>(vectors);
+    if constexpr (now == L) {
+        store<T>(to, load(to) + found);
+    } else {
+        T sums[L];
+        store<T>(sums, found);
+        SFG_UNROLL
+        for (int i = 0; i < now; i++) to[i] += sums[i];
+    }
     if constexpr (N > L) add_sums<T, N - L>(vectors + L, to + L);
 }
 
@@ -339,6 +462,8 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted,
             }
         }
     }
+    if (count == NS && shifted[NS - 1].gradient - shifted[0].gradient == (NS - 1) * K)  // side by side, as mostly
+        return add_sums<T, NS * K>(sum[0], shifted[0].gradient);
     SFG_UNROLL
     for (int i = 0; i < NS; i++) {
         if (i < count) {
@@ -507,6 +632,9 @@ constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS =
                                             GRADIENT_OUTPUTS,              \
                                             copy<T>,                       \
                                             output<T, OUTPUTS>,            \
+                                            transform<T>,                  \
+                                            combine<T>,                    \
+                                            mix<T, Mixture<T>::MOST>,      \
                                             gradient<T, GRADIENT_OUTPUTS>, \
                                             sum<T>,                        \
                                             gates<T>,                      \

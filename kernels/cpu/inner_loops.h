@@ -63,6 +63,36 @@ struct OutputTile {
     int64_t y_channel, y_strip;
 };
 
+// Rows of outputs from Winograd's products (winograd.h), for a few channels.
+template <typename T>
+struct ProductTile {
+    const T* products;
+    int64_t product_stride, channel_stride;
+    const T *bias, *start;  // as in OutputTile
+    int64_t start_channel, start_row;
+    int64_t outputs;
+    bool relu;
+    int64_t rows, columns;  // rows: at most winograd::ROWS
+    T* y;
+    const T* residual;  // null or laid out as y
+    int64_t y_channel, y_row;
+};
+
+// Row g of `to` is the sum of factor * row over a few rows of an image, those of group g; where there is a relu, of the
+// numbers that passed it (see Copy). Zeros stand before and behind it.
+template <typename T>
+struct Mixture {
+    static constexpr int MOST = 6;
+    const T *image, *relu;
+    int64_t offset[MOST];  // of the rows of group 0
+    T factor[MOST];
+    int count;
+    int64_t groups, group_stride;
+    int64_t before, length, behind;
+    T* to;
+    int64_t pitch;
+};
+
 // An input channel as seen by one tap, and where its gradients [output] are summed.
 template <typename T>
 struct Shifted {
@@ -118,6 +148,10 @@ struct InnerLoops {
     int64_t gradient_outputs;  // and of a GradientTile
     void (*copy)(const Copy<T>&);
     void (*output)(const OutputTile<T>&);
+    // Rows, `pitch` apart (whole vectors) -> those that Winograd multiplies, `blocks` of each, each kind in `stride`.
+    void (*transform)(const T* rows, int64_t pitch, int64_t blocks, T* to, int64_t stride);
+    void (*combine)(const ProductTile<T>&);
+    void (*mix)(const Mixture<T>&);
     void (*gradient)(const GradientTile<T>&);
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum
     void (*gates)(const GateTile<T>&);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "winograd.h"
+
 namespace sfg {
 namespace {
 
@@ -45,24 +47,32 @@ std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     return list;
 }
 
+int64_t groups_of(int64_t rows) {
+    return ceil_div(rows, winograd::ROWS);
+}
+
 // Rows and columns of a block.
 std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, int64_t channels,
                                   const Limits& limits) {
     const int64_t lanes = limits.lanes;
     // The block that copies the least halo of those that fit: columns cut into ever more pieces, whole vectors each,
     // and rows tried from many to few (in larger steps where a row more or less hardly matters). If none fits, the
-    // smallest.
+    // smallest. Rows that are transformed together stay together.
+    const int64_t together = limits.products ? winograd::ROWS : 1;
     int64_t best_rows = 0, best_columns = 0;
     double least = 0;
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
     for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
         const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
         const int64_t span = horizontal.slots(columns);
-        for (int64_t rows = std::min<int64_t>(vertical.count, 32); rows >= 1; rows -= rows > 8 ? 4 : 1) {
+        for (int64_t upto = round_up(std::min<int64_t>(vertical.count, 32), together); upto >= together;
+             upto -= upto > 8 ? 4 : together) {
+            const int64_t rows = std::min(upto, vertical.count);
             const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
-            const int64_t bytes = channels * phases * vertical.slots(rows) * span * limits.size_of_number;
+            const int64_t lines = limits.products ? groups_of(rows) * limits.products : vertical.slots(rows);
+            const int64_t bytes = channels * phases * lines * span * limits.size_of_number;
             const bool fits = bytes <= SCRATCH_BYTES && rows * columns <= limits.most_positions;
-            const bool last = cut + 1 + cut / 8 > pieces && rows == 1;
+            const bool last = cut + 1 + cut / 8 > pieces && upto == together;
             if (!fits && !(last && best_rows == 0)) continue;
             const double cost = double(vertical.slots(rows)) / rows * span / columns;
             if (best_rows == 0 || cost < least) best_rows = rows, best_columns = columns, least = cost;
@@ -81,9 +91,19 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
     // Flat rows share the zeros between them, where there are any, but never an output's position.
     const int64_t shared =
         best.columns == horizontal.count ? std::min(horizontal.zero_slots(), span - best.columns) : 0;
-    best.flat = best.rows > 1 && limits.flat_cost * double(span - shared) < double(in_vectors);
+    best.flat = best.rows > 1 && !limits.products && limits.flat_cost * double(span - shared) < double(in_vectors);
+    best.winograd = limits.products > 0;
     best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
     best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
+    if (best.winograd) {
+        best.groups = groups_of(best.rows);
+        best.phase_stride = best.groups * best.pitch;
+        best.source_stride = spread(limits.products * best.phase_stride + best.slack, size_of_number);
+        const int64_t count = horizontal.tap.size();
+        for (int64_t i = 0; i < limits.products * count; i++)
+            best.taps.push_back({i / count * best.phase_stride + horizontal.slot[i % count] - horizontal.low, i});
+        return best;
+    }
     best.phase_stride = vertical.slots(best.rows) * best.pitch;
     const int64_t phases = vertical.phases.size() * horizontal.phases.size();
     best.source_stride = spread(phases * best.phase_stride + best.slack, size_of_number);
@@ -95,6 +115,24 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
                                  vertical.tap[v] + horizontal.tap[h]});
         }
     return best;
+}
+
+bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, int64_t reads,
+                    const Limits& limits) {
+    if (vertical.empty() || horizontal.size() != 1) return false;
+    if (horizontal[0].phases.size() != 1 || horizontal[0].stride != 1) return false;
+    int64_t rows = 0, groups = 0;
+    for (const Axis& axis : vertical) {
+        const bool three = axis.tap.size() == winograd::TAPS && axis.phases.size() == 1 && axis.tap == vertical[0].tap;
+        if (!three || axis.slot[1] != axis.slot[0] + 1 || axis.slot[2] != axis.slot[1] + 1) return false;
+        rows += axis.count, groups += groups_of(axis.count);
+    }
+    // Multiplications for an output, and what combining the products takes on top of them.
+    const double columns = horizontal[0].count, in_vectors = round_up(horizontal[0].count, limits.lanes);
+    const double sources = double(reads * horizontal[0].tap.size()), combining = 8;
+    const double products = double(groups) * winograd::PRODUCTS / double(rows);
+    return (sources * products + combining) * in_vectors <
+           sources * winograd::TAPS * std::min(in_vectors, limits.flat_cost * columns);
 }
 
 int64_t round_up(int64_t value, int64_t multiple) {

@@ -57,9 +57,11 @@ std::vector<Part> parts(const Blocks&, bool transposed, int64_t most_outputs, in
 struct Layout {
     int64_t rows, columns;  // of a block
     bool flat;              // rows are worked on as one strip, with the gaps between them
+    bool winograd;          // scratch holds transformed rows (winograd.h), a phase for each product
+    int64_t groups;         // of rows that are transformed together
     int64_t pitch, slack, phase_stride;
     int64_t source_stride;  // of a channel
-    std::vector<Tap> taps;
+    std::vector<Tap> taps;  // of all products in turn, where there are any
 
     Strips strips(int64_t block_rows, int64_t block_columns) const;
 };
@@ -71,7 +73,12 @@ struct Limits {
     double flat_cost;               // what a position costs in a flat block, compared to others
     bool outputs_too;               // do the outputs' channels lie in scratch, too?
     int64_t other_channels = 0;     // that lie in scratch, too
+    int64_t products = 0;           // by Winograd: how many of them are in scratch at a time
 };
+
+// Can the rows of these axes be made of Winograd's products, and is that less work? `reads`: channels that are summed.
+bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, int64_t reads,
+                    const Limits&);
 
 Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_t columns, const Limits&);
 

@@ -28,7 +28,8 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
                         .parts = {},
                         .weights = 0,
                         .vertical = undilated({forward_axis(p, 0)}),
-                        .horizontal = {forward_axis(p, 1)}};
+                        .horizontal = {forward_axis(p, 1)},
+                        .taps = taps};
     task.parts = parts(blocks, false, loops.outputs, &task.weights);
     return task;
 }
@@ -53,7 +54,8 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
                         .parts = {},
                         .weights = 0,
                         .vertical = undilated(gradient_axes(p, 0)),
-                        .horizontal = gradient_axes(p, 1)};
+                        .horizontal = gradient_axes(p, 1),
+                        .taps = taps};
     task.parts = parts(blocks, true, loops.outputs, &task.weights);
     return task;
 }
@@ -76,7 +78,7 @@ const T* in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const T*
     const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
     if (kept && own.first == own.last) return kept;
     const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
-    sums.loops.output(sums.over(&own, 1, from, kept, aside));
+    sums.compute(sums.over(&own, 1, from, kept, aside));
     return aside;
 }
 
@@ -96,7 +98,8 @@ template <typename T>
 void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
              T* kept, const Shape& shape, const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
-    const Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
+    Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
+    task.choose_method();
     const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
     advise_large_pages(y, bytes);
     if (kept) advise_large_pages(kept, bytes);
@@ -107,7 +110,7 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
         Range rest{0, 0};
         if (kept) {
             const Range first{0, shared};
-            loops.output(work.sums.over(&first, 1, 0, nullptr, work.aside(0)));
+            work.sums.compute(work.sums.over(&first, 1, 0, nullptr, work.aside(0)));
             work.place(work.aside(0), kept + at, nullptr);
             if (tile.group > 0) rest = {blocks.columns[tile.group], blocks.columns[tile.group + 1]};
             sum = work.sums.over(&rest, 1, shared, work.aside(0), nullptr);
@@ -128,16 +131,16 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
     Convolution<T> task = gradient_task(loops, dy, relu, weight, p, last ? everything.blocks : blocks);
     std::optional<Convolution<T>> beside;
     std::optional<Everything> sources;
-    int64_t beside_taps = 0;
     if (producer) {
         const Shape& q = producer->shape;
         sources.emplace(producer->blocks, producer->kept ? 1 : 0);
         beside.emplace(forward_task(loops, producer->x, producer->weight, producer->bias, q, sources->blocks));
-        beside_taps = q.r * q.s;
         const Axis mine = gradient_axes(p, 0)[0], its = forward_axis(q, 0);
         const int64_t n = std::lcm(apart(mine), apart(its));
         task.vertical = every({mine}, n), beside->vertical = every({its}, n);
+        beside->choose_method();
     }
+    task.choose_method();
     const Convolution<T>* second = beside ? &*beside : nullptr;
     const Plan shares = plan(task, p, threads, second);
     const int64_t items = p.n * shares.items, gates = dz ? (producer ? last + 1 : 1) * p.c : 0;
@@ -182,7 +185,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                             if (!live)
                                 return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr,
                                               work.aside(0));
-                            loops.output(sum);
+                            work.sums.compute(sum);
                             of_live(work, work.aside(0));
                         }),
                dz ? add_up(found, items, gates, dz) : void();
@@ -202,7 +205,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
             const int64_t number = g == tile.group ? 0 : ++other;
             const bool nothing = own.first == own.last && !(sums_up && started);
             if (nothing && number && producer) continue;
-            loops.output(work.sums.over(&own, 1, own.first, sums_up && started ? total : nullptr, df));
+            work.sums.compute(work.sums.over(&own, 1, own.first, sums_up && started ? total : nullptr, df));
             if (shared && !begins && g != 0)
                 for (int64_t k = 0; k < tile.outputs; k++)
                     loops.add(total + k * work.sums.aside_stride, df + k * work.sums.aside_stride,
@@ -218,7 +221,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
             }
         }
     };
-    convolve(task, shares, p, threads, producer ? 4 : 2, of_all_groups, second, beside_taps);
+    convolve(task, shares, p, threads, producer ? 4 : 2, of_all_groups, second);
     if (dz) add_up(found, items, gates, dz);
 }
 
@@ -228,7 +231,8 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
     const Blocks& blocks = producer.blocks;
     const int64_t last = blocks.groups_out - 1, gates = last * p.k;
     const Everything sources(blocks, producer.kept ? 1 : 0);
-    const Convolution<T> task = forward_task(loops, producer.x, producer.weight, producer.bias, p, sources.blocks);
+    Convolution<T> task = forward_task(loops, producer.x, producer.weight, producer.bias, p, sources.blocks);
+    task.choose_method();
     const Plan shares = plan(task, p, threads);
     const int64_t items = p.n * shares.items;
     const Buffer<T> found(items * gates);  // [item][gate]

@@ -3,12 +3,51 @@
 #include <cstring>
 
 #include "routed_conv.h"
+#include "rows.h"
 #include "scratch.h"
+#include "winograd.h"
 
 namespace sfg {
 namespace {
 
 constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block, so that a tile's outputs stay in the first-level cache
+
+// Lines of an image to scratch, a row for each group of outputs: what one of Winograd's products multiplies.
+template <typename T>
+struct Mix {
+    const T *image, *relu;  // relu: see Copy
+    int64_t plane, width;
+    int64_t line, step, lines;  // row i of the first group is line + i * step; those from 0 to `lines` are there
+    int64_t column;             // of the first slot; those from 0 to `width` are there
+    std::vector<double> factors;
+
+    // slots: of a row, zeros behind them.
+    void operator()(const InnerLoops<T>& loops, Range channels, int64_t groups, int64_t slots, int64_t pitch,
+                    int64_t channel_stride, T* to) const {
+        const int64_t first = std::clamp<int64_t>(-column, 0, slots), apart = winograd::ROWS * step;
+        const int64_t last = std::clamp<int64_t>(width - column, first, slots);
+        Mixture<T> mixture{};
+        mixture.group_stride = apart * width, mixture.pitch = pitch;
+        mixture.before = first, mixture.length = last - first, mixture.behind = pitch - last;
+        for (int64_t group = 0; group < groups; group += mixture.groups) {  // those that have alike of their rows
+            mixture.count = 0, mixture.groups = groups - group;
+            for (size_t i = 0; i < factors.size(); i++) {
+                const int64_t at = line + group * apart + int64_t(i) * step;
+                const int64_t until = at < 0 ? -at : at < lines ? lines - at : 0;  // it changes
+                if (factors[i] == 0) continue;
+                if (until) mixture.groups = std::min(mixture.groups, (until + apart - 1) / apart);
+                if (at < 0 || at >= lines) continue;
+                mixture.offset[mixture.count] = at * width + column + first;
+                mixture.factor[mixture.count++] = T(factors[i]);
+            }
+            for (int64_t c = channels.first; c < channels.last; c++) {
+                mixture.image = image + c * plane, mixture.relu = relu ? relu + c * plane : nullptr;
+                mixture.to = to + (c - channels.first) * channel_stride + group * pitch;
+                loops.mix(mixture);
+            }
+        }
+    }
+};
 
 }  // namespace
 
@@ -16,7 +55,7 @@ template <typename T>
 void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
                      const Shape& shape, const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
-    const int64_t taps = p.r * p.s, lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
+    const int64_t lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
     int64_t weights = 0, items = 0;
     const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
     const std::vector<Axis> vertical = undilated({forward_axis(p, 0)}), horizontal = {forward_axis(p, 1)};
@@ -24,15 +63,23 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         int(std::clamp<int64_t>(p.n * out_plane / (8 * lanes), 1, threads));  // each needs a copy of the gradients
     const int64_t share = p.n * out_plane / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
-    const Limits limits{lanes, sizeof(T), most, 1, true};
+    Limits limits{lanes, sizeof(T), most, 1, true};
+    const bool by_winograd = weights > 0 && suits_winograd(vertical, horizontal, weights / p.k, limits);
+    // By Winograd: the gradients of what the products multiply, one product after the other in the same scratch.
+    const int64_t products = by_winograd ? winograd::PRODUCTS : 1;
+    const int64_t tap_columns = horizontal[0].tap.size(), taps = by_winograd ? products * tap_columns : p.r * p.s;
+    if (by_winograd) limits.products = 1, limits.most_positions *= winograd::ROWS;
     const std::vector<Job> jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
+    const auto outputs_apart = [&](const Layout& layout) {
+        return spread((layout.winograd ? layout.groups : layout.rows) * layout.pitch + lanes, sizeof(T));
+    };
     int64_t source = 0, gradient = 0, shifted_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;
-        const int64_t out_stride = spread(job.layout.rows * job.layout.pitch + lanes, sizeof(T));
+        const int64_t out_stride = outputs_apart(job.layout);
         source = std::max(source, reads * job.layout.source_stride);
         gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * out_stride);
-        shifted_most = std::max(shifted_most, reads * taps);
+        shifted_most = std::max(shifted_most, reads * int64_t(job.layout.taps.size()));
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
     const int64_t sums = spread(weights * taps + p.k, sizeof(T)), per_thread = source + gradient + sums;
@@ -54,46 +101,83 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             const Job& job = *patch.job;
             const Layout& layout = job.layout;
             const Axis &v = *job.vertical, &h = *job.horizontal;
-            const Range outputs = job.part->outputs;
-            loops.copy(copy_of<T>(x + n * p.c * plane, nullptr, plane, job.part->reads, v, h, patch.row, patch.rows,
-                                  patch.column, patch.columns, xs, layout));
-            const int64_t out_stride = spread(layout.rows * layout.pitch + lanes, sizeof(T));
-            const int64_t image = (n * p.k + outputs.first) * out_plane;
-            // The outputs' lines are v.first + i * v.step; columns are all there is.
-            loops.copy({.image = dy + image,
-                        .relu = relu ? relu + image : nullptr,
-                        .image_stride = out_plane,
-                        .channels = outputs.last - outputs.first,
-                        .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
-                        .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
-                        .scratch = dys,
-                        .channel_stride = out_stride,
-                        .phase_stride = 0,
-                        .pitch = layout.pitch,
-                        .slack = lanes});
-            if (db)
-                for (int64_t k = outputs.first; k < outputs.last; k++)
-                    loops.sum(dys + (k - outputs.first) * out_stride, patch.rows, layout.pitch, patch.columns, dbs + k);
+            const Range reads = job.part->reads, outputs = job.part->outputs;
+            const int64_t out_stride = outputs_apart(layout);
+            const T *of_x = x + n * p.c * plane, *of_dy = dy + n * p.k * out_plane;
+            const T* passed = relu ? relu + n * p.k * out_plane : nullptr;
             Strips strips = layout.strips(patch.rows, patch.columns);
             strips.length = round_up(strips.length, lanes);
-            for (const Tile& tile : job.part->tiles) {
-                int64_t count = 0, channel = 0;
-                for (const Range& range : tile.reads)
-                    for (int64_t c = range.first; c < range.last; c++, channel++)
-                        for (const Tap& tap : layout.taps)
-                            shifted[count++] = {
-                                xs + (c - job.part->reads.first) * layout.source_stride + tap.offset,
-                                dws + ((tile.weights * taps + (channel * taps + tap.index) * tile.outputs))};
-                loops.gradient({.dy = dys + (tile.first - outputs.first) * out_stride,
+            const int64_t lines = by_winograd ? (patch.rows + winograd::ROWS - 1) / winograd::ROWS : patch.rows;
+            if (by_winograd) strips.strips = lines;
+            const auto mix_dy = [&](const std::vector<double>& factors) {
+                const Mix<T> mix{of_dy,  passed, out_plane,    p.ow,   v.first + patch.row * v.step,
+                                 v.step, p.oh,   patch.column, factors};
+                mix(loops, outputs, lines, patch.columns, layout.pitch, out_stride, dys);
+            };
+            const auto add_biases = [&] {
+                for (int64_t k = outputs.first; db && k < outputs.last; k++)
+                    loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
+            };
+            if (by_winograd && db) mix_dy(std::vector<double>(winograd::ROWS, 1)), add_biases();
+            for (int64_t product = 0; product < products; product++) {
+                if (by_winograd) {
+                    const double* factors = winograd::SOURCES[product];
+                    const Mix<T> mix{of_x,
+                                     nullptr,
+                                     plane,
+                                     p.w,
+                                     (patch.row + v.low) * v.stride + v.phases[0],
+                                     v.stride,
+                                     p.h,
+                                     patch.column + h.low,
+                                     {factors, factors + winograd::PRODUCTS}};
+                    mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.source_stride, xs);
+                    std::vector<double> powers;
+                    for (const auto& row : winograd::OUTPUTS) powers.push_back(row[product]);
+                    mix_dy(powers);
+                } else {
+                    loops.copy(copy_of<T>(of_x, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
+                                          patch.columns, xs, layout));
+                    // The outputs' lines are v.first + i * v.step; columns are all there is.
+                    loops.copy({.image = of_dy + outputs.first * out_plane,
+                                .relu = passed ? passed + outputs.first * out_plane : nullptr,
+                                .image_stride = out_plane,
+                                .channels = outputs.last - outputs.first,
+                                .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
+                                .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
+                                .scratch = dys,
                                 .channel_stride = out_stride,
-                                .outputs = tile.outputs,
-                                .shifted = shifted,
-                                .shifted_count = count,
-                                .at = strips});
+                                .phase_stride = 0,
+                                .pitch = layout.pitch,
+                                .slack = lanes});
+                    add_biases();
+                }
+                for (const Tile& tile : job.part->tiles) {
+                    int64_t count = 0, channel = 0;
+                    for (const Range& range : tile.reads)
+                        for (int64_t c = range.first; c < range.last; c++, channel++)
+                            for (const Tap& tap : layout.taps)
+                                shifted[count++] = {
+                                    xs + (c - reads.first) * layout.source_stride + tap.offset,
+                                    dws + tile.weights * taps +
+                                        (channel * taps + product * tap_columns * by_winograd + tap.index) *
+                                            tile.outputs};
+                    loops.gradient({.dy = dys + (tile.first - outputs.first) * out_stride,
+                                    .channel_stride = out_stride,
+                                    .outputs = tile.outputs,
+                                    .shifted = shifted,
+                                    .shifted_count = count,
+                                    .at = strips});
+                }
             }
         }
         // Added up in the order of the threads.
-        const int64_t kernel = p.c * taps;
+        const int64_t kernel_taps = p.r * p.s, kernel = p.c * kernel_taps;
+        const auto total_of = [&](int64_t at) {
+            T total = 0;
+            for (int t = 0; t < team; t++) total += sums_of(t)[at];
+            return total;
+        };
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) {
@@ -102,16 +186,21 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             for (int64_t k = 0; k < tile.outputs; k++) {
                 int64_t at = tile.weights * taps + k;
                 for (const Range& range : tile.reads)
-                    for (int64_t q = range.first * taps; q < range.last * taps; q++, at += tile.outputs) {
-                        T total = 0;
-                        for (int t = 0; t < team; t++) total += sums_of(t)[at];
-                        dw[(tile.first + k) * kernel + q] = total;
+                    for (int64_t c = range.first; c < range.last; c++, at += taps * tile.outputs) {
+                        T* to = dw + (tile.first + k) * kernel + c * kernel_taps;
+                        for (int64_t t = 0; t < taps; t++) {
+                            const T total = total_of(at + t * tile.outputs);
+                            if (!by_winograd) {
+                                to[t] = total;
+                                continue;
+                            }
+                            for (int j = 0; j < winograd::TAPS; j++)
+                                to[vertical[0].tap[j] + horizontal[0].tap[t % tap_columns]] +=
+                                    T(winograd::WEIGHTS[t / tap_columns][j]) * total;
+                        }
                     }
             }
-            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++) {
-                db[k] = 0;
-                for (int t = 0; t < team; t++) db[k] += sums_of(t)[weights * taps + k];
-            }
+            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++) db[k] = total_of(weights * taps + k);
         }
     });
 }

@@ -1,0 +1,27 @@
+// Winograd's F(4, 3) along the rows (Lavin and Gray 2016, section 4.1): four rows of outputs read six rows of sources
+// through three rows of taps. Six products of transformed rows make them, where one by one they are twelve:
+//   outputs = OUTPUTS (WEIGHTS weights * SOURCES sources)
+// In columns nothing changes. Exact but for rounding, which depends on the points 0, +-A, +-B at which polynomials are
+// multiplied: with sums over 64 channels in float it is 1.4 times that of plain sums (1.9 with the usual 1 and 2).
+#pragma once
+
+namespace sfg::winograd {
+
+constexpr int ROWS = 4, TAPS = 3, PRODUCTS = ROWS + TAPS - 1;
+
+// Eighths: these and their products are exact.
+constexpr double A = 5. / 8, B = 3. / 2, AA = A * A, BB = B * B;
+
+// x (x - p) .. for all points p but one, and for all of them.
+constexpr double SOURCES[PRODUCTS][PRODUCTS] = {{AA * BB, 0, -AA - BB, 0, 1, 0}, {0, -A * BB, -BB, A, 1, 0},
+                                                {0, A * BB, -BB, -A, 1, 0},      {0, -B * AA, -AA, B, 1, 0},
+                                                {0, B * AA, -AA, -B, 1, 0},      {0, AA * BB, 0, -AA - BB, 0, 1}};
+constexpr double AT_A = 2 * AA * (AA - BB), AT_B = 2 * BB * (BB - AA);
+constexpr double WEIGHTS[PRODUCTS][TAPS] = {
+    {1 / (AA * BB), 0, 0},           {1 / AT_A, A / AT_A, AA / AT_A},  {1 / AT_A, -A / AT_A, AA / AT_A},
+    {1 / AT_B, B / AT_B, BB / AT_B}, {1 / AT_B, -B / AT_B, BB / AT_B}, {0, 0, 1}};
+// Powers of the points.
+constexpr double OUTPUTS[ROWS][PRODUCTS] = {
+    {1, 1, 1, 1, 1, 0}, {0, A, -A, B, -B, 0}, {0, AA, AA, BB, BB, 0}, {0, A * AA, -A * AA, B * BB, -B * BB, 1}};
+
+}  // namespace sfg::winograd
