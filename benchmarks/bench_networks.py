@@ -12,8 +12,8 @@ loss, no optimiser. Ratios are medians (quartiles) of interleaved rounds. Each i
     one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
     MONAI           its HighResNet of these widths; it has no layers between the stages and two fewer at the end
 
-Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6) against two plain ones. Memory: the most
-that a process of its own has resident in a training step, less what it has before.
+Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6), and itself, against two plain ones.
+Memory: the most that a process of its own has resident in a training step, less what it has before.
 """
 
 from __future__ import annotations
@@ -188,10 +188,12 @@ def inference(kind: str, size: int, rounds: int) -> list[str]:
 
     runs = {"plain": run(plains, x), "plain, last": run(lasts, last), "frozen": run([frozen], x)}
     runs["frozen, last"] = run([freeze(network).to(memory_format=torch.channels_last)], last)
+    runs["network"] = run([network], x)
     times = interleaved(runs, rounds)
     for name in ("plain", "frozen"):
         times[name] = min(times[name], times.pop(f"{name}, last"), key=statistics.median)
-    return [f"{kind}, {size}x{size}", "{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, "frozen", "plain"))]
+    cells = ["{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, name, "plain")) for name in ("frozen", "network")]
+    return [f"{kind}, {size}x{size}", *cells]
 
 
 def peak(kind: str, size: int, name: str) -> float:
@@ -222,7 +224,7 @@ TABLES = {
         "network | dense / straight_through | dense / every=4 | dense / selected | dense / masked | straight_through / "
         "one plain | / the faster of one plain and it compiled | / MONAI (VGG: one plain) | dense: eager / faster",
     ),
-    "Inference": (inference, "network | frozen / two plain networks"),
+    "Inference": (inference, "network | frozen / two plain networks | itself in `eval()` / two plain networks"),
     "Memory": (
         lambda kind, size, rounds: memory(kind, size),
         "network | dense, MiB | straight_through / dense | selected / dense | masked / dense | one plain / dense",

@@ -120,6 +120,18 @@ class KernelNorm(nn.Module):
         scale = self.weight * (var + self.eps).rsqrt()
         return scale, self.bias - mean * scale
 
+    def folds(self, groups: FilterGroups) -> bool:
+        """Is all that this does to the rows known before the convolution?"""
+        learns = groups.gates is not None and groups.gates.requires_grad
+        return not self.training and not groups.full and not learns
+
+    def folded(self, weight: Tensor, bias: Tensor | None, groups: FilterGroups) -> tuple[Tensor, Tensor]:
+        """Weight and bias [K, ..] of the convolution with the normalisation of `eval()` in them."""
+        assert groups.assignment is not None
+        kernels = torch.arange(groups.width, device=groups.assignment.device)
+        scale, shift = (affine[groups.assignment, kernels] for affine in self.running_affine())
+        return folded(weight, bias, scale, shift)
+
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, assignment: Tensor) -> None:
         # Counted first, so that max(1/n, momentum) is 1 for a first draw.
@@ -219,6 +231,19 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     with torch.no_grad():
         _keep_statistics(norm, mean, var, _count(x))
     return out
+
+
+def folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """scale * (convolution with weight and bias) + shift as one convolution."""
+    return weight * scale[:, None, None, None], shift if bias is None else scale * bias + shift
+
+
+def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch normalisation in `eval()`, of some of its channels."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight[rows] * (norm.running_var[rows] + norm.eps).rsqrt()
+    return scale, norm.bias[rows] - norm.running_mean[rows] * scale
 
 
 def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:

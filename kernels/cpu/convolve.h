@@ -15,6 +15,8 @@ namespace sfg {
 constexpr int64_t CONVOLUTION_POSITIONS = 4096;
 constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
 constexpr int MOST_OUTPUTS = 16;      // of a tile, with any instruction set
+constexpr double COMBINING = 8;       // multiplications that an output takes to be made of products
+constexpr int64_t STRIP = 96;         // positions that are long enough for the loops
 
 // Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
 template <typename T>
@@ -37,7 +39,8 @@ struct Convolution {
         for (const Part& part : parts)
             for (const Tile& tile : part.tiles) outputs += tile.outputs;
         const Limits limits{loops.lanes, sizeof(T), 0, FLAT_OUTPUT, false};
-        winograd = outputs > 0 && suits_winograd(vertical, horizontal, weights / outputs, limits);
+        const double sources = double(weights * horizontal[0].tap.size()) / double(std::max<int64_t>(outputs, 1));
+        winograd = sources > 0 && suits_winograd(vertical, horizontal, limits, COMBINING / sources, 0);
         if (winograd) taps = winograd::PRODUCTS * horizontal[0].tap.size();
     }
 };
@@ -85,15 +88,20 @@ struct Sums {
         const int64_t count = layout.taps.size() / winograd::PRODUCTS;
         OutputTile<T> product = t;
         product.bias = no_bias, product.start = product.residual = nullptr, product.relu = false;
-        product.tap_count = count, product.at = {1, t.at.length, 0};
-        product.y_channel = product_channel(layout, loops.lanes);
-        const int64_t product_stride = product.y_channel * t.outputs;
-        for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS, product.x += layout.pitch) {
-            for (int64_t i = 0; i < winograd::PRODUCTS; i++) {
-                product.taps = t.taps + i * count, product.y = products + i * product_stride;
-                loops.output(product);
+        product.tap_count = count, product.y_channel = product_channel(layout, loops.lanes);
+        const int64_t product_stride = product.y_channel * t.outputs, together = at_a_time(layout);
+        for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS) {
+            const int64_t group = row / winograd::ROWS, number = group % together;
+            if (number == 0) {  // the products of the next few groups, as one strip
+                const int64_t left = (t.at.strips - row + winograd::ROWS - 1) / winograd::ROWS;
+                product.at = {1, (std::min(together, left) - 1) * layout.pitch + t.at.length, 0};
+                product.x = t.x + group * layout.pitch;
+                for (int64_t i = 0; i < winograd::PRODUCTS; i++) {
+                    product.taps = t.taps + i * count, product.y = products + i * product_stride;
+                    loops.output(product);
+                }
             }
-            loops.combine({.products = products,
+            loops.combine({.products = products + number * layout.pitch,
                            .product_stride = product_stride,
                            .channel_stride = product.y_channel,
                            .bias = t.bias,
@@ -111,8 +119,10 @@ struct Sums {
         }
     }
 
+    // Groups of rows in a strip: narrow ones would be too short for the loops.
+    static int64_t at_a_time(const Layout& layout) { return std::max<int64_t>(1, STRIP / layout.pitch); }
     static int64_t product_channel(const Layout& layout, int64_t lanes) {
-        return spread(round_up(layout.columns, lanes), sizeof(T));
+        return spread((at_a_time(layout) - 1) * layout.pitch + round_up(layout.columns, lanes), sizeof(T));
     }
 };
 
@@ -236,8 +246,12 @@ class PackedWeights {
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
                     const T* from = task_.weight + tile.first * task_.output_stride + c * task_.read_stride;
-                    for (int64_t t = 0; t < task_.taps; t++)
-                        for (int64_t k = 0; k < tile.outputs; k++) *to++ = packed(from + k * task_.output_stride, t);
+                    for (int64_t k = 0; k < tile.outputs; k++, from += task_.output_stride)
+                        if (task_.winograd)
+                            pack_products(from, to + k, tile.outputs);
+                        else
+                            for (int64_t t = 0; t < task_.taps; t++) to[t * tile.outputs + k] = from[t];
+                    to += task_.taps * tile.outputs;
                 }
             for (int64_t k = 0; k < tile.outputs; k++) biases(tile)[k] = task_.bias ? task_.bias[tile.first + k] : T(0);
         }
@@ -250,14 +264,17 @@ class PackedWeights {
     int64_t taps() const { return task_.taps; }
 
  private:
-    T packed(const T* kernel, int64_t tap) const {
-        if (!task_.winograd) return kernel[tap];
+    void pack_products(const T* kernel, T* to, int64_t outputs) const {
         const std::vector<int64_t>&rows = task_.vertical[0].tap, &columns = task_.horizontal[0].tap;
-        const int64_t count = columns.size();
-        double sum = 0;
-        for (int j = 0; j < winograd::TAPS; j++)
-            sum += winograd::WEIGHTS[tap / count][j] * double(kernel[rows[j] + columns[tap % count]]);
-        return T(sum);
+        for (const int64_t column : columns) {
+            for (int i = 0; i < winograd::PRODUCTS; i++) {
+                double sum = 0;
+                for (int j = 0; j < winograd::TAPS; j++)
+                    sum += winograd::WEIGHTS[i][j] * double(kernel[rows[j] + column]);
+                to[i * int64_t(columns.size()) * outputs] = T(sum);
+            }
+            to += outputs;
+        }
     }
 
     const Convolution<T>& task_;

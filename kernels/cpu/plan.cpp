@@ -117,8 +117,8 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
     return best;
 }
 
-bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, int64_t reads,
-                    const Limits& limits) {
+bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, const Limits& limits,
+                    double combining, double once) {
     if (vertical.empty() || horizontal.size() != 1) return false;
     if (horizontal[0].phases.size() != 1 || horizontal[0].stride != 1) return false;
     int64_t rows = 0, groups = 0;
@@ -127,12 +127,11 @@ bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& 
         if (!three || axis.slot[1] != axis.slot[0] + 1 || axis.slot[2] != axis.slot[1] + 1) return false;
         rows += axis.count, groups += groups_of(axis.count);
     }
-    // Multiplications for an output, and what combining the products takes on top of them.
     const double columns = horizontal[0].count, in_vectors = round_up(horizontal[0].count, limits.lanes);
-    const double sources = double(reads * horizontal[0].tap.size()), combining = 8;
-    const double products = double(groups) * winograd::PRODUCTS / double(rows);
-    return (sources * products + combining) * in_vectors <
-           sources * winograd::TAPS * std::min(in_vectors, limits.flat_cost * columns);
+    const double each = double(rows) * std::min(in_vectors, limits.flat_cost * columns);
+    const double product = double(groups) * in_vectors;
+    return winograd::PRODUCTS * (product + once) + combining * double(rows) * in_vectors <
+           winograd::TAPS * (each + once);
 }
 
 int64_t round_up(int64_t value, int64_t multiple) {

@@ -76,9 +76,11 @@ struct Limits {
     int64_t products = 0;           // by Winograd: how many of them are in scratch at a time
 };
 
-// Can the rows of these axes be made of Winograd's products, and is that less work? `reads`: channels that are summed.
-bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, int64_t reads,
-                    const Limits&);
+// Can the rows of these axes be made of Winograd's products, and is that less work? Counted in multiplications of a
+// source by a tap's or product's weight: an output takes `combining` more by the products, and every tap or product
+// `once` in an image.
+bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, const Limits&,
+                    double combining, double once);
 
 Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_t columns, const Limits&);
 

@@ -49,6 +49,8 @@ struct Mix {
     }
 };
 
+constexpr double MIXING = 12, ADDING = 60;  // to make a product's rows; to add up what the lanes of a vector have
+
 }  // namespace
 
 template <typename T>
@@ -64,7 +66,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     const int64_t share = p.n * out_plane / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
     Limits limits{lanes, sizeof(T), most, 1, true};
-    const bool by_winograd = weights > 0 && suits_winograd(vertical, horizontal, weights / p.k, limits);
+    const bool by_winograd = weights > 0 && suits_winograd(vertical, horizontal, limits, MIXING / double(p.k), ADDING);
     // By Winograd: the gradients of what the products multiply, one product after the other in the same scratch.
     const int64_t products = by_winograd ? winograd::PRODUCTS : 1;
     const int64_t tap_columns = horizontal[0].tap.size(), taps = by_winograd ? products * tap_columns : p.r * p.s;

@@ -15,6 +15,7 @@ from ..groups import FilterGroups, Routing
 from ..kernels import masked
 from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
+from ..norm import KernelNorm
 from ..reference import Activation, DenseFeatures, activate
 from ..routed_conv import Others, Producer, RoutedConv, routed_conv, routed_conv_kept
 
@@ -73,17 +74,22 @@ class SFGConv2d(reference.SFGConv2d):
         geometry = Geometry(self.stride, self.zero_padding or (0, 0), self.dilation)
         routing = Routing.ALL if image else features.routing
         spec = RoutedConv(groups, features.groups, routing, geometry)
-        relu = self.norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
-        arguments = features.packed, self.weight_of(groups), self.bias, spec, relu
+        weight, bias, norm = self.weight_of(groups), self.bias, self.norm
+        if norm is not None and norm.folds(groups):
+            (weight, bias), norm = norm.folded(weight, bias, groups), None
+        relu = norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
+        arguments = features.packed, weight, bias, spec, relu
         source = {"others": features.others, "producer": features.producer}
         others = None
         if groups.all_gates:
             u, others = routed_conv_kept(*arguments, **source)
+        elif norm is None and self.activation is None and _adds_up(residual, groups, features.packed):
+            return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
         else:
             u = routed_conv(*arguments, **source)
-        if self.norm is not None and self.activation in (None, "relu") and self.norm.does_all(u, groups):
+        if norm is not None and self.activation in (None, "relu") and norm.does_all(u, groups):
             return self._normalised(u, groups, others, residual)
-        features = self._epilogue(u, groups, relu, others)
+        features = self._epilogue(u, groups, norm, relu, others)
         return features if residual is None else residual + features  # type: ignore[operator]
 
     def _normalised(
@@ -112,11 +118,13 @@ class SFGConv2d(reference.SFGConv2d):
             packed, groups, others=own, producer=Producer(h, gates, groups, others, scale, shift, relu, False)
         )
 
-    def _epilogue(self, u: Tensor, groups: FilterGroups, activated: bool, others: Others | None) -> SFGFeatures:
-        """Norm, activation (unless done) and gate."""
+    def _epilogue(
+        self, u: Tensor, groups: FilterGroups, norm: KernelNorm | None, activated: bool, others: Others | None
+    ) -> SFGFeatures:
+        """Norm and activation (unless they are done) and gate."""
         scale = shift = None
-        if self.norm is not None:
-            u, scale, shift = self.norm(u, groups)
+        if norm is not None:
+            u, scale, shift = norm(u, groups)
         h = u if activated else activate(u, self.activation)
         gates = groups.gates
         assert gates is not None
@@ -146,6 +154,14 @@ class SFGConv2d(reference.SFGConv2d):
                 f"the input has shape {tuple(features.packed.shape)} and {features.groups.width} channels, "
                 f"expected [N, {self.in_channels}, H, W]"
             )
+
+
+def _adds_up(residual: Features | None, groups: FilterGroups, x: Tensor) -> bool:
+    """Is there a shortcut that the kernels can add, because no gate wants a gradient?"""
+    if not isinstance(residual, SFGFeatures) or residual.dtype != x.dtype or groups.full:
+        return False
+    residual.check_same_draw(groups)
+    return residual.others is None and not (groups.gates is not None and groups.gates.requires_grad)
 
 
 def for_backend(x: Features) -> Features:

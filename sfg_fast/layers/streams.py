@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
 from ..kernels.spec import Geometry
-from ..norm import batch_norm_relu
+from ..norm import batch_norm_relu, folded, running_affine
 from ..reference import DenseFeatures
 from ..routed_conv import RoutedConv, routed_conv
 from .conv import Features, SFGConv2d, for_backend
@@ -56,8 +56,12 @@ class StreamBlock(nn.Module):
             h = _normalised(self.norm1, h)
         columns = x.groups if self.first else streams
         spec = RoutedConv(block, columns, Routing.OWN, geometry)
-        h = routed_conv(h, self.conv1.weight, self.conv1.bias, spec, others=x.others, producer=x.producer)
-        h = _normalised(self.norm2, h)
+        source = {"others": x.others, "producer": x.producer}
+        if self.norm2 is not None and not self.norm2.training:
+            weight, bias = folded(self.conv1.weight, self.conv1.bias, *running_affine(self.norm2))
+            h = routed_conv(h, weight, bias, spec, relu=True, **source)
+        else:
+            h = _normalised(self.norm2, routed_conv(h, self.conv1.weight, self.conv1.bias, spec, **source))
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
         return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=x.streams()), streams)
 

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..groups import SHARED, Routing
+from .. import backends
+from ..groups import SHARED, FilterGroups, Routing
+from ..kernels.spec import Geometry
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
+from ..norm import folded, running_affine
 from ..plain_ops import act_on_features, no_attribute
 from ..reference import SFGConv2d, activate
+from ..routed_conv import RoutedConv, routed_conv
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 
 
@@ -239,8 +243,17 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     return conv.requires_grad_(False)
 
 
-def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return weight * scale[:, None, None, None], shift if bias is None else scale * bias + shift
+def _run(conv: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
+    """conv(x), or relu of it: by torch in a graph (export, compile) and on GPUs. On the CPU it is slow for few and odd
+    numbers of channels, so `native` does it where it is there."""
+    assert isinstance(conv, nn.Conv2d)
+    plain = torch.compiler.is_compiling() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+    plain = plain or x.device.type != "cpu" or x.dtype != conv.weight.dtype or backends.current() == "reference"
+    if plain or x.requires_grad or backends.kernels(x)[0] is backends.load("masked"):
+        return F.relu(conv(x)) if relu else conv(x)
+    rows, columns = (FilterGroups.blocks([n], ("all",), x.device) for n in conv.weight.shape[:2])
+    spec = RoutedConv(rows, columns, Routing.ALL, Geometry(conv.stride, conv.padding, conv.dilation))
+    return routed_conv(x, conv.weight, conv.bias, spec, relu)
 
 
 class FrozenConv(_Frozen):
@@ -272,14 +285,15 @@ class FrozenConv(_Frozen):
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        return activate(conv(read), self.activation)
+        relu = self.activation == "relu"
+        return _run(conv, read, True) if relu else activate(_run(conv, read), self.activation)
 
     def _make(self, source: SFGConv2d, group: int, columns: list[int] | None) -> nn.Conv2d:
         rows = self.kernels[group]
         weight, bias = _columns_of(source.weight[rows], columns), None if source.bias is None else source.bias[rows]
         if source.norm is not None:
             scale, shift = (affine[group, rows] for affine in source.norm.running_affine())
-            weight, bias = _folded(weight, bias, scale, shift)
+            weight, bias = folded(weight, bias, scale, shift)
         return _conv2d(weight, bias, source)
 
 
@@ -326,7 +340,7 @@ class FrozenStreamBlock(_Frozen):
             weight, bias = _columns_of(source.conv1.weight[rows], columns), source.conv1.bias
             bias = None if bias is None else bias[rows]
             if source.norm2 is not None:
-                weight, bias = _folded(weight, bias, *_affine(source.norm2, rows))
+                weight, bias = folded(weight, bias, *running_affine(source.norm2, rows))
             return _conv2d(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
 
         def second(source: StreamBlock) -> nn.Module:
@@ -334,15 +348,8 @@ class FrozenStreamBlock(_Frozen):
             geometry = {"dilation": source.dilation, "padding": source.dilation}
             return _conv2d(source.conv2.weight[rows], bias, source.conv2, **geometry)
 
-        h = F.relu(self._convolution(f"{name}_1", first)(h))
-        return shortcut + self._convolution(f"{name}_2", second)(h)
-
-
-def _affine(norm: nn.BatchNorm2d, rows: slice) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight[rows] * (norm.running_var[rows] + norm.eps).rsqrt()
-    return scale, norm.bias[rows] - norm.running_mean[rows] * scale
+        h = _run(self._convolution(f"{name}_1", first), h, True)
+        return shortcut + _run(self._convolution(f"{name}_2", second), h)
 
 
 def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
@@ -391,7 +398,7 @@ class FrozenMerge(_Frozen):
             bias = None if source.conv.bias is None else source.conv.bias[rows]
             return _conv2d(source.conv.weight[rows], bias, source.conv)
 
-        return self._convolution(self.names[group], make)(torch.cat([x.dense(group), x.dense(SHARED)], 1))
+        return _run(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
 
 
 class FrozenHeads(_Frozen):
@@ -412,4 +419,4 @@ class FrozenHeads(_Frozen):
             bias = None if source.conv.bias is None else source.conv.bias[rows]
             return _conv2d(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
 
-        return self._convolution(task, make)(read)
+        return _run(self._convolution(task, make), read)
