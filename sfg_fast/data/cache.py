@@ -182,12 +182,15 @@ class Cache:
     def _open(self, name: str, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         file = os.path.join(self.path, name, f"{key}.npy")
         try:
-            with open(file, "rb") as stream:
-                start = stream.read(10)  # magic, version, and how long the header is
-                found, dtype_found, offset = _header(start + stream.read(int.from_bytes(start[8:], "little")))
+            number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # no stream: this is done for every slice
+            try:
+                start = os.read(number, 10)  # magic, version, and how long the header is
+                found, dtype_found, offset = _header(start + os.read(number, int.from_bytes(start[8:], "little")))
                 if (found, dtype_found) != (shape, dtype):
                     raise InputError(f"{file}: {dtype_found} {found}, but the manifest says {dtype} {shape}")
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                data = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(number)
             return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{file}: can't be read ({one_line(error)}); preprocess the cohort again") from error

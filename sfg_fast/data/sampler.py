@@ -159,6 +159,10 @@ def _window(rng: np.random.Generator, size: int, wanted: int, around: int | None
 
 def _coil(rng: np.random.Generator, strength: float, height: int, width: int) -> np.ndarray:
     """A smooth positive field [height, width] around 1."""
-    level, slope_y, slope_x = rng.normal(size=3)
-    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
-    return np.exp(strength * (level + slope_y * y + slope_x * x)).astype(np.float32)
+    level, slope_y, slope_x = (strength * rng.normal(size=3)).astype(np.float32)
+    return np.exp(level + slope_y * _from_minus_one_to_one(height)[:, None] + slope_x * _from_minus_one_to_one(width))
+
+
+@lru_cache(8)
+def _from_minus_one_to_one(count: int) -> np.ndarray:
+    return np.linspace(-1, 1, count, dtype=np.float32)
