@@ -89,7 +89,7 @@ struct Sums {
         OutputTile<T> product = t;
         product.bias = no_bias, product.start = product.residual = nullptr, product.relu = false;
         product.tap_count = count, product.y_channel = product_channel(layout, loops.lanes);
-        const int64_t product_stride = product.y_channel * t.outputs, together = at_a_time(layout);
+        const int64_t product_stride = product.y_channel * t.outputs, together = at_a_time(layout, loops.lanes);
         for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS) {
             const int64_t group = row / winograd::ROWS, number = group % together;
             if (number == 0) {  // the products of the next few groups, as one strip
@@ -119,10 +119,13 @@ struct Sums {
         }
     }
 
-    // Groups of rows in a strip: narrow ones would be too short for the loops.
-    static int64_t at_a_time(const Layout& layout) { return std::max<int64_t>(1, STRIP / layout.pitch); }
+    // Groups of rows in a strip: narrow ones would be too short for the loops. There must be no more between them than
+    // what fills the last vector.
+    static int64_t at_a_time(const Layout& layout, int64_t lanes) {
+        return layout.pitch == round_up(layout.columns, lanes) ? std::max<int64_t>(1, STRIP / layout.pitch) : 1;
+    }
     static int64_t product_channel(const Layout& layout, int64_t lanes) {
-        return spread((at_a_time(layout) - 1) * layout.pitch + round_up(layout.columns, lanes), sizeof(T));
+        return spread((at_a_time(layout, lanes) - 1) * layout.pitch + round_up(layout.columns, lanes), sizeof(T));
     }
 };
 

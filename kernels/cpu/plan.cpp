@@ -64,7 +64,7 @@ std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, 
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
     for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
         const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
-        const int64_t span = horizontal.slots(columns);
+        const int64_t slots = horizontal.slots(columns), span = limits.products ? round_up(slots, lanes) : slots;
         for (int64_t upto = round_up(std::min<int64_t>(vertical.count, 32), together); upto >= together;
              upto -= upto > 8 ? 4 : together) {
             const int64_t rows = std::min(upto, vertical.count);
