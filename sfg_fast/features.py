@@ -57,9 +57,7 @@ class SFGFeatures:
 
     def streams(self) -> Tensor:
         """All groups' dense tensors side by side, [N, (T+1)K, H, W]."""
-        if self.groups.full:
-            return self.packed
-        return torch.cat(list(self), 1)
+        return self.packed if self.groups.full else _Streams.apply(self.packed, self.others, self.groups)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The T+1 dense tensors, shared first: code written for dense masking runs unchanged."""
@@ -253,6 +251,24 @@ class _Dense(torch.autograd.Function):
             rows = _one_of(ctx.groups.others, ctx.wanted)
             dothers = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
         return df.where(here[:, None, None], 0), dothers, None, None
+
+
+class _Streams(torch.autograd.Function):
+    """All groups' dense tensors side by side: every row where it belongs, zeros where its others are."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, others: Tensor | None, groups: FilterGroups) -> Tensor:
+        ctx.groups = groups
+        n, _, height, width = packed.shape
+        streams = packed.new_zeros(n, len(groups.names) * groups.width, height, width)
+        return streams.index_copy_(1, groups.rows_in_streams, packed)
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        groups, dothers = ctx.groups, None
+        if ctx.needs_input_grad[1]:
+            dothers = select_channels(df, (groups.others * groups.width + groups.order).flatten())
+        return select_channels(df, groups.rows_in_streams), dothers, None
 
 
 def _one_of(ids: Tensor, groups: Sequence[int]) -> Tensor:
