@@ -19,7 +19,6 @@ Memory: the most that a process of its own has resident in a training step, less
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -205,10 +204,16 @@ def peak(kind: str, size: int, name: str) -> float:
 def peak_here(kind: str, size: int, name: str) -> float:
     contestant(kind, 32, name)()  # what is loaded at first use
     run = contestant(kind, size, name)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     for _ in range(2):
         run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> float:
+    """MiB, now (VmRSS) or at the most (VmHWM; rusage would count the process that started this one, too)."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0]) / 1024
 
 
 def memory(kind: str, size: int) -> list[str]:

@@ -12,12 +12,12 @@ rounds: medians, and (lowest-highest).
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -75,19 +75,46 @@ def cohort_list(work: Path, cases: int) -> Path:
 # --- what runs in a process of its own --------------------------------------------------------------------------------
 
 
-def peak() -> dict[str, float]:
-    """MiB: of this process, and of the largest of its children."""
-    kinds = {"own": resource.RUSAGE_SELF, "children": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(kind).ru_maxrss / 1024 for name, kind in kinds.items()}
+def most_resident(pid: int | str) -> float:
+    """MiB. (The maximum of rusage would count the process that started this one, too.)"""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 1024
+    except (OSError, KeyError):  # it has just ended
+        return 0.0
+
+
+class Peak:
+    """The most memory of this process and of the largest of its children, looked at until the end of the block."""
+
+    def __enter__(self) -> "Peak":
+        self.children, self.done = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.done.wait(0.02):
+            pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            self.children = max([self.children, *map(most_resident, pids)])
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def found(self) -> dict[str, float]:
+        return {"own": most_resident("self"), "children": self.children}
 
 
 def part_preprocess(listed: str, out: str, processes: str) -> dict[str, float]:
-    start = time.perf_counter()
-    cache = preprocess(read_cohort(listed), out, progress=False, processes=int(processes))
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    preprocess(read_cohort(listed), out, progress=False, processes=int(processes))
-    return {"rate": len(cache.cases) / seconds, "again": len(cache.cases) / (time.perf_counter() - start), **peak()}
+    with Peak() as peak:
+        start = time.perf_counter()
+        cache = preprocess(read_cohort(listed), out, progress=False, processes=int(processes))
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        preprocess(read_cohort(listed), out, progress=False, processes=int(processes))
+        again = time.perf_counter() - start
+    return {"rate": len(cache.cases) / seconds, "again": len(cache.cases) / again, **peak.found()}
 
 
 def configured(cache: str, out: str, network: str, steps: int, batch: int, **options: object) -> TrainConfig:
@@ -101,7 +128,7 @@ def part_start(cache: str, out: str) -> dict[str, float]:
     SliceSampler(Cache(cache), "train", 4, None, 0, 0.1, 0.33)[0]
     seconds = time.perf_counter() - start
     Trainer(configured(cache, out, "small, routed", 60, 4)).run()
-    return {"seconds": seconds, **peak()}
+    return {"seconds": seconds, "own": most_resident("self")}
 
 
 def part_train(cache: str, out: str, network: str, steps: str, batch: str, workers: str, same: str) -> dict[str, float]:

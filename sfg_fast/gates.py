@@ -25,7 +25,7 @@ INITIAL = ("uniform", "dirichlet", "mostly_shared", "mostly_specific", "vertex")
 def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, groups: int) -> Tensor:
     """p [K, T+1] to start from.
 
-    `uniform` 1/(T+1); `dirichlet` a flat Dirichlet draw per kernel; `mostly_shared` .6 shared; `mostly_specific` .1
+    `uniform` 1/(T+1); `dirichlet` a flat Dirichlet draw per kernel; `mostly_shared` .9 shared; `mostly_specific` .1
     shared; `vertex` .99 on a random group per kernel; or an array of probabilities, [T+1] or [K, T+1].
     Raises ValueError for an unknown name or an array that holds no probabilities.
     """
@@ -41,7 +41,7 @@ def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, grou
     if init == "vertex":
         p = torch.full((kernels, groups), 0.01 / (groups - 1))
         return p.scatter(1, torch.randint(groups, (kernels, 1)), 0.99)
-    shared = {"uniform": 1 / groups, "mostly_shared": 0.6, "mostly_specific": 0.1}.get(init)
+    shared = {"uniform": 1 / groups, "mostly_shared": 0.9, "mostly_specific": 0.1}.get(init)
     if shared is None:
         raise ValueError(f"init={init!r} is unknown, expected one of {', '.join(INITIAL)} or an array of probabilities")
     return torch.tensor([shared] + [(1 - shared) / (groups - 1)] * (groups - 1)).expand(kernels, groups)

@@ -76,7 +76,7 @@ def test_initial_p_is_a_distribution(name):
 
 
 def test_initial_p_values():
-    torch.testing.assert_close(initial_probabilities("mostly_shared", 1, 3)[0], torch.tensor([0.6, 0.2, 0.2]))
+    torch.testing.assert_close(initial_probabilities("mostly_shared", 1, 3)[0], torch.tensor([0.9, 0.05, 0.05]))
     torch.testing.assert_close(initial_probabilities("mostly_specific", 1, 3)[0], torch.tensor([0.1, 0.45, 0.45]))
     torch.testing.assert_close(initial_probabilities("uniform", 1, 4)[0], torch.full((4,), 0.25))
     vertex = initial_probabilities("vertex", 300, 3)
