@@ -55,7 +55,7 @@ def test_commands_exist():
     from sfg_fast import cli
 
     commands = set(re.findall(r"^sfg-fast (\w+)", README, re.MULTILINE))
-    assert commands == {"preprocess", "train", "predict", "evaluate", "report", "freeze"}
+    assert commands == {"preprocess", "train", "predict", "evaluate", "report", "freeze", "experiment"}
     assert all(callable(getattr(cli, name)) for name in commands)
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
