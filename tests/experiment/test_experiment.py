@@ -344,7 +344,7 @@ def test_a_changed_cohort_is_named(folder, capsys):
         ({"methods": {"a": {"network.blocks": 2}}}, "methods['a'].method=None: expected one of one_task"),
         ({"methods": {}}, "methods={}: expected at least one row"),
         ({"methods": {"../a": {"method": "sfg"}}}, "methods='../a': expected names that can be folder names"),
-        ({"methods": {"/tmp/a": {"method": "sfg"}}}, "methods='/tmp/a': expected names"),
+        ({"methods": {"/etc/a": {"method": "sfg"}}}, "methods='/etc/a': expected names"),
         ({"methods": {"..": {"method": "sfg"}}}, "methods='..': expected names"),
         ({"methods": {"": {"method": "sfg"}}}, "methods='': expected names"),
         ({"methods": {"a\nb": {"method": "sfg"}}}, "methods='a\\nb': expected names"),
