@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.interleaved import interleaved, machine, ratio
+from benchmarks.interleaved import interleaved, machine, ratio, resident
 from benchmarks.plain_network import PlainNetwork
 from sfg_fast import SFGVGG, SFGHighResNet, assign, backend, freeze, recalibrate, set_estimator
 from sfg_fast.networks.controls import sfg_layers
@@ -208,12 +208,6 @@ def peak_here(kind: str, size: int, name: str) -> float:
     for _ in range(2):
         run()
     return resident("VmHWM") - before
-
-
-def resident(what: str) -> float:
-    """MiB, now (VmRSS) or at the most (VmHWM; rusage would count the process that started this one, too)."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[what].split()[0]) / 1024
 
 
 def memory(kind: str, size: int) -> list[str]:

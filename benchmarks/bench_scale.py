@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.interleaved import machine
+from benchmarks.interleaved import machine, resident
 from sfg_fast import SFGHighResNet
 from sfg_fast.data import Cache, SliceSampler, make_case, preprocess, read_cohort, write_volume
 from sfg_fast.data.phantom import LABELS, phantom_grid
@@ -75,15 +75,6 @@ def cohort_list(work: Path, cases: int) -> Path:
 # --- what runs in a process of its own --------------------------------------------------------------------------------
 
 
-def most_resident(pid: int | str) -> float:
-    """MiB. (The maximum of rusage would count the process that started this one, too.)"""
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 1024
-    except (OSError, KeyError):  # it has just ended
-        return 0.0
-
-
 class Peak:
     """The most memory of this process and of the largest of its children, looked at until the end of the block."""
 
@@ -96,14 +87,14 @@ class Peak:
     def watch(self) -> None:
         while not self.done.wait(0.02):
             pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            self.children = max([self.children, *map(most_resident, pids)])
+            self.children = max([self.children, *(resident("VmHWM", pid) for pid in pids)])
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
 
     def found(self) -> dict[str, float]:
-        return {"own": most_resident("self"), "children": self.children}
+        return {"own": resident("VmHWM"), "children": self.children}
 
 
 def part_preprocess(listed: str, out: str, processes: str) -> dict[str, float]:
@@ -128,7 +119,7 @@ def part_start(cache: str, out: str) -> dict[str, float]:
     SliceSampler(Cache(cache), "train", 4, None, 0, 0.1, 0.33)[0]
     seconds = time.perf_counter() - start
     Trainer(configured(cache, out, "small, routed", 60, 4)).run()
-    return {"seconds": seconds, "own": most_resident("self")}
+    return {"seconds": seconds, "own": resident("VmHWM")}
 
 
 def part_train(cache: str, out: str, network: str, steps: str, batch: str, workers: str, same: str) -> dict[str, float]:

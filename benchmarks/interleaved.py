@@ -5,6 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -42,3 +43,13 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def resident(what: str, pid: int | str = "self") -> float:
+    """Memory of a process in MiB, now (VmRSS) or at the most (VmHWM); 0 if it has just ended. (The maximum of rusage
+    would count the process that started it, too.)"""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(lines[what].split()[0]) / 1024
+    except (OSError, KeyError):
+        return 0.0

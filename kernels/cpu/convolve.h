@@ -93,7 +93,7 @@ struct Sums {
         for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS) {
             const int64_t group = row / winograd::ROWS, number = group % together;
             if (number == 0) {  // the products of the next few groups, as one strip
-                const int64_t left = (t.at.strips - row + winograd::ROWS - 1) / winograd::ROWS;
+                const int64_t left = groups_of(t.at.strips - row);
                 product.at = {1, (std::min(together, left) - 1) * layout.pitch + t.at.length, 0};
                 product.x = t.x + group * layout.pitch;
                 for (int64_t i = 0; i < winograd::PRODUCTS; i++) {

@@ -47,10 +47,6 @@ std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     return list;
 }
 
-int64_t groups_of(int64_t rows) {
-    return ceil_div(rows, winograd::ROWS);
-}
-
 // Rows and columns of a block.
 std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, int64_t channels,
                                   const Limits& limits) {
@@ -115,6 +111,10 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
                                  vertical.tap[v] + horizontal.tap[h]});
         }
     return best;
+}
+
+int64_t groups_of(int64_t rows) {
+    return ceil_div(rows, winograd::ROWS);
 }
 
 bool suits_winograd(const std::vector<Axis>& vertical, const std::vector<Axis>& horizontal, const Limits& limits,

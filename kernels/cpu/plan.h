@@ -76,6 +76,9 @@ struct Limits {
     int64_t products = 0;           // by Winograd: how many of them are in scratch at a time
 };
 
+// How many groups of rows are transformed together to make so many (winograd.h).
+int64_t groups_of(int64_t rows);
+
 // Can the rows of these axes be made of Winograd's products, and is that less work? Counted in multiplications of a
 // source by a tap's or product's weight: an output takes `combining` more by the products, and every tap or product
 // `once` in an image.

@@ -1,5 +1,6 @@
 // Weight and bias gradient.
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "routed_conv.h"
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block, so that a tile's outputs stay in the first-level cache
 
+using Factors = std::array<double, winograd::PRODUCTS>;  // zero for rows that don't count
+
 // Lines of an image to scratch, a row for each group of outputs: what one of Winograd's products multiplies.
 template <typename T>
 struct Mix {
@@ -19,7 +22,7 @@ struct Mix {
     int64_t plane, width;
     int64_t line, step, lines;  // row i of the first group is line + i * step; those from 0 to `lines` are there
     int64_t column;             // of the first slot; those from 0 to `width` are there
-    std::vector<double> factors;
+    Factors factors;            // of the rows of a group
 
     // slots: of a row, zeros behind them.
     void operator()(const InnerLoops<T>& loops, Range channels, int64_t groups, int64_t slots, int64_t pitch,
@@ -109,9 +112,9 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             const T* passed = relu ? relu + n * p.k * out_plane : nullptr;
             Strips strips = layout.strips(patch.rows, patch.columns);
             strips.length = round_up(strips.length, lanes);
-            const int64_t lines = by_winograd ? (patch.rows + winograd::ROWS - 1) / winograd::ROWS : patch.rows;
+            const int64_t lines = by_winograd ? groups_of(patch.rows) : patch.rows;
             if (by_winograd) strips.strips = lines;
-            const auto mix_dy = [&](const std::vector<double>& factors) {
+            const auto mix_dy = [&](const Factors& factors) {
                 const Mix<T> mix{of_dy,  passed, out_plane,    p.ow,   v.first + patch.row * v.step,
                                  v.step, p.oh,   patch.column, factors};
                 mix(loops, outputs, lines, patch.columns, layout.pitch, out_stride, dys);
@@ -120,10 +123,11 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                 for (int64_t k = outputs.first; db && k < outputs.last; k++)
                     loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
             };
-            if (by_winograd && db) mix_dy(std::vector<double>(winograd::ROWS, 1)), add_biases();
+            if (by_winograd && db) mix_dy({1, 1, 1, 1}), add_biases();
             for (int64_t product = 0; product < products; product++) {
                 if (by_winograd) {
-                    const double* factors = winograd::SOURCES[product];
+                    Factors factors, powers{};
+                    std::copy_n(winograd::SOURCES[product], winograd::PRODUCTS, factors.begin());
                     const Mix<T> mix{of_x,
                                      nullptr,
                                      plane,
@@ -132,10 +136,9 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                      v.stride,
                                      p.h,
                                      patch.column + h.low,
-                                     {factors, factors + winograd::PRODUCTS}};
+                                     factors};
                     mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.source_stride, xs);
-                    std::vector<double> powers;
-                    for (const auto& row : winograd::OUTPUTS) powers.push_back(row[product]);
+                    for (int row = 0; row < winograd::ROWS; row++) powers[row] = winograd::OUTPUTS[row][product];
                     mix_dy(powers);
                 } else {
                     loops.copy(copy_of<T>(of_x, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
