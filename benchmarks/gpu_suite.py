@@ -187,7 +187,7 @@ def check(case: Case, dtype: torch.dtype, relu: bool) -> dict[str, float]:
         scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=DEVICE) for _ in range(2))
         if scale is not None and shift is not None:
             u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
-        dz = kernels.gate_gradient(recipe.recipe(scale, shift, True), df)
+        dz = kernels.gate_gradient(recipe.recipe(scale, shift, "relu"), df)
         pairs["gates"] = (dz, (df.double().unflatten(1, rows.others.shape) * u.relu()).sum((0, 3, 4)))
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
 
@@ -556,7 +556,7 @@ def variants(layer: Layer, rounds: int) -> dict[str, Any]:
                 dy[i], everything, learning, shape[2:], y[i]
             ),
             "gates' gradient": lambda i: kernels.gate_gradient(
-                Recipe(x[i], a, gates, learning, None, None, True), dothers
+                Recipe(x[i], a, gates, learning, None, None, "relu"), dothers
             ),
             "weight gradient": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec, y[i]),
             "weight gradient without ReLU": lambda i: kernels.weight_gradient(x[i], dy[i], packed, spec),

@@ -38,9 +38,13 @@ Every module says of itself:
                      -> dx, dz: what the features dx belongs to contribute to the gradient of their gates, [1,columns],
                      the gates of the groups drawn (not `own`: zeros); with their recipe also the others', [G,columns]
                      in all. dothers is never stored. Stride 1 only.
-    NORMALISES       normalise(u, weight, bias, eps, relu, residual | None) -> y, mean, var: batch normalisation, ReLU
-                     and the sum with the residual in one go; var is the biased one. normalise_gradient(dy, u, weight,
-                     bias, mean, var, eps, relu) -> du, dweight, dbias
+    KNOWS            activations of recipes (names, activations.py)
+    NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None) -> y, mean [K], var [K]:
+                     batch normalisation, activation (one it knows) and the sum with the residual in one go, none where
+                     the activation pools; var is the biased one. order [rows]: which kernel each row of u is, each
+                     once, or None: as they come.
+                     normalise_gradient(dy, u, weight, bias, order, mean, var, eps, activation, add | None)
+                     -> du (+ add), dweight [K], dbias [K]
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
                      them is computed once and added to all outputs that read it
 """

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..activations import ACTIVATIONS, activate
 from ..groups import FilterGroups, Routing, sort_by_group
 from .packing import Packed, pack_parameters, read, unpack, unpack_dim
 from .spec import Recipe, RoutedConv
 
 FUSES = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = False
-MEMORY_FORMAT = None
+MEMORY_FORMAT, KNOWS = None, (None, *ACTIVATIONS)
 
 
 def missing() -> str | None:
@@ -82,7 +83,7 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     dz = []
     for n, (u, df) in enumerate(zip(others(recipe), dothers.chunk(len(recipe.spec.rows.names) - 1, 1), strict=True)):
         h = affine(u, recipe.scale, recipe.shift, n)
-        dz.append(channel_dots(df, F.relu(h) if recipe.relu else h))
+        dz.append(channel_dots(df, activate(h, recipe.activation)))
     return torch.stack(dz)
 
 

@@ -53,4 +53,4 @@ class Recipe(NamedTuple):
     spec: RoutedConv
     scale: Tensor | None  # [G-1, rows], as `FilterGroups.others`
     shift: Tensor | None
-    relu: bool
+    activation: str | None  # a name of activations.ACTIVATIONS

@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
 from . import backends
+from .activations import Activation
 from .groups import FilterGroups
 
 
@@ -47,22 +48,25 @@ class KernelNorm(nn.Module):
         self.register_buffer("pooled_mean", torch.zeros(kernels, **factory))
         self.register_buffer("pooled_var", torch.ones(kernels, **factory))
 
-    def does_all(self, rows: Tensor, groups: FilterGroups) -> bool:
+    def does_all(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> bool:
         """Can `normalise_and_gate` take these rows?"""
-        return self.training and not groups.full and not self.synchronised and in_one_go(rows) is not None
+        if not self.training or groups.full or self.synchronised:
+            return False
+        kernels = in_one_go(rows)
+        return kernels is not None and activation in kernels.KNOWS
 
     def normalise_and_gate(
-        self, rows: Tensor, groups: FilterGroups, relu: bool, residual: Tensor | None
+        self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
         which are one but want a gradient. Scale and shift as `forward`."""
         assert groups.gates is not None
-        own = groups.gates[groups.order, groups.ids].to(rows.dtype) if groups.gates.requires_grad else None
-        parameters = self.weight[groups.order].to(rows.dtype), self.bias[groups.order].to(rows.dtype)
-        out, mean, var = _BatchNorm.apply(rows, *parameters, own, residual, self.eps, relu, in_one_go(rows))
+        gates = groups.gates if groups.gates.requires_grad else None
+        parameters = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+        how = self.eps, activation, in_one_go(rows), groups
+        out, mean, var = _BatchNorm.apply(rows, *parameters, gates, residual, *how)
         with torch.no_grad():
-            statistics = mean[groups.inverse], var[groups.inverse]
-            scale, shift = self.batch_affine(*statistics, _count(rows), groups.assignment)  # type: ignore[arg-type]
+            scale, shift = self.batch_affine(mean, var, _count(rows), groups.assignment)  # type: ignore[arg-type]
         return out, scale.expand(len(groups.names), -1), shift.expand(len(groups.names), -1)
 
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +183,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 class _BatchNorm(torch.autograd.Function):
     """gates * act(norm(rows)) + residual with batch statistics, by kernels that do it in one go; with mean and (biased)
-    variance. Gates [rows], if there are any, are one.
+    variance. weight, bias, mean and variance [K], gates [K, T+1] or None; those of the drawn `groups` are one.
 
     Their gradient comes for free: <dout, act(norm(rows))> = weight * dweight + bias * dbias."""
 
@@ -192,12 +196,15 @@ class _BatchNorm(torch.autograd.Function):
         gates: Tensor | None,
         residual: Tensor | None,
         eps: float,
-        relu: bool,
+        activation: Any,
         kernels: Any,
+        groups: FilterGroups | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, var = kernels.normalise(rows, weight, bias, eps, relu, residual)
-        ctx.save_for_backward(rows, weight, bias, mean, var)
-        ctx.eps, ctx.relu, ctx.kernels = eps, relu, kernels
+        order = None if groups is None else groups.order
+        out, mean, var = kernels.normalise(rows, weight, bias, order, eps, activation, residual)
+        assignment = None if groups is None else groups.assignment
+        ctx.save_for_backward(rows, weight, bias, order, mean, var, gates, assignment)
+        ctx.how, ctx.kernels = (eps, activation), kernels
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return out, mean, var
@@ -206,11 +213,38 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> Any:
         if dout is None:
-            return (None,) * 8
-        rows, weight, bias, *moments = ctx.saved_tensors
-        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, rows, weight, bias, *moments, ctx.eps, ctx.relu)
-        dgates = weight * dweight + bias * dbias if ctx.needs_input_grad[3] else None
-        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None
+            return (None,) * 9
+        *made_of, gates, assignment = ctx.saved_tensors
+        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, None)
+        _, weight, bias, *_ = made_of
+        dgates = None
+        if ctx.needs_input_grad[3]:
+            own = torch.addcmul(weight * dweight, bias, dbias).to(gates.dtype)
+            dgates = torch.zeros_like(gates).scatter_(1, assignment[:, None], own[:, None])
+        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None, None
+
+
+class _BatchNormOfFork(torch.autograd.Function):
+    """relu(norm(x)) as `_BatchNorm`, and x once more for the shortcut around it: the gradients of both ways are added
+    where the first is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernels: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out, mean, var = kernels.normalise(x, weight, bias, None, eps, "relu", None)
+        ctx.save_for_backward(x, weight, bias, None, mean, var)
+        ctx.how, ctx.kernels = (eps, "relu"), kernels
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return out, x.view_as(x), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
+        if dout is None:
+            return around, None, None, None, None
+        return *ctx.kernels.normalise_gradient(dout, *ctx.saved_tensors, *ctx.how, around), None, None
 
 
 def in_one_go(x: Tensor) -> Any:
@@ -221,16 +255,16 @@ def in_one_go(x: Tensor) -> Any:
     return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None
 
 
-def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """relu(norm(x))."""
+def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(norm(x)), and x for a shortcut around it."""
     kernels = in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
     if kernels is None:
-        return nn.functional.relu(norm(x))
+        return nn.functional.relu(norm(x)), x
     parameters = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    out, mean, var = _BatchNorm.apply(x, *parameters, None, None, norm.eps, True, kernels)
+    out, around, mean, var = _BatchNormOfFork.apply(x, *parameters, norm.eps, kernels)
     with torch.no_grad():
         _keep_statistics(norm, mean, var, _count(x))
-    return out
+    return out, around
 
 
 def folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

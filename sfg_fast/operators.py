@@ -51,11 +51,11 @@ def gate_gradient(
     scale: Tensor | None,
     shift: Tensor | None,
     spec: RoutedConv,
-    relu: bool,
+    activation: str | None,
     kernels: Any,
 ) -> Tensor:
     """`kernels.gate_gradient` of unpacked parameters, as an operator: dz [G-1, rows] of the others."""
-    return _gate_gradient(dothers, x, a, weight, bias, scale, shift, *_numbers(spec), relu, _folder(kernels))
+    return _gate_gradient(dothers, x, a, weight, bias, scale, shift, *_numbers(spec), activation, _folder(kernels))
 
 
 def others(x: Tensor, a: Tensor | None, weight: Tensor, bias: Tensor | None, spec: RoutedConv) -> Tensor:
@@ -172,12 +172,12 @@ def _gate_gradient(
     sizes: Sequence[int],
     geometry: Sequence[int],
     routing: str,
-    relu: bool,
+    activation: str | None,
     kernels: str,
 ) -> Tensor:
     module, spec = backends.module(kernels), _spec(sides, sizes, geometry, routing, False, True)
     packed = module.pack(weight, bias, spec, x.dtype, gates=True)
-    return module.gate_gradient(Recipe(x, a, packed, spec, scale, shift, relu), dothers)
+    return module.gate_gradient(Recipe(x, a, packed, spec, scale, shift, activation), dothers)
 
 
 @_gate_gradient.register_fake
@@ -210,7 +210,7 @@ def _others(
 ) -> Tensor:
     spec = _spec(sides, sizes, geometry, routing, False, True)
     packed = masked.pack(weight, bias, spec, x.dtype, gates=True)
-    return torch.cat(masked.others(Recipe(x, a, packed, spec, None, None, False)), 1)
+    return torch.cat(masked.others(Recipe(x, a, packed, spec, None, None, None)), 1)
 
 
 @_others.register_fake

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .activations import ACTIVATIONS, Activation, activate
 from .gates import GroupGates
 from .groups import FilterGroups, Routing
 from .norm import KernelNorm
 from .plain_ops import act_on_features, no_attribute
-
-Activation = str | Callable[[Tensor], Tensor] | None
-
 
 class DenseFeatures(list[Tensor]):
     """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
@@ -119,12 +117,6 @@ def normalise(u: list[Tensor], norm: KernelNorm, groups: FilterGroups) -> list[T
     ]
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    if activation is None:
-        return x
-    return F.relu(x) if activation == "relu" else activation(x)  # type: ignore[operator]
-
-
 class SFGConv2d(GroupGates):
     """A convolution whose K kernels are drawn into T+1 groups, by dense masking. See `sfg_fast.SFGConv2d`.
 
@@ -155,8 +147,10 @@ class SFGConv2d(GroupGates):
             raise ValueError(f"groups={groups}: SFG layers draw their own filter groups, only groups=1 is possible")
         if norm not in (None, "batch"):
             raise ValueError(f"norm={norm!r} is unknown, expected None or 'batch'")
-        if isinstance(activation, str) and activation != "relu":
-            raise ValueError(f"activation={activation!r} is unknown, expected None, 'relu' or a callable")
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={activation!r} is unknown, expected None, {', '.join(map(repr, ACTIVATIONS))} or a callable"
+            )
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
         # torch's own layer checks the geometry and gives the initial weights.
         plain = nn.Conv2d(

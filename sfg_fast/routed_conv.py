@@ -58,22 +58,26 @@ class Others(NamedTuple):
     kernels: Any
     spec: RoutedConv
 
-    def recipe(self, scale: Tensor | None, shift: Tensor | None, relu: bool, kernels: Any = None) -> Recipe:
+    def recipe(
+        self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Any = None
+    ) -> Recipe:
         """scale and shift [G-1, rows]. `kernels`: other ones than those that computed u."""
         packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
-        return Recipe(self.x, self.a, packed, self.spec, scale, shift, relu)
+        return Recipe(self.x, self.a, packed, self.spec, scale, shift, activation)
 
-    def gate_gradient(self, dothers: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
-        """dz [G-1, rows] = <dL/dF, act(scale * u + shift)>."""
+    def gate_gradient(
+        self, dothers: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None
+    ) -> Tensor:
+        """dz [G-1, rows] = <dL/dF, act(scale * u + shift)>, for an activation that the kernels know."""
         if torch.compiler.is_compiling():
-            return operators.gate_gradient(dothers, *self[:4], scale, shift, self.spec, relu, self.kernels)
-        return self.kernels.gate_gradient(self.recipe(scale, shift, relu), dothers)
+            return operators.gate_gradient(dothers, *self[:4], scale, shift, self.spec, activation, self.kernels)
+        return self.kernels.gate_gradient(self.recipe(scale, shift, activation), dothers)
 
     def values(self) -> Sequence[Tensor]:
         """u itself: G-1 tensors [N, rows, H', W']."""
         if torch.compiler.is_compiling():
             return operators.others(*self[:4], self.spec).chunk(len(self.spec.rows.names) - 1, 1)
-        return masked.others(self.recipe(None, None, False, masked))
+        return masked.others(self.recipe(None, None, None, masked))
 
     def split(self) -> tuple[tuple[Tensor | None, ...], Others]:
         """The tensors, for autograd to keep, and what is left; `joined` is the way back."""
@@ -94,7 +98,7 @@ class Producer(NamedTuple):
     others: Others | None  # None: only the gates of the drawn groups want a gradient
     scale: Tensor | None  # [T, rows]
     shift: Tensor | None
-    relu: bool
+    activation: str | None
     own: bool  # do the gates of the drawn groups still want their gradient?
 
 
@@ -231,7 +235,7 @@ class _RoutedConv(torch.autograd.Function):
         if producer is not None and wants_gates:
             recipe = None
             if producer.others is not None:
-                recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.relu)
+                recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.activation)
             dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, relu=passed, own=producer.own)
             dz = producer.groups.by_kernel(dz[0] if producer.own else None, dz[1:] if recipe else None, gates)
             _, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, [False, *wants])

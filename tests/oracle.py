@@ -9,7 +9,7 @@ def merge(x, routing):
     return [x[0]] + [task + x[0] if routing == "arrow" else task for task in x[1:]]
 
 
-def sfg_layer(x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, norm=None, routing="arrow"):
+def sfg_layer(x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=False, norm=None, routing="arrow"):
     """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None."""
     groups = z.shape[1]
     reads = [x] * groups if isinstance(x, torch.Tensor) else merge(list(x), routing)
@@ -25,6 +25,8 @@ def sfg_layer(x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False
             for t in u
         ]
     h = [t.clamp_min(0) if relu else t for t in u]
+    if pool:
+        h = [F.max_pool2d(t, 2) for t in h]  # of equals the first gets the gradient
     return [t * z[:, group].view(1, -1, 1, 1) for group, t in enumerate(h)]
 
 

@@ -4,21 +4,22 @@ One thread pool with torch, as many threads as torch uses. Outputs and input gra
 the bit; weight and bias gradients do: each thread sums its part of the positions.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from ..masked import missing, sample
-from ..packing import Packed, pack_parameters, unpack, unpack_dim
+from ..packing import unpack, unpack_dim
 from ..spec import Recipe, RoutedConv
 from . import _native
 
 __all__ = [
     "FUSES",
     "FUSES_GATES",
+    "KNOWS",
     "MEMORY_FORMAT",
     "NORMALISES",
     "SHARES_PRODUCTS",
@@ -36,7 +37,9 @@ __all__ = [
 ]
 
 FUSES, FUSES_GATES, SHARES_PRODUCTS, NORMALISES = True, True, False, True
-MEMORY_FORMAT = torch.contiguous_format
+MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
+
+KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
 
@@ -51,35 +54,49 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
-    return pack_parameters(weight.detach(), bias, spec, dtype, zero_unread=False)
+class Parameters(NamedTuple):
+    """A layer's own: the kernels look up where each packed row and column is."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def pack(
+    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
+) -> Parameters:
+    return Parameters(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
 
 
 def forward(
-    x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None, keep: bool = False
+    x: Tensor,
+    packed: Parameters,
+    spec: RoutedConv,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    weight = packed.weight
-    y = x.new_empty(x.shape[0], weight.shape[0], *spec.geometry.output_size(x.shape[2:], weight.shape[2:]))
-    a = torch.empty_like(y) if keep else None
+    size = spec.geometry.output_size(x.shape[2:], packed.weight.shape[2:])
+    shape = x.shape[0], spec.rows.order.numel(), *size
+    y, a = _empty(x, *shape), _empty(x, *shape) if keep else None
     arrays = (
         _plain(x),
-        _plain(weight),
+        _plain(packed.weight),
         _plain_or_none(packed.bias),
         _plain_or_none(residual),
         relu,
         to_dlpack(y),
         _plain_or_none(a),
     )
-    _native.forward(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
+    _native.forward(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
     return y, a
 
 
 def input_gradient(
-    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
+    dy: Tensor, packed: Parameters, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    images, channels, groups = dy.shape[0], packed.weight.shape[1], len(spec.columns.names)
-    dx = dy.new_empty(images, channels, *size)
-    dothers = dy.new_empty(images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
+    images, channels, groups = dy.shape[0], spec.columns.order.numel(), len(spec.columns.names)
+    dx = _empty(dy, images, channels, *size)
+    dothers = _empty(dy, images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
     arrays = (
         _plain(dy),
         _plain_or_none(relu),
@@ -90,22 +107,22 @@ def input_gradient(
         None,
         None,
     )
-    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
+    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
     return dx, dothers
 
 
 def input_and_gate_gradient(
     dy: Tensor,
-    packed: Packed,
+    packed: Parameters,
     spec: RoutedConv,
     features: Tensor,
     recipe: Recipe | None,
     relu: Tensor | None = None,
     own: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(features, memory_format=torch.contiguous_format)
+    dx = _empty(features, *features.shape)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
-    made = None if recipe is None else _arguments(recipe, features.shape[2:])
+    made = None if recipe is None else _arguments(recipe)
     arrays = (
         _plain(dy),
         _plain_or_none(relu),
@@ -116,63 +133,105 @@ def input_and_gate_gradient(
         made,
         to_dlpack(dz),
     )
-    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
+    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
     return dx, dz
 
 
 def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
-    dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.packed.weight.shape[0])
-    _native.gate_gradient(
-        _arguments(recipe, dothers.shape[2:]), _plain(dothers), to_dlpack(dz), torch.get_num_threads()
-    )
+    dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.spec.rows.order.numel())
+    _native.gate_gradient(_arguments(recipe), _plain(dothers), to_dlpack(dz), torch.get_num_threads())
     return dz
 
 
 def weight_gradient(
     x: Tensor,
     dy: Tensor,
-    packed: Packed,
+    packed: Parameters,
     spec: RoutedConv,
     relu: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    dw = x.new_empty(packed.weight.shape)
-    db = x.new_empty(dy.shape[1]) if bias else None
+    rows, columns = spec.rows, spec.columns
+    each_once = all(side.order.numel() == side.width for side in (rows, columns))
+    orders = _orders(spec) if each_once else (None, None)
+    sizes = (rows.order.numel(), columns.order.numel())
+    dw = x.new_empty(*sizes, *packed.weight.shape[2:])
+    db = x.new_empty(sizes[0]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db)
-    _native.weight_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads())
-    return unpack(dw, spec.rows, spec.columns), None if db is None else unpack_dim(db, 0, spec.rows)
+    _native.weight_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *orders)
+    if each_once:
+        return dw, db
+    return unpack(dw, rows, columns), None if db is None else unpack_dim(db, 0, rows)
 
 
 def normalise(
-    u: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, residual: Tensor | None
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    order: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, var = torch.empty_like(u, memory_format=MEMORY_FORMAT), torch.empty_like(weight), torch.empty_like(weight)
-    arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(residual)
-    _native.normalise(*arrays, eps, relu, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads())
+    relu, pool = _flags(activation)
+    n, channels, height, width = u.shape
+    y = _empty(u, n, channels, *((height // 2, width // 2) if pool else (height, width)))
+    mean, var = torch.empty_like(weight), torch.empty_like(weight)
+    arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(order), _plain_or_none(residual)
+    _native.normalise(
+        *arrays, eps, relu, pool, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads()
+    )
     return y, mean, var
 
 
 def normalise_gradient(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, relu: bool
+    dy: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    order: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    add: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    du = torch.empty_like(u, memory_format=MEMORY_FORMAT)
+    du = _empty(u, *u.shape)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    arrays = (_plain(tensor) for tensor in (dy, u, weight, bias, mean, var))
+    arrays = (_plain_or_none(tensor) for tensor in (dy, u, weight, bias, order, mean, var, add))
     gradients = (to_dlpack(tensor) for tensor in (du, dweight, dbias))
-    _native.normalise_gradient(*arrays, eps, relu, *gradients, torch.get_num_threads())
+    _native.normalise_gradient(*arrays, eps, *_flags(activation), *gradients, torch.get_num_threads())
     return du, dweight, dbias
 
 
-def _arguments(recipe: Recipe, size: Sequence[int]) -> tuple[Any, ...]:
-    x, a, packed, spec, scale, shift, relu = recipe
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Not filled. Large ones come from memory that is kept (memory.h)."""
+    if math.prod(shape) * like.element_size() < KEPT_FROM:
+        return like.new_empty(shape)
+    return (_native.empty_float32 if like.dtype == torch.float32 else _native.empty_float64)(shape)
+
+
+def _flags(activation: str | None) -> tuple[bool, bool]:
+    """ReLU, and pooling behind it."""
+    return activation is not None, activation == "relu_pool"
+
+
+def _arguments(recipe: Recipe) -> tuple[Any, ...]:
+    x, a, packed, spec, scale, shift, activation = recipe
     arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
-    return *arrays, *affine, relu, *_blocks(spec), *spec.geometry, tuple(size)
+    size = spec.geometry.output_size(x.shape[2:], packed.weight.shape[2:])
+    return *arrays, *affine, *_flags(activation), *_blocks(spec), *spec.geometry, size, *_orders(spec)
 
 
 def _blocks(spec: RoutedConv) -> tuple[list[int], list[int], list[int]]:
     """Offsets of the rows' and the columns' groups, and which is read."""
     return spec.rows.ends, spec.columns.ends, [int(read) for row in spec.reads() for read in row]
+
+
+def _orders(spec: RoutedConv) -> tuple[Any, Any]:
+    """Where rows and columns stand in the weight."""
+    return _plain(spec.rows.order), _plain(spec.columns.order)
 
 
 def _plain(tensor: Tensor) -> Any:

@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "routed_conv.h"
 
 namespace nb = nanobind;
@@ -49,8 +50,6 @@ Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, Pair stride, Pair 
     p.n = x.shape(0), p.c = x.shape(1), p.h = x.shape(2), p.w = x.shape(3);
     p.k = y[1], p.oh = y[2], p.ow = y[3];
     p.r = w.shape(2), p.s = w.shape(3), p.tap_step[0] = p.s, p.tap_step[1] = 1;
-    require(int64_t(w.shape(0)) == p.k && int64_t(w.shape(1)) == p.c,
-            "the weight does not fit input and output channels");
     require(y[0] == p.n, "input and output differ in batch size");
     const int64_t image[] = {p.h, p.w}, taps[] = {p.r, p.s};
     for (int i = 0; i < 2; i++) {
@@ -75,16 +74,45 @@ Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair 
         stride, padding, dilation);
 }
 
-// They point into the arguments.
-Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Shape& p) {
+using Order = std::optional<Array<const int64_t, 1>>;
+
+// Where each of `count` channels is in the weight.
+const int64_t* order(const Order& places, int64_t count, int64_t size) {
+    if (!places) return nullptr;
+    require(int64_t(places->shape(0)) == count, "an order does not fit the channels");
+    const int64_t* first = places->data();
+    require(std::all_of(first, first + count, [&](int64_t place) { return place >= 0 && place < size; }),
+            "an order leaves the weight");
+    return first;
+}
+
+bool each_once(const int64_t* places, int64_t count) {
+    std::vector<char> seen(count);
+    for (int64_t i = 0; places && i < count; i++)
+        if (places[i] >= count || seen[places[i]]++) return false;
+    return true;
+}
+
+// They point into the arguments. w: the weight, in the layer's own order.
+template <typename W>
+Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Order& row_order,
+              const Order& column_order, const Shape& p, const W& w) {
     require(rows.size() > 1 && columns.size() > 1 && reads.size() == (rows.size() - 1) * (columns.size() - 1),
             "offsets don't fit the table");
     const auto ascending = [](const Offsets& offsets, int64_t total) {
         return offsets.front() == 0 && offsets.back() == total && std::is_sorted(offsets.begin(), offsets.end());
     };
     require(ascending(rows, p.k) && ascending(columns, p.c), "offsets don't cover the channels");
-    return {rows.data(), columns.data(), reinterpret_cast<const bool*>(reads.data()),
-            static_cast<int64_t>(rows.size()) - 1, static_cast<int64_t>(columns.size()) - 1};
+    require(row_order || int64_t(w.shape(0)) == p.k, "the weight does not fit the output's channels");
+    require(column_order || int64_t(w.shape(1)) == p.c, "the weight does not fit the input's channels");
+    return {rows.data(),
+            columns.data(),
+            reinterpret_cast<const bool*>(reads.data()),
+            static_cast<int64_t>(rows.size()) - 1,
+            static_cast<int64_t>(columns.size()) - 1,
+            order(row_order, p.k, w.shape(0)),
+            order(column_order, p.c, w.shape(1)),
+            static_cast<int64_t>(w.shape(1))};
 }
 
 template <typename T>
@@ -101,12 +129,13 @@ T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected,
 template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
              bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns,
-             const Table& reads, Pair stride, Pair padding, Pair dilation, int threads) {
+             const Table& reads, Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
+             const Order& column_order) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* add = data(residual, {p.n, p.k, p.oh, p.ow}, "the residual does not fit the output");
     T* keep = data(kept, {p.n, p.k, p.oh, p.ow}, "what is kept does not fit the output");
-    const Blocks b = blocks(rows, columns, reads, p);
+    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
@@ -116,15 +145,17 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
 // The arguments of a Producer, in its order, the output's size at the end.
 template <typename T>
 using Recipe = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
-                          std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, Offsets, Offsets,
-                          Table, Pair, Pair, Pair, Pair>;
+                          std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, bool, Offsets,
+                          Offsets, Table, Pair, Pair, Pair, Pair, Order, Order>;
 
 template <typename T>
 sfg::Producer<T> producer(const Recipe<T>& recipe) {
-    const auto& [x, w, bias, kept, scale, shift, relu, rows, columns, reads, stride, padding, dilation, size] = recipe;
-    const std::array<int64_t, 4> y{int64_t(x.shape(0)), int64_t(w.shape(0)), size[0], size[1]};
+    const auto& [x, w, bias, kept, scale, shift, relu, pool, rows, columns, reads, stride, padding, dilation, size,
+                 row_order, column_order] = recipe;
+    const std::array<int64_t, 4> y{int64_t(x.shape(0)), rows.empty() ? 0 : rows.back(), size[0], size[1]};
     const Shape p = shape(x, w, y, stride, padding, dilation);
-    const Blocks b = blocks(rows, columns, reads, p);
+    require(relu || !pool, "pooling comes behind a ReLU");
+    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* a = data(kept, y, "what is kept does not fit the output");
     require(bool(scale) == bool(shift), "scale and shift come together");
@@ -137,7 +168,7 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
             a,
             scale ? scale->data() : nullptr,
             shift ? shift->data() : nullptr,
-            relu,
+            {relu, pool},
             p,
             b};
 }
@@ -146,10 +177,11 @@ template <typename T>
 void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
                     std::optional<Tensor<T>> others, Optional<T> live, const std::optional<Recipe<T>>& recipe,
                     std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads,
-                    Pair stride, Pair padding, Pair dilation, int threads) {
+                    Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
+                    const Order& column_order) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
-    const Blocks b = blocks(rows, columns, reads, p);
+    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
     T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
     const T* features = data(live, {p.n, p.c, p.h, p.w}, "the features don't fit the gradient");
     require(bool(dz) == (live || recipe), "the gates' gradient needs the features or their producer");
@@ -158,6 +190,7 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
         made = producer(*recipe);
         const Shape& q = made->shape;
         require(dz && !others, "either the others' gradient or that of their gates");
+        require(!made->act.pool, "the gates' gradient inside the consumer comes without pooling");
         require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && made->blocks.groups_out == b.groups_in,
                 "the producer does not fit the features");
         for (int64_t g = 0; g <= b.groups_in; g++)
@@ -178,7 +211,9 @@ void gate_gradient(const Recipe<T>& recipe, Tensor<const T> df, Array<T, 2> dz, 
     const sfg::Producer<T> made = producer(recipe);
     const Shape& p = made.shape;
     const int64_t others = made.blocks.groups_out - 1;
-    data(std::optional(df), {p.n, others * p.k, p.oh, p.ow}, "the gradient of the others does not fit the output");
+    const int64_t part = made.act.pool ? 2 : 1;
+    data(std::optional(df), {p.n, others * p.k, p.oh / part, p.ow / part},
+         "the gradient of the others does not fit the output");
     require(int64_t(dz.shape(0)) == others && int64_t(dz.shape(1)) == p.k, "the gates' gradient does not fit");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
@@ -189,11 +224,15 @@ void gate_gradient(const Recipe<T>& recipe, Tensor<const T> df, Array<T, 2> dz, 
 template <typename T>
 void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Tensor<T> dw,
                      std::optional<Array<T, 1>> db, const Offsets& rows, const Offsets& columns, const Table& reads,
-                     Pair stride, Pair padding, Pair dilation, int threads) {
+                     Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
+                     const Order& column_order) {
     const Shape p = shape(x, dw, dy, stride, padding, dilation);
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
-    const Blocks b = blocks(rows, columns, reads, p);
+    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, dw);
+    require(int64_t(dw.shape(0)) == p.k && int64_t(dw.shape(1)) == p.c && each_once(b.row_order, p.k) &&
+                each_once(b.column_order, p.c),
+            "the weight's gradient needs every row and every column once");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
@@ -204,56 +243,100 @@ template <typename T>
 using Vector = Array<T, 1>;
 
 template <typename T>
-void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, Optional<T> residual, double eps,
-               bool relu, Tensor<T> y, Vector<T> mean, Vector<T> var, int threads) {
-    const int64_t n = u.shape(0), c = u.shape(1), h = u.shape(2), w = u.shape(3);
-    const T* add = data(residual, {n, c, h, w}, "the residual does not fit the output");
-    T* to = data(std::optional(y), {n, c, h, w}, "the output does not fit the input");
-    for (const int64_t size : {weight.shape(0), bias.shape(0), mean.shape(0), var.shape(0)})
-        require(size == c, "a parameter or statistic does not fit the channels");
+sfg::Norm<T> norm(const Tensor<const T>& u, const Vector<const T>& weight, const Vector<const T>& bias,
+                  const Order& places, double eps, bool relu, bool pool) {
+    const int64_t c = u.shape(1);
+    require(places || int64_t(weight.shape(0)) == c, "a parameter does not fit the channels");
+    const int64_t* at = order(places, c, weight.shape(0));
+    require(int64_t(weight.shape(0)) == c && bias.shape(0) == weight.shape(0) && each_once(at, c),
+            "the parameters don't fit the channels");
+    require(relu || !pool, "pooling comes behind a ReLU");
+    return {u.data(), weight.data(),       bias.data(),        at, T(eps), {relu, pool}, int64_t(u.shape(0)),
+            c,        int64_t(u.shape(2)), int64_t(u.shape(3))};
+}
+
+template <typename T>
+std::array<int64_t, 4> size_behind(const sfg::Norm<T>& norm) {
+    const int64_t part = norm.act.pool ? 2 : 1;
+    return {norm.n, norm.c, norm.h / part, norm.w / part};
+}
+
+template <typename T>
+void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, const Order& order,
+               Optional<T> residual, double eps, bool relu, bool pool, Tensor<T> y, Vector<T> mean, Vector<T> var,
+               int threads) {
+    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
+    const T* add = data(residual, size_behind(n), "the residual does not fit the output");
+    require(!add || !pool, "there is no residual behind pooling");
+    T* to = data(std::optional(y), size_behind(n), "the output does not fit the input");
+    for (const int64_t size : {mean.shape(0), var.shape(0)}) require(size == n.c, "a statistic does not fit");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise<T>(inner, u.data(), weight.data(), bias.data(), add, T(eps), relu, to, mean.data(), var.data(), n, c,
-                      h * w, threads);
+    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), threads);
 }
 
 template <typename T>
 void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> weight, Vector<const T> bias,
-                        Vector<const T> mean, Vector<const T> var, double eps, bool relu, Tensor<T> du,
-                        Vector<T> dweight, Vector<T> dbias, int threads) {
-    const int64_t n = u.shape(0), c = u.shape(1), h = u.shape(2), w = u.shape(3);
-    const T* from = data(std::optional(dy), {n, c, h, w}, "the gradient does not fit the input");
-    T* to = data(std::optional(du), {n, c, h, w}, "the gradient does not fit the input");
-    for (const int64_t size :
-         {weight.shape(0), bias.shape(0), mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
-        require(size == c, "a parameter or statistic does not fit the channels");
+                        const Order& order, Vector<const T> mean, Vector<const T> var, Optional<T> add, double eps,
+                        bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads) {
+    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
+    const T* from = data(std::optional(dy), size_behind(n), "the gradient does not fit the output");
+    T* to = data(std::optional(du), {n.n, n.c, n.h, n.w}, "the gradient does not fit the input");
+    const T* more = data(add, {n.n, n.c, n.h, n.w}, "what is to be added does not fit the gradient");
+    for (const int64_t size : {mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
+        require(size == n.c, "a statistic or gradient does not fit the channels");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise_gradient<T>(inner, from, u.data(), weight.data(), bias.data(), mean.data(), var.data(), T(eps), relu,
-                               to, dweight.data(), dbias.data(), n, c, h * w, threads);
+    sfg::normalise_gradient<T>(inner, n, from, mean.data(), var.data(), more, to, dweight.data(), dbias.data(),
+                               threads);
+}
+
+// A tensor that is not filled, its memory from Memory.
+template <typename T>
+nb::ndarray<nb::pytorch, T, nb::c_contig, nb::device::cpu> empty(const std::vector<size_t>& shape) {
+    struct Block {
+        void* memory;
+        size_t bytes;
+    };
+    size_t bytes = sizeof(T);
+    for (const size_t length : shape) bytes *= length;
+    Block* const block = new Block{nullptr, bytes};
+    try {
+        block->memory = sfg::Memory::instance().take(block->bytes);
+    } catch (...) {
+        delete block;
+        throw;
+    }
+    const nb::capsule owner(block, [](void* held) noexcept {
+        Block* const block = static_cast<Block*>(held);
+        sfg::Memory::instance().give(block->memory, block->bytes);
+        delete block;
+    });
+    return {block->memory, shape.size(), shape.data(), owner};
 }
 
 template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
           "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a,
-          "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a);
+          "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a, "row_order"_a = nb::none(),
+          "column_order"_a = nb::none());
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
           "dx"_a.noconvert(), "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(),
           "dz"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "threads"_a);
+          "threads"_a, "row_order"_a = nb::none(), "column_order"_a = nb::none());
     m.def("gate_gradient", &gate_gradient<T>, "recipe"_a, "df"_a.noconvert(), "dz"_a.noconvert(), "threads"_a);
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
-          "dilation"_a, "threads"_a);
-    m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(),
-          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "y"_a.noconvert(), "mean"_a.noconvert(),
+          "dilation"_a, "threads"_a, "row_order"_a = nb::none(), "column_order"_a = nb::none());
+    m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
+          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert(), "mean"_a.noconvert(),
           "var"_a.noconvert(), "threads"_a);
     m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
-          "bias"_a.noconvert(), "mean"_a.noconvert(), "var"_a.noconvert(), "eps"_a, "relu"_a, "du"_a.noconvert(),
-          "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a);
+          "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(), "add"_a.noconvert().none(),
+          "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(), "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a);
 }
 
 }  // namespace
@@ -278,6 +361,9 @@ NB_MODULE(_native, m) {
             throw std::invalid_argument("this processor does not have the instruction set asked for");
         },
         "Choose an instruction set (for tests and benchmarks; the fastest is in use from the start).");
+    m.def("empty_float32", &empty<float>, "shape"_a);
+    m.def("empty_float64", &empty<double>, "shape"_a);
+    m.def("memory_held", [] { return sfg::Memory::instance().held(); }, "Bytes of results, in use and kept.");
     define<float>(m);
     define<double>(m);
 }

@@ -25,7 +25,8 @@ struct Convolution {
     const T *in, *relu_in;          // relu_in: see Copy
     int64_t in_channels, in_plane;  // plane: numbers in a channel
     const T *weight, *bias;
-    int64_t output_stride, read_stride;  // of the weight
+    int64_t output_stride, read_stride;        // of the weight
+    const int64_t *output_order, *read_order;  // where outputs and sources are there, see Blocks
     int64_t out_channels, out_plane, out_width;
     std::vector<Part> parts;
     int64_t weights;
@@ -191,7 +192,8 @@ struct Plan {
 };
 
 template <typename T>
-Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolution<T>* beside = nullptr) {
+Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolution<T>* beside = nullptr,
+          int64_t together = 1) {
     const int64_t lanes = task.loops.lanes;
     Plan plan{};
     // Small problems are cut finer, so that every thread gets some blocks.
@@ -199,6 +201,7 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
     const int64_t most =
         threads == 1 ? CONVOLUTION_POSITIONS : std::clamp<int64_t>(share, 8 * lanes, CONVOLUTION_POSITIONS);
     Limits limits{lanes, sizeof(T), most, FLAT_OUTPUT, false};
+    limits.together = together;
     if (beside)
         for (const Part& part : beside->parts)
             if (part.reads.first < part.reads.last) {
@@ -248,15 +251,18 @@ class PackedWeights {
             T* to = weights(tile);
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
-                    const T* from = task_.weight + tile.first * task_.output_stride + c * task_.read_stride;
-                    for (int64_t k = 0; k < tile.outputs; k++, from += task_.output_stride)
+                    const T* source = task_.weight + place(task_.read_order, c) * task_.read_stride;
+                    for (int64_t k = 0; k < tile.outputs; k++) {
+                        const T* from = source + place(task_.output_order, tile.first + k) * task_.output_stride;
                         if (task_.winograd)
                             pack_products(from, to + k, tile.outputs);
                         else
                             for (int64_t t = 0; t < task_.taps; t++) to[t * tile.outputs + k] = from[t];
+                    }
                     to += task_.taps * tile.outputs;
                 }
-            for (int64_t k = 0; k < tile.outputs; k++) biases(tile)[k] = task_.bias ? task_.bias[tile.first + k] : T(0);
+            for (int64_t k = 0; k < tile.outputs; k++)
+                biases(tile)[k] = task_.bias ? task_.bias[place(task_.output_order, tile.first + k)] : T(0);
         }
     }
     T* weights(const Tile& tile) const { return data_.data() + tile.weights * task_.taps; }

@@ -3,104 +3,14 @@
 // the widest instruction set for everybody.
 #include "inner_loops.h"
 
-#include <utility>
-
+#include "elementwise.h"
 #include "rows.h"
+#include "vectors.h"
 #include "winograd.h"
-
-#if defined(__clang__)
-#define SFG_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define SFG_UNROLL _Pragma("GCC unroll 32")
-#endif
 
 namespace sfg {
 namespace SFG_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, REGISTERS = 32;
-#elif defined(__AVX2__)
-constexpr int BYTES = 32, REGISTERS = 16;
-#else
-constexpr int BYTES = 16, REGISTERS = 16;
-#endif
-
-template <typename T>
-struct Vectors;
-template <>
-struct Vectors<float> {
-    typedef float Vector __attribute__((vector_size(BYTES)));
-    typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
-    typedef float Small __attribute__((vector_size(16), aligned(4), may_alias));
-};
-template <>
-struct Vectors<double> {
-    typedef double Vector __attribute__((vector_size(BYTES)));
-    typedef double Unaligned __attribute__((vector_size(BYTES), aligned(8), may_alias));
-    typedef double Small __attribute__((vector_size(16), aligned(8), may_alias));
-};
-template <typename T>
-using Vector = typename Vectors<T>::Vector;
-template <typename T>
-using SmallVector = typename Vectors<T>::Small;
-template <typename T>
-constexpr int LANES = BYTES / sizeof(T);
-
-template <typename T>
-SFG_INLINE Vector<T> load(const T* from) {
-    return *reinterpret_cast<const typename Vectors<T>::Unaligned*>(from);
-}
-template <typename T>
-SFG_INLINE void store(T* to, Vector<T> value) {
-    *reinterpret_cast<typename Vectors<T>::Unaligned*>(to) = value;
-}
-template <typename T>
-SFG_INLINE Vector<T> broadcast(T value) {
-    return value - Vector<T>{};
-}
-
-// Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of
-// them, and the load ports limit the loop (73 instead of 134 GFLOP/s in the weight gradient, GCC 12, AVX2).
-template <typename V>
-SFG_INLINE void keep(V& value) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(value));
-#elif defined(__AVX2__)
-    asm("" : "+x"(value));
-#else
-    (void)value;
-#endif
-}
-
-// [a0+a1, a2+a3, .., b0+b1, b2+b3, ..]
-template <typename T, int... I>
-SFG_INLINE Vector<T> add_pairs(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
-#else
-    T from[2 * sizeof...(I)], to[sizeof...(I)];
-    store<T>(from, a);
-    store<T>(from + sizeof...(I), b);
-    for (int i = 0; i < int(sizeof...(I)); i++) to[i] = from[2 * i] + from[2 * i + 1];
-    return load(to);
-#endif
-}
-
-// Lane i of the result is the sum of the lanes of vector i (N of them, at most as many as there are lanes).
-template <typename T, int N, int PartialSums = LANES<T>>
-SFG_INLINE Vector<T> lane_sums(const Vector<T>* vectors) {
-    if constexpr (PartialSums == 1) {
-        return vectors[0];
-    } else {
-        Vector<T> next[(N + 1) / 2];
-        SFG_UNROLL
-        for (int i = 0; i < (N + 1) / 2; i++)
-            next[i] = add_pairs<T>(vectors[2 * i], vectors[2 * i + 1 < N ? 2 * i + 1 : 2 * i],
-                                   std::make_integer_sequence<int, LANES<T>>{});
-        return lane_sums<T, (N + 1) / 2, PartialSums / 2>(next);
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------------------- copy
 
@@ -399,22 +309,6 @@ void mix(const Mixture<T>& t) {
 
 // ------------------------------------------------------------------------------------------------------------ gradient
 
-// to[i] += the sum of the lanes of vector i.
-template <typename T, int N>
-SFG_INLINE void add_sums(const Vector<T>* vectors, T* to) {
-    constexpr int L = LANES<T>, now = N < L ? N : L;
-    const Vector<T> found = lane_sums<T, now>(vectors);
-    if constexpr (now == L) {
-        store<T>(to, load(to) + found);
-    } else {
-        T sums[L];
-        store<T>(sums, found);
-        SFG_UNROLL
-        for (int i = 0; i < now; i++) to[i] += sums[i];
-    }
-    if constexpr (N > L) add_sums<T, N - L>(vectors + L, to + L);
-}
-
 // K outputs x NS shifted, summed over all positions.
 template <typename T, int K, int NS>
 SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted, int64_t count) {
@@ -489,139 +383,6 @@ void gradient(const GradientTile<T>& t) {
     }
 }
 
-template <typename T>
-void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total) {
-    Vector<T> sums{};
-    T rest = 0;
-    for (int64_t i = 0; i < rows; i++, values += pitch) {
-        int64_t j = 0;
-        for (; j + LANES<T> <= length; j += LANES<T>) sums += load(values + j);
-        for (; j < length; j++) rest += values[j];
-    }
-    add_sums<T, 1>(&sums, total);
-    *total += rest;
-}
-
-// --------------------------------------------------------------------------------------------------------------- gates
-
-template <typename T>
-void gates(const GateTile<T>& t) {
-    constexpr int L = LANES<T>;
-    const Vector<T> none{};
-    for (int64_t k = 0; k < t.channels; k++) {
-        const T a = t.scale ? t.scale[k] : T(1), b = t.scale ? t.shift[k] : T(0);
-        const Vector<T> scale = broadcast(a), shift = broadcast(b);
-        Vector<T> sums[2] = {none, none};
-        T rest = 0;
-        for (int64_t i = 0; i < t.rows; i++) {
-            const T* u = t.u + k * t.u_channel + i * t.u_row;
-            const T* df = t.df + k * t.df_channel + i * t.df_row;
-            int64_t j = 0;
-            for (; j + L <= t.columns; j += L) {
-                Vector<T> h = load(u + j) * scale + shift;
-                if (t.relu) h = h < none ? none : h;
-                sums[(j / L) & 1] += load(df + j) * h;
-            }
-            for (; j < t.columns; j++) {
-                T h = u[j] * a + b;
-                if (t.relu && h < 0) h = 0;
-                rest += df[j] * h;
-            }
-        }
-        sums[0] += sums[1];
-        add_sums<T, 1>(sums, t.sums + k);
-        t.sums[k] += rest;
-    }
-}
-
-template <typename T>
-void add(T* to, const T* from, int64_t count) {
-    int64_t j = 0;
-    for (; j + LANES<T> <= count; j += LANES<T>) store<T>(to + j, load(to + j) + load(from + j));
-    for (; j < count; j++) to[j] += from[j];
-}
-
-// ------------------------------------------------------------------------------------------------------- normalisation
-
-template <typename T>
-T squares(const T* values, int64_t count, T mean) {
-    constexpr int L = LANES<T>;
-    const Vector<T> centre = broadcast(mean);
-    Vector<T> sums[4] = {};
-    T rest = 0;
-    int64_t j = 0;
-    for (; j + 4 * L <= count; j += 4 * L)
-        for (int i = 0; i < 4; i++) {
-            const Vector<T> d = load(values + j + i * L) - centre;
-            sums[i] += d * d;
-        }
-    for (; j < count; j++) rest += (values[j] - mean) * (values[j] - mean);
-    sums[0] += sums[1] + sums[2] + sums[3];
-    add_sums<T, 1>(sums, &rest);
-    return rest;
-}
-
-template <typename T>
-void affine(const AffineTile<T>& t) {
-    const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
-    int64_t j = 0;
-    for (; j + LANES<T> <= t.count; j += LANES<T>) {
-        Vector<T> y = load(t.u + j) * scale + shift;
-        if (t.relu) y = y < none ? none : y;
-        if (t.residual) y += load(t.residual + j);
-        store<T>(t.y + j, y);
-    }
-    for (; j < t.count; j++) {
-        T y = t.u[j] * t.scale + t.shift;
-        if (t.relu && y < 0) y = 0;
-        t.y[j] = t.residual ? y + t.residual[j] : y;
-    }
-}
-
-template <typename T>
-SFG_INLINE Vector<T> passed(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
-    const Vector<T> none{}, dy = load(t.dy + j);
-    return t.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? none : dy) : dy;
-}
-
-template <typename T>
-SFG_INLINE T passed(const AffineGradient<T>& t, int64_t j) {
-    return t.relu && t.u[j] * t.scale + t.shift <= 0 ? T(0) : t.dy[j];
-}
-
-template <typename T>
-void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
-    constexpr int L = LANES<T>;
-    const Vector<T> centre = broadcast(mean);
-    Vector<T> plain[2] = {}, moments[2] = {};
-    int64_t j = 0;
-    for (; j + 2 * L <= t.count; j += 2 * L)
-        for (int i = 0; i < 2; i++) {
-            const Vector<T> u = load(t.u + j + i * L), g = passed(t, j + i * L, u);
-            plain[i] += g;
-            moments[i] += g * (u - centre);
-        }
-    T rest[2] = {0, 0};
-    for (; j < t.count; j++) {
-        const T g = passed(t, j);
-        rest[0] += g, rest[1] += g * (t.u[j] - mean);
-    }
-    plain[0] += plain[1], moments[0] += moments[1];
-    add_sums<T, 1>(plain, rest), add_sums<T, 1>(moments, rest + 1);
-    sums[0] = rest[0], sums[1] = rest[1];
-}
-
-template <typename T>
-void affine_gradient(const AffineGradient<T>& t, T slope, T offset, T* du) {
-    const Vector<T> scale = broadcast(t.scale), slopes = broadcast(slope), offsets = broadcast(offset);
-    int64_t j = 0;
-    for (; j + LANES<T> <= t.count; j += LANES<T>) {
-        const Vector<T> u = load(t.u + j);
-        store<T>(du + j, scale * passed(t, j, u) + (slopes * u + offsets));
-    }
-    for (; j < t.count; j++) du[j] = t.scale * passed(t, j) + (slope * t.u[j] + offset);
-}
-
 constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS == 32 ? 8 : 4;
 
 }  // namespace
@@ -642,7 +403,9 @@ constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS =
                                             squares<T>,                    \
                                             affine<T>,                     \
                                             affine_sums<T>,                \
-                                            affine_gradient<T>};
+                                            affine_gradient<T>,            \
+                                            pool<T>,                       \
+                                            pool_gradient<T>};
 SFG_LOOPS(float)
 SFG_LOOPS(double)
 

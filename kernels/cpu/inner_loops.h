@@ -9,6 +9,12 @@
 
 namespace sfg {
 
+// What follows a convolution. pool: behind the ReLU, the maximum of each 2 x 2 outputs (none of an odd last row or
+// column).
+struct Activation {
+    bool relu = false, pool = false;
+};
+
 struct Range {
     int64_t first, last;
 };
@@ -111,13 +117,14 @@ struct GradientTile {
     Strips at;  // length is a whole number of vectors; dy is zero where there is no output
 };
 
-// sums[k] += sum over rows, columns of df[k] * act(scale[k] * u[k] + shift[k]), for a few channels.
+// sums[k] += sum over rows, columns of df[k] * act(scale[k] * u[k] + shift[k]), for a few channels. rows, columns: of
+// u; with pooling df has half of each.
 template <typename T>
 struct GateTile {
     const T *u, *df;
     int64_t u_channel, u_row, df_channel, df_row;
     const T *scale, *shift;  // [channel], or null
-    bool relu;
+    Activation act;
     int64_t channels, rows, columns;
     T* sums;
 };
@@ -130,6 +137,14 @@ struct AffineTile {
     bool relu;
     int64_t count;
     T* y;
+};
+
+// y = the maxima over 2 x 2 windows of relu(scale * u + shift), for a channel of an image.
+template <typename T>
+struct PoolTile {
+    const T* u;
+    T scale, shift;
+    int64_t rows, columns;  // of u
 };
 
 // The way back: g is dy where scale * u + shift passes the ReLU, otherwise 0.
@@ -158,8 +173,11 @@ struct InnerLoops {
     void (*add)(T* to, const T* from, int64_t count);      // to += from
     T (*squares)(const T* values, int64_t count, T mean);  // sum of (value - mean)^2
     void (*affine)(const AffineTile<T>&);
-    void (*affine_sums)(const AffineGradient<T>&, T mean, T* sums);               // sums of g and g * (u - mean)
-    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, T* du);  // du = scale * g + slope * u + offset
+    void (*affine_sums)(const AffineGradient<T>&, T mean, T* sums);  // sums of g and g * (u - mean)
+    // du = scale * g + slope * u + offset + add; add: or null
+    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, const T* add, T* du);
+    void (*pool)(const PoolTile<T>&, T* y);
+    void (*pool_gradient)(const PoolTile<T>&, const T* dy, T* g);  // each dy to the first of its window's largest
 };
 
 #define SFG_DECLARE(isa)                          \

@@ -15,74 +15,88 @@ struct Affine {
 
 // weight * (u - mean) / sqrt(var + eps) + bias = scale * u + shift
 template <typename T>
-Affine<T> affine_of(T weight, T bias, T mean, T var, T eps) {
-    const T scale = weight / std::sqrt(var + eps);
-    return {scale, bias - mean * scale};
+Affine<T> affine_of(const Norm<T>& norm, int64_t kernel, const T* mean, const T* var) {
+    const T scale = norm.weight[kernel] / std::sqrt(var[kernel] + norm.eps);
+    return {scale, norm.bias[kernel] - mean[kernel] * scale};
 }
 
 }  // namespace
 
 template <typename T>
-void normalise(const InnerLoops<T>& loops, const T* u, const T* weight, const T* bias, const T* residual, T eps,
-               bool relu, T* y, T* mean, T* var, int64_t n, int64_t c, int64_t plane, int threads) {
-    advise_large_pages(y, n * c * plane * sizeof(T));
+void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residual, T* y, T* mean, T* var, int threads) {
+    const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
+    advise_large_pages(y, norm.n * norm.c * out_plane * sizeof(T));
     on_threads(threads, [&](int, int) {
 #pragma omp for schedule(dynamic)
-        for (int64_t k = 0; k < c; k++) {
+        for (int64_t row = 0; row < norm.c; row++) {
+            const int64_t kernel = place(norm.order, row);
+            const auto image = [&](int64_t i) { return norm.u + (i * norm.c + row) * plane; };
             double total = 0, squares = 0;
-            for (int64_t i = 0; i < n; i++) {
+            for (int64_t i = 0; i < norm.n; i++) {
                 T sum = 0;
-                loops.sum(u + (i * c + k) * plane, 1, plane, plane, &sum);
+                loops.sum(image(i), 1, plane, plane, &sum);
                 total += sum;
             }
-            mean[k] = T(total / double(n * plane));
-            for (int64_t i = 0; i < n; i++) squares += loops.squares(u + (i * c + k) * plane, plane, mean[k]);
-            var[k] = T(squares / double(n * plane));
-            const auto [scale, shift] = affine_of(weight[k], bias[k], mean[k], var[k], eps);
-            for (int64_t i = 0; i < n; i++) {
-                const int64_t at = (i * c + k) * plane;
-                loops.affine({u + at, residual ? residual + at : nullptr, scale, shift, relu, plane, y + at});
+            mean[kernel] = T(total / double(norm.n * plane));
+            for (int64_t i = 0; i < norm.n; i++) squares += loops.squares(image(i), plane, mean[kernel]);
+            var[kernel] = T(squares / double(norm.n * plane));
+            const auto [scale, shift] = affine_of(norm, kernel, mean, var);
+            for (int64_t i = 0; i < norm.n; i++) {
+                const int64_t at = (i * norm.c + row) * out_plane;
+                if (norm.act.pool)
+                    loops.pool({image(i), scale, shift, norm.h, norm.w}, y + at);
+                else
+                    loops.affine(
+                        {image(i), residual ? residual + at : nullptr, scale, shift, norm.act.relu, plane, y + at});
             }
         }
     });
 }
 
 template <typename T>
-void normalise_gradient(const InnerLoops<T>& loops, const T* dy, const T* u, const T* weight, const T* bias,
-                        const T* mean, const T* var, T eps, bool relu, T* du, T* dweight, T* dbias, int64_t n,
-                        int64_t c, int64_t plane, int threads) {
-    advise_large_pages(du, n * c * plane * sizeof(T));
+void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T* dy, const T* mean, const T* var,
+                        const T* add, T* du, T* dweight, T* dbias, int threads) {
+    const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
+    advise_large_pages(du, norm.n * norm.c * plane * sizeof(T));
     on_threads(threads, [&](int, int) {
 #pragma omp for schedule(dynamic)
-        for (int64_t k = 0; k < c; k++) {
-            const auto [scale, shift] = affine_of(weight[k], bias[k], mean[k], var[k], eps);
+        for (int64_t row = 0; row < norm.c; row++) {
+            const int64_t kernel = place(norm.order, row);
+            const auto [scale, shift] = affine_of(norm, kernel, mean, var);
             const auto tile = [&](int64_t i) {
-                const int64_t at = (i * c + k) * plane;
-                return AffineGradient<T>{u + at, dy + at, scale, shift, relu, plane};
+                const int64_t at = i * norm.c + row;
+                if (norm.act.pool)  // dy stands in du already, where it belongs
+                    return AffineGradient<T>{norm.u + at * plane, du + at * plane, scale, shift, false, plane};
+                return AffineGradient<T>{norm.u + at * plane, dy + at * plane, scale, shift, norm.act.relu, plane};
             };
             double plain = 0, moment = 0;  // sums of g and g * (u - mean), g = dL/d(scale * u + shift)
-            for (int64_t i = 0; i < n; i++) {
+            for (int64_t i = 0; i < norm.n; i++) {
+                const int64_t at = i * norm.c + row;
+                if (norm.act.pool)
+                    loops.pool_gradient({norm.u + at * plane, scale, shift, norm.h, norm.w}, dy + at * out_plane,
+                                        du + at * plane);
                 T sums[2];
-                loops.affine_sums(tile(i), mean[k], sums);
+                loops.affine_sums(tile(i), mean[kernel], sums);
                 plain += sums[0], moment += sums[1];
             }
             // du = scale * (g - mean(g) - (u - mean) * mean(g * (u - mean)) / (var + eps))
-            const double count = double(n * plane), precision = 1 / (double(var[k]) + double(eps));
+            const double count = double(norm.n * plane), precision = 1 / (double(var[kernel]) + double(norm.eps));
             const double slope = -scale * moment * precision / count;
-            const double offset = -scale * plain / count - slope * mean[k];
-            dbias[k] = T(plain);
-            dweight[k] = T(moment * std::sqrt(precision));
-            for (int64_t i = 0; i < n; i++)
-                loops.affine_gradient(tile(i), T(slope), T(offset), du + (i * c + k) * plane);
+            const double offset = -scale * plain / count - slope * mean[kernel];
+            dbias[kernel] = T(plain);
+            dweight[kernel] = T(moment * std::sqrt(precision));
+            for (int64_t i = 0; i < norm.n; i++) {
+                const int64_t at = (i * norm.c + row) * plane;
+                loops.affine_gradient(tile(i), T(slope), T(offset), add ? add + at : nullptr, du + at);
+            }
         }
     });
 }
 
-#define SFG_NORMALISE(T)                                                                                          \
-    template void normalise<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, T, bool, T*, T*, T*, \
-                               int64_t, int64_t, int64_t, int);                                                   \
-    template void normalise_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*,   \
-                                        const T*, T, bool, T*, T*, T*, int64_t, int64_t, int64_t, int);
+#define SFG_NORMALISE(T)                                                                                              \
+    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, int);                      \
+    template void normalise_gradient<T>(const InnerLoops<T>&, const Norm<T>&, const T*, const T*, const T*, const T*, \
+                                        T*, T*, T*, int);
 SFG_NORMALISE(float)
 SFG_NORMALISE(double)
 

@@ -54,7 +54,7 @@ std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, 
     // The block that copies the least halo of those that fit: columns cut into ever more pieces, whole vectors each,
     // and rows tried from many to few (in larger steps where a row more or less hardly matters). If none fits, the
     // smallest. Rows that are transformed together stay together.
-    const int64_t together = limits.products ? winograd::ROWS : 1;
+    const int64_t together = std::lcm(limits.together, limits.products ? winograd::ROWS : 1);
     int64_t best_rows = 0, best_columns = 0;
     double least = 0;
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);

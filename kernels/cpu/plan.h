@@ -74,6 +74,7 @@ struct Limits {
     bool outputs_too;               // do the outputs' channels lie in scratch, too?
     int64_t other_channels = 0;     // that lie in scratch, too
     int64_t products = 0;           // by Winograd: how many of them are in scratch at a time
+    int64_t together = 1;           // rows, and columns, of which no part may be in a block
 };
 
 // How many groups of rows are transformed together to make so many (winograd.h).

@@ -20,8 +20,10 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
                         .in_plane = p.h * p.w,
                         .weight = weight,
                         .bias = bias,
-                        .output_stride = p.c * taps,
+                        .output_stride = blocks.weight_row() * taps,
                         .read_stride = taps,
+                        .output_order = blocks.row_order,
+                        .read_order = blocks.column_order,
                         .out_channels = p.k,
                         .out_plane = p.oh * p.ow,
                         .out_width = p.ow,
@@ -47,7 +49,9 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
                         .weight = weight,
                         .bias = nullptr,
                         .output_stride = taps,
-                        .read_stride = p.c * taps,
+                        .read_stride = blocks.weight_row() * taps,
+                        .output_order = blocks.column_order,
+                        .read_order = blocks.row_order,
                         .out_channels = p.c,
                         .out_plane = p.h * p.w,
                         .out_width = p.w,
@@ -62,9 +66,8 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
 
 // The same groups, where every output group reads the input groups from `first` on.
 struct Everything {
-    Everything(const Blocks& b, int64_t first)
-        : reads(new bool[b.groups_out * b.groups_in]),
-          blocks{b.rows, b.columns, reads.get(), b.groups_out, b.groups_in} {
+    Everything(const Blocks& b, int64_t first) : reads(new bool[b.groups_out * b.groups_in]), blocks(b) {
+        blocks.reads = reads.get();
         for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
     }
     std::unique_ptr<bool[]> reads;
@@ -164,7 +167,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                      .df_row = work.sums.layout.pitch,
                      .scale = affine ? producer->scale + other : nullptr,
                      .shift = affine ? producer->shift + other : nullptr,
-                     .relu = behind_norm && producer->relu,
+                     .act = {behind_norm && producer->act.relu, false},
                      .channels = work.tile().outputs,
                      .rows = work.patch.rows,
                      .columns = work.patch.columns,
@@ -227,13 +230,16 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
 
 template <typename T>
 void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, const T* df, T* dz, int threads) {
-    const Shape p = with_long_rows(producer.shape);
+    const bool pool = producer.act.pool;
+    const Shape p = pool ? producer.shape : with_long_rows(producer.shape);
     const Blocks& blocks = producer.blocks;
     const int64_t last = blocks.groups_out - 1, gates = last * p.k;
     const Everything sources(blocks, producer.kept ? 1 : 0);
     Convolution<T> task = forward_task(loops, producer.x, producer.weight, producer.bias, p, sources.blocks);
+    if (pool) task.vertical = {forward_axis(p, 0)};  // neighbouring rows are looked at together
     task.choose_method();
-    const Plan shares = plan(task, p, threads);
+    const Plan shares = plan(task, p, threads, (const Convolution<T>*)nullptr, pool ? 2 : 1);
+    const int64_t df_width = pool ? p.ow / 2 : p.ow, df_plane = pool ? p.oh / 2 * df_width : p.oh * p.ow;
     const int64_t items = p.n * shares.items;
     const Buffer<T> found(items * gates);  // [item][gate]
     std::fill_n(found.data(), items * gates, T(0));
@@ -245,15 +251,17 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
             const int64_t g = (step + 1) % (last + 1);
             if (g == tile.group) continue;
             const int64_t gate = other++ * p.k + tile.first;
+            const int64_t row = work.patch.row, column = work.patch.column;
+            const T* of_gate = df + (work.n * gates + gate) * df_plane;
             loops.gates({.u = in_group(g, work.sums, blocks, (const T*)kept, work.aside(1)),
-                         .df = df + work.at(gates, gate),
+                         .df = pool ? of_gate + row / 2 * df_width + column / 2 : df + work.at(gates, gate),
                          .u_channel = work.sums.aside_stride,
                          .u_row = work.sums.layout.pitch,
-                         .df_channel = task.out_plane,
-                         .df_row = work.line(),
+                         .df_channel = df_plane,
+                         .df_row = pool ? df_width : work.line(),
                          .scale = producer.scale ? producer.scale + gate : nullptr,
                          .shift = producer.scale ? producer.shift + gate : nullptr,
-                         .relu = producer.relu,
+                         .act = producer.act,
                          .channels = tile.outputs,
                          .rows = work.patch.rows,
                          .columns = work.patch.columns,

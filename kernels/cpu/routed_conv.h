@@ -15,12 +15,21 @@ struct Shape {
 };
 
 // Output group g owns rows [rows[g], rows[g+1]), input group g columns [columns[g], columns[g+1]);
-// reads[out * groups_in + in] says whether it is read.
+// reads[out * groups_in + in] says whether it is read. Weights, biases and their gradients stand in the layer's own
+// order: row_order[r] is where row r is there, column_order[c] where column c is (null: as they come).
 struct Blocks {
     const int64_t *rows, *columns;
     const bool* reads;
     int64_t groups_out, groups_in;
+    const int64_t *row_order = nullptr, *column_order = nullptr;
+    int64_t weight_columns = 0;  // of the layer's weight; 0: as many as there are columns
+
+    int64_t weight_row() const { return weight_columns ? weight_columns : columns[groups_in]; }
 };
+
+inline int64_t place(const int64_t* order, int64_t i) {
+    return order ? order[i] : i;
+}
 
 // y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on
 // `threads`. bias, residual (laid out as y): may be null. kept: null, or laid out as y, to be filled with the part of
@@ -35,7 +44,7 @@ template <typename T>
 struct Producer {
     const T *x, *weight, *bias, *kept;
     const T *scale, *shift;  // [groups_out - 1][k], or null: for each row in the groups that are not its own
-    bool relu;
+    Activation act;
     Shape shape;
     Blocks blocks;
 };
@@ -44,33 +53,44 @@ struct Producer {
 // others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
 // group that is not its own, in the order 1, 2, .., 0.
 // dz: null, or the inner products of dx with the features `live` [n][c][h][w] to which it belongs, [1][c] (0 if these
-// are null). With their producer: also of what would go to others with what these would be, [groups_in][c] in all.
+// are null). With their producer (without pooling): also of what would go to others with what these would be,
+// [groups_in][c] in all.
 template <typename T>
 void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const T* live,
                     const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
 
-// dz [groups_out - 1][k], the inner products of df [n][groups_out - 1][k][oh][ow] with what each row would be in each
-// group that is not its own, in the order 1, 2, .., 0. Bits as above.
+// dz [groups_out - 1][k], the inner products of df [n][groups_out - 1][k][oh][ow] (half of each, with pooling) with
+// what each row would be in each group that is not its own, in the order 1, 2, .., 0. Bits as above.
 template <typename T>
 void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz, int threads);
 
-// dw, zero where not read, and db (may be null). Each thread sums its part of the positions, then the parts are added
+// dw, zero where not read, and db (may be null); no two rows may be one in the weight's order, nor two columns. Each
+// thread sums its part of the positions, then the parts are added
 // in the order of the threads: the bits depend on how many there are, and on nothing else.
 template <typename T>
 void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);
 
-// Batch normalisation of u [n][c][plane]: y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the
-// mean and the (biased) variance of each channel, which are also returned. residual: or null.
+// Batch normalisation of u [n][c][h][w] and what follows. Parameters and statistics stand in the layer's own order, as
+// in Blocks.
 template <typename T>
-void normalise(const InnerLoops<T>&, const T* u, const T* weight, const T* bias, const T* residual, T eps, bool relu,
-               T* y, T* mean, T* var, int64_t n, int64_t c, int64_t plane, int threads);
+struct Norm {
+    const T *u, *weight, *bias;
+    const int64_t* order;
+    T eps;
+    Activation act;
+    int64_t n, c, h, w;
+};
 
-// Its gradients du, dweight, dbias; that of the residual is dy.
+// y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the mean and the (biased) variance of each
+// channel, which are also returned. residual: or null; none with pooling.
 template <typename T>
-void normalise_gradient(const InnerLoops<T>&, const T* dy, const T* u, const T* weight, const T* bias, const T* mean,
-                        const T* var, T eps, bool relu, T* du, T* dweight, T* dbias, int64_t n, int64_t c,
-                        int64_t plane, int threads);
+void normalise(const InnerLoops<T>&, const Norm<T>&, const T* residual, T* y, T* mean, T* var, int threads);
+
+// Its gradients du, dweight, dbias; that of the residual is dy. add: null, or what is added to du.
+template <typename T>
+void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var, const T* add,
+                        T* du, T* dweight, T* dbias, int threads);
 
 // Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
 const char* const* instruction_sets();

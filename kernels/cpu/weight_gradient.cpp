@@ -177,7 +177,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             }
         }
         // Added up in the order of the threads.
-        const int64_t kernel_taps = p.r * p.s, kernel = p.c * kernel_taps;
+        const int64_t kernel_taps = p.r * p.s, kernel = blocks.weight_row() * kernel_taps;
         const auto total_of = [&](int64_t at) {
             T total = 0;
             for (int t = 0; t < team; t++) total += sums_of(t)[at];
@@ -187,12 +187,13 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) {
             const Tile& tile = *tiles[i];
-            std::memset(dw + tile.first * kernel, 0, tile.outputs * kernel * sizeof(T));
             for (int64_t k = 0; k < tile.outputs; k++) {
+                const int64_t row = place(blocks.row_order, tile.first + k);
+                std::memset(dw + row * kernel, 0, kernel * sizeof(T));
                 int64_t at = tile.weights * taps + k;
                 for (const Range& range : tile.reads)
                     for (int64_t c = range.first; c < range.last; c++, at += taps * tile.outputs) {
-                        T* to = dw + (tile.first + k) * kernel + c * kernel_taps;
+                        T* to = dw + row * kernel + place(blocks.column_order, c) * kernel_taps;
                         for (int64_t t = 0; t < taps; t++) {
                             const T total = total_of(at + t * tile.outputs);
                             if (!by_winograd) {
@@ -205,7 +206,8 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                         }
                     }
             }
-            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++) db[k] = total_of(weights * taps + k);
+            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++)
+                db[place(blocks.row_order, k)] = total_of(weights * taps + k);
         }
     });
 }

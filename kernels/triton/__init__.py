@@ -26,7 +26,7 @@ from .wgrad import reduce_kernel, weight_gradient_kernel
 FUSES = SHARES_PRODUCTS = True
 NORMALISES = False
 FUSES_GATES = False
-MEMORY_FORMAT = torch.channels_last
+MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -131,7 +131,7 @@ def input_gradient(
 
 
 def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
-    x, a, packed, spec, scale, shift, relu = recipe
+    x, a, packed, spec, scale, shift, activation = recipe
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     channels = (p.out_groups - 1) * p.out_channels
@@ -142,7 +142,7 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
     scale, shift = (df if values is None else values.to(torch_sum).contiguous() for values in (scale, shift))
-    fused = relu, False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
+    fused = activation == "relu", False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     tiles = launch.programs // (p.columns // p.block_n)
     partial = torch.empty(tiles, channels, dtype=torch_sum, device=x.device)

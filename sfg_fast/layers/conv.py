@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
+from ..activations import Activation, activate
 from ..features import SFGFeatures, joined_others
 from ..groups import FilterGroups, Routing
 from ..kernels import masked
 from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
 from ..norm import KernelNorm
-from ..reference import Activation, DenseFeatures, activate
+from ..reference import DenseFeatures
 from ..routed_conv import Others, Producer, RoutedConv, routed_conv, routed_conv_kept
 
 Features = SFGFeatures | DenseFeatures
@@ -31,7 +32,8 @@ class SFGConv2d(reference.SFGConv2d):
     Args:
         tasks: number of tasks, or their names in order. Groups are numbered 0 (`shared`), then the tasks.
         norm: None or "batch" (`KernelNorm`: statistics of the drawn rows).
-        activation: None, "relu", or a callable that acts on each element alone. It stands before the gate.
+        activation: None, "relu", "relu_pool" (`activations.relu_pool`: ReLU and 2x2 max-pooling), or a callable that
+            acts on each channel alone. It stands before the gate.
         init: initial p, see `gates.initial_probabilities`.
         estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 
@@ -87,7 +89,7 @@ class SFGConv2d(reference.SFGConv2d):
             return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
         else:
             u = routed_conv(*arguments, **source)
-        if norm is not None and self.activation in (None, "relu") and norm.does_all(u, groups):
+        if norm is not None and norm.does_all(u, groups, self.activation):
             return self._normalised(u, groups, others, residual)
         features = self._epilogue(u, groups, norm, relu, others)
         return features if residual is None else residual + features  # type: ignore[operator]
@@ -99,12 +101,12 @@ class SFGConv2d(reference.SFGConv2d):
         assert self.norm is not None
         add = None
         if residual is not None:
-            if not isinstance(residual, SFGFeatures) or residual.dtype != u.dtype:
+            pools = self.activation == "relu_pool"
+            if pools or not isinstance(residual, SFGFeatures) or residual.dtype != u.dtype:
                 return residual + self._normalised(u, groups, others, None)  # type: ignore[operator,return-value]
             residual.check_same_draw(groups)
             add = residual.packed
-        relu = self.activation == "relu"
-        h, scale, shift = self.norm.normalise_and_gate(u, groups, relu, add)
+        h, scale, shift = self.norm.normalise_and_gate(u, groups, self.activation, add)
         without_memory = None if residual is None else residual.others
         if others is None:
             return SFGFeatures(h, groups, others=without_memory)
@@ -114,9 +116,21 @@ class SFGConv2d(reference.SFGConv2d):
         packed, own = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, False)
         if residual is not None:
             return SFGFeatures(packed, groups, others=joined_others(own, without_memory))
-        return SFGFeatures(
-            packed, groups, others=own, producer=Producer(h, gates, groups, others, scale, shift, relu, False)
-        )
+        return SFGFeatures(packed, groups, others=own, producer=self._producer(h, groups, others, scale, shift, False))
+
+    def _producer(
+        self,
+        h: Tensor,
+        groups: FilterGroups,
+        others: Others | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        own: bool,
+    ) -> Producer | None:
+        assert groups.gates is not None
+        if self.activation not in (None, "relu"):
+            return None
+        return Producer(h, groups.gates, groups, others, scale, shift, self.activation, own)
 
     def _epilogue(
         self, u: Tensor, groups: FilterGroups, norm: KernelNorm | None, activated: bool, others: Others | None
@@ -136,9 +150,7 @@ class SFGConv2d(reference.SFGConv2d):
         if others is not None and scale is not None and shift is not None:
             scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
         packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, True)
-        producer = None
-        if self.activation in (None, "relu"):
-            producer = Producer(h, gates, groups, others, scale, shift, self.activation == "relu", True)
+        producer = self._producer(h, groups, others, scale, shift, True)
         return SFGFeatures(packed, groups, others=without_memory, producer=producer)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
@@ -223,8 +235,8 @@ class _Gates(torch.autograd.Function):
         dz = None
         if dothers is not None:
             others = ctx.others.joined(tensors)
-            if ctx.activation in (None, "relu"):
-                dz = others.gate_gradient(dothers, scale, shift, ctx.activation == "relu")
+            if ctx.activation in others.kernels.KNOWS:
+                dz = others.gate_gradient(dothers, scale, shift, ctx.activation)
             else:
                 values = others.values()
                 parts = zip(values, dothers.chunk(len(values), 1), strict=True)

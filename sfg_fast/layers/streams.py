@@ -51,9 +51,9 @@ class StreamBlock(nn.Module):
         block = FilterGroups.blocks([self.channels] * len(self.names), self.names, x.packed.device)
         streams = FilterGroups.streams(self.channels, self.names[1:], x.packed.device)
         geometry = Geometry((1, 1), (self.dilation,) * 2, (self.dilation,) * 2)
-        h = x.packed
+        h = around = x.packed
         if not self.first:
-            h = _normalised(self.norm1, h)
+            h, around = _normalised(self.norm1, h)
         columns = x.groups if self.first else streams
         spec = RoutedConv(block, columns, Routing.OWN, geometry)
         source = {"others": x.others, "producer": x.producer}
@@ -61,9 +61,11 @@ class StreamBlock(nn.Module):
             weight, bias = folded(self.conv1.weight, self.conv1.bias, *running_affine(self.norm2))
             h = routed_conv(h, weight, bias, spec, relu=True, **source)
         else:
-            h = _normalised(self.norm2, routed_conv(h, self.conv1.weight, self.conv1.bias, spec, **source))
+            h, _ = _normalised(self.norm2, routed_conv(h, self.conv1.weight, self.conv1.bias, spec, **source))
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
-        return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=x.streams()), streams)
+        if self.first:
+            around = x.streams()
+        return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=around), streams)
 
     def _reference(self, x: DenseFeatures) -> DenseFeatures:
         """One plain residual block for each stream."""
@@ -80,8 +82,9 @@ class StreamBlock(nn.Module):
         return DenseFeatures(out, streams)
 
 
-def _normalised(norm: nn.BatchNorm2d | None, x: Tensor) -> Tensor:
-    return F.relu(x) if norm is None else batch_norm_relu(norm, x)
+def _normalised(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """And x for a shortcut around it."""
+    return (F.relu(x), x) if norm is None else batch_norm_relu(norm, x)
 
 
 def _slice_of_conv(x: Tensor, conv: nn.Conv2d, rows: slice, dilation: int) -> Tensor:
@@ -124,17 +127,19 @@ class Merge(nn.Module):
             groups = FilterGroups.streams(self.channels, self.names[1:], x[0].device)
             return DenseFeatures([x[0], *merged], groups, Routing.OWN)
         device = x.packed.device
-        sizes = [0] + [self.channels] * (len(self.names) - 1)
         spec = RoutedConv(
-            FilterGroups.blocks(sizes, self.names, device),
+            FilterGroups.blocks([self.channels] * len(self.names), self.names, device),
             FilterGroups.concatenated(self.channels, self.names[1:], device),
             Routing.ARROW,
             Geometry((1, 1), (0, 0), (1, 1)),
         )
-        h = x.streams()
-        tasks = routed_conv(h, self.conv.weight, self.conv.bias, spec)
+        # The shared stream passes as a convolution with the identity: all streams are written by one kernel, where a
+        # concatenation would copy them, and its gradient once more.
+        passes = torch.eye(self.channels, 2 * self.channels, dtype=self.conv.weight.dtype, device=device)
+        weight = torch.cat([passes.roll(self.channels, 1)[:, :, None, None], self.conv.weight])
+        bias = None if self.conv.bias is None else F.pad(self.conv.bias, (self.channels, 0))
         groups = FilterGroups.streams(self.channels, self.names[1:], device)
-        return SFGFeatures(torch.cat([h[:, : self.channels], tasks], 1), groups, Routing.OWN)
+        return SFGFeatures(routed_conv(x.streams(), weight, bias, spec), groups, Routing.OWN)
 
 
 class RoutedBlock(nn.Module):

@@ -38,7 +38,8 @@ def convert(
     """The same network for several tasks: every convolution an SFG layer, up to a head of its own for each task.
 
     `module` is run once on `example`, and what it does is recorded as a graph: each `nn.Conv2d` becomes an `SFGConv2d`
-    with the batch normalisation and the activation that follow it, because these belong before the gate; what is added
+    with the batch normalisation, the activation and, behind a ReLU, the 2x2 max-pooling that follow it, because these
+    belong before the gate; what is added
     up shares one grouping (shortcuts); concatenations, pooling, interpolation stay; a batch normalisation that follows
     a sum becomes a `FeatureNorm`. The last convolution, or all that follows the last feature map (pooling, flattening,
     linear layers), becomes a head for each task. Weights are those of `module`: with all kernels shared each task's
@@ -181,6 +182,11 @@ class _Conversion:
             follower = _only_user(node)
         if follower is not None and (activation := self._activation(follower)) is not None:
             self._take_out(follower, node)
+            follower = _only_user(node)
+            if activation == "relu" and follower is not None and _halves(self._module(follower)):
+                # Behind the gate the maximum would tell it nothing (see networks/vgg.py).
+                activation = "relu_pool"
+                self._take_out(follower, node)
         return norm, activation
 
     def _activation(self, node: fx.Node) -> Any:
@@ -337,6 +343,14 @@ def _acts_on_channels(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Bilinear):
         return False
     return folder in kinds
+
+
+def _halves(module: nn.Module | None) -> bool:
+    """Is this the pooling of `activations.relu_pool`?"""
+    if not isinstance(module, nn.MaxPool2d) or module.ceil_mode or module.return_indices:
+        return False
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return [pair if isinstance(pair, tuple) else (pair, pair) for pair in sizes] == [(2, 2), (2, 2), (0, 0), (1, 1)]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import backends
+from ..activations import activate
 from ..groups import SHARED, FilterGroups, Routing
 from ..kernels.spec import Geometry
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import folded, running_affine
 from ..plain_ops import act_on_features, no_attribute
-from ..reference import SFGConv2d, activate
+from ..reference import SFGConv2d
 from ..routed_conv import RoutedConv, routed_conv
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 

@@ -10,19 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers.conv import SFGConv2d
 from .methods import fix_grouping, he_initialise, layer_options
 
 # Kernels of each convolution, in units of the first one's; "pool": halve the image.
 VGG11: tuple[int | str, ...] = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool")
-
-
-def relu_and_pool(h: Tensor) -> Tensor:
-    """The activation of the layers that halve the image. It stands before the gate, as every activation does: a maximum
-    behind the gate of a kernel that was not drawn would be one of zeros, and tell its gate nothing."""
-    return F.max_pool2d(F.relu(h), 2)
 
 
 class SFGVGG(nn.Module):
@@ -54,7 +47,9 @@ class SFGVGG(nn.Module):
         layers, channels = [], in_channels
         for size, following in zip(VGG11, (*VGG11[1:], None), strict=True):
             if isinstance(size, int):
-                activation = relu_and_pool if following == "pool" else "relu"
+                # The maximum stands before the gate: of a kernel that was not drawn it would be one of zeros behind it,
+                # and tell its gate nothing.
+                activation = "relu_pool" if following == "pool" else "relu"
                 layers.append(SFGConv2d(channels, width * size, 3, padding=1, activation=activation, **options))
                 channels = width * size
         self.features = nn.Sequential(*layers)

@@ -79,7 +79,7 @@ def main() -> None:
                     if keep:
                         packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
                         df = y.new_empty(2, 128, *y.shape[2:])
-                        kernels.gate_gradient(Recipe(live_x, a, packed, spec, None, None, True), df)
+                        kernels.gate_gradient(Recipe(live_x, a, packed, spec, None, None, "relu"), df)
     found = {}
     for name in names:
         function = getattr(kernels, name + "_kernel")

@@ -189,7 +189,7 @@ def drawn(draw, largest=24):
         "size": tuple(draw(st.integers(1, largest)) for _ in range(2)),
         "bias": draw(st.booleans()),
         "norm": draw(st.booleans()),
-        "relu": draw(st.booleans()),
+        "activation": draw(st.sampled_from([None, "relu", "relu_pool"])),
         "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
         "threads": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 2**16)),
@@ -214,6 +214,8 @@ def check_gates(p):
     first = RoutedConv(made, into, Routing.ALL if p["image"] else Routing.ARROW, Geometry(*one))
     second = RoutedConv(out, made, Routing.OWN if p["own"] else Routing.ARROW, Geometry(*two))
     x, weight, weight_two = random(2, c, *p["size"]), random(k, c, *kernel), random(m, k, *kernel_two)
+    if p["activation"] == "relu_pool":
+        return check_pooled_gates(p, x, weight, first, random)
     bias = random(k) if p["bias"] else None
     scale, shift = (random(groups - 1, k) if p["norm"] else None for _ in range(2))
 
@@ -257,11 +259,11 @@ def check_gates(p):
     h = other(everywhere)
     if scale is not None:
         h = h * scale[:, None, :, None, None] + shift[:, None, :, None, None]
-    h = h.clamp_min(0) if p["relu"] else h
+    h = h.clamp_min(0) if p["activation"] else h
     exact = (other(gets) * h).sum((1, 3, 4))
     # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
     bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
-    recipe = Recipe(x, a, packed, first, scale, shift, p["relu"])
+    recipe = Recipe(x, a, packed, first, scale, shift, p["activation"])
     assert (cpu.gate_gradient(recipe, dothers).double() - exact).abs().max() <= bound
     features = random(*u.shape)
     if second.geometry.stride != (1, 1):
@@ -277,6 +279,29 @@ def check_gates(p):
     again = cpu.input_and_gate_gradient(dy, packed_two, second, features, recipe, relu=passed)
     assert torch.equal(dx, again[0])
     assert torch.equal(dz, again[1])
+
+
+def check_pooled_gates(p, x, weight, spec, random):
+    """The same behind ReLU and pooling, for any gradient."""
+    bias = random(len(weight)) if p["bias"] else None
+    others, k = len(spec.rows.names) - 1, len(weight)
+    scale, shift = (random(others, k) if p["norm"] else None for _ in range(2))
+    packed = cpu.pack(weight, bias, spec, x.dtype)
+    u, a = cpu.forward(x, packed, spec, keep=not p["image"])
+    dothers = random(2, others * k, u.shape[2] // 2, u.shape[3] // 2)
+    if not dothers.numel():
+        return
+    exact = torch.zeros(others, k, dtype=torch.float64)
+    for n, row in itertools.product(range(others), range(k)):
+        read = torch.tensor([bool(spec.reads()[spec.rows.others[n, row]][g]) for g in spec.columns.ids])
+        kernel = weight[row : row + 1].double() * read[:, None, None]
+        h = F.conv2d(x.double(), kernel, None if bias is None else bias[row : row + 1].double(), *spec.geometry)
+        h = h if scale is None else h * scale[n, row] + shift[n, row]
+        exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dothers.unflatten(1, (others, k))[:, n, row]).sum()
+    dz = cpu.gate_gradient(Recipe(x, u if p["image"] else a, packed, spec, scale, shift, "relu_pool"), dothers)
+    terms = weight[0].numel() + 1
+    bound = 16 * torch.finfo(x.dtype).eps * (dothers.numel() * terms) ** 0.5 * terms**0.5
+    assert (dz.double() - exact).abs().max() <= bound
 
 
 @settings(max_examples=60)
@@ -421,7 +446,10 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(12, 11, 3, 3)}, "does not fit input and output channels"),
+        ({"weight": torch.zeros(12, 11, 3, 3)}, "the weight does not fit the input's channels"),
+        ({"weight": torch.zeros(11, 12, 3, 3)}, "the weight does not fit the output's channels"),
+        ({"row_order": torch.arange(1, 13)}, "an order leaves the weight"),
+        ({"column_order": torch.arange(11)}, "an order does not fit the channels"),
         ({"residual": torch.zeros(2, 12, 33, 32)}, "the residual does not fit"),
         ({"bias": torch.zeros(11)}, "the bias does not fit"),
         ({"y": torch.zeros(2, 12, 32, 33)}, "wrong height or width"),
@@ -467,82 +495,125 @@ def test_unusual_inputs(empty):
     assert weight_gradient(x, torch.ones_like(x), weight, spec, bias=False)[1] is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40)).filter(
         lambda shape: shape[0] * shape[2] * shape[3] >= 16
     ),
-    st.booleans(),
+    st.sampled_from([None, "relu", "relu_pool"]),
     st.booleans(),
     st.sampled_from([torch.float32, torch.float64]),
     st.sampled_from([0.0, 100.0]),
     st.integers(1, 3),
     st.integers(0, 2**16),
 )
-def test_normalise(instruction_set, shape, relu, residual, dtype, mean, threads, seed):
+def test_normalise(instruction_set, shape, activation, residual, dtype, mean, threads, seed):
     """Against torch's batch normalisation in float64, and autograd through it."""
-    c = shape[1]
+    n, c, height, width = shape
+    pool = activation == "relu_pool"
+    if pool:  # torch has no empty maxima
+        shape = n, c, max(height, 2), max(width, 2)
+    size = (n, c, shape[2] // 2, shape[3] // 2) if pool else shape
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(shape, dtype=dtype, generator=generator) * 3 + mean
     weight, bias = (torch.randn(c, dtype=dtype, generator=generator) for _ in range(2))
-    dy = torch.randn(shape, dtype=dtype, generator=generator)
-    add = torch.randn(shape, dtype=dtype, generator=generator) if residual else None
-    outputs = [guarded(*size, dtype=dtype) for size in (shape, (c,), (c,), shape, (c,), (c,))]
+    order = torch.randperm(c, generator=generator)
+    dy = torch.randn(size, dtype=dtype, generator=generator)
+    add, more = (torch.randn(shape, dtype=dtype, generator=generator) if residual else None for _ in range(2))
+    add = None if pool else add
+    outputs = [guarded(*one, dtype=dtype) for one in (size, (c,), (c,), shape, (c,), (c,))]
     y, average, var, du, dweight, dbias = (tensor for _, tensor in outputs)
-    _native.normalise(u, weight, bias, add, 1e-5, relu, y, average, var, threads)
-    _native.normalise_gradient(dy, u, weight, bias, average, var, 1e-5, relu, du, dweight, dbias, threads)
+    flags = 1e-5, activation is not None, pool
+    _native.normalise(u, weight, bias, order, add, *flags, y, average, var, threads)
 
     exact = [t.double().requires_grad_() for t in (u, weight, bias)]
-    v = F.batch_norm(exact[0], None, None, *exact[1:], True, 0.1, 1e-5)
-    # Within rounding of 0 either side of the ReLU is right: there dy is 0.
-    count = u.numel() // c
-    kink = (v.abs() < 1e3 * torch.finfo(dtype).eps * (1 + mean)) & relu
-    dy.masked_fill_(kink, 0)
-    _native.normalise_gradient(dy, u, weight, bias, average, var, 1e-5, relu, du, dweight, dbias, threads)
-    expected = F.relu(v) if relu else v
+    v = F.batch_norm(exact[0], None, None, exact[1][order], exact[2][order], True, 0.1, 1e-5)
+    # Within rounding of 0 either side of the ReLU is right, and of two equals in a window either: there dy is 0.
+    count, near = u.numel() // c, 1e3 * torch.finfo(dtype).eps * (1 + mean)
+    if pool:
+        windows = v.detach().unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        two = windows.topk(2, 4).values
+        dy.masked_fill_((two[..., 0].abs() < near) | (two[..., 0] - two[..., 1] < near), 0)
+    elif activation:
+        dy.masked_fill_(v.detach().abs() < near, 0)
+    _native.normalise_gradient(dy, u, weight, bias, order, average, var, more, *flags, du, dweight, dbias, threads)
+    expected = F.relu(v) if activation else v
+    expected = F.max_pool2d(expected, 2) if pool else expected
     expected.backward(dy.double())
     expected = expected.detach() + (0 if add is None else add.double())
-    moments = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+    moments = [moment[torch.argsort(order)] for moment in torch.var_mean(u.double(), (0, 2, 3), correction=0)]
 
     # A value of size `mean` has an error of half an eps of it, and so has the mean of all: in units of the SD, which is
     # 3, or less by chance. Sums of `count` terms err like a random walk.
     bound = 32 * torch.finfo(dtype).eps * (1 + mean / moments[0].sqrt().min().item())
-    for found, wanted, size in (
+    for found, wanted, scale in (
         (y, expected, 4),
         (average, moments[1], 3),
         (var, moments[0], 9),
-        (du, exact[0].grad, 4),
+        (du, exact[0].grad + (0 if more is None else more), 4),
         (dweight, exact[1].grad, 4 * count**0.5),
         (dbias, exact[2].grad, 4 * count**0.5),
     ):
-        assert (found.double() - wanted).abs().max() <= bound * size
+        assert (found.double() - wanted).abs().max() <= bound * scale
     for memory, _ in outputs:
         assert (memory[:64] == 7).all()
         assert (memory[-64:] == 7).all()
 
 
-def test_normalise_bits_do_not_depend_on_threads(instruction_set):
+@pytest.mark.parametrize("activation", ["relu", "relu_pool"])
+def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
     u, dy = torch.randn(2, 3, 7, 30, 31).unbind(0)
     weight, bias = torch.randn(2, 7).unbind(0)
     found = []
     for threads in (1, 2, 5):
-        y, du = torch.empty(2, 3, 7, 30, 31).unbind(0)
-        mean, var, dweight, dbias = torch.empty(4, 7).unbind(0)
-        _native.normalise(u, weight, bias, None, 1e-5, True, y, mean, var, threads)
-        _native.normalise_gradient(dy, u, weight, bias, mean, var, 1e-5, True, du, dweight, dbias, threads)
-        found.append([y, mean, var, du, dweight, dbias])
+        torch.set_num_threads(threads)
+        try:
+            y, mean, var = cpu.normalise(u, weight, bias, None, 1e-5, activation, None)
+            d = dy[..., : y.shape[2], : y.shape[3]].contiguous()
+            more = cpu.normalise_gradient(d, u, weight, bias, None, mean, var, 1e-5, activation, None)
+        finally:
+            torch.set_num_threads(2)
+        found.append([y, mean, var, *more])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
 
 
-def test_normalise_lets_nan_through(instruction_set):
-    """A NaN is not hidden by the ReLU, and stays in its channel."""
-    u = torch.randn(1, 2, 5, 5)
+@pytest.mark.parametrize("activation", ["relu", "relu_pool"])
+def test_normalise_lets_nan_through(instruction_set, activation):
+    """A NaN is not hidden by the ReLU or a maximum, and stays in its channel."""
+    u = torch.randn(1, 2, 6, 40)
     u[0, 1, 2, 2] = float("nan")
-    y, mean, var = cpu.normalise(u, torch.ones(2), torch.zeros(2), 1e-5, True, None)
+    y, mean, var = cpu.normalise(u, torch.ones(2), torch.zeros(2), None, 1e-5, activation, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
-    du, _, _ = cpu.normalise_gradient(torch.ones_like(u), u, torch.ones(2), torch.zeros(2), mean, var, 1e-5, True)
+    du, _, _ = cpu.normalise_gradient(
+        torch.ones_like(y), u, torch.ones(2), torch.zeros(2), None, mean, var, 1e-5, activation, None
+    )
     assert du[0, 0].isfinite().all()
     assert du[0, 1].isnan().all()
+
+
+def test_a_maximum_of_equals_goes_to_the_first(instruction_set):
+    """As in torch."""
+    u = torch.randint(0, 3, (2, 3, 9, 70), dtype=torch.float64)
+    affine = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    y, mean, var = cpu.normalise(u, *affine, None, 1e-5, "relu_pool", None)
+    dy = torch.randn_like(y)
+    du, _, _ = cpu.normalise_gradient(dy, u, *affine, None, mean, var, 1e-5, "relu_pool", None)
+    exact = u.clone().requires_grad_()
+    F.max_pool2d(F.relu(F.batch_norm(exact, None, None, *affine, True, 0.1, 1e-5)), 2).backward(dy)
+    assert (du - exact.grad).abs().max() < 1e-12
+
+
+def test_memory_of_results_is_used_again():
+    """(That it is bounded: test_routed_conv.cpp.)"""
+    size = (cpu.KEPT_FROM // 4 + 3, 5)
+    first = _native.empty_float64(size)
+    address, like = first.data_ptr(), first.clone()
+    assert _native.empty_float64(size).data_ptr() != address
+    del first
+    again = _native.empty_float64(size)
+    assert again.data_ptr() == address
+    assert again.fill_(1).add_(like.zero_()).sum() == like.numel()
+    assert address % 64 == 0

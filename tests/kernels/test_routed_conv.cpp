@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "routed_conv.h"
 
 namespace {
@@ -214,7 +215,7 @@ void check_gates(const char* isa) {
     sfg::forward<T>(loops, x.data(), weight.data(), bias.data(), nullptr, true, y.data(), kept.data(), p, first,
                     threads);
     const sfg::Producer<T> producer{x.data(),     weight.data(), bias.data(), kept.data(), scale.data(),
-                                    scale.data(), true,          p,           first};
+                                    scale.data(), {true, false}, p,           first};
     sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), dx.data(), df.data(), nullptr, nullptr,
                            nullptr, q, second, threads);
     sfg::gate_gradient<T>(loops, producer, df.data(), dz.data(), threads);
@@ -231,26 +232,40 @@ template <typename T>
 void check_normalise(const char* isa) {
     const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    const int64_t n = pick(1, 3), c = pick(1, 5), plane = pick(20, 300), size = n * c * plane;
+    const bool pool = pick(0, 1);
+    const int64_t n = pick(1, 3), c = pick(1, 5), h = pick(4, 17), w = pick(5, 70), plane = h * w, size = n * c * plane;
+    const int64_t out_w = pool ? w / 2 : w, out_plane = pool ? h / 2 * out_w : plane;
     const std::vector<T> u = random_numbers<T>(size), weight = random_numbers<T>(c), bias = random_numbers<T>(c);
     const std::vector<T> residual = random_numbers<T>(size);
-    std::vector<T> y(size, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
+    std::vector<int64_t> order(c);
+    for (int64_t k = 0; k < c; k++) order[k] = k;
+    std::shuffle(order.begin(), order.end(), generator);
+    std::vector<T> y(n * c * out_plane, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
     const int threads = int(pick(1, 3));
-    sfg::normalise<T>(loops, u.data(), weight.data(), bias.data(), residual.data(), T(1e-5), false, y.data(),
-                      mean.data(), var.data(), n, c, plane, threads);
-    sfg::normalise_gradient<T>(loops, residual.data(), u.data(), weight.data(), bias.data(), mean.data(), var.data(),
-                               T(1e-5), true, du.data(), dweight.data(), dbias.data(), n, c, plane, threads);
-    std::vector<double> expected(size);
+    const sfg::Norm<T> norm{u.data(), weight.data(), bias.data(), order.data(), T(1e-5), {pool, pool}, n, c, h, w};
+    sfg::normalise<T>(loops, norm, pool ? nullptr : residual.data(), y.data(), mean.data(), var.data(), threads);
+    sfg::normalise_gradient<T>(loops, norm, residual.data(), mean.data(), var.data(), residual.data(), du.data(),
+                               dweight.data(), dbias.data(), threads);
+    std::vector<double> expected(y.size(), 0);
     for (int64_t k = 0; k < c; k++) {
         double sum = 0, squares = 0;
         const auto each = [&](const auto& visit) {
             for (int64_t i = 0; i < n; i++)
-                for (int64_t j = 0; j < plane; j++) visit((i * c + k) * plane + j);
+                for (int64_t j = 0; j < plane; j++) visit(i * c + k, j);
         };
-        each([&](int64_t at) { sum += u[at]; });
-        each([&](int64_t at) { squares += std::pow(u[at] - sum / double(n * plane), 2); });
-        const double scale = weight[k] / std::sqrt(squares / double(n * plane) + 1e-5);
-        each([&](int64_t at) { expected[at] = (u[at] - sum / double(n * plane)) * scale + bias[k] + residual[at]; });
+        each([&](int64_t image, int64_t j) { sum += u[image * plane + j]; });
+        each([&](int64_t image, int64_t j) { squares += std::pow(u[image * plane + j] - sum / double(n * plane), 2); });
+        const double scale = weight[order[k]] / std::sqrt(squares / double(n * plane) + 1e-5);
+        each([&](int64_t image, int64_t j) {
+            const int64_t at = image * plane + j, row = j / w / 2, column = j % w / 2;
+            const double value = (u[at] - sum / double(n * plane)) * scale + bias[order[k]];
+            if (!pool)
+                expected[at] = value + residual[at];
+            else if (row < h / 2 && column < w / 2) {
+                double& most = expected[image * out_plane + row * out_w + column];
+                most = std::max(most, value);  // and a ReLU: it starts from 0
+            }
+        });
     }
     compare("normalise", y, expected, n * plane);
     for (const T value : du)
@@ -261,11 +276,49 @@ void check_normalise(const char* isa) {
         }
 }
 
+// Memory of results: no block lies in another, and there are never more than 5/4 of what was in use at the most.
+void check_memory() {
+    sfg::Memory memory;
+    struct Block {
+        unsigned char* at;
+        size_t bytes;
+        unsigned char mark;
+    };
+    std::vector<Block> blocks;
+    size_t used = 0, most = 0;
+    const auto check = [&](bool right, const char* what) {
+        if (!right) std::printf("memory: %s\n", what), failures++;
+    };
+    for (int step = 0; step < 300; step++) {
+        size_t bytes = size_t(pick(1, 1 << 22));
+        const size_t wanted = bytes;
+        void* const block = memory.take(bytes);
+        check(bytes >= wanted && reinterpret_cast<uintptr_t>(block) % 64 == 0, "too small, or not aligned");
+        blocks.push_back({static_cast<unsigned char*>(block), bytes, static_cast<unsigned char>(step)});
+        std::fill_n(blocks.back().at, wanted, blocks.back().mark);
+        blocks.back().bytes = bytes, used += bytes, most = std::max(most, used);
+        check(memory.held() <= most + most / 4, "more is held than was ever needed");
+        while (int64_t(blocks.size()) > pick(0, 8)) {
+            const size_t i = size_t(pick(0, int64_t(blocks.size()) - 1));
+            check(blocks[i].at[0] == blocks[i].mark, "a block was overwritten");
+            memory.give(blocks[i].at, blocks[i].bytes), used -= blocks[i].bytes;
+            blocks.erase(blocks.begin() + int64_t(i));
+        }
+    }
+    for (const Block& block : blocks) memory.give(block.at, block.bytes);
+    size_t bytes = 1000;
+    void* const first = memory.take(bytes);
+    memory.give(first, bytes);
+    check(memory.take(bytes) == first, "a block was not used again");
+    memory.give(first, bytes);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const int cases = argc > 1 ? std::atoi(argv[1]) : 150;
     int sets = 0;
+    check_memory();
     for (int i = 0; i < cases && failures < 10; i++) {
         const Problem problem = random_problem();
         sets = 0;

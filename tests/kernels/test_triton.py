@@ -190,7 +190,7 @@ def check_others(p, spec, x, weight, bias, dy, relu, random):
     df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
     h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
     exact = (df * h).sum((0, 3, 4))
-    recipe = Recipe(px, a, kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True), spec, scale, shift, True)
+    recipe = Recipe(px, a, kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True), spec, scale, shift, "relu")
     dz = kernels.gate_gradient(recipe, df.flatten(1, 2).to(dtype))
     # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5

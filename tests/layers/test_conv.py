@@ -42,13 +42,17 @@ def gates_of(layer, estimator, seed):
 
 @st.composite
 def chains(draw):
+    activation = draw(st.sampled_from([None, "relu", "relu_pool"]))
+    geometry = (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    if activation == "relu_pool":  # halves the image often enough
+        geometry = (1, geometry[2], geometry[2])
     return {
         "estimator": draw(st.sampled_from(["straight_through", "gumbel_softmax", "none"])),
         "norm": draw(st.sampled_from([None, "batch"])),
-        "activation": draw(st.sampled_from([None, "relu"])),
+        "activation": activation,
         "tasks": draw(st.integers(1, 3)),
         "widths": [draw(st.integers(1, 2)), *(draw(st.integers(1, 6)) for _ in range(3))],
-        "geometry": (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        "geometry": geometry,
         "fixed": draw(st.booleans()),
         "init": draw(st.sampled_from(["uniform", "mostly_shared", "vertex"])),
         "temperature": draw(st.sampled_from([1.0, 0.3])),
@@ -81,7 +85,8 @@ def check_chain(p, name):
         norm = None if layer.norm is None else (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         wanted = oracle.sfg_layer(
             wanted, layer.weight, layer.bias, z,
-            stride=stride, padding=padding, dilation=dilation, relu=p["activation"] == "relu", norm=norm,
+            stride=stride, padding=padding, dilation=dilation, relu=p["activation"] is not None, pool=p["activation"] == "relu_pool",
+            norm=norm,
         )  # fmt: skip
     cotangents = [torch.randn_like(tensor) for tensor in wanted]
     expected = torch.autograd.grad(wanted, leaves, cotangents, allow_unused=True)
