@@ -64,9 +64,12 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     int64_t weights = 0, items = 0;
     const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
     const std::vector<Axis> vertical = undilated({forward_axis(p, 0)}), horizontal = {forward_axis(p, 1)};
-    threads =
-        int(std::clamp<int64_t>(p.n * out_plane / (8 * lanes), 1, threads));  // each needs a copy of the gradients
-    const int64_t share = p.n * out_plane / threads;
+    // Small images, many channels: a thread has tiles of its own, and goes over all positions, where otherwise it has
+    // positions of its own, and a copy of all gradients. (In units of numbers that are copied or added up.)
+    const int64_t positions = p.n * out_plane, copied = positions * (p.c + p.k);
+    const bool by_tiles = threads > 1 && copied < weights * p.r * p.s * 2;
+    if (!by_tiles) threads = int(std::clamp<int64_t>(positions / (8 * lanes), 1, threads));
+    const int64_t share = by_tiles ? positions : positions / threads;
     const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
     Limits limits{lanes, sizeof(T), most, 1, true};
     const bool by_winograd = weights > 0 && suits_winograd(vertical, horizontal, limits, MIXING / double(p.k), ADDING);
@@ -87,20 +90,33 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         shifted_most = std::max(shifted_most, reads * int64_t(job.layout.taps.size()));
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
-    const int64_t sums = spread(weights * taps + p.k, sizeof(T)), per_thread = source + gradient + sums;
-    const Buffer<T> scratch(per_thread * threads);
+    const int64_t sums = spread(weights * taps + p.k, sizeof(T)), copies = by_tiles ? 1 : threads;
+    const int64_t per_thread = source + gradient;
+    const Buffer<T> scratch(per_thread * threads), gradients(sums * copies);
     const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
-    const auto sums_of = [&](int thread) { return scratch.data() + per_thread * thread + source + gradient; };
+    const auto sums_of = [&](int64_t copy) { return gradients.data() + sums * copy; };
     const std::vector<const Tile*> tiles = tiles_of(channel_parts);
     const int64_t none = 0, total = p.n * items;
+    // By tiles, thread i has those whose first weight is in the i-th part of all.
+    const auto has = [&](int thread, int team, const Tile& tile) {
+        const int64_t weight = std::min(tile.weights, weights - 1);  // one that reads nothing has none
+        return !by_tiles || (weight * team >= weights * thread && weight * team < weights * (thread + 1));
+    };
 
     on_threads(threads, [&](int thread, int team) {
         T* xs = scratch.data() + per_thread * thread;
-        T *dys = xs + source, *dws = dys + gradient, *dbs = dws + weights * taps;
+        T *dys = xs + source, *dws = sums_of(by_tiles ? 0 : thread), *dbs = dws + weights * taps;
         Shifted<T>* shifted = shifted_lists.data() + shifted_most * thread;
         std::memset(xs, 0, per_thread * sizeof(T));
-        const int64_t last = total * (thread + 1) / team;  // a fixed share, for the sake of equal bits
-        for (int64_t item = total * thread / team; item < last; item++) {
+        for (const Tile* tile : tiles) {
+            if (!has(thread, team, *tile)) continue;
+            std::memset(dws + tile->weights * taps, 0, tile->outputs * tile->reads_total * taps * sizeof(T));
+            std::memset(dbs + tile->first, 0, tile->outputs * sizeof(T));
+        }
+        // A fixed share, for the sake of equal bits.
+        const int64_t begin = by_tiles ? 0 : total * thread / team,
+                      last = by_tiles ? total : total * (thread + 1) / team;
+        for (int64_t item = begin; item < last; item++) {
             const int64_t n = item / items;
             const Patch patch(jobs, item % items);
             const Job& job = *patch.job;
@@ -120,8 +136,9 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                 mix(loops, outputs, lines, patch.columns, layout.pitch, out_stride, dys);
             };
             const auto add_biases = [&] {
-                for (int64_t k = outputs.first; db && k < outputs.last; k++)
-                    loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
+                for (const Tile& tile : job.part->tiles)
+                    for (int64_t k = tile.first; db && has(thread, team, tile) && k < tile.first + tile.outputs; k++)
+                        loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
             };
             if (by_winograd && db) mix_dy({1, 1, 1, 1}), add_biases();
             for (int64_t product = 0; product < products; product++) {
@@ -158,6 +175,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                     add_biases();
                 }
                 for (const Tile& tile : job.part->tiles) {
+                    if (!has(thread, team, tile)) continue;
                     int64_t count = 0, channel = 0;
                     for (const Range& range : tile.reads)
                         for (int64_t c = range.first; c < range.last; c++, channel++)
@@ -178,24 +196,26 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         }
         // Added up in the order of the threads.
         const int64_t kernel_taps = p.r * p.s, kernel = blocks.weight_row() * kernel_taps;
+        const int64_t parts_of_sum = by_tiles ? 1 : team;
         const auto total_of = [&](int64_t at) {
             T total = 0;
-            for (int t = 0; t < team; t++) total += sums_of(t)[at];
+            for (int64_t t = 0; t < parts_of_sum; t++) total += sums_of(t)[at];
             return total;
         };
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) {
             const Tile& tile = *tiles[i];
-            for (int64_t k = 0; k < tile.outputs; k++) {
-                const int64_t row = place(blocks.row_order, tile.first + k);
-                std::memset(dw + row * kernel, 0, kernel * sizeof(T));
-                int64_t at = tile.weights * taps + k;
-                for (const Range& range : tile.reads)
-                    for (int64_t c = range.first; c < range.last; c++, at += taps * tile.outputs) {
-                        T* to = dw + row * kernel + place(blocks.column_order, c) * kernel_taps;
-                        for (int64_t t = 0; t < taps; t++) {
-                            const T total = total_of(at + t * tile.outputs);
+            for (int64_t k = tile.first; k < tile.first + tile.outputs; k++)
+                std::memset(dw + place(blocks.row_order, k) * kernel, 0, kernel * sizeof(T));
+            int64_t at = tile.weights * taps;
+            for (const Range& range : tile.reads)
+                for (int64_t c = range.first; c < range.last; c++, at += taps * tile.outputs) {
+                    T* column = dw + place(blocks.column_order, c) * kernel_taps;
+                    for (int64_t t = 0; t < taps; t++)
+                        for (int64_t k = 0; k < tile.outputs; k++) {
+                            const T total = total_of(at + t * tile.outputs + k);
+                            T* to = column + place(blocks.row_order, tile.first + k) * kernel;
                             if (!by_winograd) {
                                 to[t] = total;
                                 continue;
@@ -204,8 +224,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                 to[vertical[0].tap[j] + horizontal[0].tap[t % tap_columns]] +=
                                     T(winograd::WEIGHTS[t / tap_columns][j]) * total;
                         }
-                    }
-            }
+                }
             for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++)
                 db[place(blocks.row_order, k)] = total_of(weights * taps + k);
         }
