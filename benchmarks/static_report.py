@@ -121,7 +121,8 @@ def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
     """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; the same
-    two where all gates want a gradient, and this, behind a norm and a ReLU; of a relaxed draw; and the small launches.
+    two where all gates want a gradient, and this, behind a norm and a ReLU; of a relaxed draw; the normalisation; and
+    the small launches.
     """
     for architecture in architectures:
         for dtype in dtypes:
@@ -161,8 +162,23 @@ def layer_configurations(
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "GATES": False, "BLOCK": 1024, "PLACES": 64},
         "reduce": {**sizes, "ACC": tl.float32, "BLOCK": 256},
-        "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
+        "sample": {
+            "MOMENTUM": 0.1,
+            "K": k,
+            "GROUPS": 3,
+            "BLOCK": triton.next_power_of_2(k),
+            "GROUPS_2": 4,
+            "NOISE": True,
+        },
     }
+    if c == 1:  # the normalisation behind any layer of k kernels
+        norm = config.norm(batch * height * width, k, device)
+        usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
+        usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": True, "ADD": True}
+        few = {**usual, "BLOCK_C": norm.block_few}
+        small |= dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
+        small |= dict.fromkeys(("statistics", "slopes"), few)
+        small["keep_statistics"] = {"MOMENTUM": 0.1, "K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k)}
     for kernel, constants in small.items():
         yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants)
 
@@ -172,6 +188,9 @@ TYPES = {
     **dict.fromkeys(("weight", "forward", "backward"), None),
     **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),
+    **dict.fromkeys(("u", "du", "add"), None),
+    **dict.fromkeys(("mean", "var", "slope", "offset", "dweight", "dbias"), "fp32"),
+    **dict.fromkeys(("running_mean", "running_var", "pooled_mean", "pooled_var"), "fp32"),
     **dict.fromkeys(("row_places", "column_places"), "i32"),
 }
 
@@ -181,15 +200,18 @@ def source(one: Configuration) -> ASTSource:
     kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment")
+        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "draws")
         if name in one.constants:
             signature[name] = "constexpr"
+        elif name == "eps":
+            signature[name] = "fp32"
         elif name in TYPES or indices:
             signature[name] = "*" + ("i64" if indices else TYPES[name] or one.dtype)
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    return ASTSource(kernel, signature, one.constants, aligned)
+    constants = {name: value for name, value in one.constants.items() if name in kernel.arg_names}
+    return ASTSource(kernel, signature, constants, aligned)
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,12 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
     input_gradient(dy, packed, spec, size (H, W)) -> dx [N,columns,H,W], dothers
     weight_gradient(x, dy, packed, spec, bias=True)       -> dw [K,C,R,S], db [K] | None
     gate_gradient(recipe, dothers)                -> dz [G-1,rows]
+    keep_statistics(mean [K], var [K], assignment [K], count, momentum,
+                    running_mean [G,K], running_var [G,K], draws [G,K], pooled_mean [K], pooled_var [K])
+                                                  -> None: running statistics of (group, kernel) pairs go towards those
+                                                  of a batch, var the biased one of `count` values, at a rate of
+                                                  max(1/n, momentum), n the pair's draws, this one too; the pooled ones
+                                                  of all groups as well
     missing() -> what this machine lacks for them, or None
     cannot(x) -> why a tensor like x can't be used, or None
 
@@ -39,10 +45,10 @@ Every module says of itself:
                      the gates of the groups drawn (not `own`: zeros); with their recipe also the others', [G,columns]
                      in all. dothers is never stored. Stride 1 only.
     KNOWS            activations of recipes (names, activations.py)
-    NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None) -> y, mean [K], var [K]:
-                     batch normalisation, activation (one it knows) and the sum with the residual in one go, none where
-                     the activation pools; var is the biased one. order [rows]: which kernel each row of u is, each
-                     once, or None: as they come.
+    NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None)
+                     -> y, mean [K], var [K]: batch normalisation, activation (one it knows) and the sum with the
+                     residual in one go, none where the activation pools; var is the biased one, and both are at least
+                     float32. order [rows]: which kernel each row of u is, each once, or None: as they come.
                      normalise_gradient(dy, u, weight, bias, order, mean, var, eps, activation, add | None)
                      -> du (+ add), dweight [K], dbias [K]
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with

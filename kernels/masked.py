@@ -87,6 +87,30 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     return torch.stack(dz)
 
 
+def keep_statistics(
+    mean: Tensor,
+    var: Tensor,
+    assignment: Tensor,
+    count: int,
+    momentum: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    draws: Tensor,
+    pooled_mean: Tensor,
+    pooled_var: Tensor,
+) -> None:
+    index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
+    draws.view(-1).index_copy_(0, index, draws.view(-1)[index] + 1)
+    drawn = draws.view(-1)[index]
+    unbiased = var * (count / max(count - 1, 1))
+    for running, pooled, new in ((running_mean, pooled_mean, mean), (running_var, pooled_var, unbiased)):
+        old = running.view(-1)[index]
+        rate = drawn.to(old.dtype).reciprocal().clamp_min(momentum)
+        running.view(-1).index_copy_(0, index, old + rate * (new.to(old.dtype) - old))
+        rate = draws.sum(0).to(old.dtype).reciprocal().clamp_min(momentum)
+        pooled.add_(rate * (new.to(old.dtype) - pooled))
+
+
 def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Tensor:
     """scale * u + shift of the n-th others."""
     if scale is None or shift is None:

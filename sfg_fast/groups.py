@@ -204,12 +204,12 @@ class FilterGroups:
     def by_kernel(self, own: Tensor | None, others: Tensor | None, like: Tensor) -> Tensor:
         """Values [rows] of the rows' own groups and [groups - 1, rows] of their others -> [K, groups], shaped and typed
         `like`, for one row per kernel. Zero where there is None."""
-        values = torch.zeros_like(like)
+        rows = torch.zeros_like(like)
         if own is not None:
-            values[self.order, self.ids] = own.to(values.dtype)
+            rows.scatter_(1, self.ids[:, None], own[:, None].to(rows.dtype))
         if others is not None:
-            values[self.order.expand_as(others), self.others] = others.to(values.dtype)
-        return values
+            rows.scatter_(1, self.others.t(), others.t().to(rows.dtype))
+        return rows.index_select(0, self.inverse)
 
     def index(self, group: int | str) -> int:
         """The number of a group given by index or name."""

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import backends
 from .activations import Activation
 from .groups import FilterGroups
+from .kernels import masked
 
 
 class KernelNorm(nn.Module):
@@ -57,17 +58,21 @@ class KernelNorm(nn.Module):
 
     def normalise_and_gate(
         self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
-        which are one but want a gradient. Scale and shift as `forward`."""
+        which are one but want a gradient. Scale and shift [T, rows] are those of the rows' others, if these count."""
         assert groups.gates is not None
         gates = groups.gates if groups.gates.requires_grad else None
-        parameters = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
         how = self.eps, activation, in_one_go(rows), groups
-        out, mean, var = _BatchNorm.apply(rows, *parameters, gates, residual, *how)
+        out, mean, var = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
+        assert groups.assignment is not None
+        self._keep(in_one_go(rows), mean, var, _count(rows), groups.assignment)
+        if not groups.all_gates:
+            return out, None, None
         with torch.no_grad():
-            scale, shift = self.batch_affine(mean, var, _count(rows), groups.assignment)  # type: ignore[arg-type]
-        return out, scale.expand(len(groups.names), -1), shift.expand(len(groups.names), -1)
+            scale = self.weight * (var + self.eps).rsqrt()
+            affine = scale[groups.order], (self.bias - mean * scale)[groups.order]
+            return out, *(values.expand(len(groups.names) - 1, -1) for values in affine)
 
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise rows [N, R, H, W] that are all live.
@@ -112,7 +117,7 @@ class KernelNorm(nn.Module):
             mean, var, count = _over_processes(mean, var, count)
         if count < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel, got one")
-        self._update(mean.detach(), var.detach() * (count / max(count - 1, 1)), assignment)
+        self._keep(masked, mean.detach(), var.detach(), count, assignment)
         scale = self.weight * (var + self.eps).rsqrt()
         return scale, self.bias - mean * scale
 
@@ -137,20 +142,9 @@ class KernelNorm(nn.Module):
         return folded(weight, bias, scale, shift)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, assignment: Tensor) -> None:
-        # Counted first, so that max(1/n, momentum) is 1 for a first draw.
-        index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
-        draws = self.draws.view(-1)
-        draws.index_copy_(0, index, draws[index] + 1)
-        for running, pooled, new in (
-            (self.running_mean, self.pooled_mean, mean),
-            (self.running_var, self.pooled_var, var),
-        ):
-            old = running.view(-1)[index]
-            rate = draws[index].to(old.dtype).reciprocal().clamp_min(self.momentum)
-            running.view(-1).index_copy_(0, index, old + rate * (new.to(old.dtype) - old))
-            rate = self.draws.sum(0).to(old.dtype).reciprocal().clamp_min(self.momentum)
-            pooled.add_(rate * (new.to(old.dtype) - pooled))
+    def _keep(self, kernels: Any, mean: Tensor, var: Tensor, count: int, assignment: Tensor) -> None:
+        running = self.running_mean, self.running_var, self.draws, self.pooled_mean, self.pooled_var
+        kernels.keep_statistics(mean, var, assignment, count, self.momentum, *running)
 
     @torch.no_grad()
     def forget(self, assignment: Tensor | None) -> None:
@@ -217,6 +211,7 @@ class _BatchNorm(torch.autograd.Function):
         *made_of, gates, assignment = ctx.saved_tensors
         du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, None)
         _, weight, bias, *_ = made_of
+        dweight, dbias = dweight.to(weight.dtype), dbias.to(bias.dtype)
         dgates = None
         if ctx.needs_input_grad[3]:
             own = torch.addcmul(weight * dweight, bias, dbias).to(gates.dtype)
@@ -244,7 +239,9 @@ class _BatchNormOfFork(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
         if dout is None:
             return around, None, None, None, None
-        return *ctx.kernels.normalise_gradient(dout, *ctx.saved_tensors, *ctx.how, around), None, None
+        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *ctx.saved_tensors, *ctx.how, around)
+        _, weight, bias, *_ = ctx.saved_tensors
+        return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
 def in_one_go(x: Tensor) -> Any:
@@ -260,8 +257,7 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     kernels = in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
     if kernels is None:
         return nn.functional.relu(norm(x)), x
-    parameters = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    out, around, mean, var = _BatchNormOfFork.apply(x, *parameters, norm.eps, kernels)
+    out, around, mean, var = _BatchNormOfFork.apply(x, norm.weight, norm.bias, norm.eps, kernels)
     with torch.no_grad():
         _keep_statistics(norm, mean, var, _count(x))
     return out, around

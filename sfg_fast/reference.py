@@ -21,6 +21,7 @@ from .groups import FilterGroups, Routing
 from .norm import KernelNorm
 from .plain_ops import act_on_features, no_attribute
 
+
 class DenseFeatures(list[Tensor]):
     """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
 
@@ -148,9 +149,8 @@ class SFGConv2d(GroupGates):
         if norm not in (None, "batch"):
             raise ValueError(f"norm={norm!r} is unknown, expected None or 'batch'")
         if isinstance(activation, str) and activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation={activation!r} is unknown, expected None, {', '.join(map(repr, ACTIVATIONS))} or a callable"
-            )
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
         # torch's own layer checks the geometry and gives the initial weights.
         plain = nn.Conv2d(

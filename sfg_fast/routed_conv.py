@@ -58,9 +58,7 @@ class Others(NamedTuple):
     kernels: Any
     spec: RoutedConv
 
-    def recipe(
-        self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Any = None
-    ) -> Recipe:
+    def recipe(self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Any = None) -> Recipe:
         """scale and shift [G-1, rows]. `kernels`: other ones than those that computed u."""
         packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
         return Recipe(self.x, self.a, packed, self.spec, scale, shift, activation)

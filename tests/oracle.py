@@ -9,7 +9,9 @@ def merge(x, routing):
     return [x[0]] + [task + x[0] if routing == "arrow" else task for task in x[1:]]
 
 
-def sfg_layer(x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=False, norm=None, routing="arrow"):
+def sfg_layer(
+    x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=False, norm=None, routing="arrow"
+):
     """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None."""
     groups = z.shape[1]
     reads = [x] * groups if isinstance(x, torch.Tensor) else merge(list(x), routing)
@@ -48,3 +50,30 @@ def assert_close(actual, expected, tolerance=1e-10, what="", scale=1e-3):
     error = (actual - expected).abs().max().item()
     scale = max(expected.abs().max().item(), scale)
     assert error <= tolerance * scale, f"{what}: error {error:.3g} at scale {scale:.3g}"
+
+
+def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.1):
+    """Running statistics of (group, kernel) pairs over some draws, number by number."""
+    generator = torch.Generator().manual_seed(0)
+    running = [torch.randn(groups, kernels, generator=generator) for _ in range(2)]
+    pooled, draws = [torch.randn(kernels, generator=generator) for _ in range(2)], torch.zeros(groups, kernels)
+    expected = [t.double() for t in (*running, *pooled)]
+    draws = draws.long()
+    times = [[0] * kernels for _ in range(groups)]
+    for step in range(steps):
+        count = (2, 50)[step % 2]
+        mean, var = torch.randn(kernels, generator=generator), torch.rand(kernels, generator=generator)
+        assignment = torch.randint(groups, (kernels,), generator=generator)
+        keep_statistics(mean, var, assignment, count, momentum, *running, draws, *pooled)
+        for k in range(kernels):
+            g = int(assignment[k])
+            times[g][k] += 1
+            for moment, new in enumerate((float(mean[k]), float(var[k]) * count / (count - 1))):
+                for table, at, n in (
+                    (expected[moment], (g, k), times[g][k]),
+                    (expected[moment + 2], (k,), sum(times[one][k] for one in range(groups))),
+                ):
+                    table[at] += max(1 / n, momentum) * (new - table[at])
+    assert draws.tolist() == times
+    for found, wanted in zip((*running, *pooled), expected, strict=True):
+        assert_close(found.double(), wanted, 1e-6)

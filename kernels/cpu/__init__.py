@@ -11,6 +11,7 @@ import torch  # its OpenMP runtime must be loaded first: the extension then uses
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from .. import masked
 from ..masked import missing, sample
 from ..packing import unpack, unpack_dim
 from ..spec import Recipe, RoutedConv
@@ -28,6 +29,7 @@ __all__ = [
     "gate_gradient",
     "input_and_gate_gradient",
     "input_gradient",
+    "keep_statistics",
     "missing",
     "normalise",
     "normalise_gradient",
@@ -61,9 +63,7 @@ class Parameters(NamedTuple):
     bias: Tensor | None
 
 
-def pack(
-    weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
-) -> Parameters:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Parameters:
     return Parameters(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
 
 
@@ -174,13 +174,12 @@ def normalise(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     relu, pool = _flags(activation)
+    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
     n, channels, height, width = u.shape
     y = _empty(u, n, channels, *((height // 2, width // 2) if pool else (height, width)))
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(order), _plain_or_none(residual)
-    _native.normalise(
-        *arrays, eps, relu, pool, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads()
-    )
+    _native.normalise(*arrays, eps, relu, pool, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads())
     return y, mean, var
 
 
@@ -196,12 +195,22 @@ def normalise_gradient(
     activation: str | None,
     add: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
     du = _empty(u, *u.shape)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     arrays = (_plain_or_none(tensor) for tensor in (dy, u, weight, bias, order, mean, var, add))
     gradients = (to_dlpack(tensor) for tensor in (du, dweight, dbias))
     _native.normalise_gradient(*arrays, eps, *_flags(activation), *gradients, torch.get_num_threads())
     return du, dweight, dbias
+
+
+def keep_statistics(
+    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, *running: Tensor
+) -> None:
+    if mean.dtype != running[0].dtype:
+        return masked.keep_statistics(mean, var, assignment, count, momentum, *running)
+    batch = _plain(mean), _plain(var), _plain(assignment)
+    _native.keep_statistics(*batch, count, momentum, *(to_dlpack(tensor) for tensor in running))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

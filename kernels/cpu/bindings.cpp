@@ -293,6 +293,23 @@ void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> w
                                threads);
 }
 
+template <typename T>
+void keep_statistics(Vector<const T> mean, Vector<const T> var, Array<const int64_t, 1> assignment, int64_t count,
+                     double momentum, Array<T, 2> running_mean, Array<T, 2> running_var, Array<int64_t, 2> draws,
+                     Vector<T> pooled_mean, Vector<T> pooled_var) {
+    const int64_t groups = draws.shape(0), kernels = draws.shape(1);
+    for (const auto* table : {&running_mean, &running_var})
+        require(int64_t(table->shape(0)) == groups && int64_t(table->shape(1)) == kernels, "statistics don't fit");
+    for (const int64_t size :
+         {mean.shape(0), var.shape(0), assignment.shape(0), pooled_mean.shape(0), pooled_var.shape(0)})
+        require(size == kernels, "statistics don't fit");
+    require(std::all_of(assignment.data(), assignment.data() + kernels,
+                        [&](int64_t group) { return group >= 0 && group < groups; }),
+            "there is no such group");
+    sfg::keep_statistics<T>(mean.data(), var.data(), assignment.data(), count, momentum, running_mean.data(),
+                            running_var.data(), draws.data(), pooled_mean.data(), pooled_var.data(), groups, kernels);
+}
+
 // A tensor that is not filled, its memory from Memory.
 template <typename T>
 nb::ndarray<nb::pytorch, T, nb::c_contig, nb::device::cpu> empty(const std::vector<size_t>& shape) {
@@ -331,6 +348,9 @@ void define(nb::module_& m) {
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a, "row_order"_a = nb::none(), "column_order"_a = nb::none());
+    m.def("keep_statistics", &keep_statistics<T>, "mean"_a.noconvert(), "var"_a.noconvert(), "assignment"_a.noconvert(),
+          "count"_a, "momentum"_a, "running_mean"_a.noconvert(), "running_var"_a.noconvert(), "draws"_a.noconvert(),
+          "pooled_mean"_a.noconvert(), "pooled_var"_a.noconvert());
     m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
           "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert(), "mean"_a.noconvert(),
           "var"_a.noconvert(), "threads"_a);

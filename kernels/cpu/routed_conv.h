@@ -92,6 +92,12 @@ template <typename T>
 void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var, const T* add,
                         T* du, T* dweight, T* dbias, int threads);
 
+// Running statistics, see kernels/__init__.py: [groups][kernels], or [kernels].
+template <typename T>
+void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
+                     T* running_mean, T* running_var, int64_t* draws, T* pooled_mean, T* pooled_var, int64_t groups,
+                     int64_t kernels);
+
 // Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
 const char* const* instruction_sets();
 template <typename T>

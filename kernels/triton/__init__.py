@@ -19,12 +19,20 @@ from . import config
 from .config import Launch, Pass
 from .convolve import convolve_kernel
 from .everything import convolve_all_kernel, convolve_kept_kernel, convolve_others_kernel, gate_gradient_kernel
+from .normalise import (
+    affine_gradient_kernel,
+    affine_kernel,
+    gradient_sums_kernel,
+    keep_statistics_kernel,
+    moments_kernel,
+    slopes_kernel,
+    statistics_kernel,
+)
 from .pack import pack_kernel, sample_kernel
 from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
-FUSES = SHARES_PRODUCTS = True
-NORMALISES = False
+FUSES = SHARES_PRODUCTS = NORMALISES = True
 FUSES_GATES = False
 MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
 INTERPRETED = triton.knobs.runtime.interpret
@@ -197,6 +205,91 @@ def weight_gradient(
     return dw, db
 
 
+def normalise(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    order: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(residual, "the residual", tuple(u.shape))
+    u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
+    channels, norm = u.shape[1], _norm(u)
+    new = {"dtype": torch_sum, "device": u.device}
+    partial = torch.empty(norm.parts, 2, channels, **new)
+    mean, var, scale, shift = (torch.empty(channels, **new) for _ in range(4))
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
+    parameters = _order(order, weight), weight, bias
+    blocks, few = (norm.block_p, norm.block_c), norm.block_few
+    _launch(moments_kernel, norm.sums, u, partial, norm.pixels, norm.parts, channels, sum_type, *blocks)
+    _launch(
+        statistics_kernel, norm.columns, partial, *parameters, mean, var, scale, shift, norm.pixels, norm.parts, eps,
+        channels, order is not None, sum_type, norm.parts_2, norm.block_p, few,
+    )  # fmt: skip
+    added = u if residual is None else _nhwc(residual)
+    _launch(
+        affine_kernel, norm.all, u, added, scale, shift, y, norm.pixels,
+        channels, activation == "relu", residual is not None, *blocks,
+    )  # fmt: skip
+    return y, mean, var
+
+
+def normalise_gradient(
+    dy: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    order: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    add: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(dy, "the gradient", tuple(u.shape))
+    _check(add, "what is added", tuple(u.shape))
+    dy, u, (torch_sum, sum_type) = _nhwc(dy), _nhwc(u), _sums(u.dtype)
+    channels, norm = u.shape[1], _norm(u)
+    new = {"dtype": torch_sum, "device": u.device}
+    partial = torch.empty(norm.parts, 2, channels, **new)
+    dweight, dbias, slope, offset = (torch.empty(channels, **new) for _ in range(4))
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
+    known = _order(order, weight), weight, bias, mean, var
+    ordered, relu, blocks = order is not None, activation == "relu", (norm.block_p, norm.block_c)
+    _launch(
+        gradient_sums_kernel, norm.sums, dy, u, *known, partial, norm.pixels, norm.parts, eps,
+        channels, ordered, relu, sum_type, *blocks,
+    )  # fmt: skip
+    _launch(
+        slopes_kernel, norm.columns, partial, *known, dweight, dbias, slope, offset, norm.pixels, norm.parts, eps,
+        channels, ordered, norm.parts_2, norm.block_few,
+    )  # fmt: skip
+    added = u if add is None else _nhwc(add)
+    _launch(
+        affine_gradient_kernel, norm.all, dy, u, *known, slope, offset, added, du, norm.pixels, eps,
+        channels, ordered, relu, add is not None, *blocks,
+    )  # fmt: skip
+    return du, dweight, dbias
+
+
+def keep_statistics(
+    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, *running: Tensor
+) -> None:
+    groups, kernels = running[0].shape
+    sizes = momentum, kernels, groups, triton.next_power_of_2(kernels)
+    _launch(keep_statistics_kernel, 1, mean, var, assignment, *running, count, *sizes)
+
+
+def _norm(u: Tensor) -> config.Norm:
+    return config.norm(u.shape[0] * u.shape[2] * u.shape[3], u.shape[1], config.device_of(u.device))
+
+
+def _order(order: Tensor | None, stand_in: Tensor) -> Tensor:
+    return stand_in if order is None else order
+
+
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -244,9 +337,14 @@ def _convolve(
     return y, beside
 
 
-def _launch(kernel: Any, launch: Launch | int, *arguments: Any) -> None:
-    """On the device of the first argument, a tensor. `launch` may be just a number of programs."""
-    grid, options = ((launch,), {}) if isinstance(launch, int) else ((launch.programs, launch.second), launch.options)
+def _launch(kernel: Any, launch: Launch | int | tuple[int, int], *arguments: Any) -> None:
+    """On the device of the first argument, a tensor. `launch` may be just a number of programs, or two."""
+    grid: tuple[int, ...]
+    options: dict[str, Any] = {}
+    if isinstance(launch, Launch):
+        grid, options = (launch.programs, launch.second), launch.options
+    else:
+        grid = launch if isinstance(launch, tuple) else (launch,)
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -353,6 +353,29 @@ def _power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+class Norm(NamedTuple):
+    """How the kernels of a normalisation are launched."""
+
+    pixels: int
+    parts: int  # of the pixels, summed by a program each
+    parts_2: int  # the next power of two
+    block_p: int  # pixels and channels that are looked at together
+    block_c: int
+    block_few: int  # channels whose parts are added up together
+    sums: tuple[int, int]  # grids of programs: for sums over pixels,
+    columns: int  # for what there is of each channel,
+    all: tuple[int, int]  # and for every number
+
+
+def norm(pixels: int, channels: int, device: Device) -> Norm:
+    block_c = min(_power_of_2(channels), 64)
+    block_p, columns = 4096 // block_c, cdiv(channels, block_c)
+    parts = min(max(1, 2 * device.multiprocessors // columns), 256, max(1, cdiv(pixels, block_p)))
+    few = min(16, block_c)
+    grids = (parts, columns), cdiv(channels, few), (cdiv(pixels, block_p), columns)
+    return Norm(pixels, parts, _power_of_2(parts), block_p, block_c, few, *grids)
+
+
 def cdiv(size: int, by: int) -> int:
     """Rounded up."""
     return -(-size // by)
@@ -360,3 +383,8 @@ def cdiv(size: int, by: int) -> int:
 
 def _up(size: int, multiple: int) -> int:
     return cdiv(size, multiple) * multiple
+
+
+def _power_of_2(size: int) -> int:
+    """At least `size`."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -112,7 +112,6 @@ class SFGConv2d(reference.SFGConv2d):
             return SFGFeatures(h, groups, others=without_memory)
         gates = groups.gates
         assert gates is not None
-        scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
         packed, own = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, False)
         if residual is not None:
             return SFGFeatures(packed, groups, others=joined_others(own, without_memory))

@@ -60,7 +60,15 @@ def main() -> None:
     weight, bias = torch.randn(64, 64, 3, 3), torch.randn(64)
     relaxed, streams = FilterGroups.relaxed(torch.zeros(64, 3), 2), FilterGroups.streams(64, 2)
     names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_others", "convolve_all",
-             "gate_gradient", "weight_gradient", "reduce")  # fmt: skip
+             "gate_gradient", "weight_gradient", "reduce", "moments", "statistics", "affine", "gradient_sums", "slopes",
+             "affine_gradient", "keep_statistics")  # fmt: skip
+    affine = torch.ones(64), torch.zeros(64)
+    for _ in range(50):
+        how = torch.randperm(64), 1e-5, "relu"
+        y, mean, var = kernels.normalise(x, *affine, *how, x)
+        kernels.normalise_gradient(y, x, *affine, how[0], mean, var, *how[1:], x)
+        running = torch.zeros(3, 64), torch.ones(3, 64), torch.zeros(3, 64, dtype=torch.int64), *affine
+        kernels.keep_statistics(mean, var, torch.zeros(64, dtype=torch.int64), 512, 0.1, *running)
     for stride in (1, 2):
         for _ in range(50):
             kernels.sample(torch.randn(64, 3), torch.randn(64, 3))

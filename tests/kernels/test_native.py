@@ -14,11 +14,12 @@ from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
+from tests.oracle import check_statistics
 
 if not available("native"):
     pytest.skip("native is not built", allow_module_level=True)
 
-from sfg_fast.kernels import cpu
+from sfg_fast.kernels import cpu, masked
 from sfg_fast.kernels.cpu import _native
 
 
@@ -617,3 +618,10 @@ def test_memory_of_results_is_used_again():
     assert again.data_ptr() == address
     assert again.fill_(1).add_(like.zero_()).sum() == like.numel()
     assert address % 64 == 0
+
+
+def test_running_statistics():
+    check_statistics(cpu.keep_statistics)
+    check_statistics(masked.keep_statistics)
+    with pytest.raises(ValueError, match="there is no such group"):
+        check_statistics(lambda mean, var, assignment, *rest: cpu.keep_statistics(mean, var, assignment - 3, *rest))

@@ -15,6 +15,7 @@ from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
+from tests.oracle import check_statistics
 
 if not available("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -372,3 +373,71 @@ def test_an_empty_batch():
     dw, db = kernels.weight_gradient(x[:0], y, packed, spec)
     assert not dw.any()
     assert not db.any()
+
+
+@settings(max_examples=30, deadline=None, **FORCED)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(2, 13), st.integers(1, 13)),
+    st.sampled_from([None, "relu"]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32, torch.float16]),
+    st.sampled_from([0.0, 30.0]),
+    st.sampled_from([1, 3, 100]),
+    st.integers(0, 2**16),
+)
+def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiprocessors, seed):
+    """Against torch's batch normalisation in float64, and autograd through it; the same bits twice."""
+    generator, c = torch.Generator().manual_seed(seed), shape[1]
+
+    def random(*size, like=dtype):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(like)
+
+    sums = torch.promote_types(dtype, torch.float32)
+    u, dy = (random(*shape) * 3 + mean).to(dtype), random(*shape)
+    weight, bias, order = random(c, like=sums), random(c, like=sums), torch.randperm(c, generator=generator)
+    add, more = (random(*shape) if residual else None for _ in range(2))
+    exact = [t.double().requires_grad_() for t in (u, weight, bias)]
+    v = F.batch_norm(exact[0], None, None, exact[1][order], exact[2][order], True, 0.1, 1e-5)
+    eps = torch.finfo(sums).eps
+    if activation:  # within rounding of 0 either side of the ReLU is right: there dy is 0
+        dy.masked_fill_(v.detach().abs() < 1e3 * eps * (1 + mean), 0)
+    expected = F.relu(v) if activation else v
+    expected.backward(dy.double())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "device_of", lambda _: config.Device(multiprocessors, 90, 227 << 10))
+        y, average, var = kernels.normalise(u, weight, bias, order, 1e-5, activation, add)
+        arguments = dy, u, weight, bias, order, average, var, 1e-5, activation, more
+        du, dweight, dbias = kernels.normalise_gradient(*arguments)
+        again = kernels.normalise_gradient(*arguments)
+    assert all(map(torch.equal, (du, dweight, dbias), again))
+    var0, mean0 = (moment[torch.argsort(order)] for moment in torch.var_mean(u.double(), (0, 2, 3), correction=0))
+    # As on the CPU (test_native.py), and results rounded to the dtype.
+    bound, rounding = 32 * eps * (1 + mean / var0.sqrt().min().item()), torch.finfo(dtype).eps
+    count = u.numel() // c
+    for found, wanted, scale, precision in (
+        (y, expected.detach() + (0 if add is None else add), 4, rounding),
+        (average, mean0, 3 + mean, eps),
+        (var, var0, 9, eps),
+        (du, exact[0].grad + (0 if more is None else more), 4, rounding),
+        (dweight, exact[1].grad, 4 * count**0.5, eps),
+        (dbias, exact[2].grad, 4 * count**0.5, eps),
+    ):
+        wanted = wanted.detach()
+        assert ((found.double() - wanted).abs() <= bound * scale + precision * (1 + wanted.abs())).all()
+
+
+def test_normalise_lets_nan_through():
+    u = torch.randn(1, 2, 5, 5)
+    u[0, 1, 2, 2] = float("nan")
+    affine = torch.ones(2), torch.zeros(2)
+    y, mean, var = kernels.normalise(u, *affine, None, 1e-5, "relu", None)
+    assert y[0, 0].isfinite().all()
+    assert y[0, 1].isnan().all()
+    du, _, _ = kernels.normalise_gradient(torch.ones_like(u), u, *affine, None, mean, var, 1e-5, "relu", None)
+    assert du[0, 0].isfinite().all()
+    assert du[0, 1].isnan().all()
+
+
+def test_running_statistics(poisoned):
+    check_statistics(kernels.keep_statistics)

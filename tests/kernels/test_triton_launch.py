@@ -31,5 +31,7 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
         "gate_gradient": 2,
         "weight_gradient": 4,
         "reduce": 4,
+        **dict.fromkeys(("moments", "statistics", "affine", "gradient_sums", "slopes", "affine_gradient"), 1),
+        "keep_statistics": 1,
     }
-    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2)
+    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2) + 50 * 7

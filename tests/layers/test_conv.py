@@ -85,8 +85,8 @@ def check_chain(p, name):
         norm = None if layer.norm is None else (layer.norm.weight, layer.norm.bias, layer.norm.eps)
         wanted = oracle.sfg_layer(
             wanted, layer.weight, layer.bias, z,
-            stride=stride, padding=padding, dilation=dilation, relu=p["activation"] is not None, pool=p["activation"] == "relu_pool",
-            norm=norm,
+            stride=stride, padding=padding, dilation=dilation,
+            relu=p["activation"] is not None, pool=p["activation"] == "relu_pool", norm=norm,
         )  # fmt: skip
     cotangents = [torch.randn_like(tensor) for tensor in wanted]
     expected = torch.autograd.grad(wanted, leaves, cotangents, allow_unused=True)

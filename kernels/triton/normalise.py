@@ -1,0 +1,209 @@
+"""Batch normalisation, the activation and the shortcut behind it, of channels_last images: P pixels of C channels.
+
+Statistics are sums over pixels. Programs make them of a part of the pixels each (`PARTS` parts), and a last one adds
+these up, so that the bits are the same every time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_at(parts, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a program (part, channels): its first pixel, the pixel behind its last, and its channels."""
+    per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
+    first = tl.program_id(0) * per_part
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return first, tl.minimum(first + per_part, P), c
+
+
+@triton.jit
+def moments_kernel(
+    u, partial, P, parts,
+    C: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean of each part, and sum of squares about it -> partial [parts, 2, C]."""
+    first, last, c = block_at(parts, P, C, BLOCK_P, BLOCK_C)
+    valid = c < C
+    # Sums of differences to one of the values: with a mean far from zero those of the values themselves would cancel.
+    pivot = tl.load(u + first.to(tl.int64) * C + c, mask=valid & (first < P), other=0.0).to(ACC)
+    sums = tl.zeros((BLOCK_C,), ACC)
+    squares = tl.zeros((BLOCK_C,), ACC)
+    for start in range(first, last, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & valid[None, :]
+        value = tl.load(u + p.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
+        difference = tl.where(mask, value - pivot[None, :], 0.0)
+        sums += tl.sum(difference, 0)
+        squares += tl.sum(difference * difference, 0)
+    count = tl.maximum(last - first, 1).to(ACC)
+    to = partial + tl.program_id(0) * 2 * C + c
+    tl.store(to, pivot + sums / count, mask=valid)
+    tl.store(to + C, squares - sums * sums / count, mask=valid)
+
+
+@triton.jit
+def statistics_kernel(
+    partial, order, weight, bias, mean, var, scale, shift, P, parts, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Of all parts: mean and variance [K] of each channel's kernel, and scale and shift [C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.arange(0, PARTS)
+    valid = c < C
+    per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
+    count = tl.minimum(tl.maximum(P - part * per_part, 0), per_part)
+    count = tl.where(part < parts, count, 0).to(ACC)[:, None]
+    mask = (count > 0) & valid[None, :]
+    at = partial + part[:, None] * 2 * C + c[None, :]
+    means = tl.load(at, mask=mask, other=0.0)
+    total = P.to(ACC)
+    average = tl.sum(means * count, 0) / total
+    off = tl.where(mask, means - average[None, :], 0.0)
+    squares = tl.load(at + C, mask=mask, other=0.0) + count * off * off
+    variance = tl.sum(squares, 0) / total
+    kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
+    a = tl.load(weight + kernel, mask=valid, other=0.0).to(ACC) / tl.sqrt(variance + eps)
+    b = tl.load(bias + kernel, mask=valid, other=0.0).to(ACC) - average * a
+    tl.store(mean + kernel, average, mask=valid)
+    tl.store(var + kernel, variance, mask=valid)
+    tl.store(scale + c, a, mask=valid)
+    tl.store(shift + c, b, mask=valid)
+
+
+@triton.jit
+def affine_kernel(
+    u, residual, scale, shift, y, P,
+    C: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act(scale * u + shift) + residual."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    at = p.to(tl.int64)[:, None] * C + c[None, :]
+    a = tl.load(scale + c, mask=c < C, other=0.0)[None, :]
+    value = tl.load(u + at, mask=mask, other=0.0).to(a.dtype) * a
+    value += tl.load(shift + c, mask=c < C, other=0.0)[None, :]
+    if RELU:
+        value = tl.where(value < 0, 0.0, value)  # a NaN passes, as in torch
+    if RESIDUAL:
+        value += tl.load(residual + at, mask=mask, other=0.0).to(a.dtype)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_at(dy, u, at, mask, scale, shift, RELU: tl.constexpr):
+    """u, and dy where scale * u + shift passes the ReLU, otherwise 0."""
+    value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype)
+    g = tl.load(dy + at, mask=mask, other=0.0).to(scale.dtype)
+    if RELU:
+        g = tl.where(value * scale[None, :] + shift[None, :] <= 0, 0.0, g)
+    return value, g
+
+
+@triton.jit
+def affine_of(order, weight, bias, mean, var, eps, c, C: tl.constexpr, ORDER: tl.constexpr):
+    """Kernel, scale, shift and mean of channels c."""
+    valid = c < C
+    kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
+    average = tl.load(mean + kernel, mask=valid, other=0.0)
+    scale = tl.load(weight + kernel, mask=valid, other=0.0).to(average.dtype)
+    scale = scale / tl.sqrt(tl.load(var + kernel, mask=valid, other=1.0) + eps)
+    shift = tl.load(bias + kernel, mask=valid, other=0.0).to(average.dtype) - average * scale
+    return kernel, scale, shift, average
+
+
+@triton.jit
+def gradient_sums_kernel(
+    dy, u, order, weight, bias, mean, var, partial, P, parts, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and of g * (u - mean) over each part -> partial [parts, 2, C]; g = dL/d(scale * u + shift)."""
+    first, last, c = block_at(parts, P, C, BLOCK_P, BLOCK_C)
+    _, scale, shift, average = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
+    sums = tl.zeros((BLOCK_C,), ACC)
+    moments = tl.zeros((BLOCK_C,), ACC)
+    for start in range(first, last, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & (c < C)[None, :]
+        value, g = gradient_at(dy, u, p.to(tl.int64)[:, None] * C + c[None, :], mask, scale, shift, RELU)
+        g = tl.where(mask, g, 0.0)
+        sums += tl.sum(g, 0)
+        moments += tl.sum(g * (value - average[None, :]), 0)
+    to = partial + tl.program_id(0) * 2 * C + c
+    tl.store(to, sums, mask=c < C)
+    tl.store(to + C, moments, mask=c < C)
+
+
+@triton.jit
+def slopes_kernel(
+    partial, order, weight, bias, mean, var, dweight, dbias, slope, offset, P, parts, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias [K], and what makes du = scale * g + slope * u + offset."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    kernel, scale, _, average = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
+    part = tl.arange(0, PARTS)
+    mask = (part < parts)[:, None] & (c < C)[None, :]
+    at = partial + part[:, None] * 2 * C + c[None, :]
+    plain = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+    moment = tl.sum(tl.load(at + C, mask=mask, other=0.0), 0)
+    variance = tl.load(var + kernel, mask=c < C, other=1.0) + eps
+    total = P.to(plain.dtype)
+    a = -scale * moment / variance / total
+    tl.store(dbias + kernel, plain, mask=c < C)
+    tl.store(dweight + kernel, moment / tl.sqrt(variance), mask=c < C)
+    tl.store(slope + c, a, mask=c < C)
+    tl.store(offset + c, -scale * plain / total - a * average, mask=c < C)
+
+
+@triton.jit
+def affine_gradient_kernel(
+    dy, u, order, weight, bias, mean, var, slope, offset, add, du, P, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """du = scale * g + slope * u + offset + add."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    _, scale, shift, _ = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    at = p.to(tl.int64)[:, None] * C + c[None, :]
+    value, g = gradient_at(dy, u, at, mask, scale, shift, RELU)
+    gradient = scale[None, :] * g + tl.load(slope + c, mask=c < C, other=0.0)[None, :] * value
+    gradient += tl.load(offset + c, mask=c < C, other=0.0)[None, :]
+    if ADD:
+        gradient += tl.load(add + at, mask=mask, other=0.0).to(gradient.dtype)
+    tl.store(du + at, gradient.to(du.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def keep_statistics_kernel(
+    mean, var, assignment, running_mean, running_var, draws, pooled_mean, pooled_var, count,
+    MOMENTUM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """See kernels/__init__.py. One program."""
+    k = tl.arange(0, BLOCK)
+    valid = k < K
+    at = tl.load(assignment + k, mask=valid, other=0) * K + k
+    times = tl.load(draws + at, mask=valid, other=0) + 1
+    of_all = tl.full((BLOCK,), 1, tl.int64)
+    for g in tl.static_range(GROUPS):
+        of_all += tl.load(draws + g * K + k, mask=valid, other=0)
+    tl.store(draws + at, times, mask=valid)
+    new_mean = tl.load(mean + k, mask=valid, other=0.0)
+    new_var = tl.load(var + k, mask=valid, other=0.0)
+    new_var *= count.to(new_var.dtype) / (count - 1)
+    one = tl.full((BLOCK,), 1, new_var.dtype)
+    rate = tl.maximum(one / times.to(one.dtype), one * MOMENTUM)
+    rate_of_all = tl.maximum(one / of_all.to(one.dtype), one * MOMENTUM)
+    old = tl.load(running_mean + at, mask=valid, other=0.0)
+    tl.store(running_mean + at, old + rate * (new_mean - old), mask=valid)
+    old = tl.load(running_var + at, mask=valid, other=0.0)
+    tl.store(running_var + at, old + rate * (new_var - old), mask=valid)
+    old = tl.load(pooled_mean + k, mask=valid, other=0.0)
+    tl.store(pooled_mean + k, old + rate_of_all * (new_mean - old), mask=valid)
+    old = tl.load(pooled_var + k, mask=valid, other=0.0)
+    tl.store(pooled_var + k, old + rate_of_all * (new_var - old), mask=valid)
