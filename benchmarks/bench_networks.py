@@ -25,6 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,27 @@ from sfg_fast import SFGVGG, SFGHighResNet, assign, backend, freeze, recalibrate
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.vgg import VGG11
 
-BATCH, WIDTHS, BLOCKS, VGG_WIDTH, EVERY = 4, (16, 32, 64), 3, 32, 4
+EVERY = 4
 OUTPUTS = {"ct": 1, "organs": 6}
 Step = Callable[[], None]
+
+
+class Case(NamedTuple):
+    """Which network, and how large."""
+
+    kind: str  # routed, separate or vgg
+    size: int
+    batch: int = 4
+    widths: tuple[int, int, int] = (16, 32, 64)  # of the stages; the VGG starts with the second
+    blocks: int = 3
+    device: str = "cpu"
+    half: torch.dtype | None = None  # of autocast
+
+    def image(self) -> Tensor:
+        return torch.randn(self.batch, 1, self.size, self.size, device=self.device)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.size}x{self.size}"
 
 
 class PlainBlock(nn.Module):
@@ -55,50 +74,53 @@ def conv_norm(c: int, k: int, d: int = 1, relu: bool = True) -> nn.Sequential:
 
 
 class PlainVGG(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         layers, c = [], 1
         for size in VGG11:
-            layers.append(nn.MaxPool2d(2) if size == "pool" else conv_norm(c, VGG_WIDTH * int(size)))
-            c = c if size == "pool" else VGG_WIDTH * int(size)
+            layers.append(nn.MaxPool2d(2) if size == "pool" else conv_norm(c, width * int(size)))
+            c = c if size == "pool" else width * int(size)
         self.features, self.head = nn.Sequential(*layers), nn.Linear(c, sum(OUTPUTS.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
 
 
-def plain(kind: str) -> nn.Module:
+def plain(case: Case) -> nn.Module:
     """One network of the same convolutions as `routed`, without groups; also what `separate` is compared with."""
-    if kind == "vgg":
-        return PlainVGG()
+    if case.kind == "vgg":
+        return PlainVGG(case.widths[1])
     layers, c = [], 1
-    for stage, k in enumerate(WIDTHS):
-        layers += [conv_norm(c, k), *(PlainBlock(k, 2**stage) for _ in range(BLOCKS))]
+    for stage, k in enumerate(case.widths):
+        layers += [conv_norm(c, k), *(PlainBlock(k, 2**stage) for _ in range(case.blocks))]
         c = k
     return nn.Sequential(*layers, conv_norm(c, c), conv_norm(c, c), nn.Conv2d(c, sum(OUTPUTS.values()), 1))
 
 
-def monai() -> nn.Module:
+def monai(case: Case) -> nn.Module:
     from monai.networks.nets import HighResNet
 
-    first = {"name": "conv_0", "n_features": WIDTHS[0], "kernel_size": 3}
+    first = {"name": "conv_0", "n_features": case.widths[0], "kernel_size": 3}
     blocks = [
-        {"name": f"res_{stage}", "n_features": k, "kernels": (3, 3), "repeat": BLOCKS} for stage, k in enumerate(WIDTHS)
+        {"name": f"res_{stage}", "n_features": k, "kernels": (3, 3), "repeat": case.blocks}
+        for stage, k in enumerate(case.widths)
     ]
     last = [
-        {"name": "conv_1", "n_features": WIDTHS[-1], "kernel_size": 1},
+        {"name": "conv_1", "n_features": case.widths[-1], "kernel_size": 1},
         {"name": "conv_2", "kernel_size": 1},
     ]
     return HighResNet(2, 1, sum(OUTPUTS.values()), layer_params=(first, *blocks, *last))
 
 
-def ours(kind: str) -> nn.Module:
-    return SFGVGG(1, OUTPUTS, VGG_WIDTH) if kind == "vgg" else SFGHighResNet(1, OUTPUTS, WIDTHS, BLOCKS, kind)
+def ours(case: Case) -> nn.Module:
+    if case.kind == "vgg":
+        return SFGVGG(1, OUTPUTS, case.widths[1])
+    return SFGHighResNet(1, OUTPUTS, case.widths, case.blocks, case.kind)
 
 
-def step(network: nn.Module, size: int, name: str = "auto", last: bool = False, times: int = 1) -> Step:
+def step(network: nn.Module, case: Case, name: str = "auto", last: bool = False, times: int = 1) -> Step:
     """Forward and backward."""
-    x = torch.randn(BATCH, 1, size, size)
+    network, x = network.to(case.device), case.image()
     if last:
         network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 
@@ -106,7 +128,7 @@ def step(network: nn.Module, size: int, name: str = "auto", last: bool = False, 
         for _ in range(times):
             for parameter in network.parameters():
                 parameter.grad = None
-            with backend(name):
+            with backend(name), torch.autocast(case.device, case.half, case.half is not None):
                 y = network(x)
                 outputs = y.values() if isinstance(y, dict) else y if isinstance(y, list) else [y]
                 sum(out.square().mean() for out in outputs).backward()
@@ -114,26 +136,26 @@ def step(network: nn.Module, size: int, name: str = "auto", last: bool = False, 
     return run
 
 
-def contestant(kind: str, size: int, name: str) -> Step:
-    """A training step of one of them; `name` may end in ", channels_last"."""
+def contestant(case: Case, name: str, fast: str = "auto") -> Step:
+    """A training step of one of them; `name` may end in ", channels_last". `fast`: the backend of ours."""
     what, _, layout = name.partition(", ")
     last = layout == "channels_last"
     if what in ("dense", "dense compiled"):
-        if kind == "vgg":
-            return step(ours(kind), size, "reference", last)
-        network: nn.Module = PlainNetwork((1, 6), WIDTHS, BLOCKS, kind)
-        return step(torch.compile(network) if what == "dense compiled" else network, size, last=last)  # type: ignore[arg-type]
+        if case.kind == "vgg":
+            return step(ours(case), case, "reference", last)
+        network: nn.Module = PlainNetwork((1, 6), case.widths, case.blocks, case.kind)
+        return step(torch.compile(network) if what == "dense compiled" else network, case, last=last)  # type: ignore[arg-type]
     if what in ("one plain", "one plain compiled"):
-        network = plain(kind)
-        return step(torch.compile(network) if what == "one plain compiled" else network, size, last=last)  # type: ignore[arg-type]
+        network = plain(case)
+        return step(torch.compile(network) if what == "one plain compiled" else network, case, last=last)  # type: ignore[arg-type]
     if what == "MONAI":
-        return step(monai(), size, last=last)
-    network = ours(kind)
+        return step(monai(case), case, last=last)
+    network = ours(case)
     if what == "masked":
-        return step(network, size, "masked", last)
+        return step(network, case, "masked", last)
     estimator, _, every = what.partition("=")
     set_estimator(network, estimator, int(every or 1))
-    return step(network, size, times=int(every or 1))
+    return step(network, case, fast, fast == "triton", int(every or 1))
 
 
 def names(kind: str) -> list[str]:
@@ -143,39 +165,46 @@ def names(kind: str) -> list[str]:
     return [*both, "straight_through", "selected", f"straight_through={EVERY}"]
 
 
-def training(kind: str, size: int, rounds: int) -> list[str]:
-    times = interleaved({name: contestant(kind, size, name) for name in names(kind)}, rounds)
-    for name in [name for name in times if ", " not in name and name + ", channels_last" in times]:
-        pair = times[name], times.pop(name + ", channels_last")
-        times[name] = min(pair, key=statistics.median)
-    if "dense compiled" in times:
-        times["dense faster"] = min(times["dense"], times["dense compiled"], key=statistics.median)
-    times["plain faster"] = min(times["one plain"], times["one plain compiled"], key=statistics.median)
-    times[f"straight_through={EVERY}"] = [t / EVERY for t in times[f"straight_through={EVERY}"]]
-    dense = "dense faster" if "dense faster" in times else "dense"
+def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Each in its faster memory format; the faster of eager and compiled ones; `every` for one step."""
+    found = dict(times)
+    for name in [name for name in found if ", " not in name and name + ", channels_last" in found]:
+        found[name] = min(found[name], found.pop(name + ", channels_last"), key=statistics.median)
+    for name in ("dense", "one plain"):
+        both = [found[one] for one in (name, f"{name} compiled") if one in found]
+        if both:
+            found[f"{name} faster"] = min(both, key=statistics.median)
+    several = f"straight_through={EVERY}"
+    if several in found:
+        found[several] = [t / EVERY for t in found[several]]
+    return found
+
+
+def training(case: Case, rounds: int) -> list[str]:
+    times = faster(interleaved({name: contestant(case, name) for name in names(case.kind)}, rounds))
     pairs = [
-        (dense, "straight_through"),
-        (dense, f"straight_through={EVERY}"),
-        (dense, "selected"),
-        (dense, "masked"),
+        ("dense faster", "straight_through"),
+        ("dense faster", f"straight_through={EVERY}"),
+        ("dense faster", "selected"),
+        ("dense faster", "masked"),
         ("straight_through", "one plain"),
-        ("straight_through", "plain faster"),
+        ("straight_through", "one plain faster"),
         ("straight_through", "MONAI" if "MONAI" in times else "one plain"),
-        ("dense", dense),
+        ("dense", "dense faster"),
     ]
-    return [f"{kind}, {size}x{size}", *("{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, *pair)) for pair in pairs)]
+    return [str(case), *("{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, *pair)) for pair in pairs)]
 
 
-def inference(kind: str, size: int, rounds: int) -> list[str]:
+def inference(case: Case, rounds: int) -> list[str]:
     torch.manual_seed(0)
-    network, x = ours(kind), torch.randn(BATCH, 1, size, size)
+    network, x = ours(case), case.image()
     p = torch.tensor([0.6, 0.2, 0.2])
     assign(network, {n: torch.multinomial(p, m.out_channels, True) for n, m in sfg_layers(network).items()})
     recalibrate(network, [torch.randn(2, 1, 64, 64)])
     frozen = freeze(network.eval())
     last = x.to(memory_format=torch.channels_last)
-    plains = [plain(kind).eval() for _ in range(2)]
-    lasts = [plain(kind).eval().to(memory_format=torch.channels_last) for _ in range(2)]  # type: ignore[call-overload]
+    plains = [plain(case).eval() for _ in range(2)]
+    lasts = [plain(case).eval().to(memory_format=torch.channels_last) for _ in range(2)]  # type: ignore[call-overload]
 
     def run(models: list[nn.Module], image: Tensor) -> Step:
         @torch.no_grad()
@@ -192,29 +221,29 @@ def inference(kind: str, size: int, rounds: int) -> list[str]:
     for name in ("plain", "frozen"):
         times[name] = min(times[name], times.pop(f"{name}, last"), key=statistics.median)
     cells = ["{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, name, "plain")) for name in ("frozen", "network")]
-    return [f"{kind}, {size}x{size}", *cells]
+    return [str(case), *cells]
 
 
-def peak(kind: str, size: int, name: str) -> float:
+def peak(case: Case, name: str) -> float:
     """MiB, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", kind, str(size), name]
+    command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", case.kind, str(case.size), name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def peak_here(kind: str, size: int, name: str) -> float:
-    contestant(kind, 32, name)()  # what is loaded at first use
-    run = contestant(kind, size, name)
+def peak_here(case: Case, name: str) -> float:
+    contestant(case._replace(size=32), name)()  # what is loaded at first use
+    run = contestant(case, name)
     before = resident("VmRSS")
     for _ in range(2):
         run()
     return resident("VmHWM") - before
 
 
-def memory(kind: str, size: int) -> list[str]:
-    found = {name: peak(kind, size, name) for name in ("dense", "masked", "straight_through", "selected", "one plain")}
+def memory(case: Case) -> list[str]:
+    found = {name: peak(case, name) for name in ("dense", "masked", "straight_through", "selected", "one plain")}
     cells = [f"{found['dense']:.0f}"]
     cells += [f"{found[name] / found['dense']:.2f}" for name in ("straight_through", "selected", "masked", "one plain")]
-    return [f"{kind}, {size}x{size}", *cells]
+    return [str(case), *cells]
 
 
 TABLES = {
@@ -225,7 +254,7 @@ TABLES = {
     ),
     "Inference": (inference, "network | frozen / two plain networks | itself in `eval()` / two plain networks"),
     "Memory": (
-        lambda kind, size, rounds: memory(kind, size),
+        lambda case, rounds: memory(case),
         "network | dense, MiB | straight_through / dense | selected / dense | masked / dense | one plain / dense",
     ),
 }
@@ -242,19 +271,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak:
         kind, size, name = options.peak
-        print(peak_here(kind, int(size), name))
+        print(peak_here(Case(kind, int(size)), name))
         return
     lines = [
         "# Whole networks\n",
-        f"`python -m benchmarks.bench_networks`. {machine()}. Batch {BATCH}. Medians (quartiles) of {options.rounds} "
-        "interleaved rounds.",
+        f"`python -m benchmarks.bench_networks`. {machine()}. Batch {Case('', 0).batch}. Medians (quartiles) of "
+        f"{options.rounds} interleaved rounds.",
     ]
     for title in options.tables:
         make, header = TABLES[title]
         lines += [f"\n## {title}\n", f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
         for kind in options.networks:
             for size in options.sizes:
-                lines.append("| " + " | ".join(make(kind, size, options.rounds)) + " |")
+                lines.append("| " + " | ".join(make(Case(kind, size), options.rounds)) + " |")
                 print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     print(text)

@@ -12,6 +12,8 @@ Writes DIR/gpu_suite.json after every part, so that a run that is cut off leaves
                convolution + ReLU (backend `masked`), one plain one, dense masking in eager torch and compiled.
                Device time of a captured graph, and with events around eager calls, in microseconds; inputs are rotated,
                so that none is found in the L2 cache; ratios; and the fraction of the floor that the roofs give
+    networks   the training step of whole networks: ours, one masked convolution a layer, one plain network, MONAI's,
+               and dense masking (gpu_networks.py)
     overhead   what a call costs the host
     variants   our kernels with other tiles, warps, pipelines than the formulas choose: to see what to change
 
@@ -38,7 +40,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-DRY = "--dry-run" in sys.argv
 
 
 def use_checkout() -> None:
@@ -55,7 +56,7 @@ def use_checkout() -> None:
 
 
 if __name__ == "__main__":
-    if DRY:
+    if "--dry-run" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"
     use_checkout()
 
@@ -66,12 +67,12 @@ from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 from sfg_fast.kernels.triton import config
 from torch import Tensor
 
+from benchmarks import gpu_networks
+from benchmarks.gpu_timing import DEVICE, DRY, HALF, captured, eager_us, host_us, roofs
 from sfg_fast import SFGConv2d, SFGHighResNet, backend
 from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import Others, routed_conv, routed_conv_kept
 
-DEVICE = torch.device("cpu" if DRY else "cuda")
-HALF = torch.float16 if DRY else torch.bfloat16  # the interpreter can't multiply bfloat16
 BOUNDS = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -245,83 +246,6 @@ def graph_check() -> dict[str, Any]:
             losses.append(float(loss))
     fine = all(value == value for value in losses) and losses[-1] < losses[0]
     return {"case": "training step of a network in a CUDA graph", "ok": fine, "losses": losses}
-
-
-# --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def synchronize() -> None:
-    if not DRY:
-        torch.cuda.synchronize()
-
-
-def eager_us(call: Callable[[int], object], sets: int, rounds: int) -> list[float]:
-    """Microseconds of each call on the device, by events around all input sets."""
-    times = []
-    for turn in range(rounds + 2):
-        if DRY:
-            start = time.perf_counter()
-            for index in range(sets):
-                call(index)
-            elapsed = (time.perf_counter() - start) * 1e6
-        else:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            for index in range(sets):
-                call(index)
-            after.record()
-            torch.cuda.synchronize()
-            elapsed = before.elapsed_time(after) * 1e3
-        if turn >= 2:
-            times.append(elapsed / sets)
-    return times
-
-
-def captured(call: Callable[[int], object], sets: int) -> Callable[[int], object]:
-    """All input sets in one CUDA graph, as a call to time with one "set"."""
-    if DRY:
-        return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for index in range(sets):
-            call(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(index) for index in range(sets)]
-
-    def replay(_: int) -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
-def host_us(call: Callable[[int], object], calls: int) -> float:
-    """Microseconds of the host's time for one call, the device far behind."""
-    call(0)
-    synchronize()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call(0)
-        times.append((time.perf_counter() - start) / calls * 1e6)
-        synchronize()
-    return statistics.median(times)
-
-
-def roofs() -> dict[str, float]:
-    """GB/s of a copy (read + written) and TFLOP/s of a half-precision matrix product on random data."""
-    size = 1 << (20 if DRY else 30)
-    source = torch.randn(size // 2, device=DEVICE).to(torch.float16)
-    target = torch.empty_like(source)
-    n = 64 if DRY else 8192
-    a, b = (torch.randn(n, n, device=DEVICE).to(HALF) for _ in range(2))
-    copy = statistics.median(eager_us(lambda _: target.copy_(source), 1, 10))
-    product = statistics.median(eager_us(lambda _: a @ b, 1, 10))
-    return {"copy_GB_s": 2 * size / copy / 1e3, "half_TFLOP_s": 2 * n**3 / product / 1e6}
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -623,6 +547,8 @@ def main() -> int:
     layers = DRY_LAYERS if DRY else LAYERS
     for layer in layers:
         part(f"layer {layer.width}", lambda layer=layer: measure(layer, results["roofs"], rounds))
+    for case in gpu_networks.CASES:
+        part(f"network {case}", lambda case=case: gpu_networks.measure(case, results["roofs"], rounds))
     part("overhead", overhead)
     for layer in reversed(layers):
         part(f"variants {layer.width}", lambda layer=layer: variants(layer, rounds))
@@ -640,6 +566,8 @@ def main() -> int:
                     f"x dense {f['x_dense_masking']:.2f}, x compiled {f['x_dense_masking_compiled']:.2f}, "
                     f"x one masked {f['x_one_masked_convolution']:.2f}, x one plain {f['x_one_plain_convolution']:.2f}"
                 )
+    for case in gpu_networks.CASES:
+        print(f"{case}: {gpu_networks.line(results.get(f'network {case}'))}")
     print(f"{len(results['checks']) + 1 - len(bad)} checks right, {len(bad)} wrong; {file}")
     return 1 if bad else 0
 

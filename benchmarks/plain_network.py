@@ -30,7 +30,7 @@ class Norm(nn.Module):
         else:
             var, mean = moments[0]
         with torch.no_grad():
-            k = torch.arange(len(drawn))
+            k = torch.arange(len(drawn), device=drawn.device)
             self.draws[drawn, k] += 1
             rate = (1 / self.draws[drawn, k]).clamp_min(0.1)
             self.mean[drawn, k] += rate * (mean - self.mean[drawn, k])

@@ -23,6 +23,7 @@ def test_dry_run(tmp_path):
     assert all(check["ok"] for check in results["checks"])
     assert results["graph"]["ok"]
     assert set(results["layer 16"]["step"]["graph_us"]) >= {"triton", "masked", "dense masking"}
+    assert results["network routed, 6x6"]["graph_us"]["straight_through"] > 0
     assert "left_out" not in results
 
 
