@@ -10,6 +10,7 @@ input has. Kernels that no output depends on are never asked for.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,8 @@ class GroupTensors:
     """Features of a frozen network: for each group its live kernels alone, [N, K_g, H, W], computed when first read.
 
     `kernels`: for each group the indices of its kernels, [] for none. `width`: K. `zero`: one channel of zeros of the
-    features' size, which stands in where a group has nothing.
+    features' size, which stands in where a group has nothing. `side_by_side`: all groups that anybody reads, in order,
+    in one tensor, or None; `sizes`: how many channels of it are whose.
     """
 
     def __init__(
@@ -132,15 +134,21 @@ class GroupTensors:
         width: int,
         names: tuple[str, ...],
         routing: Routing = Routing.ARROW,
+        side_by_side: Tensor | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
         self.zero, self.kernels, self.width, self.names, self.routing = zero, kernels, width, names, routing
         self.groups = None  # there is no draw to be passed on
+        self.side_by_side, self.sizes = side_by_side, list(sizes)
         self._compute, self._known = compute, {}  # type: ignore[var-annotated]
 
     def __getitem__(self, group: int) -> Tensor:
         """The live kernels of a group that has any."""
         if group not in self._known:
-            self._known[group] = self._compute(group)
+            if self.side_by_side is not None and self.sizes[group]:
+                self._known[group] = self.side_by_side.narrow(1, sum(self.sizes[:group]), self.sizes[group])
+            else:
+                self._known[group] = self._compute(group)
         return self._known[group]
 
     def read(self, group: int) -> list[int]:
@@ -244,17 +252,61 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     return conv.requires_grad_(False)
 
 
-def _run(conv: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
-    """conv(x), or relu of it: by torch in a graph (export, compile) and on GPUs. On the CPU it is slow for few and odd
-    numbers of channels, so `native` does it where it is there."""
+def _by_kernels(conv: nn.Module, x: Tensor) -> bool:
+    """Shall `native` convolve? In a graph (export, compile) and on GPUs torch does, but on the CPU it is slow for few
+    and odd numbers of channels."""
     assert isinstance(conv, nn.Conv2d)
     plain = torch.compiler.is_compiling() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
     plain = plain or x.device.type != "cpu" or x.dtype != conv.weight.dtype or backends.current() == "reference"
-    if plain or x.requires_grad or backends.kernels(x)[0] is backends.load("masked"):
+    return not (plain or x.requires_grad or backends.kernels(x)[0] is backends.load("masked"))
+
+
+def _run(conv: Any, x: Tensor, relu: bool = False) -> Tensor:
+    """conv(x), or relu of it."""
+    if not _by_kernels(conv, x):
         return F.relu(conv(x)) if relu else conv(x)
     rows, columns = (FilterGroups.blocks([n], ("all",), x.device) for n in conv.weight.shape[:2])
-    spec = RoutedConv(rows, columns, Routing.ALL, Geometry(conv.stride, conv.padding, conv.dilation))
-    return routed_conv(x, conv.weight, conv.bias, spec, relu)
+    return routed_conv(x, conv.weight, conv.bias, RoutedConv(rows, columns, Routing.ALL, _geometry(conv)), relu)
+
+
+def _together(
+    convolutions: Mapping[int, Any],
+    x: Tensor | GroupTensors,
+    groups: int,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """The convolutions of several groups, {group: plain convolution}, as one routed convolution: outputs side by side,
+    and nothing is copied. None where that can't be."""
+    image = isinstance(x, Tensor)
+    read = x if isinstance(x, Tensor) else x.side_by_side
+    if read is None or not convolutions or not all(_by_kernels(conv, read) for conv in convolutions.values()):
+        return None
+    columns = [read.shape[1]] if isinstance(x, Tensor) else x.sizes
+    routing = Routing.ALL if isinstance(x, Tensor) else x.routing
+    sizes, weights, starts = [0] * groups, [], [0, *itertools.accumulate(columns)]
+    ordered = dict(sorted(convolutions.items()))
+    for group, conv in ordered.items():
+        sizes[group], size, *taps = conv.weight.shape
+        reads = (0,) if image else (group, 0) if routing is Routing.ARROW and group else (group,)
+        if size != sum(columns[one] for one in reads):  # zeros stand in for something
+            return None
+        weight, at = conv.weight.new_zeros(sizes[group], sum(columns), *taps), 0
+        for one in reads:
+            weight[:, starts[one] : starts[one + 1]] = conv.weight[:, at : at + columns[one]]
+            at += columns[one]
+        weights.append(weight)
+    some = next(iter(ordered.values()))
+    bias = None if some.bias is None else torch.cat([conv.bias for conv in ordered.values()])
+    names = tuple(map(str, range(groups)))
+    rows, read_from = (FilterGroups.blocks(side, names[: len(side)], read.device) for side in (sizes, columns))
+    return routed_conv(
+        read, torch.cat(weights), bias, RoutedConv(rows, read_from, routing, _geometry(some)), relu, residual
+    )
+
+
+def _geometry(conv: Any) -> Geometry:
+    return Geometry(conv.stride, conv.padding, conv.dilation)
 
 
 class FrozenConv(_Frozen):
@@ -271,10 +323,28 @@ class FrozenConv(_Frozen):
         self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
     ) -> GroupTensors:
         """`groups` is ignored: the assignment is fixed."""
+        together, added = None, residual is None
+        if "source" not in self.__dict__:
+            together, added = self._all(x, residual)
+        made = {name: len(own) for name, own in zip(self.names, self.kernels, strict=True) if name in self.convolutions}
         own = GroupTensors(
-            lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names
-        )
-        return own if residual is None else residual + own
+            lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
+            side_by_side=together, sizes=[made.get(name, 0) for name in self.names],
+        )  # fmt: skip
+        return own if residual is None or added else residual + own
+
+    def _all(self, x: Tensor | GroupTensors, residual: GroupTensors | None) -> tuple[Tensor | None, bool]:
+        """All groups side by side, and whether the residual is in it."""
+        convolutions = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
+        add = None
+        if residual is not None and self.activation is None and residual.side_by_side is not None:
+            live = [len(own) if group in convolutions else 0 for group, own in enumerate(self.kernels)]
+            add = residual.side_by_side if residual.sizes == live else None
+        known = self.activation in ("relu", "relu_pool")
+        y = _together(convolutions, x, len(self.names), known, add)
+        if y is not None and self.activation not in (None, "relu"):
+            y = F.max_pool2d(y, 2) if known else activate(y, self.activation)
+        return y, add is not None and y is not None
 
     def _zero(self, x: Tensor | GroupTensors) -> Tensor:
         """A channel of zeros as large as the output: padded, without what a kernel reaches over, every stride-th."""
@@ -410,6 +480,13 @@ class FrozenHeads(_Frozen):
         self.tasks = {task: 1 + list(source.outputs).index(task) for task in tasks}
 
     def forward(self, x: GroupTensors) -> dict[str, Tensor]:
+        if "source" not in self.__dict__:
+            y = _together({g: self.convolutions[task] for task, g in self.tasks.items()}, x, len(x.names))
+            if y is not None:
+                by_group = sorted(self.tasks, key=self.tasks.__getitem__)
+                sizes: list[int] = [self.convolutions[task].out_channels for task in by_group]  # type: ignore[misc]
+                parts = dict(zip(by_group, y.split(sizes, 1), strict=True))
+                return {task: parts[task] for task in self.tasks}
         return {task: self._task(x, task, group) for task, group in self.tasks.items()}
 
     def _task(self, x: GroupTensors, task: str, group: int) -> Tensor:
