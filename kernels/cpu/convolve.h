@@ -14,8 +14,8 @@ namespace sfg {
 
 constexpr int64_t CONVOLUTION_POSITIONS = 4096;
 constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
-constexpr int MOST_OUTPUTS = 16;      // of a tile, with any instruction set
 constexpr double COMBINING = 8;       // multiplications that an output takes to be made of products
+constexpr int64_t MOST_TAPS = 7;      // in a row of a kernel that goes by products
 constexpr int64_t STRIP = 96;         // positions that are long enough for the loops
 
 // Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
@@ -31,8 +31,9 @@ struct Convolution {
     std::vector<Part> parts;
     int64_t weights;
     std::vector<Axis> vertical, horizontal;
-    int64_t taps;           // of a kernel as it is packed
-    bool winograd = false;  // taps are those of the products
+    int64_t kernel_taps;
+    int64_t taps = kernel_taps;  // of a kernel as it is packed
+    bool winograd = false;       // taps are those of the products
 
     // What suits it, once all else is there.
     void choose_method() {
@@ -41,7 +42,8 @@ struct Convolution {
             for (const Tile& tile : part.tiles) outputs += tile.outputs;
         const Limits limits{loops.lanes, sizeof(T), 0, FLAT_OUTPUT, false};
         const double sources = double(weights * horizontal[0].tap.size()) / double(std::max<int64_t>(outputs, 1));
-        winograd = sources > 0 && suits_winograd(vertical, horizontal, limits, COMBINING / sources, 0);
+        winograd = sources > 0 && kernel_taps <= winograd::TAPS * MOST_TAPS &&
+                   suits_winograd(vertical, horizontal, limits, COMBINING / sources, 0);
         if (winograd) taps = winograd::PRODUCTS * horizontal[0].tap.size();
     }
 };
@@ -252,13 +254,16 @@ class PackedWeights {
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
                     const T* source = task_.weight + place(task_.read_order, c) * task_.read_stride;
+                    const int64_t pitch = task_.winograd ? int64_t(MOST_OUTPUTS) : tile.outputs;
+                    T together[winograd::TAPS * MOST_TAPS * MOST_OUTPUTS];
+                    T* kernels = task_.winograd ? together : to;
                     for (int64_t k = 0; k < tile.outputs; k++) {
                         const T* from = source + place(task_.output_order, tile.first + k) * task_.output_stride;
-                        if (task_.winograd)
-                            pack_products(from, to + k, tile.outputs);
-                        else
-                            for (int64_t t = 0; t < task_.taps; t++) to[t * tile.outputs + k] = from[t];
+                        for (int64_t t = 0; t < task_.kernel_taps; t++) kernels[t * pitch + k] = from[t];
                     }
+                    if (task_.winograd)
+                        task_.loops.weigh(kernels, task_.vertical[0].tap.data(), task_.horizontal[0].tap.data(),
+                                          task_.horizontal[0].tap.size(), tile.outputs, to);
                     to += task_.taps * tile.outputs;
                 }
             for (int64_t k = 0; k < tile.outputs; k++)
@@ -273,19 +278,6 @@ class PackedWeights {
     int64_t taps() const { return task_.taps; }
 
  private:
-    void pack_products(const T* kernel, T* to, int64_t outputs) const {
-        const std::vector<int64_t>&rows = task_.vertical[0].tap, &columns = task_.horizontal[0].tap;
-        for (const int64_t column : columns) {
-            for (int i = 0; i < winograd::PRODUCTS; i++) {
-                double sum = 0;
-                for (int j = 0; j < winograd::TAPS; j++)
-                    sum += winograd::WEIGHTS[i][j] * double(kernel[rows[j] + column]);
-                to[i * int64_t(columns.size()) * outputs] = T(sum);
-            }
-            to += outputs;
-        }
-    }
-
     const Convolution<T>& task_;
     const std::vector<const Tile*> tiles_;
     const Buffer<T> data_;

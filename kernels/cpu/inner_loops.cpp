@@ -253,6 +253,20 @@ void combine(const ProductTile<T>& t) {
     }
 }
 
+template <typename T>
+void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to) {
+    for (int i = 0; i < winograd::PRODUCTS; i++) {
+        const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
+        for (int64_t column = 0; column < column_count; column++, to += outputs) {
+            const T* first = taps + (rows[0] + columns[column]) * MOST_OUTPUTS;
+            const T* second = taps + (rows[1] + columns[column]) * MOST_OUTPUTS;
+            const T* third = taps + (rows[2] + columns[column]) * MOST_OUTPUTS;
+            for (int64_t k = 0; k < outputs; k++)
+                to[k] = T(a * double(first[k]) + b * double(second[k]) + c * double(third[k]));
+        }
+    }
+}
+
 template <typename T, int N, bool RELU>
 SFG_INLINE Vector<T> mixed_at(const T* const* rows, int64_t to_relu, const Vector<T>* factors, int64_t j) {
     const Vector<T> none{};
@@ -395,6 +409,7 @@ constexpr int OUTPUTS = REGISTERS == 32 ? 12 : 6, GRADIENT_OUTPUTS = REGISTERS =
                                             output<T, OUTPUTS>,            \
                                             transform<T>,                  \
                                             combine<T>,                    \
+                                            weigh<T>,                      \
                                             mix<T, Mixture<T>::MOST>,      \
                                             gradient<T, GRADIENT_OUTPUTS>, \
                                             sum<T>,                        \

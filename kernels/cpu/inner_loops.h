@@ -15,6 +15,8 @@ struct Activation {
     bool relu = false, pool = false;
 };
 
+constexpr int MOST_OUTPUTS = 16;  // of a tile, with any instruction set
+
 struct Range {
     int64_t first, last;
 };
@@ -166,6 +168,9 @@ struct InnerLoops {
     // Rows, `pitch` apart (whole vectors) -> those that Winograd multiplies, `blocks` of each, each kind in `stride`.
     void (*transform)(const T* rows, int64_t pitch, int64_t blocks, T* to, int64_t stride);
     void (*combine)(const ProductTile<T>&);
+    // Kernels [tap][MOST_OUTPUTS] -> what these multiply, [product][column][outputs]; taps are rows[i] + columns[j].
+    void (*weigh)(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs,
+                  T* to);
     void (*mix)(const Mixture<T>&);
     void (*gradient)(const GradientTile<T>&);
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum

@@ -31,7 +31,7 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
                         .weights = 0,
                         .vertical = undilated({forward_axis(p, 0)}),
                         .horizontal = {forward_axis(p, 1)},
-                        .taps = taps};
+                        .kernel_taps = taps};
     task.parts = parts(blocks, false, loops.outputs, &task.weights);
     return task;
 }
@@ -59,7 +59,7 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
                         .weights = 0,
                         .vertical = undilated(gradient_axes(p, 0)),
                         .horizontal = gradient_axes(p, 1),
-                        .taps = taps};
+                        .kernel_taps = taps};
     task.parts = parts(blocks, true, loops.outputs, &task.weights);
     return task;
 }
