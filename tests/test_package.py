@@ -16,7 +16,7 @@ from sfg_fast.backends import BackendError, backend
 ROOT = Path(sfg_fast.__file__).parent
 
 FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
-    {"errors", "files", "groups", "kernels", "data"},
+    {"activations", "errors", "files", "groups", "kernels", "data"},
     {"backends", "estimators", "features", "gates", "norm", "plain_ops"},
     {"reference", "passes", "operators", "routed_conv"},
     {"layers"},

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch  # its OpenMP runtime must be loaded first: the extension then uses the same thread pool
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from .. import masked
 from ..masked import missing, sample
@@ -217,7 +217,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     """Not filled. Large ones come from memory that is kept (memory.h)."""
     if math.prod(shape) * like.element_size() < KEPT_FROM:
         return like.new_empty(shape)
-    return (_native.empty_float32 if like.dtype == torch.float32 else _native.empty_float64)(shape)
+    return from_dlpack((_native.empty_float32 if like.dtype == torch.float32 else _native.empty_float64)(shape))
 
 
 def _flags(activation: str | None) -> tuple[bool, bool]:

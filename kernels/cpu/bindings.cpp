@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -310,28 +311,50 @@ void keep_statistics(Vector<const T> mean, Vector<const T> var, Array<const int6
                             running_var.data(), draws.data(), pooled_mean.data(), pooled_var.data(), groups, kernels);
 }
 
-// A tensor that is not filled, its memory from Memory.
+// A tensor on its way to torch, as DLPack has it. Whoever takes it calls the deleter, in any thread, with or without
+// Python's lock, and even when Python is gone: nothing of Python is in it.
+struct Result {
+    nb::dlpack::dltensor tensor;
+    void* context;
+    void (*deleter)(Result*);
+    // What follows is ours.
+    std::array<int64_t, 4> shape;
+    size_t bytes;
+};
+
+constexpr const char* NOT_TAKEN = "dltensor";  // the name of a capsule that nobody has taken the tensor out of
+
+// One that is not filled, its memory from Memory.
 template <typename T>
-nb::ndarray<nb::pytorch, T, nb::c_contig, nb::device::cpu> empty(const std::vector<size_t>& shape) {
-    struct Block {
-        void* memory;
-        size_t bytes;
-    };
-    size_t bytes = sizeof(T);
-    for (const size_t length : shape) bytes *= length;
-    Block* const block = new Block{nullptr, bytes};
-    try {
-        block->memory = sfg::Memory::instance().take(block->bytes);
-    } catch (...) {
-        delete block;
-        throw;
+nb::object empty(std::array<int64_t, 4> shape) {
+    auto result = std::make_unique<Result>();
+    result->shape = shape, result->bytes = sizeof(T);
+    for (const int64_t length : shape) {
+        require(length >= 0, "a length is negative");
+        result->bytes *= size_t(length);
     }
-    const nb::capsule owner(block, [](void* held) noexcept {
-        Block* const block = static_cast<Block*>(held);
-        sfg::Memory::instance().give(block->memory, block->bytes);
-        delete block;
+    result->tensor = {sfg::Memory::instance().take(result->bytes),
+                      {nb::device::cpu::value, 0},
+                      4,
+                      nb::dtype<T>(),
+                      result->shape.data(),
+                      nullptr,
+                      0};
+    result->deleter = [](Result* held) {
+        sfg::Memory::instance().give(held->tensor.data, held->bytes);
+        delete held;
+    };
+    PyObject* const capsule = PyCapsule_New(result.get(), NOT_TAKEN, [](PyObject* self) {
+        if (!PyCapsule_IsValid(self, NOT_TAKEN)) return;
+        auto* const held = static_cast<Result*>(PyCapsule_GetPointer(self, NOT_TAKEN));
+        held->deleter(held);
     });
-    return {block->memory, shape.size(), shape.data(), owner};
+    if (!capsule) {
+        sfg::Memory::instance().give(result->tensor.data, result->bytes);
+        throw nb::python_error();
+    }
+    result.release();
+    return nb::steal(capsule);
 }
 
 template <typename T>

@@ -34,7 +34,7 @@ from ..errors import InputError, Preempted
 from ..evaluation.evaluate import mask_of
 from ..evaluation.metrics import case_metrics, metrics_document
 from ..evaluation.predict import Predictor
-from ..files import locked, make_folder, read_json, replacing, write_json
+from ..files import check_vacant, locked, make_folder, read_json, replacing, write_json
 from ..training.parallel import choose_device
 from ..training.run import build_network
 from ..training.state import OPERATIONAL
@@ -58,8 +58,8 @@ def run_experiment(config: ExperimentConfig) -> None:
         if count > len(test):
             raise InputError(f"subsets={ {name: count} }: the cohort has {len(test)} test cases, expected at most that")
     settings = out / "experiment.yaml"
-    if not settings.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already there and no experiment, expected a new folder")
+    if not settings.exists():
+        check_vacant(out)
     make_folder(out)
     (out / ".lock").touch()
     with locked(out / ".lock"):

@@ -85,7 +85,7 @@ class SFGConv2d(reference.SFGConv2d):
         others = None
         if groups.all_gates:
             u, others = routed_conv_kept(*arguments, **source)
-        elif norm is None and self.activation is None and _adds_up(residual, groups, features.packed):
+        elif norm is self.activation is None and _is_constant(groups) and _addable(residual, groups, features.packed):
             return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
         else:
             u = routed_conv(*arguments, **source)
@@ -99,13 +99,9 @@ class SFGConv2d(reference.SFGConv2d):
     ) -> SFGFeatures:
         """Norm, activation, gate and shortcut in one go."""
         assert self.norm is not None
-        add = None
-        if residual is not None:
-            pools = self.activation == "relu_pool"
-            if pools or not isinstance(residual, SFGFeatures) or residual.dtype != u.dtype:
-                return residual + self._normalised(u, groups, others, None)  # type: ignore[operator,return-value]
-            residual.check_same_draw(groups)
-            add = residual.packed
+        if residual is not None and (self.activation == "relu_pool" or not _addable(residual, groups, u)):
+            return residual + self._normalised(u, groups, others, None)  # type: ignore[operator,return-value]
+        add = None if residual is None else residual.packed
         h, scale, shift = self.norm.normalise_and_gate(u, groups, self.activation, add)
         without_memory = None if residual is None else residual.others
         if others is None:
@@ -167,12 +163,17 @@ class SFGConv2d(reference.SFGConv2d):
             )
 
 
-def _adds_up(residual: Features | None, groups: FilterGroups, x: Tensor) -> bool:
-    """Is there a shortcut that the kernels can add, because no gate wants a gradient?"""
-    if not isinstance(residual, SFGFeatures) or residual.dtype != x.dtype or groups.full:
+def _addable(residual: Features | None, groups: FilterGroups, like: Tensor) -> bool:
+    """Is there a shortcut that the kernels can add to features of these groups? ValueError for one of another draw."""
+    if not isinstance(residual, SFGFeatures) or residual.dtype != like.dtype or groups.full:
         return False
     residual.check_same_draw(groups)
-    return residual.others is None and not (groups.gates is not None and groups.gates.requires_grad)
+    return True
+
+
+def _is_constant(groups: FilterGroups) -> bool:
+    """Does no gate want a gradient?"""
+    return groups.gates is None or not groups.gates.requires_grad
 
 
 def for_backend(x: Features) -> Features:

@@ -393,7 +393,7 @@ def test_a_name_that_is_there_twice(folder, capsys):
 def test_a_folder_with_something_else(folder, capsys):
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").touch()
-    refused(capsys, [write_config(folder, "mine")], "already there and no experiment, expected a new folder")
+    refused(capsys, [write_config(folder, "mine")], "already there and not an empty folder; name a new one")
     assert [path.name for path in (folder / "mine").iterdir()] == ["thesis.txt"]
 
 

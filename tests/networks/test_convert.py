@@ -223,6 +223,23 @@ def test_what_follows_a_convolution_goes_before_its_gate():
     assert {name for name, _ in net.c.named_children()} == set(TASKS)
 
 
+def test_pooling_behind_a_relu_goes_before_the_gate():
+    net = convert(vgg(), TASKS, example=torch.zeros(1, 1, 16, 16))
+    layers = list(sfg_layers(net).values())
+    assert [layer.activation for layer in layers] == ["relu_pool", "relu", "relu_pool"]
+    assert not any(isinstance(module, nn.MaxPool2d) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2)]
+)
+def test_other_pooling_stays(pool):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(4, 1, 1))
+    net = convert(plain, TASKS, example=torch.zeros(1, 1, 16, 16))
+    assert [layer.activation for layer in sfg_layers(net).values()] == ["relu"]
+    assert any(type(module) is type(pool) for module in net.modules())
+
+
 def test_heads_of_other_sizes_start_anew():
     net = convert(vgg(), {"ct": 3, "organs": 7}, example=torch.zeros(1, 1, 16, 16))
     y = net(torch.zeros(4, 1, 16, 16))

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, freeze, recalibrate
+from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, freeze, recalibrate
+from sfg_fast.backends import available
 from sfg_fast.layers.streams import Heads
 from sfg_fast.networks.controls import map_assignment, sfg_layers
+from sfg_fast.networks.frozen import FrozenConv, FrozenHeads
 
 
 class UNet(nn.Module):
@@ -40,9 +42,9 @@ NETWORKS = {
 TASKS = {"two": {"ct": 1, "organs": 3}, "three": {"a": 1, "b": 2, "c": 3}, "one": {"ct": 1}}
 
 
-def learnt(name, tasks, seed=0, **options):
+def learnt(name, tasks="two", seed=0, **options):
     torch.manual_seed(seed)
-    net = NETWORKS[name](TASKS[tasks], **options).double()
+    net = (name() if callable(name) else NETWORKS[name](TASKS[tasks], **options)).double()
     for layer in sfg_layers(net).values():
         layer.logits.data = 2 * torch.randn_like(layer.logits)
     recalibrate(net, [torch.randn(2, 1, 32, 32).double() for _ in range(2)])
@@ -67,6 +69,39 @@ def test_equal_outputs_from_plain_modules(name, tasks):
     leaves = {type(module) for module in frozen.modules() if not list(module.children())}
     assert leaves <= {nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear, nn.ModuleDict}, leaves
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.skipif(not available("native"), reason="native is not built")
+@pytest.mark.parametrize(
+    "wide", [lambda: SFGHighResNet(1, TASKS["two"], 16, 1, "routed"), lambda: SFGVGG(1, TASKS["two"], 16)]
+)
+def test_kernels_do_all_groups_of_a_layer_at_once(wide, monkeypatch):
+    """One call a layer, where torch needs a convolution for each group; and where a group reads nothing, no shortcut is
+    taken through the zeros that stand in for it."""
+    from sfg_fast.kernels import cpu
+
+    calls, forward = [], cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *args, **options: calls.append(1) or forward(*args, **options))
+    net, x = learnt(wide), images()
+    frozen = freeze(net)
+    calls.clear()
+    with torch.no_grad():
+        found = frozen(x)
+        layers = sum(isinstance(module, FrozenConv | FrozenHeads) for module in frozen.modules())
+        assert len(calls) == layers
+        with backend("masked"):
+            expected = frozen(x)
+    assert len(calls) == layers
+    for task in expected:
+        torch.testing.assert_close(found[task], expected[task], rtol=1e-10, atol=1e-10)
+    alone = {layer: torch.full((module.out_channels,), 1) for layer, module in sfg_layers(net).items()}
+    with torch.no_grad():  # everything is the first task's
+        bare = freeze(net, alone)
+        found = bare(x)
+        with backend("masked"):
+            expected = bare(x)
+    for task in expected:
+        torch.testing.assert_close(found[task], expected[task], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
