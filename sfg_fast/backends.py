@@ -88,10 +88,9 @@ def _(log_p: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fastest(x: Tensor) -> ModuleType:
-    """Measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.3 to 1.0 of the
-    time of `masked` (exceptions, forward only: 1.08 on images 7 wide; 1.16 on AVX2 for 3 x 64 streams), and in float32
-    about as long as `masked` in bfloat16. Other instruction sets were not measured, and `triton` on no GPU yet: it has
-    to be asked for."""
+    """Measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2 to 0.85 of the
+    time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2). Other instruction sets were not
+    measured, and `triton` on no GPU yet: it has to be asked for."""
     masked = load("masked")
     if x.device.type != "cpu" or not available("native"):
         return masked

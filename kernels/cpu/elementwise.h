@@ -251,7 +251,7 @@ void pool_gradient(const PoolTile<T>& t, const T* dy, T* g) {
             T left = most <= 0 ? T(0) : dy[j];
             for (int p = 0; p < 4; p++) {
                 const bool here = place[p] == most || place[p] != place[p];
-                (p < 2 ? upper : lower)[2 * j + p % 2] = here ? left : T(0);
+                upper[p / 2 * t.columns + 2 * j + p % 2] = here ? left : T(0);
                 if (here) left = 0;
             }
         }
