@@ -162,14 +162,7 @@ def layer_configurations(
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "GATES": False, "BLOCK": 1024, "PLACES": 64},
         "reduce": {**sizes, "ACC": tl.float32, "BLOCK": 256},
-        "sample": {
-            "MOMENTUM": 0.1,
-            "K": k,
-            "GROUPS": 3,
-            "BLOCK": triton.next_power_of_2(k),
-            "GROUPS_2": 4,
-            "NOISE": True,
-        },
+        "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     if c == 1:  # the normalisation behind any layer of k kernels
         norm = config.norm(batch * height * width, k, device)

@@ -100,6 +100,7 @@ def keep_statistics(
     pooled_var: Tensor,
 ) -> None:
     index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
+    # Counted first, so that max(1/n, momentum) is 1 for a first draw.
     draws.view(-1).index_copy_(0, index, draws.view(-1)[index] + 1)
     drawn = draws.view(-1)[index]
     unbiased = var * (count / max(count - 1, 1))

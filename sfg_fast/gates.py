@@ -249,8 +249,7 @@ class GroupGates(nn.Module):
         """The layer's `weight` for a step with these groups. If their gates don't want a gradient, the logits get zeros
         through it: data-parallel training counts on every parameter that requires a gradient to get one."""
         weight: Tensor = self.weight  # type: ignore[assignment]
-        learns = groups.gates is not None and groups.gates.requires_grad
-        if learns or not self.logits.requires_grad or not torch.is_grad_enabled():
+        if groups.learns or not self.logits.requires_grad or not torch.is_grad_enabled():
             return weight
         return _WithZeroGradient.apply(weight, self.logits)
 

@@ -171,6 +171,11 @@ class FilterGroups:
         """Does every group have rows of its own (`blocks`)?"""
         return self.assignment is None and not self.full
 
+    @property
+    def learns(self) -> bool:
+        """Does any gate want a gradient?"""
+        return self.gates is not None and self.gates.requires_grad
+
     @_kept
     def ends(self) -> list[int]:
         """`offsets` on the host."""

@@ -49,30 +49,29 @@ class KernelNorm(nn.Module):
         self.register_buffer("pooled_mean", torch.zeros(kernels, **factory))
         self.register_buffer("pooled_var", torch.ones(kernels, **factory))
 
-    def does_all(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> bool:
-        """Can `normalise_and_gate` take these rows?"""
+    def in_one_go(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> Any:
+        """The kernels for `normalise_and_gate` on these rows, or None."""
         if not self.training or groups.full or self.synchronised:
-            return False
+            return None
         kernels = in_one_go(rows)
-        return kernels is not None and activation in kernels.KNOWS
+        return kernels if kernels is not None and activation in kernels.KNOWS else None
 
     def normalise_and_gate(
-        self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None
+        self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None, kernels: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
         which are one but want a gradient. Scale and shift [T, rows] are those of the rows' others, if these count."""
         assert groups.gates is not None
-        gates = groups.gates if groups.gates.requires_grad else None
-        how = self.eps, activation, in_one_go(rows), groups
-        out, mean, var = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
+        gates = groups.gates if groups.learns else None
+        how = self.eps, activation, kernels, groups
+        out, _, mean, var = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
         assert groups.assignment is not None
-        self._keep(in_one_go(rows), mean, var, _count(rows), groups.assignment)
+        self._keep(kernels, mean, var, _count(rows), groups.assignment)
         if not groups.all_gates:
             return out, None, None
         with torch.no_grad():
-            scale = self.weight * (var + self.eps).rsqrt()
-            affine = scale[groups.order], (self.bias - mean * scale)[groups.order]
-            return out, *(values.expand(len(groups.names) - 1, -1) for values in affine)
+            affine = _affine(self.weight, self.bias, mean, var, self.eps)
+            return out, *(values[groups.order].expand(len(groups.names) - 1, -1) for values in affine)
 
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise rows [N, R, H, W] that are all live.
@@ -118,21 +117,18 @@ class KernelNorm(nn.Module):
         if count < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel, got one")
         self._keep(masked, mean.detach(), var.detach(), count, assignment)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return scale, self.bias - mean * scale
+        return _affine(self.weight, self.bias, mean, var, self.eps)
 
     def running_affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift [T+1, K] for evaluation."""
         known = self.draws > 0
         mean = self.running_mean.where(known, self.pooled_mean)
         var = self.running_var.where(known, self.pooled_var)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return scale, self.bias - mean * scale
+        return _affine(self.weight, self.bias, mean, var, self.eps)
 
     def folds(self, groups: FilterGroups) -> bool:
         """Is all that this does to the rows known before the convolution?"""
-        learns = groups.gates is not None and groups.gates.requires_grad
-        return not self.training and not groups.full and not learns
+        return not self.training and not groups.full and not groups.learns
 
     def folded(self, weight: Tensor, bias: Tensor | None, groups: FilterGroups) -> tuple[Tensor, Tensor]:
         """Weight and bias [K, ..] of the convolution with the normalisation of `eval()` in them."""
@@ -171,20 +167,22 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         mean, var, count = _over_processes(mean, var, _count(x))
         with torch.no_grad():
             _keep_statistics(self, mean, var, count)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return x * _channels(scale, x) + _channels(self.bias - mean * scale, x)
+        scale, shift = _affine(self.weight, self.bias, mean, var, self.eps)
+        return x * _channels(scale, x) + _channels(shift, x)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """gates * act(norm(rows)) + residual with batch statistics, by kernels that do it in one go; with mean and (biased)
-    variance. weight, bias, mean and variance [K], gates [K, T+1] or None; those of the drawn `groups` are one.
+    """gates * act(norm(u)) + residual with batch statistics, by kernels that do it in one go; u once more, for a
+    shortcut around it: the gradients of both ways are added where the first is made; mean and (biased) variance.
 
-    Their gradient comes for free: <dout, act(norm(rows))> = weight * dweight + bias * dbias."""
+    `groups`: the draw that u is of; None: a plain batch norm of all channels as they come. weight, bias, mean and
+    variance [K], gates [K, T+1] or None; those of the drawn groups are one. Their gradient comes for free:
+    <dout, act(norm(u))> = weight * dweight + bias * dbias."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        u: Tensor,
         weight: Tensor,
         bias: Tensor,
         gates: Tensor | None,
@@ -193,23 +191,22 @@ class _BatchNorm(torch.autograd.Function):
         activation: Any,
         kernels: Any,
         groups: FilterGroups | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        order = None if groups is None else groups.order
-        out, mean, var = kernels.normalise(rows, weight, bias, order, eps, activation, residual)
-        assignment = None if groups is None else groups.assignment
-        ctx.save_for_backward(rows, weight, bias, order, mean, var, gates, assignment)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        order, assignment = (None, None) if groups is None else (groups.order, groups.assignment)
+        out, mean, var = kernels.normalise(u, weight, bias, order, eps, activation, residual)
+        ctx.save_for_backward(u, weight, bias, order, mean, var, gates, assignment)
         ctx.how, ctx.kernels = (eps, activation), kernels
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return out, mean, var
+        return out, u.view_as(u), mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
         if dout is None:
-            return (None,) * 9
+            return around, *(None,) * 8
         *made_of, gates, assignment = ctx.saved_tensors
-        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, None)
+        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, around)
         _, weight, bias, *_ = made_of
         dweight, dbias = dweight.to(weight.dtype), dbias.to(bias.dtype)
         dgates = None
@@ -217,31 +214,6 @@ class _BatchNorm(torch.autograd.Function):
             own = torch.addcmul(weight * dweight, bias, dbias).to(gates.dtype)
             dgates = torch.zeros_like(gates).scatter_(1, assignment[:, None], own[:, None])
         return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None, None
-
-
-class _BatchNormOfFork(torch.autograd.Function):
-    """relu(norm(x)) as `_BatchNorm`, and x once more for the shortcut around it: the gradients of both ways are added
-    where the first is made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernels: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, mean, var = kernels.normalise(x, weight, bias, None, eps, "relu", None)
-        ctx.save_for_backward(x, weight, bias, None, mean, var)
-        ctx.how, ctx.kernels = (eps, "relu"), kernels
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return out, x.view_as(x), mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
-        if dout is None:
-            return around, None, None, None, None
-        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *ctx.saved_tensors, *ctx.how, around)
-        _, weight, bias, *_ = ctx.saved_tensors
-        return du, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
 def in_one_go(x: Tensor) -> Any:
@@ -257,7 +229,8 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     kernels = in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
     if kernels is None:
         return nn.functional.relu(norm(x)), x
-    out, around, mean, var = _BatchNormOfFork.apply(x, norm.weight, norm.bias, norm.eps, kernels)
+    how = norm.eps, "relu", kernels, None
+    out, around, mean, var = _BatchNorm.apply(x, norm.weight, norm.bias, None, None, *how)
     with torch.no_grad():
         _keep_statistics(norm, mean, var, _count(x))
     return out, around
@@ -272,8 +245,14 @@ def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Ten
     """Scale and shift of a batch normalisation in `eval()`, of some of its channels."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight[rows] * (norm.running_var[rows] + norm.eps).rsqrt()
-    return scale, norm.bias[rows] - norm.running_mean[rows] * scale
+    mean, var = norm.running_mean[rows], norm.running_var[rows]
+    return _affine(norm.weight[rows], norm.bias[rows], mean, var, norm.eps)
+
+
+def _affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight * (u - mean) / sqrt(var + eps) + bias as scale * u + shift."""
+    scale = weight * (var + eps).rsqrt()
+    return scale, bias - mean * scale
 
 
 def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:

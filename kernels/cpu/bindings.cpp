@@ -247,10 +247,9 @@ template <typename T>
 sfg::Norm<T> norm(const Tensor<const T>& u, const Vector<const T>& weight, const Vector<const T>& bias,
                   const Order& places, double eps, bool relu, bool pool) {
     const int64_t c = u.shape(1);
-    require(places || int64_t(weight.shape(0)) == c, "a parameter does not fit the channels");
-    const int64_t* at = order(places, c, weight.shape(0));
-    require(int64_t(weight.shape(0)) == c && bias.shape(0) == weight.shape(0) && each_once(at, c),
-            "the parameters don't fit the channels");
+    require(int64_t(weight.shape(0)) == c && int64_t(bias.shape(0)) == c, "the parameters don't fit the channels");
+    const int64_t* at = order(places, c, c);
+    require(each_once(at, c), "an order has a kernel twice");
     require(relu || !pool, "pooling comes behind a ReLU");
     return {u.data(), weight.data(),       bias.data(),        at, T(eps), {relu, pool}, int64_t(u.shape(0)),
             c,        int64_t(u.shape(2)), int64_t(u.shape(3))};

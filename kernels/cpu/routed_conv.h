@@ -65,8 +65,8 @@ template <typename T>
 void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz, int threads);
 
 // dw, zero where not read, and db (may be null); no two rows may be one in the weight's order, nor two columns. Each
-// thread sums its part of the positions, then the parts are added
-// in the order of the threads: the bits depend on how many there are, and on nothing else.
+// thread sums its part of the positions, then the parts are added in the order of the threads (or each has its part of
+// the weights): the bits depend on how many there are, and on nothing else.
 template <typename T>
 void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);

@@ -368,12 +368,12 @@ class Norm(NamedTuple):
 
 
 def norm(pixels: int, channels: int, device: Device) -> Norm:
-    block_c = min(_power_of_2(channels), 64)
+    block_c = min(_power_of_two(channels, 1), 64)
     block_p, columns = 4096 // block_c, cdiv(channels, block_c)
     parts = min(max(1, 2 * device.multiprocessors // columns), 256, max(1, cdiv(pixels, block_p)))
     few = min(16, block_c)
     grids = (parts, columns), cdiv(channels, few), (cdiv(pixels, block_p), columns)
-    return Norm(pixels, parts, _power_of_2(parts), block_p, block_c, few, *grids)
+    return Norm(pixels, parts, _power_of_two(parts, 1), block_p, block_c, few, *grids)
 
 
 def cdiv(size: int, by: int) -> int:
@@ -383,8 +383,3 @@ def cdiv(size: int, by: int) -> int:
 
 def _up(size: int, multiple: int) -> int:
     return cdiv(size, multiple) * multiple
-
-
-def _power_of_2(size: int) -> int:
-    """At least `size`."""
-    return 1 << max(size - 1, 0).bit_length()

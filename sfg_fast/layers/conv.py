@@ -85,24 +85,30 @@ class SFGConv2d(reference.SFGConv2d):
         others = None
         if groups.all_gates:
             u, others = routed_conv_kept(*arguments, **source)
-        elif norm is self.activation is None and _is_constant(groups) and _addable(residual, groups, features.packed):
+        elif (
+            norm is None
+            and self.activation is None
+            and not groups.learns
+            and _addable(residual, groups, features.packed)
+        ):
             return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
         else:
             u = routed_conv(*arguments, **source)
-        if norm is not None and norm.does_all(u, groups, self.activation):
-            return self._normalised(u, groups, others, residual)
+        in_one_go = None if norm is None else norm.in_one_go(u, groups, self.activation)
+        if in_one_go is not None:
+            return self._normalised(u, groups, others, residual, in_one_go)
         features = self._epilogue(u, groups, norm, relu, others)
         return features if residual is None else residual + features  # type: ignore[operator]
 
     def _normalised(
-        self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None
+        self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None, kernels: Any
     ) -> SFGFeatures:
-        """Norm, activation, gate and shortcut in one go."""
+        """Norm, activation, gate and shortcut in one go, by these kernels."""
         assert self.norm is not None
         if residual is not None and (self.activation == "relu_pool" or not _addable(residual, groups, u)):
-            return residual + self._normalised(u, groups, others, None)  # type: ignore[operator,return-value]
+            return residual + self._normalised(u, groups, others, None, kernels)  # type: ignore[operator,return-value]
         add = None if residual is None else residual.packed
-        h, scale, shift = self.norm.normalise_and_gate(u, groups, self.activation, add)
+        h, scale, shift = self.norm.normalise_and_gate(u, groups, self.activation, add, kernels)
         without_memory = None if residual is None else residual.others
         if others is None:
             return SFGFeatures(h, groups, others=without_memory)
@@ -169,11 +175,6 @@ def _addable(residual: Features | None, groups: FilterGroups, like: Tensor) -> b
         return False
     residual.check_same_draw(groups)
     return True
-
-
-def _is_constant(groups: FilterGroups) -> bool:
-    """Does no gate want a gradient?"""
-    return groups.gates is None or not groups.gates.requires_grad
 
 
 def for_backend(x: Features) -> Features:

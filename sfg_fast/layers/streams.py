@@ -135,8 +135,8 @@ class Merge(nn.Module):
         )
         # The shared stream passes as a convolution with the identity: all streams are written by one kernel, where a
         # concatenation would copy them, and its gradient once more.
-        passes = torch.eye(self.channels, 2 * self.channels, dtype=self.conv.weight.dtype, device=device)
-        weight = torch.cat([passes.roll(self.channels, 1)[:, :, None, None], self.conv.weight])
+        passes = F.pad(torch.eye(self.channels, dtype=self.conv.weight.dtype, device=device), (self.channels, 0))
+        weight = torch.cat([passes[:, :, None, None], self.conv.weight])
         bias = None if self.conv.bias is None else F.pad(self.conv.bias, (self.channels, 0))
         groups = FilterGroups.streams(self.channels, self.names[1:], device)
         return SFGFeatures(routed_conv(x.streams(), weight, bias, spec), groups, Routing.OWN)

@@ -39,11 +39,10 @@ def convert(
 
     `module` is run once on `example`, and what it does is recorded as a graph: each `nn.Conv2d` becomes an `SFGConv2d`
     with the batch normalisation, the activation and, behind a ReLU, the 2x2 max-pooling that follow it, because these
-    belong before the gate; what is added
-    up shares one grouping (shortcuts); concatenations, pooling, interpolation stay; a batch normalisation that follows
-    a sum becomes a `FeatureNorm`. The last convolution, or all that follows the last feature map (pooling, flattening,
-    linear layers), becomes a head for each task. Weights are those of `module`: with all kernels shared each task's
-    output is `module`'s, which is checked.
+    belong before the gate; what is added up shares one grouping (shortcuts); concatenations, other pooling,
+    interpolation stay; a batch normalisation that follows a sum becomes a `FeatureNorm`. The last convolution, or all
+    that follows the last feature map (pooling, flattening, linear layers), becomes a head for each task. Weights are
+    those of `module`: with all kernels shared each task's output is `module`'s, which is checked.
 
     Args:
         module: a network of one image [N, C, H, W] and one output. It is left alone.

@@ -187,7 +187,6 @@ def _together(
 ) -> Tensor | None:
     """The convolutions of several groups, {group: plain convolution}, as one routed convolution: outputs side by side,
     and nothing is copied. None where that can't be."""
-    image = isinstance(x, Tensor)
     read = x if isinstance(x, Tensor) else x.side_by_side
     if read is None or not convolutions or not all(_by_kernels(conv, read) for conv in convolutions.values()):
         return None
@@ -197,7 +196,7 @@ def _together(
     ordered = dict(sorted(convolutions.items()))
     for group, conv in ordered.items():
         sizes[group], size, *taps = conv.weight.shape
-        reads = (0,) if image else (group, 0) if routing is Routing.ARROW and group else (group,)
+        reads = [0] if isinstance(x, Tensor) else x.read(group)
         if size != sum(columns[one] for one in reads):  # zeros stand in for something
             return None
         weight, at = conv.weight.new_zeros(sizes[group], sum(columns), *taps), 0
@@ -232,28 +231,31 @@ class FrozenConv(Frozen):
         self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
     ) -> GroupTensors:
         """`groups` is ignored: the assignment is fixed."""
-        together, added = None, residual is None
-        if "source" not in self.__dict__:
-            together, added = self._all(x, residual)
-        made = {name: len(own) for name, own in zip(self.names, self.kernels, strict=True) if name in self.convolutions}
+        made = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
+        sizes = [len(own) if group in made else 0 for group, own in enumerate(self.kernels)]
+        add = None
+        if residual is not None and self.activation is None and residual.sizes == sizes:
+            add = residual.side_by_side
+        together = None
+        if "source" not in self.__dict__:  # all is made that will be
+            together = _together(made, x, len(self.names), self._relu, add)
         own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
-            side_by_side=together, sizes=[made.get(name, 0) for name in self.names],
+            side_by_side=None if together is None else self._behind_relu(together), sizes=sizes,
         )  # fmt: skip
+        added = add is not None and together is not None
         return own if residual is None or added else residual + own
 
-    def _all(self, x: Tensor | GroupTensors, residual: GroupTensors | None) -> tuple[Tensor | None, bool]:
-        """All groups side by side, and whether the residual is in it."""
-        convolutions = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
-        add = None
-        if residual is not None and self.activation is None and residual.side_by_side is not None:
-            live = [len(own) if group in convolutions else 0 for group, own in enumerate(self.kernels)]
-            add = residual.side_by_side if residual.sizes == live else None
-        known = self.activation in ("relu", "relu_pool")
-        y = _together(convolutions, x, len(self.names), known, add)
-        if y is not None and self.activation not in (None, "relu"):
-            y = F.max_pool2d(y, 2) if known else activate(y, self.activation)
-        return y, add is not None and y is not None
+    @property
+    def _relu(self) -> bool:
+        """Can what convolves do the ReLU, too?"""
+        return self.activation in ("relu", "relu_pool")
+
+    def _behind_relu(self, y: Tensor) -> Tensor:
+        """The rest of the activation."""
+        if self.activation == "relu_pool":
+            return F.max_pool2d(y, 2)
+        return y if self._relu else activate(y, self.activation)
 
     def _zero(self, x: Tensor | GroupTensors) -> Tensor:
         """A channel of zeros as large as the output: padded, without what a kernel reaches over, every stride-th."""
@@ -265,8 +267,7 @@ class FrozenConv(Frozen):
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        relu = self.activation == "relu"
-        return _run(conv, read, True) if relu else activate(_run(conv, read), self.activation)
+        return self._behind_relu(_run(conv, read, self._relu))
 
     def _make(self, source: SFGConv2d, group: int, columns: list[int] | None) -> nn.Conv2d:
         rows = self.kernels[group]
