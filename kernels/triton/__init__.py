@@ -219,19 +219,18 @@ def normalise(
     channels, norm = u.shape[1], _norm(u)
     new = {"dtype": torch_sum, "device": u.device}
     partial = torch.empty(norm.parts, 2, channels, **new)
-    mean, var, scale, shift = (torch.empty(channels, **new) for _ in range(4))
+    mean, var = (torch.empty(channels, **new) for _ in range(2))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
-    parameters = _order(order, weight), weight, bias
-    blocks, few = (norm.block_p, norm.block_c), norm.block_few
+    places, ordered, blocks = _order(order, weight), order is not None, (norm.block_p, norm.block_c)
     _launch(moments_kernel, norm.sums, u, partial, norm.pixels, norm.parts, channels, sum_type, *blocks)
     _launch(
-        statistics_kernel, norm.columns, partial, *parameters, mean, var, scale, shift, norm.pixels, norm.parts, eps,
-        channels, order is not None, sum_type, norm.parts_2, norm.block_p, few,
+        statistics_kernel, norm.columns, partial, places, mean, var, norm.pixels, norm.parts,
+        channels, ordered, sum_type, norm.parts_2, norm.block_p, norm.block_few,
     )  # fmt: skip
     added = u if residual is None else _nhwc(residual)
     _launch(
-        affine_kernel, norm.all, u, added, scale, shift, y, norm.pixels,
-        channels, activation == "relu", residual is not None, *blocks,
+        affine_kernel, norm.all, u, added, places, weight, bias, mean, var, y, norm.pixels, eps,
+        channels, ordered, activation == "relu", residual is not None, *blocks,
     )  # fmt: skip
     return y, mean, var
 

@@ -18,6 +18,18 @@ def block_at(parts, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.const
 
 
 @triton.jit
+def affine_of(order, weight, bias, mean, var, eps, c, C: tl.constexpr, ORDER: tl.constexpr):
+    """Kernel, scale, shift and mean of channels c."""
+    valid = c < C
+    kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
+    average = tl.load(mean + kernel, mask=valid, other=0.0)
+    scale = tl.load(weight + kernel, mask=valid, other=0.0).to(average.dtype)
+    scale = scale / tl.sqrt(tl.load(var + kernel, mask=valid, other=1.0) + eps)
+    shift = tl.load(bias + kernel, mask=valid, other=0.0).to(average.dtype) - average * scale
+    return kernel, scale, shift, average
+
+
+@triton.jit
 def moments_kernel(
     u, partial, P, parts,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -44,11 +56,11 @@ def moments_kernel(
 
 @triton.jit
 def statistics_kernel(
-    partial, order, weight, bias, mean, var, scale, shift, P, parts, eps,
+    partial, order, mean, var, P, parts,
     C: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of all parts: mean and variance [K] of each channel's kernel, and scale and shift [C]."""
+    """Of all parts: mean and variance [K] of each channel's kernel."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.arange(0, PARTS)
     valid = c < C
@@ -64,31 +76,27 @@ def statistics_kernel(
     squares = tl.load(at + C, mask=mask, other=0.0) + count * off * off
     variance = tl.sum(squares, 0) / total
     kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
-    a = tl.load(weight + kernel, mask=valid, other=0.0).to(ACC) / tl.sqrt(variance + eps)
-    b = tl.load(bias + kernel, mask=valid, other=0.0).to(ACC) - average * a
     tl.store(mean + kernel, average, mask=valid)
     tl.store(var + kernel, variance, mask=valid)
-    tl.store(scale + c, a, mask=valid)
-    tl.store(shift + c, b, mask=valid)
 
 
 @triton.jit
 def affine_kernel(
-    u, residual, scale, shift, y, P,
-    C: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    u, residual, order, weight, bias, mean, var, y, P, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = act(scale * u + shift) + residual."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (p < P)[:, None] & (c < C)[None, :]
     at = p.to(tl.int64)[:, None] * C + c[None, :]
-    a = tl.load(scale + c, mask=c < C, other=0.0)[None, :]
-    value = tl.load(u + at, mask=mask, other=0.0).to(a.dtype) * a
-    value += tl.load(shift + c, mask=c < C, other=0.0)[None, :]
+    _, scale, shift, _ = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
+    value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype) * scale[None, :] + shift[None, :]
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # a NaN passes, as in torch
     if RESIDUAL:
-        value += tl.load(residual + at, mask=mask, other=0.0).to(a.dtype)
+        value += tl.load(residual + at, mask=mask, other=0.0).to(scale.dtype)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -100,18 +108,6 @@ def gradient_at(dy, u, at, mask, scale, shift, RELU: tl.constexpr):
     if RELU:
         g = tl.where(value * scale[None, :] + shift[None, :] <= 0, 0.0, g)
     return value, g
-
-
-@triton.jit
-def affine_of(order, weight, bias, mean, var, eps, c, C: tl.constexpr, ORDER: tl.constexpr):
-    """Kernel, scale, shift and mean of channels c."""
-    valid = c < C
-    kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
-    average = tl.load(mean + kernel, mask=valid, other=0.0)
-    scale = tl.load(weight + kernel, mask=valid, other=0.0).to(average.dtype)
-    scale = scale / tl.sqrt(tl.load(var + kernel, mask=valid, other=1.0) + eps)
-    shift = tl.load(bias + kernel, mask=valid, other=0.0).to(average.dtype) - average * scale
-    return kernel, scale, shift, average
 
 
 @triton.jit
