@@ -76,7 +76,7 @@ def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
     _native.forward(x, weight, bias, None, True, y, None, *where)
 
     def backward() -> None:
-        _native.input_gradient(dy, y, weight, dx, None, None, None, None, *where)
+        _native.input_gradient(dy, y, weight, None, None, dx, None, None, None, None, *where)
         _native.weight_gradient(x, dy, y, dw, db, *where)
 
     return {

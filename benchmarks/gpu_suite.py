@@ -71,7 +71,7 @@ from benchmarks import gpu_networks
 from benchmarks.gpu_timing import DEVICE, DRY, HALF, captured, eager_us, host_us, roofs
 from sfg_fast import SFGConv2d, SFGHighResNet, backend
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import Others, routed_conv, routed_conv_kept
+from sfg_fast.routed_conv import Others, convolve, routed_conv
 
 BOUNDS = {
     torch.float64: 1e-12,
@@ -150,7 +150,7 @@ def check(case: Case, dtype: torch.dtype, relu: bool) -> dict[str, float]:
         recipe = None
         with backend("triton"):
             if learns:
-                y, recipe = routed_conv_kept(x, weight, bias, spec, relu, others=leaves[3])
+                y, recipe, *_ = convolve(x, weight, bias, spec, relu, others=leaves[3], keep=True)
             else:
                 y = routed_conv(x, weight, bias, spec, relu)
         torch.manual_seed(1)

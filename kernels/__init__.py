@@ -39,11 +39,12 @@ Every module says of itself:
 
     MEMORY_FORMAT    of the images that it returns; None: that of x
     FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
-                     relu=y, the output of the ReLU that dy has yet to go back through
-    FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None, own=True)
-                     -> dx, dz: what the features dx belongs to contribute to the gradient of their gates, [1,columns],
-                     the gates of the groups drawn (not `own`: zeros); with their recipe also the others', [G,columns]
-                     in all. dothers is never stored. Stride 1 only.
+                     relu=y, the output of the ReLU that dy has yet to go back through; input_gradient also takes
+                     around=(dx | None, dothers | None), gradients by a shortcut around the convolution, and adds them
+    FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None, own=True,
+                     around=(None, None)) -> dx, dz: what the features dx belongs to contribute to the gradient of
+                     their gates, [1,columns], the gates of the groups drawn (not `own`: zeros); with their recipe also
+                     the others', [G,columns] in all. dothers is never stored. Stride 1 only.
     KNOWS            activations of recipes (names, activations.py)
     NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None)
                      -> y, mean [K], var [K]: batch normalisation, activation (one it knows) and the sum with the

@@ -56,14 +56,19 @@ def backward(
     kernels: Any,
     spec: RoutedConv,
     wants: Sequence[bool],
+    around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dothers (`kernels/__init__.py`), dw, db, where wanted. `passed`: the ReLU's output."""
+    """dx, dothers (`kernels/__init__.py`), dw, db, where wanted. `passed`: the ReLU's output. `around`: is added to dx
+    and dothers."""
     wants_x, wants_weight, wants_bias = wants
     packed = kept.packed
     dx = dothers = dw = db = None
     if wants_x:
-        fused = {"relu": passed} if kernels.FUSES else {}
+        around = around[0], around[1] if spec.columns.all_gates else None
+        fused = {"relu": passed, "around": around} if kernels.FUSES else {}
         dx, dothers = kernels.input_gradient(dy, packed, spec, tuple(x.shape[2:]), **fused)
+        if not kernels.FUSES:
+            dx, dothers = (d if more is None else d + more for d, more in zip((dx, dothers), around, strict=True))
     if wants_weight:
         if kept.alike is not None:  # the groups folded into the batch: one weight gradient for all
             x, dy = fold(x, spec), fold_rows(dy, spec)

@@ -8,7 +8,7 @@ where a group does not read another. An SFG layer goes on with  y = z * act(norm
 In a one-hot draw a kernel has a row in one group. Its OTHERS, the rows it would have in other groups, are zero, but
 their gates z want a gradient: dz = <dL/dF, act(norm(u))>. So a consumer of features has to say dL/dF of the others,
 too. It does so as the gradient of `others`, a tensor of their shape that takes no memory (`SFGFeatures.others`), and
-`routed_conv_kept` gives the producer what it needs to make their u once more (`Others`), without ever storing it.
+`convolve` with `keep` gives the producer what it needs to make their u once more (`Others`), without ever storing it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,61 @@ def routed_conv(
     `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: where x comes
     from, if that is known.
     """
-    return _apply(x, others, producer, weight, bias, residual, spec, relu, False)[0]
+    return convolve(x, weight, bias, spec, relu, residual, others, producer).u
+
+
+class Convolved(NamedTuple):
+    """u, and what else a convolution gives."""
+
+    u: Tensor
+    made_of: Others | None  # with `keep`: what u of the rows' others is made of
+    # The input. With `around` it is meant for a shortcut around the convolution: in the backward pass the gradients of
+    # both ways are added where the first is made.
+    x: Tensor
+    others: Tensor | None
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: RoutedConv,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    others: Tensor | None = None,
+    producer: Producer | None = None,
+    keep: bool = False,
+    around: bool = False,
+) -> Convolved:
+    """As `routed_conv`. `keep`: for rows all of whose gates want a gradient (`spec.rows.all_gates`)."""
+    assert residual is None or not relu, "the gradient would need the ReLU's output alone"
+    kernels, dtype = backends.kernels(x)
+    given, x = (x, others), x.to(dtype)
+    sizes = weight.shape[0], weight.shape[1]
+    a, past = None, None
+    if one_image_for_every_group(spec):
+        one = plain(spec, *sizes)
+        u = _by_kernels(x, None, None, weight, bias, None, kernels, one, relu)[0].repeat(1, len(spec.rows.names), 1, 1)
+    elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+        one = plain(spec, *sizes)
+        u = unfold(_by_kernels(fold(x, spec), None, None, weight, bias, None, kernels, one, relu)[0], spec)
+    elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
+        stride, padding, dilation = spec.geometry
+        groups = len(spec.columns.names)
+        u = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
+        u = F.relu(u) if relu else u
+    else:
+        around = around and x is given[0] and not torch.compiler.is_compiling()
+        arguments = x, others, producer, weight, bias, residual, kernels, spec, relu, keep, around
+        u, a, *past = _by_kernels(*arguments)
+        residual = None
+    u = u if residual is None else u + residual.to(u.dtype)
+    made_of = None
+    if keep:
+        a = u.detach() if spec.routing is Routing.ALL else a
+        parameters = weight.detach(), None if bias is None else bias.detach()
+        made_of = Others(x.detach().to(u.dtype), a, *parameters, kernels, spec)
+    return Convolved(u, made_of, *(past or given))
 
 
 class Others(NamedTuple):
@@ -100,57 +154,7 @@ class Producer(NamedTuple):
     own: bool  # do the gates of the drawn groups still want their gradient?
 
 
-def routed_conv_kept(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: RoutedConv,
-    relu: bool = False,
-    others: Tensor | None = None,
-    producer: Producer | None = None,
-) -> tuple[Tensor, Others]:
-    """As `routed_conv`, for rows all of whose gates want a gradient (`spec.rows.all_gates`)."""
-    u, a, kernels = _apply(x, others, producer, weight, bias, None, spec, relu, True)
-    a = u.detach() if spec.routing is Routing.ALL else a
-    parameters = weight.detach(), None if bias is None else bias.detach()
-    return u, Others(x.detach().to(u.dtype), a, *parameters, kernels, spec)
-
-
-def _apply(
-    x: Tensor,
-    others: Tensor | None,
-    producer: Producer | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: RoutedConv,
-    relu: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Any]:
-    assert residual is None or not relu, "the gradient would need the ReLU's output alone"
-    kernels, dtype = backends.kernels(x)
-    x = x.to(dtype)
-    sizes = weight.shape[0], weight.shape[1]
-    a = None
-    if one_image_for_every_group(spec):
-        one = plain(spec, *sizes)
-        u = _convolve(x, None, None, weight, bias, None, kernels, one, relu, False)[0].repeat(
-            1, len(spec.rows.names), 1, 1
-        )
-    elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
-        one = plain(spec, *sizes)
-        u = unfold(_convolve(fold(x, spec), None, None, weight, bias, None, kernels, one, relu, False)[0], spec)
-    elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
-        stride, padding, dilation = spec.geometry
-        bias = None if bias is None else bias.to(dtype)
-        u = F.conv2d(x, weight.to(dtype), bias, stride, padding, dilation, len(spec.columns.names))
-        u = F.relu(u) if relu else u
-    else:
-        return *_convolve(x, others, producer, weight, bias, residual, kernels, spec, relu, keep), kernels
-    return u if residual is None else u + residual.to(u.dtype), a, kernels
-
-
-def _convolve(
+def _by_kernels(
     x: Tensor,
     others: Tensor | None,
     producer: Producer | None,
@@ -160,9 +164,11 @@ def _convolve(
     kernels: Any,
     spec: RoutedConv,
     relu: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """ReLU and addition in the kernels, where these can do it."""
+    keep: bool = False,
+    around: bool = False,
+) -> tuple[Any, ...]:
+    """u, what is kept, and with `around` x and its others again. ReLU and addition in the kernels, where these can do
+    it."""
     fused = kernels.FUSES
     residual = None if residual is None else residual.to(x.dtype)
     keep = keep and spec.routing is Routing.ARROW
@@ -174,15 +180,15 @@ def _convolve(
     if producer is not None:
         tensors, rest = ((), None) if producer.others is None else producer.others.split()
         made = producer._replace(h=None, gates=None, others=rest)  # type: ignore[arg-type]
-        u, a = _RoutedConv.apply(producer.h, None, producer.gates, *arguments, made, *tensors)
+        u, a, *past = _RoutedConv.apply(producer.h, None, producer.gates, *arguments, around, made, *tensors)
     elif torch.compiler.is_compiling():
-        u, a = operators.routed_conv(x, others, *arguments)
+        u, a, *past = operators.routed_conv(x, others, *arguments)
     else:
-        u, a = _RoutedConv.apply(x, others, None, *arguments, None)
+        u, a, *past = _RoutedConv.apply(x, others, None, *arguments, around, None)
     if not fused:
         u = F.relu(u) if relu else u
         u = u if residual is None else u + residual
-    return u, a if keep else None
+    return u, a if keep else None, *past
 
 
 def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
@@ -208,6 +214,7 @@ class _RoutedConv(torch.autograd.Function):
         spec: RoutedConv,
         relu: bool,
         keep: bool,
+        around: bool,
         producer: Producer | None,
         *made_of: Tensor,
     ) -> Any:
@@ -215,31 +222,40 @@ class _RoutedConv(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # no zeros for a
         y, a, ctx.kept = passes.forward(x, weight, bias, residual, kernels, spec, relu, keep)
         ctx.save_for_backward(x, y if relu else None, gates, *made_of)  # what passed the ReLU is positive
-        ctx.kernels, ctx.spec, ctx.producer = kernels, spec, producer
+        ctx.kernels, ctx.spec, ctx.producer, ctx.size = kernels, spec, producer, y.shape
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         if a is not None:
             ctx.mark_non_differentiable(a)
-        return y, a
+        if not around:
+            return y, a
+        zeros = None if others is None else others.view_as(others)
+        if producer is not None and producer.others is not None:  # whose gates others are
+            n, columns, height, width = x.shape
+            zeros = x.new_zeros(()).expand(n, (len(spec.columns.names) - 1) * columns, height, width)
+        return y, a, x.view_as(x), zeros
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
-        if dy is None:
+    def backward(ctx: Any, dy: Tensor | None, _: Any, *around: Tensor | None) -> Any:
+        if dy is None and not any(gradient is not None for gradient in around):
             return (None,) * len(ctx.needs_input_grad)
         x, passed, gates, *made_of = ctx.saved_tensors
+        dy = x.new_zeros(ctx.size) if dy is None else dy
         wants_x, wants_others, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
         kept, kernels, spec, producer = ctx.kept, ctx.kernels, ctx.spec, ctx.producer
+        past = (around[0], around[1]) if around else (None, None)
         dz = None
         if producer is not None and wants_gates:
             recipe = None
             if producer.others is not None:
                 recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.activation)
-            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, relu=passed, own=producer.own)
+            how = {"relu": passed, "own": producer.own, "around": past}
+            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, **how)
             dz = producer.groups.by_kernel(dz[0] if producer.own else None, dz[1:] if recipe else None, gates)
             _, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, [False, *wants])
         else:
             asked = [wants_x or wants_others, *wants]
-            dx, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, asked)
+            dx, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, asked, past)
         dw = None if dw is None else dw.to(ctx.dtypes[0])
         db = None if db is None else db.to(ctx.dtypes[1])
         gradients = dx, dothers if wants_others else None, dz, dw, db, dy if wants_residual else None

@@ -7,7 +7,7 @@ from sfg_fast.kernels.spec import Geometry, RoutedConv
 from sfg_fast import backend
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import routed_conv, routed_conv_kept
+from sfg_fast.routed_conv import convolve, routed_conv
 
 BACKENDS = ["masked"] + ["native"] * available("native") + ["triton"] * available("triton")
 KINDS = ["packed", "with others", "rows with others", "relaxed", "image"]
@@ -33,7 +33,7 @@ def run(x, others, weight, bias, spec, relu):
     """u, and what the gates of its others need."""
     if not spec.rows.all_gates:
         return routed_conv(x, weight, bias, spec, relu, others=others), torch.empty(0)
-    u, recipe = routed_conv_kept(x, weight, bias, spec, relu, others)
+    u, recipe, *_ = convolve(x, weight, bias, spec, relu, others=others, keep=True)
     return u, recipe.a
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sfg_fast import backend
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.routed_conv import RoutedConv, routed_conv, routed_conv_kept
+from sfg_fast.routed_conv import RoutedConv, convolve, routed_conv
 from tests.oracle import assert_close
 
 
@@ -62,6 +62,7 @@ def problems(draw):
         "routing": draw(st.sampled_from(list(Routing))),
         "columns": draw(st.sampled_from(["packed", "with others", "streams"])),
         "rows": draw(st.sampled_from(["packed", "with others", "relaxed"])),
+        "around": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**16)),
     }
 
@@ -114,16 +115,20 @@ def check(problem, name):
         others = x.new_zeros(()).expand(p["batch"], of_columns.numel(), *p["image"]).requires_grad_()
         wanted.append(dx[:, of_columns.flatten()])
     with backend(name):
+        found = convolve(x, weight, bias, spec, others=others, keep=rows.all_gates, around=p["around"])
         if rows.all_gates:
-            y, recipe = routed_conv_kept(x, weight, bias, spec, others=others)
             of_rows = rows.others * rows.width + rows.order
-            check_others(recipe, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
-        else:
-            y = routed_conv(x, weight, bias, spec, others=others)
+            check_others(found.made_of, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
     inputs = [x, *parameters] + ([] if others is None else [others])
-    assert_close(y, expected, what="u")
+    assert_close(found.u, expected, what="u")
+    # A shortcut around the convolution: what comes back that way is added.
+    past = random(*x.shape)
+    outputs, gradients, wanted = [found.u, found.x], [dy, past], [dx[:, live] + past, *wanted]
+    if others is not None:
+        outputs, gradients = [*outputs, found.others], [*gradients, random(*others.shape)]
+        wanted[-1] = wanted[-1] + gradients[-1]
     names = [*["input", "weight", "bias"][: 1 + len(parameters)], "others"]
-    for what, a, b in zip(names, torch.autograd.grad(y, inputs, dy), [dx[:, live], *wanted], strict=False):
+    for what, a, b in zip(names, torch.autograd.grad(outputs, inputs, gradients), wanted, strict=False):
         assert_close(a, b, what=f"gradient of the {what}")
 
 
@@ -145,10 +150,11 @@ def test_triton_against_dense_masking(problem):
 @pytest.mark.parametrize("routing", Routing)
 @pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
 @pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
-def test_every_kind_of_rows_and_columns(name, rows, columns, routing):
+@pytest.mark.parametrize("around", [False, True])
+def test_every_kind_of_rows_and_columns(name, rows, columns, routing, around):
     problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
     problem |= {"dilation": (1, 1), "image": (5, 6), "batch": 2, "bias": True, "seed": 0}
-    check(problem | {"routing": routing, "columns": columns, "rows": rows}, name)
+    check(problem | {"routing": routing, "columns": columns, "rows": rows, "around": around}, name)
 
 
 @pytest.mark.slow
@@ -249,7 +255,7 @@ def test_flops_of_a_straight_through_step(into, out):
     weight = torch.randn(kernels, kernels, 3, 3, requires_grad=True)
     spec = RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
     with FlopCounterMode(display=False) as counter, backend("masked"):
-        y, recipe = routed_conv_kept(x, weight, None, spec, others=others)
+        y, recipe, *_ = convolve(x, weight, None, spec, others=others, keep=True)
         y.sum().backward()
         recipe.kernels.gate_gradient(recipe.recipe(None, None, "relu"), torch.randn(1, tasks * kernels, size, size))
     assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size

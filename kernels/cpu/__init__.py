@@ -92,7 +92,12 @@ def forward(
 
 
 def input_gradient(
-    dy: Tensor, packed: Parameters, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
+    dy: Tensor,
+    packed: Parameters,
+    spec: RoutedConv,
+    size: tuple[int, int],
+    relu: Tensor | None = None,
+    around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
     images, channels, groups = dy.shape[0], spec.columns.order.numel(), len(spec.columns.names)
     dx = _empty(dy, images, channels, *size)
@@ -101,6 +106,7 @@ def input_gradient(
         _plain(dy),
         _plain_or_none(relu),
         _plain(packed.weight),
+        *map(_plain_or_none, around),
         to_dlpack(dx),
         _plain_or_none(dothers),
         None,
@@ -119,6 +125,7 @@ def input_and_gate_gradient(
     recipe: Recipe | None,
     relu: Tensor | None = None,
     own: bool = True,
+    around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     dx = _empty(features, *features.shape)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
@@ -127,6 +134,7 @@ def input_and_gate_gradient(
         _plain(dy),
         _plain_or_none(relu),
         _plain(packed.weight),
+        *map(_plain_or_none, around),
         to_dlpack(dx),
         None,
         _plain(features) if own else None,

@@ -175,15 +175,19 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
 }
 
 template <typename T>
-void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Tensor<T> dx,
-                    std::optional<Tensor<T>> others, Optional<T> live, const std::optional<Recipe<T>>& recipe,
-                    std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads,
-                    Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
-                    const Order& column_order) {
+void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Optional<T> around,
+                    Optional<T> around_others, Tensor<T> dx, std::optional<Tensor<T>> others, Optional<T> live,
+                    const std::optional<Recipe<T>>& recipe, std::optional<Array<T, 2>> dz, const Offsets& rows,
+                    const Offsets& columns, const Table& reads, Pair stride, Pair padding, Pair dilation, int threads,
+                    const Order& row_order, const Order& column_order) {
     const Shape p = shape(dx, w, dy, stride, padding, dilation);
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
     T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
+    const sfg::Around<T> more{
+        data(around, {p.n, p.c, p.h, p.w}, "what came around does not fit the gradient"),
+        data(around_others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "what came around does not fit the others")};
+    require(!more.others || others || recipe, "nobody wants the others' gradient");
     const T* features = data(live, {p.n, p.c, p.h, p.w}, "the features don't fit the gradient");
     require(bool(dz) == (live || recipe), "the gates' gradient needs the features or their producer");
     std::optional<sfg::Producer<T>> made;
@@ -203,7 +207,7 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Ten
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), dx.data(), rest, features, made ? &*made : nullptr,
+    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), more, dx.data(), rest, features, made ? &*made : nullptr,
                            dz ? dz->data() : nullptr, p, b, threads);
 }
 
@@ -363,9 +367,10 @@ void define(nb::module_& m) {
           "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a, "row_order"_a = nb::none(),
           "column_order"_a = nb::none());
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
-          "dx"_a.noconvert(), "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(),
-          "dz"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "threads"_a, "row_order"_a = nb::none(), "column_order"_a = nb::none());
+          "around"_a.noconvert().none(), "around_others"_a.noconvert().none(), "dx"_a.noconvert(),
+          "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(), "dz"_a.noconvert().none(),
+          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a,
+          "row_order"_a = nb::none(), "column_order"_a = nb::none());
     m.def("gate_gradient", &gate_gradient<T>, "recipe"_a, "df"_a.noconvert(), "dz"_a.noconvert(), "threads"_a);
     m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
           "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,

@@ -171,7 +171,22 @@ struct Work {
             }
     }
 
-    // The other way.
+    // The other way: adds a block to one in scratch,
+    void include(const T* from, T* to) const {
+        const int64_t step = patch.job->horizontal->step;
+        for (int64_t k = 0; k < tile().outputs; k++)
+            for (int64_t i = 0; i < patch.rows; i++) {
+                T* row = to + k * sums.aside_stride + i * sums.layout.pitch;
+                const T* added = from + k * task.out_plane + i * line();
+                if (step == 1) {
+                    task.loops.add(row, added, patch.columns);
+                    continue;
+                }
+                for (int64_t j = 0; j < patch.columns; j++) row[j] += added[j * step];
+            }
+    }
+
+    // or copies it there.
     void fetch(const T* from, T* to, const Sums<T>& layout_of) const {
         for (int64_t k = 0; k < tile().outputs; k++)
             for (int64_t i = 0; i < patch.rows; i++)

@@ -124,9 +124,9 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* b
 }
 
 template <typename T>
-void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, T* dx, T* others,
-                    const T* live, const Producer<T>* producer, T* dz, const Shape& shape, const Blocks& blocks,
-                    int threads) {
+void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, const Around<T>& around,
+                    T* dx, T* others, const T* live, const Producer<T>* producer, T* dz, const Shape& shape,
+                    const Blocks& blocks, int threads) {
     // With a producer, both convolutions walk over the same lines.
     const Shape p = producer ? shape : with_long_rows(shape);
     const int64_t last = others || producer ? blocks.groups_in - 1 : 0;
@@ -173,8 +173,9 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                      .columns = work.patch.columns,
                      .sums = found.data() + work.item * gates + number * p.c + work.tile().first});
     };
-    const auto of_live = [&](const Work<T>& work, const T* df) {
+    const auto of_live = [&](const Work<T>& work, T* df) {
         const int64_t at = work.at(p.c, work.tile().first);
+        if (around.dx) work.include(around.dx + at, df);
         work.place(df, dx + at, nullptr);
         if (live) gate(work, 0, df, live + at, task.out_plane, work.line(), false);
     };
@@ -185,9 +186,9 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                             const std::vector<Range>& reads = work.tile().reads;
                             const OutputTile<T> sum =
                                 work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
+                            const int64_t at = work.at(p.c, work.tile().first);
                             if (!live)
-                                return finish(work, sum, dx + work.at(p.c, work.tile().first), (const T*)nullptr,
-                                              work.aside(0));
+                                return finish(work, sum, dx + at, around.dx ? around.dx + at : nullptr, work.aside(0));
                             work.sums.compute(sum);
                             of_live(work, work.aside(0));
                         }),
@@ -207,17 +208,23 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
             T* df = begins ? total : work.aside(1);
             const int64_t number = g == tile.group ? 0 : ++other;
             const bool nothing = own.first == own.last && !(sums_up && started);
-            if (nothing && number && producer) continue;
+            if (nothing && number && producer && !around.others) continue;
             work.sums.compute(work.sums.over(&own, 1, own.first, sums_up && started ? total : nullptr, df));
             if (shared && !begins && g != 0)
                 for (int64_t k = 0; k < tile.outputs; k++)
                     loops.add(total + k * work.sums.aside_stride, df + k * work.sums.aside_stride,
                               (work.patch.rows - 1) * work.sums.layout.pitch + work.patch.columns);
             started = true;
+            if (begins && (number ? around.others : around.dx)) {  // not part of the total
+                df = work.aside(1);
+                std::memcpy(df, total, tile.outputs * work.sums.aside_stride * sizeof(T));
+            }
+            const int64_t at = work.at(last * p.c, (number - 1) * p.c + tile.first);
+            if (number && around.others) work.include(around.others + at, df);
             if (number == 0) {
                 of_live(work, df);
             } else if (others) {
-                work.place(df, others + work.at(last * p.c, (number - 1) * p.c + tile.first), nullptr);
+                work.place(df, others + at, nullptr);
             } else {
                 const T* u = in_group(g, *work.beside, producer->blocks, (const T*)kept, work.aside(3));
                 gate(work, number, df, u, work.beside->aside_stride, work.beside->layout.pitch, true);
@@ -274,8 +281,8 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
 #define SFG_INSTANTIATE(T)                                                                                             \
     template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*, const Shape&, \
                              const Blocks&, int);                                                                      \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, T*, T*, const T*,              \
-                                    const Producer<T>*, T*, const Shape&, const Blocks&, int);                         \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const Around<T>&, T*, T*,      \
+                                    const T*, const Producer<T>*, T*, const Shape&, const Blocks&, int);               \
     template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)

@@ -49,6 +49,12 @@ struct Producer {
     Blocks blocks;
 };
 
+// Gradients that came around the convolution, by a shortcut: each is added to its like, or null.
+template <typename T>
+struct Around {
+    const T *dx, *others;
+};
+
 // dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
 // others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
 // group that is not its own, in the order 1, 2, .., 0.
@@ -56,8 +62,8 @@ struct Producer {
 // are null). With their producer (without pooling): also of what would go to others with what these would be,
 // [groups_in][c] in all.
 template <typename T>
-void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, T* dx, T* others, const T* live,
-                    const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
+void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, const Around<T>&, T* dx,
+                    T* others, const T* live, const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
 
 // dz [groups_out - 1][k], the inner products of df [n][groups_out - 1][k][oh][ow] (half of each, with pooling) with
 // what each row would be in each group that is not its own, in the order 1, 2, .., 0. Bits as above.

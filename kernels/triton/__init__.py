@@ -127,15 +127,30 @@ def forward(
     if residual is not None and (p.shares_products or keep):
         y, a = _convolve(x, packed.forward, p, offsets, size, relu, bias=packed.bias, keep=keep)
         return y + residual, a
-    return _convolve(x, packed.forward, p, offsets, size, relu, residual=residual, bias=packed.bias, keep=keep)
+    return _convolve(x, packed.forward, p, offsets, size, relu, residual=(residual, None), bias=packed.bias, keep=keep)
 
 
 def input_gradient(
-    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int], relu: Tensor | None = None
+    dy: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    size: tuple[int, int],
+    relu: Tensor | None = None,
+    around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.offsets
-    return _convolve(dy, packed.backward, p, offsets, size, relu is not None, passed=relu, keep=p.others)
+    # The kernels add to all that they write, or to nothing.
+    adds = not p.shares_products and around[0] is not None and (around[1] is not None) == p.others
+    residual = around if adds else (None, None)
+    found = _convolve(
+        dy, packed.backward, p, offsets, size, relu is not None, passed=relu, residual=residual, keep=p.others
+    )
+    if adds:
+        return found
+    dx, dothers = (d if d is None or more is None else d + more for d, more in zip(found, around, strict=True))
+    assert dx is not None
+    return dx, dothers
 
 
 def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
@@ -297,16 +312,18 @@ def _convolve(
     size: tuple[int, int],
     relu: bool,
     passed: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: tuple[Tensor | None, Tensor | None] = (None, None),
     bias: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read. `keep`: there is a
-    second tensor, what the forward pass keeps, or the gradient of the others."""
+    second tensor, what the forward pass keeps, or the gradient of the others. `residual`: what is added to the first,
+    and to the gradient of the others (both, where there is one)."""
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
     _check(passed, "the ReLU's output", tuple(x.shape))
-    _check(residual, "the residual", (x.shape[0], channels, *size))
+    _check(residual[0], "the residual", (x.shape[0], channels, *size))
+    _check(residual[1], "the residual of the others", (x.shape[0], channels * (p.out_groups - 1), *size))
     x = _nhwc(x)
     passed = x if passed is None else _nhwc(passed)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -316,17 +333,18 @@ def _convolve(
         beside = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
         return y, beside
-    fused = relu, residual is not None, bias is not None, max(x[:1].numel(), y[:1].numel()) >= 2**31
+    fused = relu, residual[0] is not None, bias is not None, max(x[:1].numel(), y[:1].numel()) >= 2**31
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     bias = weight if bias is None else bias
-    added = y if residual is None else _nhwc(residual)
+    added, added_others = (y if tensor is None else _nhwc(tensor) for tensor in residual)
     sizes = x.shape[2], x.shape[3], *size
     grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
         _launch(rowwalk_kernel, launch, x, passed, weight, bias, added, y, *sizes, launch.steps, *constants)
     elif launch.kernel == "convolve_others":
-        _launch(convolve_others_kernel, launch, x, passed, weight, y, beside, *offsets, *sizes, *grid, *constants)
+        tensors = x, passed, weight, added, added_others, y, beside
+        _launch(convolve_others_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_kept":
         _launch(convolve_kept_kernel, launch, x, weight, bias, y, beside, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_all":

@@ -180,10 +180,10 @@ def is_all(g: tl.constexpr, n0, offsets, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def convolve_others_kernel(
-    x, passed, w, y, others, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
+    x, passed, w, residual, residual_others, y, others, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint to a one-hot draw and its others."""
+    """The adjoint to a one-hot draw and its others, each with its residual."""
     BLOCK_N: tl.constexpr = P.block_n
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
     TILES_N: tl.constexpr = P.columns // P.block_n
@@ -213,9 +213,9 @@ def convolve_others_kernel(
         if step > 0:
             other = tl.where(place > step - 1, before, now)
             c = (step - 1) * P.out_channels + n
-            store_tile(other, others, others, image * ALL, i, j, c, valid, OH, OW, phase, ALL, P, T)
+            store_tile(other, others, residual_others, image * ALL, i, j, c, valid, OH, OW, phase, ALL, P, T)
         before = now
-    store_tile(own, y, y, image * P.out_channels, i, j, n, valid, OH, OW, phase, P.out_channels, P, T)
+    store_tile(own, y, residual, image * P.out_channels, i, j, n, valid, OH, OW, phase, P.out_channels, P, T)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ..groups import FilterGroups, Routing, group_names
 from ..kernels.spec import Geometry
 from ..norm import batch_norm_relu, folded, running_affine
 from ..reference import DenseFeatures
-from ..routed_conv import RoutedConv, routed_conv
+from ..routed_conv import RoutedConv, convolve, routed_conv
 from .conv import Features, SFGConv2d, for_backend
 
 
@@ -56,15 +56,14 @@ class StreamBlock(nn.Module):
             h, around = _normalised(self.norm1, h)
         columns = x.groups if self.first else streams
         spec = RoutedConv(block, columns, Routing.OWN, geometry)
-        source = {"others": x.others, "producer": x.producer}
+        weight, bias, folds = self.conv1.weight, self.conv1.bias, False
         if self.norm2 is not None and not self.norm2.training:
-            weight, bias = folded(self.conv1.weight, self.conv1.bias, *running_affine(self.norm2))
-            h = routed_conv(h, weight, bias, spec, relu=True, **source)
-        else:
-            h, _ = _normalised(self.norm2, routed_conv(h, self.conv1.weight, self.conv1.bias, spec, **source))
+            (weight, bias), folds = folded(weight, bias, *running_affine(self.norm2)), True
+        found = convolve(h, weight, bias, spec, folds, others=x.others, producer=x.producer, around=self.first)
+        h = found.u if folds else _normalised(self.norm2, found.u)[0]
         spec = RoutedConv(block, streams, Routing.OWN, geometry)
         if self.first:
-            around = x.streams()
+            around = SFGFeatures(found.x, x.groups, x.routing, found.others).streams()
         return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=around), streams)
 
     def _reference(self, x: DenseFeatures) -> DenseFeatures:
@@ -155,7 +154,8 @@ class RoutedBlock(nn.Module):
         self.conv2.share_grouping(trunk)
 
     def forward(self, x: Features) -> Features:
-        return self.conv2(self.conv1(x), groups=x.groups, residual=x)
+        h = self.conv1(x, around=True)
+        return self.conv2(h, groups=x.groups, residual=x if isinstance(h, DenseFeatures) else h.around)
 
 
 class Heads(nn.Module):

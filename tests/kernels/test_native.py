@@ -118,7 +118,7 @@ def check(problem):
     exact.backward((dy * (y > 0) if p["relu"] else dy).double())
 
     memory, dx = guarded(*x.shape, dtype=dtype)
-    _native.input_gradient(dy, passed, weight, dx, *[None] * 4, *arguments, p["threads"])
+    _native.input_gradient(dy, passed, weight, None, None, dx, *[None] * 4, *arguments, p["threads"])
     outputs = max(int(mask.sum(0).max()) * taps, 1)
     close(dx, leaves[0].grad, eps, outputs, "input gradient")
     unharmed(memory)
@@ -135,7 +135,12 @@ def check(problem):
 
     for result, run in (
         (y, lambda out, threads: _native.forward(x, weight, bias, None, True, out, None, *arguments, threads)),
-        (dx, lambda out, threads: _native.input_gradient(dy, passed, weight, out, *[None] * 4, *arguments, threads)),
+        (
+            dx,
+            lambda out, threads: _native.input_gradient(
+                dy, passed, weight, None, None, out, *[None] * 4, *arguments, threads
+            ),
+        ),
     ):
         for threads in (1, 2):
             again = torch.full_like(result, float("nan"))

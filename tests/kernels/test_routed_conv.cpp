@@ -108,7 +108,7 @@ void check(const Problem& problem, const char* isa) {
     const int64_t taps = p.r * p.s, inputs = p.n * p.c * p.h * p.w, outputs = p.n * p.k * p.oh * p.ow;
     std::vector<T> x = random_numbers<T>(inputs), weight = random_numbers<T>(p.k * p.c * taps);
     const std::vector<T> bias = random_numbers<T>(p.k), residual = random_numbers<T>(outputs);
-    const std::vector<T> dy = random_numbers<T>(outputs);
+    const std::vector<T> dy = random_numbers<T>(outputs), around = random_numbers<T>(inputs);
     for (int64_t k = 0; k < p.k; k++)
         for (int64_t c = 0; c < p.c; c++)
             if (!problem.read(k, c))
@@ -120,12 +120,13 @@ void check(const Problem& problem, const char* isa) {
                     y.data(), nullptr, p, problem.blocks(), problem.threads);
     sfg::forward<T>(loops, x.data(), weight.data(), b, nullptr, true, passed.data(), nullptr, p, problem.blocks(), 1);
     const T* relu = problem.relu ? passed.data() : nullptr;
-    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), dx.data(), nullptr, nullptr, nullptr, nullptr, p,
-                           problem.blocks(), problem.threads);
+    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), {problem.residual ? around.data() : nullptr, nullptr},
+                           dx.data(), nullptr, nullptr, nullptr, nullptr, p, problem.blocks(), problem.threads);
     sfg::weight_gradient<T>(loops, x.data(), dy.data(), relu, dw.data(), db.data(), p, problem.blocks(),
                             problem.threads);
 
     std::vector<double> y0(outputs), dx0(inputs), dw0(weight.size()), db0(p.k);
+    if (problem.residual) std::copy(around.begin(), around.end(), dx0.begin());
     for (int64_t n = 0; n < p.n; n++)
         for (int64_t k = 0; k < p.k; k++)
             for (int64_t i = 0; i < p.oh; i++)
@@ -216,13 +217,27 @@ void check_gates(const char* isa) {
                     threads);
     const sfg::Producer<T> producer{x.data(),     weight.data(), bias.data(), kept.data(), scale.data(),
                                     scale.data(), {true, false}, p,           first};
-    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), dx.data(), df.data(), nullptr, nullptr,
+    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, dx.data(), df.data(), nullptr, nullptr,
                            nullptr, q, second, threads);
-    sfg::gate_gradient<T>(loops, producer, df.data(), dz.data(), threads);
-    std::vector<T> again(features, nan);
-    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), again.data(), nullptr, y.data(), &producer,
-                           dz_all.data(), q, second, threads);
     const int64_t terms = p.oh * p.ow * p.n * (p.c * p.r * p.s + 1) * (q.k * q.r * q.s + 1);
+    std::vector<T> again(features, nan);
+    if (pick(0, 1)) {  // a shortcut
+        const std::vector<T> past = random_numbers<T>(features), past_others = random_numbers<T>(df.size());
+        const sfg::Around<T> around{past.data(), past_others.data()};
+        std::vector<T> all(df.size(), nan);
+        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), around, again.data(), all.data(), nullptr,
+                               nullptr, nullptr, q, second, threads);
+        for (size_t i = 0; i < dx.size(); i++) dx[i] += past[i];
+        for (size_t i = 0; i < df.size(); i++) df[i] += past_others[i];
+        compare("input gradient and shortcut", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
+        compare("others' gradient and shortcut", all, {df.begin(), df.end()}, q.k * q.r * q.s);
+        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), around, again.data(), nullptr, y.data(),
+                               &producer, dz_all.data(), q, second, threads);
+    } else {
+        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, again.data(), nullptr, y.data(),
+                               &producer, dz_all.data(), q, second, threads);
+    }
+    sfg::gate_gradient<T>(loops, producer, df.data(), dz.data(), threads);
     compare("gates", std::vector<T>(dz_all.begin() + p.k, dz_all.end()), {dz.begin(), dz.end()}, terms);
     compare("input gradient beside the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
 }

@@ -186,6 +186,10 @@ def check_others(p, spec, x, weight, bias, dy, relu, random):
     dx, dothers = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], passed)
     close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
     close(dothers, others(gets, columns).flatten(1, 2), eps, back, "gradient of the others")
+    past = random(*dx.shape).to(dtype), random(*dothers.shape).to(dtype)  # by a shortcut
+    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], passed, past)
+    for found, alone, more in zip(both, (dx, dothers), past, strict=True):
+        close(found, alone.double() + more.double(), eps, back, "gradient and what came by a shortcut")
 
     u = others(everywhere, rows)
     df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
