@@ -155,7 +155,7 @@ class RoutedBlock(nn.Module):
 
     def forward(self, x: Features) -> Features:
         h = self.conv1(x, around=True)
-        return self.conv2(h, groups=x.groups, residual=x if isinstance(h, DenseFeatures) else h.around)
+        return self.conv2(h, groups=x.groups, residual=h.around if isinstance(h, SFGFeatures) else x)
 
 
 class Heads(nn.Module):

@@ -43,7 +43,8 @@ class ObjectiveConfig:
 
     Args:
         lambda1: weight of the sum of squared kernel norms.
-        lambda2: weight of the sum of entropies of the grouping probabilities.
+        lambda2: weight of the sum of entropies of the grouping probabilities. Large ones keep p from deciding
+            (docs/experiment.md).
         ct_scale_hu: unit of the network's CT output in HU; also the SD of its Gaussian likelihood while that is fixed.
         ct_noise: SD of the CT likelihood: "fixed"; "learned", a parameter that weighs the task by its noise; or
             "heteroscedastic", predicted for every voxel.
@@ -51,7 +52,7 @@ class ObjectiveConfig:
     """
 
     lambda1: float = 1e-3
-    lambda2: float = 1e-2
+    lambda2: float = 1e-3
     ct_scale_hu: float = 400.0
     ct_noise: str = "fixed"
     organs_noise: str = "fixed"
@@ -75,7 +76,7 @@ class ScheduleConfig:
         temperature_until: share of the steps.
         draw_until: share of the steps with drawn groupings; after it argmax p is fixed and only weights are trained.
             1: draw to the end, as the paper does. Less than 1 is ours: it removes most of the gap between drawn and
-            argmax evaluation.
+            argmax evaluation, and the weights learn faster (docs/experiment.md).
         clip: largest norm of the weights' gradient.
         patience: stop when the validation split has not improved for so many checkpoints; null: never. It counts from
             `draw_until`, because the weights have to learn the fixed grouping.
@@ -92,7 +93,7 @@ class ScheduleConfig:
     temperature_start: float = 1.0
     temperature_end: float = 0.1
     temperature_until: float = 0.8
-    draw_until: float = 0.6
+    draw_until: float = 0.3
     clip: float = 1.0
     patience: int | None = None
 
