@@ -29,8 +29,6 @@ class SFGFeatures:
             drawn into (`FilterGroups.others`). Their gradient is what the gates of those groups learn from; None if
             these gates don't learn.
         producer: how an SFG layer made these features (`routed_conv.Producer`), if nothing was done to them since.
-        around: the input of the layer that made them, for a shortcut around it, if it was asked to
-            (`conv(x, around=True)`).
     """
 
     packed: Tensor
@@ -38,7 +36,6 @@ class SFGFeatures:
     routing: Routing = Routing.ARROW
     others: Tensor | None = None
     producer: Any = None
-    around: SFGFeatures | None = None
 
     def dense(self, group: int | str) -> Tensor:
         """F_group as [N, K, H, W]: kernels in their own order, zero where a kernel is in another group."""

@@ -36,16 +36,10 @@ def routed_conv(
     spec: RoutedConv,
     relu: bool = False,
     residual: Tensor | None = None,
-    others: Tensor | None = None,
-    producer: Producer | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Packed x [N, columns, H, W], weight [K, C, kH, kW] and bias [K] in the layer's order -> u [N, rows, H', W'].
-
-    `relu`: return relu(u). `residual`: a tensor like u, which is added. Not both.
-    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: where x comes
-    from, if that is known.
-    """
-    return convolve(x, weight, bias, spec, relu, residual, others, producer).u
+    """u alone, see `convolve`."""
+    return convolve(x, weight, bias, spec, relu, residual, **options).u
 
 
 class Convolved(NamedTuple):
@@ -71,7 +65,12 @@ def convolve(
     keep: bool = False,
     around: bool = False,
 ) -> Convolved:
-    """As `routed_conv`. `keep`: for rows all of whose gates want a gradient (`spec.rows.all_gates`)."""
+    """Packed x [N, columns, H, W], weight [K, C, kH, kW] and bias [K] in the layer's order -> u [N, rows, H', W'].
+
+    `relu`: return relu(u). `residual`: a tensor like u, which is added. Not both.
+    `others` [N, (G-1) * columns, H, W] (zeros): gets the gradient of the columns' others. `producer`: where x comes
+    from, if that is known. `keep`: for rows all of whose gates want a gradient (`spec.rows.all_gates`).
+    """
     assert residual is None or not relu, "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
     given, x = (x, others), x.to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +52,6 @@ class SFGConv2d(reference.SFGConv2d):
         x: Tensor | Features | Sequence[Tensor],
         groups: FilterGroups | None = None,
         residual: Features | None = None,
-        around: bool = False,
     ) -> Features:
         """Convolve, normalise, activate, gate.
 
@@ -62,8 +60,6 @@ class SFGConv2d(reference.SFGConv2d):
                 [N, C, H, W], shared first, which are merged by summation as features are.
             groups: a draw to use instead of a new one (shortcuts need one grouping: `conv(x, groups=features.groups)`).
             residual: features of the same draw; F + residual is returned, with less to do than by adding afterwards.
-            around: x (features) is wanted for a shortcut around this layer: the result has it once more, as its
-                `around`. In the backward pass the gradients of both ways are then added where the first is made.
 
         Returns:
             `SFGFeatures`; under `backend("reference")` the T+1 dense tensors with the same interface.
@@ -75,7 +71,6 @@ class SFGConv2d(reference.SFGConv2d):
         features = _image(x) if isinstance(x, Tensor) else self._features(x)
         self._check_channels(features)
         groups = self.draw() if groups is None else self.check_groups(groups)
-        given = features
         if self.zero_padding is None:
             features = features.channelwise(self.pad)
         geometry = Geometry(self.stride, self.zero_padding or (0, 0), self.dilation)
@@ -87,27 +82,23 @@ class SFGConv2d(reference.SFGConv2d):
         relu = norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
         arguments = features.packed, weight, bias, spec, relu
         source = {"others": features.others, "producer": features.producer}
-        if (
+        others = None
+        if groups.all_gates:
+            u, others, *_ = convolve(*arguments, **source, keep=True)
+        elif (
             norm is None
             and self.activation is None
             and not groups.learns
-            and not around
             and _addable(residual, groups, features.packed)
         ):
             return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
-        found = convolve(*arguments, **source, keep=groups.all_gates, around=around)
-        u, others = found.u, found.made_of
+        else:
+            u = routed_conv(*arguments, **source)
         in_one_go = None if norm is None else norm.in_one_go(u, groups, self.activation)
         if in_one_go is not None:
-            out = self._normalised(u, groups, others, residual, in_one_go)
-        else:
-            out = self._epilogue(u, groups, norm, relu, others)
-            out = out if residual is None else residual + out  # type: ignore[operator,assignment]
-        if not around:
-            return out
-        if features is given:
-            given = SFGFeatures(found.x, given.groups, given.routing, found.others)
-        return dataclasses.replace(out, around=given)
+            return self._normalised(u, groups, others, residual, in_one_go)
+        features = self._epilogue(u, groups, norm, relu, others)
+        return features if residual is None else residual + features  # type: ignore[operator]
 
     def _normalised(
         self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None, kernels: Any

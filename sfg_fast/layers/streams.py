@@ -154,8 +154,7 @@ class RoutedBlock(nn.Module):
         self.conv2.share_grouping(trunk)
 
     def forward(self, x: Features) -> Features:
-        h = self.conv1(x, around=True)
-        return self.conv2(h, groups=x.groups, residual=h.around if isinstance(h, SFGFeatures) else x)
+        return self.conv2(self.conv1(x), groups=x.groups, residual=x)
 
 
 class Heads(nn.Module):

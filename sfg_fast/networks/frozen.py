@@ -228,9 +228,9 @@ class FrozenConv(Frozen):
         self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
 
     def forward(
-        self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None, around: bool = False
+        self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
     ) -> GroupTensors:
-        """`groups` is ignored, because the assignment is fixed, and `around`: x itself is as good for a shortcut."""
+        """`groups` is ignored: the assignment is fixed."""
         made = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
         sizes = [len(own) if group in made else 0 for group, own in enumerate(self.kernels)]
         add = None
