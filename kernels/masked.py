@@ -17,7 +17,7 @@ from ..groups import FilterGroups, Routing, sort_by_group
 from .packing import Packed, pack_parameters, read, unpack, unpack_dim
 from .spec import Recipe, RoutedConv
 
-FUSES = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = False
+FUSES = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = None, (None, *ACTIVATIONS)
 
 

@@ -165,8 +165,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         mean, var, count = _over_processes(mean, var, _count(x))
-        with torch.no_grad():
-            _keep_statistics(self, mean, var, count)
+        keep_statistics(self, mean, var, count)
         scale, shift = _affine(self.weight, self.bias, mean, var, self.eps)
         return x * _channels(scale, x) + _channels(shift, x)
 
@@ -224,15 +223,19 @@ def in_one_go(x: Tensor) -> Any:
     return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None
 
 
-def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def relu_in_one_go(norm: nn.BatchNorm2d | None, x: Tensor) -> Any:
+    """The kernels for this norm and a ReLU behind it, or None."""
+    return in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
+
+
+def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """relu(norm(x)), and x for a shortcut around it."""
-    kernels = in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
-    if kernels is None:
-        return nn.functional.relu(norm(x)), x
+    kernels = relu_in_one_go(norm, x)
+    if norm is None or kernels is None:
+        return nn.functional.relu(x if norm is None else norm(x)), x
     how = norm.eps, "relu", kernels, None
     out, around, mean, var = _BatchNorm.apply(x, norm.weight, norm.bias, None, None, *how)
-    with torch.no_grad():
-        _keep_statistics(norm, mean, var, _count(x))
+    keep_statistics(norm, mean, var, _count(x))
     return out, around
 
 
@@ -255,7 +258,8 @@ def _affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float)
     return scale, bias - mean * scale
 
 
-def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+@torch.no_grad()
+def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """The running statistics go towards those of a batch; var is the biased one."""
     assert norm.running_mean is not None
     assert norm.running_var is not None

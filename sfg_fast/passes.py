@@ -32,10 +32,12 @@ def forward(
     spec: RoutedConv,
     relu: bool,
     keep: bool,
+    affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Kept]:
     """Returns u (`relu`: relu(u)), with `keep` what the gates of the others need besides x, and what is kept."""
     kept = prepare(weight, bias, kernels, spec, x.dtype)
-    fused = {"relu": relu, "residual": residual} if kernels.FUSES else {}
+    fused: dict[str, Any] = {"relu": relu, "residual": residual} if kernels.FUSES else {}
+    fused |= {} if affine is None else {"affine": affine}
     return *kernels.forward(x, kept.packed, spec, **fused, keep=keep), kept
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "KNOWS",
     "MEMORY_FORMAT",
     "NORMALISES",
+    "READS_NORMALISED",
     "SHARES_PRODUCTS",
     "cannot",
     "forward",
@@ -35,10 +36,11 @@ __all__ = [
     "normalise_gradient",
     "pack",
     "sample",
+    "statistics",
     "weight_gradient",
 ]
 
-FUSES, FUSES_GATES, SHARES_PRODUCTS, NORMALISES = True, True, False, True
+FUSES, FUSES_GATES, SHARES_PRODUCTS, NORMALISES, READS_NORMALISED = True, True, False, True, True
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
 
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system
@@ -74,6 +76,7 @@ def forward(
     relu: bool = False,
     residual: Tensor | None = None,
     keep: bool = False,
+    affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     size = spec.geometry.output_size(x.shape[2:], packed.weight.shape[2:])
     shape = x.shape[0], spec.rows.order.numel(), *size
@@ -87,7 +90,8 @@ def forward(
         to_dlpack(y),
         _plain_or_none(a),
     )
-    _native.forward(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
+    where = *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec)
+    _native.forward(*arrays, *where, _plain_or_none(affine))
     return y, a
 
 
@@ -191,6 +195,16 @@ def normalise(
     return y, mean, var
 
 
+def statistics(u: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
+    affine = u.new_empty(2, u.shape[1])
+    mean, var = torch.empty_like(weight), torch.empty_like(weight)
+    arrays = _plain(u), _plain(weight), _plain(bias), None, None
+    found = to_dlpack(mean), to_dlpack(var)
+    _native.normalise(*arrays, eps, True, False, None, *found, torch.get_num_threads(), to_dlpack(affine))
+    return affine, mean, var
+
+
 def normalise_gradient(
     dy: Tensor,
     u: Tensor,
@@ -202,14 +216,16 @@ def normalise_gradient(
     eps: float,
     activation: str | None,
     add: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    again: bool = False,
+) -> tuple[Tensor, ...]:
     weight, bias = weight.to(u.dtype), bias.to(u.dtype)
-    du = _empty(u, *u.shape)
+    dy, du = dy.contiguous(), _empty(u, *u.shape)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     arrays = (_plain_or_none(tensor) for tensor in (dy, u, weight, bias, order, mean, var, add))
     gradients = (to_dlpack(tensor) for tensor in (du, dweight, dbias))
-    _native.normalise_gradient(*arrays, eps, *_flags(activation), *gradients, torch.get_num_threads())
-    return du, dweight, dbias
+    made = (to_dlpack(dy),) if again else ()
+    _native.normalise_gradient(*arrays, eps, *_flags(activation), *gradients, torch.get_num_threads(), *made)
+    return du, dweight, dbias, *([dy] if again else [])
 
 
 def keep_statistics(

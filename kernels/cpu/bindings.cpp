@@ -131,16 +131,20 @@ template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
              bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns,
              const Table& reads, Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
-             const Order& column_order) {
+             const Order& column_order, std::optional<Array<const T, 2>> affine) {
     const Shape p = shape(x, w, y, stride, padding, dilation);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* add = data(residual, {p.n, p.k, p.oh, p.ow}, "the residual does not fit the output");
     T* keep = data(kept, {p.n, p.k, p.oh, p.ow}, "what is kept does not fit the output");
     const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
+    require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == p.c),
+            "scale and shift don't fit the input");
+    const T* scale = affine ? affine->data() : nullptr;
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::forward<T>(inner, x.data(), w.data(), bias ? bias->data() : nullptr, add, relu, y.data(), keep, p, b, threads);
+    sfg::forward<T>(inner, x.data(), scale, scale ? scale + p.c : nullptr, w.data(), bias ? bias->data() : nullptr, add,
+                    relu, y.data(), keep, p, b, threads);
 }
 
 // The arguments of a Producer, in its order, the output's size at the end.
@@ -267,33 +271,38 @@ std::array<int64_t, 4> size_behind(const sfg::Norm<T>& norm) {
 
 template <typename T>
 void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, const Order& order,
-               Optional<T> residual, double eps, bool relu, bool pool, Tensor<T> y, Vector<T> mean, Vector<T> var,
-               int threads) {
+               Optional<T> residual, double eps, bool relu, bool pool, std::optional<Tensor<T>> y, Vector<T> mean,
+               Vector<T> var, int threads, std::optional<Array<T, 2>> affine) {
     const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
     const T* add = data(residual, size_behind(n), "the residual does not fit the output");
     require(!add || !pool, "there is no residual behind pooling");
-    T* to = data(std::optional(y), size_behind(n), "the output does not fit the input");
+    T* to = data(y, size_behind(n), "the output does not fit the input");
     for (const int64_t size : {mean.shape(0), var.shape(0)}) require(size == n.c, "a statistic does not fit");
+    require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == n.c), "scale and shift don't fit");
+    T* scale = affine ? affine->data() : nullptr;
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), threads);
+    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), scale, scale ? scale + n.c : nullptr, threads);
 }
 
 template <typename T>
 void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> weight, Vector<const T> bias,
                         const Order& order, Vector<const T> mean, Vector<const T> var, Optional<T> add, double eps,
-                        bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads) {
+                        bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads,
+                        std::optional<Tensor<T>> made) {
     const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
     const T* from = data(std::optional(dy), size_behind(n), "the gradient does not fit the output");
     T* to = data(std::optional(du), {n.n, n.c, n.h, n.w}, "the gradient does not fit the input");
     const T* more = data(add, {n.n, n.c, n.h, n.w}, "what is to be added does not fit the gradient");
     for (const int64_t size : {mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
         require(size == n.c, "a statistic or gradient does not fit the channels");
+    require(!made || !pool, "what is pooled is not made again");
+    T* again = data(made, {n.n, n.c, n.h, n.w}, "what is made again does not fit the input");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise_gradient<T>(inner, n, from, mean.data(), var.data(), more, to, dweight.data(), dbias.data(),
+    sfg::normalise_gradient<T>(inner, n, from, mean.data(), var.data(), more, to, dweight.data(), dbias.data(), again,
                                threads);
 }
 
@@ -365,7 +374,7 @@ void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
           "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a,
           "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a, "row_order"_a = nb::none(),
-          "column_order"_a = nb::none());
+          "column_order"_a = nb::none(), "affine"_a.noconvert() = nb::none());
     m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
           "around"_a.noconvert().none(), "around_others"_a.noconvert().none(), "dx"_a.noconvert(),
           "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(), "dz"_a.noconvert().none(),
@@ -379,11 +388,12 @@ void define(nb::module_& m) {
           "count"_a, "momentum"_a, "running_mean"_a.noconvert(), "running_var"_a.noconvert(), "draws"_a.noconvert(),
           "pooled_mean"_a.noconvert(), "pooled_var"_a.noconvert());
     m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
-          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert(), "mean"_a.noconvert(),
-          "var"_a.noconvert(), "threads"_a);
+          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert().none(), "mean"_a.noconvert(),
+          "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none());
     m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
           "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(), "add"_a.noconvert().none(),
-          "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(), "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a);
+          "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(), "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a,
+          "made"_a.noconvert() = nb::none());
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ template <typename T>
 struct Convolution {
     const InnerLoops<T>& loops;
     const T *in, *relu_in;          // relu_in: see Copy
+    const T *scale_in, *shift_in;   // likewise
     int64_t in_channels, in_plane;  // plane: numbers in a channel
     const T *weight, *bias;
     int64_t output_stride, read_stride;        // of the weight
@@ -328,11 +329,16 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                 Copy<T> copy = copy_of(source.in + image, source.relu_in ? source.relu_in + image : nullptr,
                                        source.in_plane, channels, v, h, patch.row, rows_there, patch.column,
                                        patch.columns, layout.winograd ? rows : to, layout);
+                if (source.scale_in) {
+                    copy.scale = source.scale_in + channels.first;
+                    copy.shift = source.shift_in + channels.first;
+                }
                 if (!layout.winograd) return task.loops.copy(copy);
                 for (copy.channels = 1; channels.first < channels.last; channels.first++, to += layout.source_stride) {
                     task.loops.copy(copy);
                     task.loops.transform(rows, layout.pitch, layout.groups, to, layout.phase_stride);
                     copy.image += copy.image_stride, copy.relu += copy.relu ? copy.image_stride : 0;
+                    copy.scale += copy.scale != nullptr, copy.shift += copy.shift != nullptr;
                 }
             };
             const auto sums = [&](const PackedWeights<T>& weights, const Tile& tile, const Layout& layout,

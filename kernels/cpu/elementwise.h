@@ -180,18 +180,25 @@ void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
 }
 
 template <typename T>
-void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* add, T* du) {
-    const Vector<T> scale = broadcast(t.scale), slopes = broadcast(slope), offsets = broadcast(offset);
+void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* add, T* du, T* y) {
+    const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
+    const Vector<T> slopes = broadcast(slope), offsets = broadcast(offset);
     int64_t j = 0;
     for (; j + LANES<T> <= t.count; j += LANES<T>) {
         const Vector<T> u = load(t.u + j);
         Vector<T> gradient = scale * passed(t, j, u) + (slopes * u + offsets);
         if (add) gradient += load(add + j);
         store<T>(du + j, gradient);
+        if (!y) continue;
+        const Vector<T> made = u * scale + shift;
+        store<T>(y + j, t.relu ? (made < none ? none : made) : made);
     }
     for (; j < t.count; j++) {
         const T gradient = t.scale * passed(t, j) + (slope * t.u[j] + offset);
         du[j] = add ? gradient + add[j] : gradient;
+        if (!y) continue;
+        const T made = t.u[j] * t.scale + t.shift;
+        y[j] = t.relu && made < 0 ? T(0) : made;
     }
 }
 

@@ -33,6 +33,21 @@ SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int
     for (; j < count; j++) to[j] = relu && relu[j * stride] <= 0 ? T(0) : from[j * stride];
 }
 
+// relu(scale * from + shift); a NaN stays.
+template <typename T>
+SFG_INLINE void activate_row(T* to, const T* from, T scale, T shift, int64_t count, int64_t stride) {
+    int64_t j = 0;
+    if (stride == 1)
+        for (const Vector<T> none{}; j + LANES<T> <= count; j += LANES<T>) {
+            const Vector<T> value = load(from + j) * broadcast(scale) + broadcast(shift);
+            store<T>(to + j, value < none ? none : value);
+        }
+    for (; j < count; j++) {
+        const T value = from[j * stride] * scale + shift;
+        to[j] = value < 0 ? T(0) : value;
+    }
+}
+
 // Asks for a row well before it is copied: rows are too short for the processor to guess what comes next.
 template <typename T>
 SFG_INLINE void prefetch_row(const T* row, int64_t count) {
@@ -70,7 +85,10 @@ void copy(const Copy<T>& t) {
                     const int64_t later = from + t.image_stride;  // the same row of the next channel
                     prefetch_row(t.image + later, last - first);
                     if (t.relu) prefetch_row(t.relu + later, last - first);
-                    copy_row(row + first, t.image + from, t.relu ? t.relu + from : nullptr, last - first, h.stride);
+                    if (t.scale)
+                        activate_row(row + first, t.image + from, t.scale[c], t.shift[c], last - first, h.stride);
+                    else
+                        copy_row(row + first, t.image + from, t.relu ? t.relu + from : nullptr, last - first, h.stride);
                     zero_row(row + last, fill - last);
                 }
                 zero_row(row, t.slack);

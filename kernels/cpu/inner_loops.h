@@ -33,6 +33,7 @@ template <typename T>
 struct Copy {
     const T* image;
     const T* relu;  // if not null: the output of the ReLU in front of the image, which passes where it is positive
+    const T *scale, *shift;  // [channel], or null; relu(scale * image + shift) is copied then
     int64_t image_stride, channels;
     Side vertical, horizontal;
     T* scratch;
@@ -180,7 +181,8 @@ struct InnerLoops {
     void (*affine)(const AffineTile<T>&);
     void (*affine_sums)(const AffineGradient<T>&, T mean, T* sums);  // sums of g and g * (u - mean)
     // du = scale * g + slope * u + offset + add; add: or null
-    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, const T* add, T* du);
+    // y: null, or gets act(scale * u + shift), and may be dy
+    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, const T* add, T* du, T* y);
     void (*pool)(const PoolTile<T>&, T* y);
     void (*pool_gradient)(const PoolTile<T>&, const T* dy, T* g);  // each dy to the first of its window's largest
 };

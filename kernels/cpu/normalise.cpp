@@ -24,9 +24,10 @@ Affine<T> affine_of(const Norm<T>& norm, int64_t kernel, const T* mean, const T*
 }  // namespace
 
 template <typename T>
-void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residual, T* y, T* mean, T* var, int threads) {
+void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residual, T* y, T* mean, T* var, T* scales,
+               T* shifts, int threads) {
     const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
-    advise_large_pages(y, norm.n * norm.c * out_plane * sizeof(T));
+    if (y) advise_large_pages(y, norm.n * norm.c * out_plane * sizeof(T));
     on_threads(threads, [&](int, int) {
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < norm.c; row++) {
@@ -42,7 +43,8 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
             for (int64_t i = 0; i < norm.n; i++) squares += loops.squares(image(i), plane, mean[kernel]);
             var[kernel] = T(squares / double(norm.n * plane));
             const auto [scale, shift] = affine_of(norm, kernel, mean, var);
-            for (int64_t i = 0; i < norm.n; i++) {
+            if (scales) scales[row] = scale, shifts[row] = shift;
+            for (int64_t i = 0; y && i < norm.n; i++) {
                 const int64_t at = (i * norm.c + row) * out_plane;
                 if (norm.act.pool)
                     loops.pool({image(i), scale, shift, norm.h, norm.w}, y + at);
@@ -56,7 +58,7 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
 
 template <typename T>
 void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T* dy, const T* mean, const T* var,
-                        const T* add, T* du, T* dweight, T* dbias, int threads) {
+                        const T* add, T* du, T* dweight, T* dbias, T* made, int threads) {
     const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
     advise_large_pages(du, norm.n * norm.c * plane * sizeof(T));
     on_threads(threads, [&](int, int) {
@@ -88,7 +90,8 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
             dweight[kernel] = T(moment * std::sqrt(precision));
             for (int64_t i = 0; i < norm.n; i++) {
                 const int64_t at = (i * norm.c + row) * plane;
-                loops.affine_gradient(tile(i), T(slope), T(offset), add ? add + at : nullptr, du + at);
+                loops.affine_gradient(tile(i), T(slope), T(offset), add ? add + at : nullptr, du + at,
+                                      made ? made + at : nullptr);
             }
         }
     });
@@ -113,9 +116,9 @@ void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int
 }
 
 #define SFG_NORMALISE(T)                                                                                              \
-    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, int);                      \
+    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, T*, T*, int);              \
     template void normalise_gradient<T>(const InnerLoops<T>&, const Norm<T>&, const T*, const T*, const T*, const T*, \
-                                        T*, T*, T*, int);                                                             \
+                                        T*, T*, T*, T*, int);                                                         \
     template void keep_statistics<T>(const T*, const T*, const int64_t*, int64_t, double, T*, T*, int64_t*, T*, T*,   \
                                      int64_t, int64_t);
 SFG_NORMALISE(float)

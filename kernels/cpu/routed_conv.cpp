@@ -16,6 +16,8 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
     Convolution<T> task{.loops = loops,
                         .in = x,
                         .relu_in = nullptr,
+                        .scale_in = nullptr,
+                        .shift_in = nullptr,
                         .in_channels = p.c,
                         .in_plane = p.h * p.w,
                         .weight = weight,
@@ -44,6 +46,8 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
     Convolution<T> task{.loops = loops,
                         .in = dy,
                         .relu_in = relu,
+                        .scale_in = nullptr,
+                        .shift_in = nullptr,
                         .in_channels = p.k,
                         .in_plane = p.oh * p.ow,
                         .weight = weight,
@@ -98,10 +102,11 @@ void add_up(const Buffer<T>& found, int64_t items, int64_t gates, T* dz) {
 }  // namespace
 
 template <typename T>
-void forward(const InnerLoops<T>& loops, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
-             T* kept, const Shape& shape, const Blocks& blocks, int threads) {
+void forward(const InnerLoops<T>& loops, const T* x, const T* scale, const T* shift, const T* weight, const T* bias,
+             const T* residual, bool relu, T* y, T* kept, const Shape& shape, const Blocks& blocks, int threads) {
     const Shape p = with_long_rows(shape);
     Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
+    task.scale_in = scale, task.shift_in = shift;
     task.choose_method();
     const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
     advise_large_pages(y, bytes);
@@ -278,11 +283,11 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
     add_up(found, items, gates, dz);
 }
 
-#define SFG_INSTANTIATE(T)                                                                                             \
-    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, bool, T*, T*, const Shape&, \
-                             const Blocks&, int);                                                                      \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const Around<T>&, T*, T*,      \
-                                    const T*, const Producer<T>*, T*, const Shape&, const Blocks&, int);               \
+#define SFG_INSTANTIATE(T)                                                                                           \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*, const T*, bool, \
+                             T*, T*, const Shape&, const Blocks&, int);                                              \
+    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const Around<T>&, T*, T*,    \
+                                    const T*, const Producer<T>*, T*, const Shape&, const Blocks&, int);             \
     template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)

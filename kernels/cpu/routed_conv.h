@@ -33,10 +33,11 @@ inline int64_t place(const int64_t* order, int64_t i) {
 
 // y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on
 // `threads`. bias, residual (laid out as y): may be null. kept: null, or laid out as y, to be filled with the part of
-// W x + bias that column group 0 has, which all rows read.
+// W x + bias that column group 0 has, which all rows read. scale, shift [c]: null, or relu(scale * x + shift) is
+// convolved instead of x.
 template <typename T>
-void forward(const InnerLoops<T>&, const T* x, const T* weight, const T* bias, const T* residual, bool relu, T* y,
-             T* kept, const Shape&, const Blocks&, int threads);
+void forward(const InnerLoops<T>&, const T* x, const T* scale, const T* shift, const T* weight, const T* bias,
+             const T* residual, bool relu, T* y, T* kept, const Shape&, const Blocks&, int threads);
 
 // What the features of an SFG layer are made of: act(scale * u + shift), u its convolution. `kept`: what `forward`
 // filled, or null (then u is made of everything that a group reads).
@@ -89,14 +90,17 @@ struct Norm {
 };
 
 // y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the mean and the (biased) variance of each
-// channel, which are also returned. residual: or null; none with pooling.
+// channel, which are also returned. residual: or null; none with pooling. y: or null. scale, shift: null, or get what
+// makes it scale * u + shift, each channel's where u has it.
 template <typename T>
-void normalise(const InnerLoops<T>&, const Norm<T>&, const T* residual, T* y, T* mean, T* var, int threads);
+void normalise(const InnerLoops<T>&, const Norm<T>&, const T* residual, T* y, T* mean, T* var, T* scale, T* shift,
+               int threads);
 
-// Its gradients du, dweight, dbias; that of the residual is dy. add: null, or what is added to du.
+// Its gradients du, dweight, dbias; that of the residual is dy. add: null, or what is added to du. made: null, or gets
+// act(norm(u)) once more, and may be dy; not with pooling.
 template <typename T>
 void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var, const T* add,
-                        T* du, T* dweight, T* dbias, int threads);
+                        T* du, T* dweight, T* dbias, T* made, int threads);
 
 // Running statistics, see kernels/__init__.py: [groups][kernels], or [kernels].
 template <typename T>

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
 from ..kernels.spec import Geometry
-from ..norm import batch_norm_relu, folded, running_affine
+from ..norm import folded, running_affine
+from ..normalised_conv import normalised_conv
 from ..reference import DenseFeatures
 from ..routed_conv import RoutedConv, convolve, routed_conv
 from .conv import Features, SFGConv2d, for_backend
@@ -51,20 +52,21 @@ class StreamBlock(nn.Module):
         block = FilterGroups.blocks([self.channels] * len(self.names), self.names, x.packed.device)
         streams = FilterGroups.streams(self.channels, self.names[1:], x.packed.device)
         geometry = Geometry((1, 1), (self.dilation,) * 2, (self.dilation,) * 2)
-        h = around = x.packed
-        if not self.first:
-            h, around = _normalised(self.norm1, h)
-        columns = x.groups if self.first else streams
-        spec = RoutedConv(block, columns, Routing.OWN, geometry)
         weight, bias, folds = self.conv1.weight, self.conv1.bias, False
         if self.norm2 is not None and not self.norm2.training:
             (weight, bias), folds = folded(weight, bias, *running_affine(self.norm2)), True
-        found = convolve(h, weight, bias, spec, folds, others=x.others, producer=x.producer, around=self.first)
-        h = found.u if folds else _normalised(self.norm2, found.u)[0]
-        spec = RoutedConv(block, streams, Routing.OWN, geometry)
         if self.first:
-            around = SFGFeatures(found.x, x.groups, x.routing, found.others).streams()
-        return SFGFeatures(routed_conv(h, self.conv2.weight, self.conv2.bias, spec, residual=around), streams)
+            spec = RoutedConv(block, x.groups, Routing.OWN, geometry)
+            found = convolve(x.packed, weight, bias, spec, folds, others=x.others, producer=x.producer, around=True)
+            u, around = found.u, SFGFeatures(found.x, x.groups, x.routing, found.others).streams()
+        else:
+            spec = RoutedConv(block, streams, Routing.OWN, geometry)
+            u, around = normalised_conv(self.norm1, x.packed, weight, bias, spec, folds)
+        spec = RoutedConv(block, streams, Routing.OWN, geometry)
+        last = self.conv2.weight, self.conv2.bias, spec
+        if folds:
+            return SFGFeatures(routed_conv(u, *last, residual=around), streams)
+        return SFGFeatures(normalised_conv(self.norm2, u, *last, residual=around)[0], streams)
 
     def _reference(self, x: DenseFeatures) -> DenseFeatures:
         """One plain residual block for each stream."""
@@ -79,11 +81,6 @@ class StreamBlock(nn.Module):
             h = F.relu(_slice_of_norm(h, self.norm2, rows))
             out.append(tensor + _slice_of_conv(h, self.conv2, rows, self.dilation))
         return DenseFeatures(out, streams)
-
-
-def _normalised(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """And x for a shortcut around it."""
-    return (F.relu(x), x) if norm is None else batch_norm_relu(norm, x)
 
 
 def _slice_of_conv(x: Tensor, conv: nn.Conv2d, rows: slice, dilation: int) -> Tensor:

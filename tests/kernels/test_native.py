@@ -463,6 +463,7 @@ def test_offsets_beyond_32_bits():
         ({"rows": [0, 8, 4, 12]}, "offsets don't cover the channels"),
         ({"reads": [1] * 8}, "offsets don't fit the table"),
         ({"kept": torch.zeros(2, 12, 33, 32)}, "what is kept does not fit"),
+        ({"affine": torch.zeros(2, 11)}, "scale and shift don't fit the input"),
         ({"stride": (0, 1)}, "out of range"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"dilation": (1, 20)}, "the kernel is larger than the image"),
@@ -651,3 +652,24 @@ def test_running_statistics():
     check_statistics(masked.keep_statistics)
     with pytest.raises(ValueError, match="there is no such group"):
         check_statistics(lambda mean, var, assignment, *rest: cpu.keep_statistics(mean, var, assignment - 3, *rest))
+
+
+@pytest.mark.parametrize(("taps", "padding", "dilation"), [(1, 0, 1), (3, 1, 1), (3, 4, 4), (5, 1, 2)])
+@pytest.mark.parametrize("size", [(7, 8), (33, 50)])
+def test_a_convolution_normalises_what_it_reads(instruction_set, taps, padding, dilation, size):
+    """And zeros around the image stay zeros."""
+    u, weight = torch.randn(2, 5, *size, dtype=torch.float64), torch.randn(4, 5, taps, taps, dtype=torch.float64)
+    parameters = torch.randn(2, 5, dtype=torch.float64).unbind(0)
+    rows, columns = FilterGroups.blocks([4], ("all",)), FilterGroups.blocks([5], ("all",))
+    spec = RoutedConv(rows, columns, Routing.ALL, Geometry((1, 1), (padding,) * 2, (dilation,) * 2))
+    affine, mean, var = cpu.statistics(u, *parameters, 1e-5)
+    y = cpu.forward(u, cpu.pack(weight, None, spec, u.dtype), spec, affine=affine)[0]
+    h = F.relu(F.batch_norm(u, None, None, *parameters, True, 0.1, 1e-5))
+    torch.testing.assert_close(y, F.conv2d(h, weight, None, 1, padding, dilation), rtol=0, atol=1e-11)
+    dy = torch.randn_like(u)
+    made_of = u, *parameters, None, mean, var, 1e-5, "relu", None
+    expected = cpu.normalise_gradient(dy, *made_of)
+    *found, again = cpu.normalise_gradient(dy, *made_of, again=True)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert again.data_ptr() == dy.data_ptr(), "no memory of its own"
+    torch.testing.assert_close(again, h, rtol=0, atol=1e-12)

@@ -39,6 +39,7 @@ struct Problem {
     std::vector<int64_t> rows, columns;
     std::vector<char> reads;  // char: std::vector<bool> has no array of bool
     bool relu, residual, bias;
+    bool normalised;  // of the input, relu(scale * u + shift), u is given
     int threads;
 
     Blocks blocks() const {
@@ -77,6 +78,7 @@ Problem random_problem() {
         (axis ? p.ow : p.oh) = (length + 2 * p.padding[axis] - reach) / p.stride[axis] + 1;
     }
     problem.relu = pick(0, 1), problem.residual = pick(0, 1), problem.bias = pick(0, 1);
+    problem.normalised = pick(0, 1);
     problem.threads = int(pick(1, 3));
     return problem;
 }
@@ -116,9 +118,20 @@ void check(const Problem& problem, const char* isa) {
 
     std::vector<T> y(outputs, nan), passed(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
     const T* b = problem.bias ? bias.data() : nullptr;
-    sfg::forward<T>(loops, x.data(), weight.data(), b, problem.residual ? residual.data() : nullptr, problem.relu,
-                    y.data(), nullptr, p, problem.blocks(), problem.threads);
-    sfg::forward<T>(loops, x.data(), weight.data(), b, nullptr, true, passed.data(), nullptr, p, problem.blocks(), 1);
+    const std::vector<T> u = x;
+    std::vector<T> scale = random_numbers<T>(p.c), shift = random_numbers<T>(p.c);
+    for (std::vector<T>* values : {&scale, &shift})
+        for (T& value : *values) value /= 2;  // so that x is of size one, as the bounds have it
+    if (problem.normalised)
+        for (int64_t i = 0; i < inputs; i++) {
+            const int64_t c = i / (p.h * p.w) % p.c;
+            x[i] = std::max(u[i] * scale[c] + shift[c], T(0));
+        }
+    const T *by = problem.normalised ? scale.data() : nullptr, *and_to = problem.normalised ? shift.data() : nullptr;
+    sfg::forward<T>(loops, u.data(), by, and_to, weight.data(), b, problem.residual ? residual.data() : nullptr,
+                    problem.relu, y.data(), nullptr, p, problem.blocks(), problem.threads);
+    sfg::forward<T>(loops, u.data(), by, and_to, weight.data(), b, nullptr, true, passed.data(), nullptr, p,
+                    problem.blocks(), 1);
     const T* relu = problem.relu ? passed.data() : nullptr;
     sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), {problem.residual ? around.data() : nullptr, nullptr},
                            dx.data(), nullptr, nullptr, nullptr, nullptr, p, problem.blocks(), problem.threads);
@@ -213,8 +226,8 @@ void check_gates(const char* isa) {
     std::vector<T> y(features, nan), kept(features, nan), dx(features, nan), df(features * others, nan);
     std::vector<T> dz(others * p.k, nan), dz_all(arrow.groups * p.k, nan);
     const int threads = int(pick(1, 3));
-    sfg::forward<T>(loops, x.data(), weight.data(), bias.data(), nullptr, true, y.data(), kept.data(), p, first,
-                    threads);
+    sfg::forward<T>(loops, x.data(), nullptr, nullptr, weight.data(), bias.data(), nullptr, true, y.data(), kept.data(),
+                    p, first, threads);
     const sfg::Producer<T> producer{x.data(),     weight.data(), bias.data(), kept.data(), scale.data(),
                                     scale.data(), {true, false}, p,           first};
     sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, dx.data(), df.data(), nullptr, nullptr,
@@ -258,9 +271,12 @@ void check_normalise(const char* isa) {
     std::vector<T> y(n * c * out_plane, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
     const int threads = int(pick(1, 3));
     const sfg::Norm<T> norm{u.data(), weight.data(), bias.data(), order.data(), T(1e-5), {pool, pool}, n, c, h, w};
-    sfg::normalise<T>(loops, norm, pool ? nullptr : residual.data(), y.data(), mean.data(), var.data(), threads);
+    std::vector<T> scale(c, nan), shift(c, nan), again(pool ? 0 : size, nan);
+    sfg::normalise<T>(loops, norm, pool ? nullptr : residual.data(), y.data(), mean.data(), var.data(), scale.data(),
+                      shift.data(), threads);
     sfg::normalise_gradient<T>(loops, norm, residual.data(), mean.data(), var.data(), residual.data(), du.data(),
-                               dweight.data(), dbias.data(), threads);
+                               dweight.data(), dbias.data(), pool ? nullptr : again.data(), threads);
+    for (size_t i = 0; i < again.size(); i++) again[i] += residual[i];
     std::vector<double> expected(y.size(), 0);
     for (int64_t k = 0; k < c; k++) {
         double sum = 0, squares = 0;
@@ -283,6 +299,11 @@ void check_normalise(const char* isa) {
         });
     }
     compare("normalise", y, expected, n * plane);
+    if (!pool) compare("normalise once more", again, expected, n * plane);
+    for (int64_t k = 0; k < c; k++) expected[k] = weight[order[k]] / std::sqrt(var[order[k]] + 1e-5);
+    compare("scale", scale, {expected.begin(), expected.begin() + c}, n * plane);
+    for (int64_t k = 0; k < c; k++) expected[k] = bias[order[k]] - mean[order[k]] * expected[k];
+    compare("shift", shift, {expected.begin(), expected.begin() + c}, n * plane);
     for (const T value : du)
         if (!std::isfinite(value)) {
             std::printf("normalise: a gradient was not written\n");

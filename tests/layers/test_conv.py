@@ -214,6 +214,26 @@ def test_features_of_one_backend_are_read_rightly_by_another(float64):
             assert_close(other[task], outputs[0][task])
 
 
+def test_residual_blocks_keep_half_of_their_tensors():
+    """Of x + conv(relu(bn(conv(relu(bn(x)))))) x and the first convolution, not what comes out of the norms."""
+    from sfg_fast.layers.streams import StreamBlock
+
+    block = StreamBlock(4, ["a", "b"])
+    x = torch.randn(2, 12, 20, 20, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    groups = FilterGroups.streams(4, ["a", "b"])
+    with backend("native"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = block(SFGFeatures(x, groups)).packed
+    assert sum(size >= x.numel() for size in kept.values()) == 2
+    y.sum().backward()
+    assert x.grad is not None
+
+
 def test_gate_gradient_does_not_overflow_in_half_precision():
     layer = SFGConv2d(1, 4, 1)
     torch.nn.init.ones_(layer.weight)

@@ -1,0 +1,81 @@
+"""Behind a batch normalisation and a ReLU: a routed convolution that reads relu(norm(u)), of which only u is kept.
+
+Residual blocks on streams are made of nothing else (layers/streams.py): of their tensors this saves half.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import passes
+from .kernels.spec import RoutedConv
+from .norm import batch_norm_relu, keep_statistics, relu_in_one_go
+from .routed_conv import routed_conv
+
+
+def normalised_conv(
+    norm: nn.BatchNorm2d | None,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: RoutedConv,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`); and u, for a shortcut
+    around it: the gradients of both ways are added where the first is made."""
+    kernels = relu_in_one_go(norm, u)
+    if norm is None or kernels is None or not kernels.READS_NORMALISED or relu:
+        h, around = batch_norm_relu(norm, u)
+        return routed_conv(h, weight, bias, spec, relu, residual), around
+    residual = None if residual is None else residual.to(u.dtype)
+    arguments = norm.weight, norm.bias, weight, bias, residual, norm.eps, kernels, spec
+    y, around, mean, var = _NormalisedConv.apply(u, *arguments)
+    keep_statistics(norm, mean, var, u.numel() // u.shape[1])
+    return y, around
+
+
+class _NormalisedConv(torch.autograd.Function):
+    """Parameters and results: as in norm._BatchNorm and routed_conv._RoutedConv."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        kernels: Any,
+        spec: RoutedConv,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        affine, mean, var = kernels.statistics(u, norm_weight, norm_bias, eps)
+        y, _, ctx.kept = passes.forward(u, weight, bias, residual, kernels, spec, False, False, affine)
+        ctx.save_for_backward(u, norm_weight, norm_bias, mean, var)
+        ctx.eps, ctx.kernels, ctx.spec = eps, kernels, spec
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, u.view_as(u), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, around: Tensor | None, *_: None) -> Any:
+        u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
+        if dy is None:
+            return around, *[None] * 8
+        kernels, spec, kept = ctx.kernels, ctx.spec, ctx.kept
+        dh = passes.backward(dy, u, None, kept, kernels, spec, [True, False, False])[0]
+        made_of = dh, u, norm_weight, norm_bias, None, mean, var, ctx.eps, "relu", around
+        du, dnorm_weight, dnorm_bias, h = kernels.normalise_gradient(*made_of, again=True)
+        dw, db = passes.backward(dy, h, None, kept, kernels, spec, [False, *ctx.needs_input_grad[3:5]])[2:]
+        dw = None if dw is None else dw.to(ctx.dtypes[0])
+        db = None if db is None else db.to(ctx.dtypes[1])
+        dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+        return du, *dnorm, dw, db, dy if ctx.needs_input_grad[5] else None, None, None, None
