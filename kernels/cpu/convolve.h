@@ -49,6 +49,15 @@ struct Convolution {
     }
 };
 
+// A block of a few channels, in scratch or in a tensor.
+template <typename T>
+struct Place {
+    T* at;
+    int64_t channel, row;  // strides
+
+    Place<const T> to_read() const { return {at, channel, row}; }
+};
+
 // A convolution of which a block's sources are in scratch, for the outputs of one tile.
 template <typename T>
 struct Sums {
@@ -63,7 +72,8 @@ struct Sums {
 
     // The sum over the sources in `reads`, the first of which is the `from`-th of those that the tile has weights for.
     // It starts with the bias, or with what is in `start`.
-    OutputTile<T> over(const Range* reads, int64_t read_count, int64_t from, const T* start, T* to) const {
+    OutputTile<T> over(const Range* reads, int64_t read_count, int64_t from, const Place<const T>& start,
+                       const Place<T>& to) const {
         return {.x = x,
                 .channel_stride = layout.source_stride,
                 .taps = layout.taps.data(),
@@ -73,17 +83,18 @@ struct Sums {
                 .weight = weights + from * taps * tile.outputs,
                 .kernel_taps = taps,
                 .bias = biases,
-                .start = start,
-                .start_channel = aside_stride,
-                .start_strip = layout.pitch,
+                .start = start.at,
+                .start_channel = start.channel,
+                .start_strip = start.row,
                 .outputs = tile.outputs,
                 .relu = false,
                 .at = at,
-                .y = to,
+                .y = to.at,
                 .residual = nullptr,
-                .y_channel = aside_stride,
-                .y_strip = layout.pitch};
+                .y_channel = to.channel,
+                .y_strip = to.row};
     }
+    Place<T> scratch(T* at) const { return {at, aside_stride, layout.pitch}; }
 
     // Every group of rows: each product, then all of them together.
     void compute(const OutputTile<T>& t) const {
@@ -145,7 +156,14 @@ struct Work {
     int64_t aside_size;
 
     const Tile& tile() const { return sums.tile; }
-    T* aside(int number) const { return asides + number * aside_size; }
+    Place<T> aside(int number) const { return sums.scratch(asides + number * aside_size); }
+    // `tensor`: where the block's first position is there.
+    template <typename U>
+    Place<U> in(U* tensor) const {
+        return {tensor, task.out_plane, line()};
+    }
+    // Can a block be computed where it belongs? Else it takes a detour through scratch.
+    bool direct(const Sums<T>& by) const { return !by.layout.flat && patch.job->horizontal->step == 1; }
     int64_t line() const { return patch.job->vertical->step * task.out_width; }  // between a block's rows
 
     // The block's first position in channel `channel` of an image of `channels`.
@@ -156,11 +174,11 @@ struct Work {
     }
 
     // A finished block from scratch to where it belongs, the tile's first output being `to` there.
-    void place(const T* from, T* to, const T* residual) const {
+    void place(const Place<T>& from, T* to, const T* residual) const {
         const int64_t step = patch.job->horizontal->step;
         for (int64_t k = 0; k < tile().outputs; k++)
             for (int64_t i = 0; i < patch.rows; i++) {
-                const T* row = from + k * sums.aside_stride + i * sums.layout.pitch;
+                const T* row = from.at + k * from.channel + i * from.row;
                 const int64_t offset = k * task.out_plane + i * line();
                 if (residual)
                     for (int64_t j = 0; j < patch.columns; j++)
@@ -173,11 +191,11 @@ struct Work {
     }
 
     // The other way: adds a block to one in scratch,
-    void include(const T* from, T* to) const {
+    void include(const T* from, const Place<T>& to) const {
         const int64_t step = patch.job->horizontal->step;
         for (int64_t k = 0; k < tile().outputs; k++)
             for (int64_t i = 0; i < patch.rows; i++) {
-                T* row = to + k * sums.aside_stride + i * sums.layout.pitch;
+                T* row = to.at + k * to.channel + i * to.row;
                 const T* added = from + k * task.out_plane + i * line();
                 if (step == 1) {
                     task.loops.add(row, added, patch.columns);
@@ -188,11 +206,10 @@ struct Work {
     }
 
     // or copies it there.
-    void fetch(const T* from, T* to, const Sums<T>& layout_of) const {
+    void fetch(const T* from, const Place<T>& to) const {
         for (int64_t k = 0; k < tile().outputs; k++)
             for (int64_t i = 0; i < patch.rows; i++)
-                move_row(to + k * layout_of.aside_stride + i * layout_of.layout.pitch,
-                         from + k * task.out_plane + i * line(), patch.columns);
+                move_row(to.at + k * to.channel + i * to.row, from + k * task.out_plane + i * line(), patch.columns);
     }
 };
 
@@ -382,18 +399,15 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
     });
 }
 
-// What a tile computes of one output: straight to its place where it can, else by way of scratch.
+// What a tile computes of one output.
 template <typename T>
-void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, T* aside) {
-    const bool direct = !work.sums.layout.flat && work.patch.job->horizontal->step == 1;
-    if (direct) {
-        sum.y = to, sum.residual = residual;
-        sum.y_channel = work.task.out_plane, sum.y_strip = work.line();
-        return work.sums.compute(sum);
-    }
-    sum.y = aside;
+void finish(const Work<T>& work, OutputTile<T> sum, T* to, const T* residual, const Place<T>& aside) {
+    const bool direct = work.direct(work.sums);
+    const Place<T> target = direct ? work.in(to) : aside;
+    sum.y = target.at, sum.y_channel = target.channel, sum.y_strip = target.row;
+    sum.residual = direct ? residual : nullptr;
     work.sums.compute(sum);
-    work.place(aside, to, residual);
+    if (!direct) work.place(aside, to, residual);
 }
 
 }  // namespace sfg

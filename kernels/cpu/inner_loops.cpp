@@ -107,7 +107,7 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* sta
     for (int k = 0; k < K; k++) {
         SFG_UNROLL
         for (int v = 0; v < NV; v++)
-            sum[k][v] = start ? load(start + k * t.start_channel + v * L) : broadcast(t.bias[k]);
+            sum[k][v] = start ? load_some(start + k * t.start_channel + v * L, columns - v * L) : broadcast(t.bias[k]);
     }
     const T* weights = t.weight;
     for (int64_t r = 0; r < t.read_count; r++) {
@@ -255,7 +255,7 @@ void combine(const ProductTile<T>& t) {
             for (int r = 0; r < ROWS; r++) {
                 if (r >= t.rows) break;
                 Vector<T> u = combination<T>(winograd::OUTPUTS[r], products);
-                u += t.start ? load(t.start + k * t.start_channel + r * t.start_row + j) : bias;
+                u += t.start ? load_some(t.start + k * t.start_channel + r * t.start_row + j, t.columns - j) : bias;
                 if (t.relu) u = u < none ? none : u;  // a NaN stays
                 const int64_t at = k * t.y_channel + r * t.y_row + j;
                 if (t.columns - j >= L) {

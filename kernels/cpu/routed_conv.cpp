@@ -78,15 +78,27 @@ struct Everything {
     Blocks blocks;
 };
 
-// u of a tile's rows as they would be in group g, in scratch: in `aside`, or all of it in `kept` already.
+// u of a tile's rows as they would be in group g: in `aside`, or all of it in `kept` already.
 template <typename T>
-const T* in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const T* kept, T* aside) {
-    const bool reads = g < blocks.groups_in && !(kept && g == 0);
+Place<const T> in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const Place<const T>& kept,
+                        const Place<T>& aside) {
+    const bool reads = g < blocks.groups_in && !(kept.at && g == 0);
     const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
-    if (kept && own.first == own.last) return kept;
+    if (kept.at && own.first == own.last) return kept;
     const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
     sums.compute(sums.over(&own, 1, from, kept, aside));
-    return aside;
+    return aside.to_read();
+}
+
+// What the producer kept for a tile's rows: where it is, if `sums` can start there, else in scratch.
+template <typename T>
+Place<const T> kept_of(const Work<T>& work, const Sums<T>& sums, const Producer<T>& producer, int aside) {
+    if (!producer.kept) return {};
+    const T* const kept = producer.kept + work.at(producer.shape.k, work.tile().first);
+    if (work.direct(sums)) return work.in(kept);
+    const Place<T> copied = sums.scratch(work.aside(aside).at);
+    work.fetch(kept, copied);
+    return copied.to_read();
 }
 
 // Sums of all items for all gates -> dz.
@@ -114,14 +126,16 @@ void forward(const InnerLoops<T>& loops, const T* x, const T* scale, const T* sh
     convolve(task, plan(task, p, threads), p, threads, kept ? 2 : 1, [&](const Work<T>& work) {
         const Tile& tile = work.tile();
         const int64_t at = work.at(p.k, tile.first);
-        OutputTile<T> sum = work.sums.over(tile.reads.data(), tile.reads.size(), 0, nullptr, nullptr);
+        OutputTile<T> sum = work.sums.over(tile.reads.data(), tile.reads.size(), 0, {}, {});
         Range rest{0, 0};
         if (kept) {
             const Range first{0, shared};
-            work.sums.compute(work.sums.over(&first, 1, 0, nullptr, work.aside(0)));
-            work.place(work.aside(0), kept + at, nullptr);
+            const bool direct = work.direct(work.sums);
+            const Place<T> start = direct ? work.in(kept + at) : work.aside(0);
+            work.sums.compute(work.sums.over(&first, 1, 0, {}, start));
+            if (!direct) work.place(start, kept + at, nullptr);
             if (tile.group > 0) rest = {blocks.columns[tile.group], blocks.columns[tile.group + 1]};
-            sum = work.sums.over(&rest, 1, shared, work.aside(0), nullptr);
+            sum = work.sums.over(&rest, 1, shared, start.to_read(), {});
         }
         sum.relu = relu;
         finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept ? 1 : 0));
@@ -160,16 +174,16 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
     const bool shared = last > 0 && blocks.groups_out > 1 && blocks.reads[blocks.groups_in];  // row group 1 reads 0
 
     // The inner products of a block of the gradient, in scratch, with its features.
-    const auto gate = [&](const Work<T>& work, int64_t number, const T* df, const T* u, int64_t u_channel,
-                          int64_t u_row, bool behind_norm) {
+    const auto gate = [&](const Work<T>& work, int64_t number, const Place<T>& df, const Place<const T>& u,
+                          bool behind_norm) {
         const bool affine = behind_norm && producer->scale;
         const int64_t other = (number - 1) * p.c + work.tile().first;
-        loops.gates({.u = u,
-                     .df = df,
-                     .u_channel = u_channel,
-                     .u_row = u_row,
-                     .df_channel = work.sums.aside_stride,
-                     .df_row = work.sums.layout.pitch,
+        loops.gates({.u = u.at,
+                     .df = df.at,
+                     .u_channel = u.channel,
+                     .u_row = u.row,
+                     .df_channel = df.channel,
+                     .df_row = df.row,
                      .scale = affine ? producer->scale + other : nullptr,
                      .shift = affine ? producer->shift + other : nullptr,
                      .act = {behind_norm && producer->act.relu, false},
@@ -178,61 +192,63 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                      .columns = work.patch.columns,
                      .sums = found.data() + work.item * gates + number * p.c + work.tile().first});
     };
-    const auto of_live = [&](const Work<T>& work, T* df) {
+    const auto of_live = [&](const Work<T>& work, const Place<T>& df) {
         const int64_t at = work.at(p.c, work.tile().first);
         if (around.dx) work.include(around.dx + at, df);
-        work.place(df, dx + at, nullptr);
-        if (live) gate(work, 0, df, live + at, task.out_plane, work.line(), false);
+        if (df.at != dx + at) work.place(df, dx + at, nullptr);
+        if (live) gate(work, 0, df, work.in(live + at), false);
     };
 
     if (!last)
         return convolve(task, shares, p, threads, 1,
                         [&](const Work<T>& work) {
                             const std::vector<Range>& reads = work.tile().reads;
-                            const OutputTile<T> sum =
-                                work.sums.over(reads.data(), reads.size(), 0, nullptr, work.aside(0));
                             const int64_t at = work.at(p.c, work.tile().first);
-                            if (!live)
-                                return finish(work, sum, dx + at, around.dx ? around.dx + at : nullptr, work.aside(0));
+                            const Place<T> df = live && work.direct(work.sums) ? work.in(dx + at) : work.aside(0);
+                            const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, {}, df);
+                            if (!live) return finish(work, sum, dx + at, around.dx ? around.dx + at : nullptr, df);
                             work.sums.compute(sum);
-                            of_live(work, work.aside(0));
+                            of_live(work, df);
                         }),
                dz ? add_up(found, items, gates, dz) : void();
 
     const auto of_all_groups = [&](const Work<T>& work) {
         const Tile& tile = work.tile();
-        T *total = work.aside(0), *kept = nullptr;
-        if (producer && producer->kept)
-            work.fetch(producer->kept + work.at(p.c, tile.first), kept = work.aside(2), *work.beside);
+        const Place<T> total = work.aside(0);
+        const Place<const T> kept = producer ? kept_of(work, *work.beside, *producer, 2) : Place<const T>{};
         bool started = false;
         int64_t other = 0;
         for (int64_t step = 0; step <= last; step++) {  // group 0 last: it gets the sum of all, if it is read by all
             const int64_t g = (step + 1) % (last + 1);
             const Range own = g < blocks.groups_out ? Range{blocks.rows[g], blocks.rows[g + 1]} : Range{0, 0};
             const bool sums_up = shared && g == 0, begins = shared && g != 0 && !started;
-            T* df = begins ? total : work.aside(1);
             const int64_t number = g == tile.group ? 0 : ++other;
+            const int64_t at = number ? work.at(last * p.c, (number - 1) * p.c + tile.first) : work.at(p.c, tile.first);
+            T* const target = number ? others ? others + at : nullptr : dx + at;
+            Place<T> df = begins ? total : target && work.direct(work.sums) ? work.in(target) : work.aside(1);
             const bool nothing = own.first == own.last && !(sums_up && started);
             if (nothing && number && producer && !around.others) continue;
-            work.sums.compute(work.sums.over(&own, 1, own.first, sums_up && started ? total : nullptr, df));
+            work.sums.compute(
+                work.sums.over(&own, 1, own.first, sums_up && started ? total.to_read() : Place<const T>{}, df));
             if (shared && !begins && g != 0)
                 for (int64_t k = 0; k < tile.outputs; k++)
-                    loops.add(total + k * work.sums.aside_stride, df + k * work.sums.aside_stride,
-                              (work.patch.rows - 1) * work.sums.layout.pitch + work.patch.columns);
+                    for (int64_t i = 0; i < work.patch.rows; i++)
+                        loops.add(total.at + k * total.channel + i * total.row, df.at + k * df.channel + i * df.row,
+                                  work.patch.columns);
             started = true;
             if (begins && (number ? around.others : around.dx)) {  // not part of the total
                 df = work.aside(1);
-                std::memcpy(df, total, tile.outputs * work.sums.aside_stride * sizeof(T));
+                std::memcpy(df.at, total.at, tile.outputs * work.sums.aside_stride * sizeof(T));
             }
-            const int64_t at = work.at(last * p.c, (number - 1) * p.c + tile.first);
             if (number && around.others) work.include(around.others + at, df);
             if (number == 0) {
                 of_live(work, df);
             } else if (others) {
-                work.place(df, others + at, nullptr);
+                if (df.at != target) work.place(df, target, nullptr);
             } else {
-                const T* u = in_group(g, *work.beside, producer->blocks, (const T*)kept, work.aside(3));
-                gate(work, number, df, u, work.beside->aside_stride, work.beside->layout.pitch, true);
+                const Place<T> aside = work.beside->scratch(work.aside(3).at);
+                const Place<const T> u = in_group(g, *work.beside, producer->blocks, kept, aside);
+                gate(work, number, df, u, true);
             }
         }
     };
@@ -257,18 +273,18 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
     std::fill_n(found.data(), items * gates, T(0));
     convolve(task, shares, p, threads, 2, [&](const Work<T>& work) {
         const Tile& tile = work.tile();
-        T* kept = nullptr;
-        if (producer.kept) work.fetch(producer.kept + work.at(p.k, tile.first), kept = work.aside(0), work.sums);
+        const Place<const T> kept = kept_of(work, work.sums, producer, 0);
         for (int64_t step = 0, other = 0; step <= last; step++) {
             const int64_t g = (step + 1) % (last + 1);
             if (g == tile.group) continue;
             const int64_t gate = other++ * p.k + tile.first;
             const int64_t row = work.patch.row, column = work.patch.column;
             const T* of_gate = df + (work.n * gates + gate) * df_plane;
-            loops.gates({.u = in_group(g, work.sums, blocks, (const T*)kept, work.aside(1)),
+            const Place<const T> u = in_group(g, work.sums, blocks, kept, work.aside(1));
+            loops.gates({.u = u.at,
                          .df = pool ? of_gate + row / 2 * df_width + column / 2 : df + work.at(gates, gate),
-                         .u_channel = work.sums.aside_stride,
-                         .u_row = work.sums.layout.pitch,
+                         .u_channel = u.channel,
+                         .u_row = u.row,
                          .df_channel = df_plane,
                          .df_row = pool ? df_width : work.line(),
                          .scale = producer.scale ? producer.scale + gate : nullptr,
