@@ -52,8 +52,10 @@ Every module says of itself:
                      float32. order [rows]: which kernel each row of u is, each once, or None: as they come.
                      normalise_gradient(dy, u, weight, bias, order, mean, var, eps, activation, add | None)
                      -> du (+ add), dweight [K], dbias [K]
-    READS_NORMALISED statistics(u, weight [K], bias [K], eps) -> affine [2,K], mean [K], var [K]: affine holds scale and
-                     shift of batch normalisation, weight * (u - mean) / sqrt(var + eps) + bias = scale * u + shift.
+    READS_NORMALISED statistics(u, weight [K], bias [K], eps, running_mean [K], running_var [K], rate)
+                     -> affine [2,K], mean [K], var [K]: affine holds scale and shift of batch normalisation,
+                     weight * (u - mean) / sqrt(var + eps) + bias = scale * u + shift; the running statistics go towards
+                     those of the batch at this rate.
                      forward(..., affine=) convolves relu(scale * x + shift), which is never stored, and
                      normalise_gradient(..., again=True) returns it as well, in the memory of dy: for weight_gradient
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with

@@ -57,7 +57,7 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
     if dtype is not None and module.cannot(x.new_empty(0, dtype=dtype)):
         dtype = torch.float32
     dtype = dtype or x.dtype
-    problem = module.cannot(x.new_empty(0, dtype=dtype))
+    problem = module.cannot(x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
     if problem:
         raise BackendError(f"backend {name!r} can't run this: {problem}")
     return module, dtype

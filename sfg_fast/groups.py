@@ -48,7 +48,26 @@ class _kept:
             return self
         if torch.compiler.is_compiling():
             return self.compute(groups)
-        return groups.__dict__.setdefault(self.compute.__name__, self.compute(groups))
+        with torch.inference_mode(False):  # the groups may outlive the mode
+            return groups.__dict__.setdefault(self.compute.__name__, self.compute(groups))
+
+
+def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]:
+    """Groups that hold nothing of a run are made once. On the CPU: what is made while a CUDA graph is captured has the
+    graph's memory; and a compiled graph has its own."""
+    kept = functools.lru_cache(maxsize=1024)(make)
+
+    @functools.wraps(make)
+    def groups(
+        size: int | Sequence[int], names: int | Iterable[str], device: torch.device | None = None
+    ) -> FilterGroups:
+        names = names if isinstance(names, int) else tuple(names)
+        if torch.compiler.is_compiling() or device is None or device.type != "cpu":
+            return make(size, names, device)
+        with torch.inference_mode(False):
+            return kept(size if isinstance(size, int) else tuple(size), names, device)
+
+    return groups
 
 
 def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
@@ -120,6 +139,7 @@ class FilterGroups:
         return dataclasses.replace(streams, assignment=gates.detach().argmax(1), gates=gates)
 
     @staticmethod
+    @_made_once
     def streams(width: int, tasks: int | Iterable[str], device: torch.device | None = None) -> FilterGroups:
         """T+1 full-width tensors side by side: every group has a tensor of its own."""
         names = group_names(tasks)
@@ -128,6 +148,7 @@ class FilterGroups:
         return FilterGroups(order, offsets, names, width)
 
     @staticmethod
+    @_made_once
     def concatenated(width: int, tasks: int | Iterable[str], device: torch.device | None = None) -> FilterGroups:
         """Streams as the columns of [F_t | F_s]: a task's own channels are 0..K-1, the shared ones K..2K-1."""
         streams = FilterGroups.streams(width, tasks, device)
@@ -135,6 +156,7 @@ class FilterGroups:
         return dataclasses.replace(streams, order=order, width=2 * width)
 
     @staticmethod
+    @_made_once
     def blocks(sizes: Sequence[int], names: tuple[str, ...], device: torch.device | None = None) -> FilterGroups:
         """Group g has `sizes[g]` rows that nobody else has (an image is one block)."""
         # Filled on the device: a copy from host memory would wait for it, and can't be captured in a graph.

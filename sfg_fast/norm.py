@@ -258,14 +258,19 @@ def _affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float)
     return scale, bias - mean * scale
 
 
-@torch.no_grad()
-def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """The running statistics go towards those of a batch; var is the biased one."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+def count_batch(norm: nn.BatchNorm2d) -> float:
+    """The rate at which the running statistics go towards those of one more batch."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
-    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """var is the biased one."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    rate = count_batch(norm)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), rate)
     norm.running_var.lerp_((var * (count / max(count - 1, 1))).to(norm.running_var.dtype), rate)
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import passes
 from .kernels.spec import RoutedConv
-from .norm import batch_norm_relu, keep_statistics, relu_in_one_go
+from .norm import batch_norm_relu, count_batch, relu_in_one_go
 from .routed_conv import routed_conv
 
 
@@ -33,10 +33,8 @@ def normalised_conv(
         h, around = batch_norm_relu(norm, u)
         return routed_conv(h, weight, bias, spec, relu, residual), around
     residual = None if residual is None else residual.to(u.dtype)
-    arguments = norm.weight, norm.bias, weight, bias, residual, norm.eps, kernels, spec
-    y, around, mean, var = _NormalisedConv.apply(u, *arguments)
-    keep_statistics(norm, mean, var, u.numel() // u.shape[1])
-    return y, around
+    running = norm.running_mean, norm.running_var, count_batch(norm)
+    return _NormalisedConv.apply(u, norm.weight, norm.bias, weight, bias, residual, norm.eps, running, kernels, spec)
 
 
 class _NormalisedConv(torch.autograd.Function):
@@ -52,24 +50,24 @@ class _NormalisedConv(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         eps: float,
+        running: tuple[Tensor, Tensor, float],
         kernels: Any,
         spec: RoutedConv,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        affine, mean, var = kernels.statistics(u, norm_weight, norm_bias, eps)
+    ) -> tuple[Tensor, Tensor]:
+        affine, mean, var = kernels.statistics(u, norm_weight, norm_bias, eps, *running)
         y, _, ctx.kept = passes.forward(u, weight, bias, residual, kernels, spec, False, False, affine)
         ctx.save_for_backward(u, norm_weight, norm_bias, mean, var)
         ctx.eps, ctx.kernels, ctx.spec = eps, kernels, spec
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return y, u.view_as(u), mean, var
+        return y, u.view_as(u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, around: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, around: Tensor | None) -> Any:
         u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
         if dy is None:
-            return around, *[None] * 8
+            return around, *[None] * 9
         kernels, spec, kept = ctx.kernels, ctx.spec, ctx.kept
         dh = passes.backward(dy, u, None, kept, kernels, spec, [True, False, False])[0]
         made_of = dh, u, norm_weight, norm_bias, None, mean, var, ctx.eps, "relu", around
@@ -78,4 +76,4 @@ class _NormalisedConv(torch.autograd.Function):
         dw = None if dw is None else dw.to(ctx.dtypes[0])
         db = None if db is None else db.to(ctx.dtypes[1])
         dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
-        return du, *dnorm, dw, db, dy if ctx.needs_input_grad[5] else None, None, None, None
+        return du, *dnorm, dw, db, dy if ctx.needs_input_grad[5] else None, None, None, None, None

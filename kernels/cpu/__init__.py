@@ -11,6 +11,7 @@ import torch  # its OpenMP runtime must be loaded first: the extension then uses
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from ...groups import Routing
 from .. import masked
 from ..masked import missing, sample
 from ..packing import unpack, unpack_dim
@@ -164,9 +165,11 @@ def weight_gradient(
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = spec.rows, spec.columns
-    each_once = all(side.order.numel() == side.width for side in (rows, columns))
+    # Nothing is added up where a row reads each channel once: of full columns by their own group alone.
+    read_once = columns.order.numel() == columns.width or not columns.full or spec.routing is Routing.OWN
+    each_once = read_once and rows.order.numel() == rows.width
     orders = _orders(spec) if each_once else (None, None)
-    sizes = (rows.order.numel(), columns.order.numel())
+    sizes = packed.weight.shape[:2] if each_once else (rows.order.numel(), columns.order.numel())
     dw = x.new_empty(*sizes, *packed.weight.shape[2:])
     db = x.new_empty(sizes[0]) if bias else None
     arrays = _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db)
@@ -195,13 +198,20 @@ def normalise(
     return y, mean, var
 
 
-def statistics(u: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    u: Tensor, weight: Tensor, bias: Tensor, eps: float, running_mean: Tensor, running_var: Tensor, rate: float
+) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = weight.to(u.dtype), bias.to(u.dtype)
     affine = u.new_empty(2, u.shape[1])
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), None, None
     found = to_dlpack(mean), to_dlpack(var)
-    _native.normalise(*arrays, eps, True, False, None, *found, torch.get_num_threads(), to_dlpack(affine))
+    running = [statistic.to(u.dtype) for statistic in (running_mean, running_var)]
+    kept = to_dlpack(affine), *map(to_dlpack, running), rate
+    _native.normalise(*arrays, eps, True, False, None, *found, torch.get_num_threads(), *kept)
+    for statistic, new in zip((running_mean, running_var), running, strict=True):
+        if new is not statistic:
+            statistic.copy_(new)
     return affine, mean, var
 
 

@@ -94,6 +94,17 @@ bool each_once(const int64_t* places, int64_t count) {
     return true;
 }
 
+// Does every row read each column of the weight at most once?
+bool read_once(const Blocks& b) {
+    for (int64_t out = 0; out < b.groups_out; out++) {
+        std::vector<char> seen(b.weight_row());
+        for (int64_t in = 0; in < b.groups_in; in++)
+            for (int64_t c = b.columns[in]; b.reads[out * b.groups_in + in] && c < b.columns[in + 1]; c++)
+                if (seen[sfg::place(b.column_order, c)]++) return false;
+    }
+    return true;
+}
+
 // They point into the arguments. w: the weight, in the layer's own order.
 template <typename W>
 Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Order& row_order,
@@ -239,9 +250,8 @@ void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Te
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
     const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, dw);
-    require(int64_t(dw.shape(0)) == p.k && int64_t(dw.shape(1)) == p.c && each_once(b.row_order, p.k) &&
-                each_once(b.column_order, p.c),
-            "the weight's gradient needs every row and every column once");
+    require(int64_t(dw.shape(0)) == p.k && each_once(b.row_order, p.k) && read_once(b),
+            "the weight's gradient needs every row once, and what it reads");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
@@ -272,7 +282,8 @@ std::array<int64_t, 4> size_behind(const sfg::Norm<T>& norm) {
 template <typename T>
 void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, const Order& order,
                Optional<T> residual, double eps, bool relu, bool pool, std::optional<Tensor<T>> y, Vector<T> mean,
-               Vector<T> var, int threads, std::optional<Array<T, 2>> affine) {
+               Vector<T> var, int threads, std::optional<Array<T, 2>> affine, std::optional<Vector<T>> running_mean,
+               std::optional<Vector<T>> running_var, double rate) {
     const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
     const T* add = data(residual, size_behind(n), "the residual does not fit the output");
     require(!add || !pool, "there is no residual behind pooling");
@@ -280,10 +291,16 @@ void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, 
     for (const int64_t size : {mean.shape(0), var.shape(0)}) require(size == n.c, "a statistic does not fit");
     require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == n.c), "scale and shift don't fit");
     T* scale = affine ? affine->data() : nullptr;
+    require(bool(running_mean) == bool(running_var), "running statistics come together");
+    for (const auto* values : {&running_mean, &running_var})
+        require(!*values || int64_t((*values)->shape(0)) == n.c, "running statistics don't fit the channels");
+    const sfg::Running<T> running{running_mean ? running_mean->data() : nullptr,
+                                  running_var ? running_var->data() : nullptr, T(rate)};
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), scale, scale ? scale + n.c : nullptr, threads);
+    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), scale, scale ? scale + n.c : nullptr, running,
+                      threads);
 }
 
 template <typename T>
@@ -389,7 +406,8 @@ void define(nb::module_& m) {
           "pooled_mean"_a.noconvert(), "pooled_var"_a.noconvert());
     m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
           "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert().none(), "mean"_a.noconvert(),
-          "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none());
+          "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none(),
+          "running_mean"_a.noconvert() = nb::none(), "running_var"_a.noconvert() = nb::none(), "rate"_a = 0.0);
     m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
           "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(), "add"_a.noconvert().none(),
           "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(), "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a,

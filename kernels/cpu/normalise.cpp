@@ -25,7 +25,7 @@ Affine<T> affine_of(const Norm<T>& norm, int64_t kernel, const T* mean, const T*
 
 template <typename T>
 void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residual, T* y, T* mean, T* var, T* scales,
-               T* shifts, int threads) {
+               T* shifts, const Running<T>& running, int threads) {
     const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
     if (y) advise_large_pages(y, norm.n * norm.c * out_plane * sizeof(T));
     on_threads(threads, [&](int, int) {
@@ -42,6 +42,12 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
             mean[kernel] = T(total / double(norm.n * plane));
             for (int64_t i = 0; i < norm.n; i++) squares += loops.squares(image(i), plane, mean[kernel]);
             var[kernel] = T(squares / double(norm.n * plane));
+            if (running.mean) {
+                const double count = double(norm.n * plane);
+                const T unbiased = var[kernel] * T(count / std::max(count - 1, 1.));
+                running.mean[kernel] += running.rate * (mean[kernel] - running.mean[kernel]);
+                running.var[kernel] += running.rate * (unbiased - running.var[kernel]);
+            }
             const auto [scale, shift] = affine_of(norm, kernel, mean, var);
             if (scales) scales[row] = scale, shifts[row] = shift;
             for (int64_t i = 0; y && i < norm.n; i++) {
@@ -116,7 +122,8 @@ void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int
 }
 
 #define SFG_NORMALISE(T)                                                                                              \
-    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, T*, T*, int);              \
+    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, T*, T*, const Running<T>&, \
+                               int);                                                                                  \
     template void normalise_gradient<T>(const InnerLoops<T>&, const Norm<T>&, const T*, const T*, const T*, const T*, \
                                         T*, T*, T*, T*, int);                                                         \
     template void keep_statistics<T>(const T*, const T*, const int64_t*, int64_t, double, T*, T*, int64_t*, T*, T*,   \

@@ -71,9 +71,9 @@ void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* w
 template <typename T>
 void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz, int threads);
 
-// dw, zero where not read, and db (may be null); no two rows may be one in the weight's order, nor two columns. Each
-// thread sums its part of the positions, then the parts are added in the order of the threads (or each has its part of
-// the weights): the bits depend on how many there are, and on nothing else.
+// dw, zero where not read, and db (may be null); no two rows may be one in the weight's order, nor two columns that a
+// row reads. Each thread sums its part of the positions, then the parts are added in the order of the threads (or each
+// has its part of the weights): the bits depend on how many there are, and on nothing else.
 template <typename T>
 void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);
@@ -89,12 +89,19 @@ struct Norm {
     int64_t n, c, h, w;
 };
 
+// Statistics that go towards those of each batch (var the unbiased one), or null.
+template <typename T>
+struct Running {
+    T *mean, *var;
+    T rate;
+};
+
 // y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the mean and the (biased) variance of each
 // channel, which are also returned. residual: or null; none with pooling. y: or null. scale, shift: null, or get what
 // makes it scale * u + shift, each channel's where u has it.
 template <typename T>
 void normalise(const InnerLoops<T>&, const Norm<T>&, const T* residual, T* y, T* mean, T* var, T* scale, T* shift,
-               int threads);
+               const Running<T>&, int threads);
 
 // Its gradients du, dweight, dbias; that of the residual is dy. add: null, or what is added to du. made: null, or gets
 // act(norm(u)) once more, and may be dy; not with pooling.

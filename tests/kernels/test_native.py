@@ -662,9 +662,12 @@ def test_a_convolution_normalises_what_it_reads(instruction_set, taps, padding, 
     parameters = torch.randn(2, 5, dtype=torch.float64).unbind(0)
     rows, columns = FilterGroups.blocks([4], ("all",)), FilterGroups.blocks([5], ("all",))
     spec = RoutedConv(rows, columns, Routing.ALL, Geometry((1, 1), (padding,) * 2, (dilation,) * 2))
-    affine, mean, var = cpu.statistics(u, *parameters, 1e-5)
+    running = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
+    affine, mean, var = cpu.statistics(u, *parameters, 1e-5, *running, 0.1)
     y = cpu.forward(u, cpu.pack(weight, None, spec, u.dtype), spec, affine=affine)[0]
-    h = F.relu(F.batch_norm(u, None, None, *parameters, True, 0.1, 1e-5))
+    expected = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
+    h = F.relu(F.batch_norm(u, *expected, *parameters, True, 0.1, 1e-5))
+    torch.testing.assert_close(running, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(y, F.conv2d(h, weight, None, 1, padding, dilation), rtol=0, atol=1e-11)
     dy = torch.randn_like(u)
     made_of = u, *parameters, None, mean, var, 1e-5, "relu", None

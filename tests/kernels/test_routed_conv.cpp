@@ -271,9 +271,9 @@ void check_normalise(const char* isa) {
     std::vector<T> y(n * c * out_plane, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
     const int threads = int(pick(1, 3));
     const sfg::Norm<T> norm{u.data(), weight.data(), bias.data(), order.data(), T(1e-5), {pool, pool}, n, c, h, w};
-    std::vector<T> scale(c, nan), shift(c, nan), again(pool ? 0 : size, nan);
+    std::vector<T> scale(c, nan), shift(c, nan), again(pool ? 0 : size, nan), running(2 * c, 1);
     sfg::normalise<T>(loops, norm, pool ? nullptr : residual.data(), y.data(), mean.data(), var.data(), scale.data(),
-                      shift.data(), threads);
+                      shift.data(), {running.data(), running.data() + c, T(0.25)}, threads);
     sfg::normalise_gradient<T>(loops, norm, residual.data(), mean.data(), var.data(), residual.data(), du.data(),
                                dweight.data(), dbias.data(), pool ? nullptr : again.data(), threads);
     for (size_t i = 0; i < again.size(); i++) again[i] += residual[i];
@@ -299,6 +299,10 @@ void check_normalise(const char* isa) {
         });
     }
     compare("normalise", y, expected, n * plane);
+    const double unbiased = double(n * plane) / std::max<double>(double(n * plane - 1), 1);
+    std::vector<double> kept(2 * c);
+    for (int64_t k = 0; k < c; k++) kept[k] = .75 + .25 * mean[k], kept[c + k] = .75 + .25 * unbiased * var[k];
+    compare("running statistics", running, kept, 4);
     if (!pool) compare("normalise once more", again, expected, n * plane);
     for (int64_t k = 0; k < c; k++) expected[k] = weight[order[k]] / std::sqrt(var[order[k]] + 1e-5);
     compare("scale", scale, {expected.begin(), expected.begin() + c}, n * plane);
