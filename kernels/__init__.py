@@ -4,7 +4,8 @@ This folder is installed, and imported, as `sfg_fast.kernels`.
 
 Every module here offers the same functions; `spec` (spec.py) says who reads whom, and the geometry:
 
-    sample(log_p [K,G], noise [K,G] | None)       -> assignment [K] (argmax of the sum), order [K], offsets [G+1]
+    sample(log_p [K,G], noise [K,G] | None)       -> assignment [K] (argmax of the sum), order [K], offsets [G+1], and
+                                                  what else of the `FilterGroups` is known already, by its name there
     pack(weight [K,C,R,S], bias [K] | None, spec, dtype, gates=False)
                                                   -> packed, opaque: the parameters as the passes want them; `gates`:
                                                   as a recipe does
@@ -46,10 +47,11 @@ Every module says of itself:
                      their gates, [1,columns], the gates of the groups drawn (not `own`: zeros); with their recipe also
                      the others', [G,columns] in all. dothers is never stored. Stride 1 only.
     KNOWS            activations of recipes (names, activations.py)
-    NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None)
-                     -> y, mean [K], var [K]: batch normalisation, activation (one it knows) and the sum with the
-                     residual in one go, none where the activation pools; var is the biased one, and both are at least
-                     float32. order [rows]: which kernel each row of u is, each once, or None: as they come.
+    NORMALISES       normalise(u, weight [K], bias [K], order, eps, activation, residual | None, keep=False)
+                     -> y, mean [K], var [K], affine: batch normalisation, activation (one it knows) and the sum with
+                     the residual in one go, none where the activation pools; var is the biased one, and both are at
+                     least float32. affine [2,rows] with `keep`: scale and shift. order [rows]: which kernel each row of
+                     u is, each once, or None: as they come.
                      normalise_gradient(dy, u, weight, bias, order, mean, var, eps, activation, add | None)
                      -> du (+ add), dweight [K], dbias [K]
     READS_NORMALISED statistics(u, weight [K], bias [K], eps, running_mean [K], running_var [K], rate)

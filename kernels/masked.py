@@ -7,6 +7,7 @@ doesn't know where they lie, and the weight is zero for all others.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     assignment = (log_p if noise is None else log_p + noise).argmax(1)
-    return assignment, *sort_by_group(assignment, log_p.shape[1])
+    return assignment, *sort_by_group(assignment, log_p.shape[1]), {}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
@@ -116,7 +117,15 @@ def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Ten
     """scale * u + shift of the n-th others."""
     if scale is None or shift is None:
         return u
-    return torch.addcmul(shift[n][:, None, None].to(u.dtype), u, scale[n][:, None, None].to(u.dtype))
+    scale, shift = (values[min(n, len(values) - 1), :, None, None].to(u.dtype) for values in (scale, shift))
+    return torch.addcmul(shift, u, scale)
+
+
+def affine_of(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, eps: float) -> Tensor:
+    """Batch normalisation as scale * u + shift: [2, rows], see `normalise` in kernels/__init__.py."""
+    scale = weight * (var + eps).rsqrt()
+    affine = torch.stack([scale, bias - mean * scale])
+    return affine if order is None else affine[:, order]
 
 
 def others(recipe: Recipe) -> list[Tensor]:

@@ -51,6 +51,6 @@ class Recipe(NamedTuple):
     a: Tensor | None  # what `forward` kept
     packed: Any  # the layer's parameters
     spec: RoutedConv
-    scale: Tensor | None  # [G-1, rows], as `FilterGroups.others`
+    scale: Tensor | None  # [G-1, rows], as `FilterGroups.others`; or [1, rows], alike for all
     shift: Tensor | None
     activation: str | None  # a name of activations.ACTIVATIONS

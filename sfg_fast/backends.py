@@ -63,21 +63,25 @@ def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
     return module, dtype
 
 
-def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: (order, offsets). The
-    same on every backend."""
-    log_p, name = log_p.detach(), "triton" if current() == "triton" else "masked"
-    if name == "triton" and torch.compiler.is_compiling():
-        assignment, order, offsets = _sample(log_p, noise)
-    else:
-        assignment, order, offsets = load(name).sample(log_p, noise)
-    return assignment, (order, offsets)
+def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: order, offsets, and what
+    else is known of the groups (`FilterGroups`). The same on every backend."""
+    log_p, compiling = log_p.detach(), torch.compiler.is_compiling()
+    if current() == "triton" and compiling:
+        assignment, *by_group = _sample(log_p, noise)
+        return assignment, (*by_group, {})
+    name = "triton" if current() == "triton" else "masked"
+    if current() in ("auto", "native") and not compiling and available("native"):
+        name = "masked" if load("native").cannot(log_p) else "native"
+    assignment, *by_group = load(name).sample(log_p, noise)
+    return assignment, tuple(by_group)
 
 
 @torch.library.custom_op("sfg_fast::sample", mutates_args=())
 def _sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Triton's `sample` as an operator, for graphs (`masked` has plain torch operations)."""
-    return load("triton").sample(log_p, noise)
+    assignment, order, offsets, _ = load("triton").sample(log_p, noise)
+    return assignment, order, offsets
 
 
 @_sample.register_fake

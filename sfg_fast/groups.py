@@ -114,11 +114,11 @@ class FilterGroups:
         assignment: Tensor | Sequence[int],
         tasks: int | Iterable[str] = 2,
         gates: Tensor | None = None,
-        by_group: tuple[Tensor, Tensor] | None = None,
+        by_group: tuple[Tensor, Tensor, dict[str, Any]] | None = None,
         all_gates: bool = False,
     ) -> FilterGroups:
-        """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default. `by_group`: order and
-        offsets, if they are known already."""
+        """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default. `by_group`: order,
+        offsets and what else is kept of the groups (by name), if they are known already."""
         names = group_names(tasks)
         if not isinstance(assignment, Tensor) and any(not 0 <= group < len(names) for group in assignment):
             raise ValueError(f"assignment={list(assignment)}: expected groups 0 (shared) to {len(names) - 1}")
@@ -129,8 +129,10 @@ class FilterGroups:
             gates = (assignment[:, None] == torch.arange(len(names), device=assignment.device)).to(
                 torch.get_default_dtype()
             )
-        order, offsets = sort_by_group(assignment, len(names)) if by_group is None else by_group
-        return FilterGroups(order, offsets, names, assignment.numel(), assignment, gates, all_gates)
+        order, offsets, kept = (*sort_by_group(assignment, len(names)), {}) if by_group is None else by_group
+        groups = FilterGroups(order, offsets, names, assignment.numel(), assignment, gates, all_gates)
+        groups.__dict__.update(kept)
+        return groups
 
     @staticmethod
     def relaxed(gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:

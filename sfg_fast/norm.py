@@ -60,18 +60,14 @@ class KernelNorm(nn.Module):
         self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None, kernels: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
-        which are one but want a gradient. Scale and shift [T, rows] are those of the rows' others, if these count."""
+        which are one but want a gradient. Scale and shift [1, rows] are those of the rows' others, if these count."""
         assert groups.gates is not None
         gates = groups.gates if groups.learns else None
-        how = self.eps, activation, kernels, groups
-        out, _, mean, var = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
+        how = self.eps, activation, kernels, groups, groups.all_gates
+        out, _, mean, var, affine = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
         assert groups.assignment is not None
         self._keep(kernels, mean, var, _count(rows), groups.assignment)
-        if not groups.all_gates:
-            return out, None, None
-        with torch.no_grad():
-            affine = _affine(self.weight, self.bias, mean, var, self.eps)
-            return out, *(values[groups.order].expand(len(groups.names) - 1, -1) for values in affine)
+        return (out, None, None) if affine is None else (out, affine[:1], affine[1:])
 
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise rows [N, R, H, W] that are all live.
@@ -172,7 +168,8 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 class _BatchNorm(torch.autograd.Function):
     """gates * act(norm(u)) + residual with batch statistics, by kernels that do it in one go; u once more, for a
-    shortcut around it: the gradients of both ways are added where the first is made; mean and (biased) variance.
+    shortcut around it: the gradients of both ways are added where the first is made; mean and (biased) variance; with
+    `keep` scale and shift [2, rows].
 
     `groups`: the draw that u is of; None: a plain batch norm of all channels as they come. weight, bias, mean and
     variance [K], gates [K, T+1] or None; those of the drawn groups are one. Their gradient comes for free:
@@ -190,29 +187,30 @@ class _BatchNorm(torch.autograd.Function):
         activation: Any,
         kernels: Any,
         groups: FilterGroups | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        order, assignment = (None, None) if groups is None else (groups.order, groups.assignment)
-        out, mean, var = kernels.normalise(u, weight, bias, order, eps, activation, residual)
-        ctx.save_for_backward(u, weight, bias, order, mean, var, gates, assignment)
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        order = None if groups is None else groups.order
+        out, mean, var, affine = kernels.normalise(u, weight, bias, order, eps, activation, residual, keep)
+        ctx.save_for_backward(u, weight, bias, order, mean, var, gates)
         ctx.how, ctx.kernels = (eps, activation), kernels
-        ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(mean, var, *([affine] if keep else []))
         ctx.set_materialize_grads(False)
-        return out, u.view_as(u), mean, var
+        return out, u.view_as(u), mean, var, affine
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
         if dout is None:
-            return around, *(None,) * 8
-        *made_of, gates, assignment = ctx.saved_tensors
+            return around, *(None,) * 9
+        *made_of, gates = ctx.saved_tensors
         du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, around)
         _, weight, bias, *_ = made_of
         dweight, dbias = dweight.to(weight.dtype), dbias.to(bias.dtype)
         dgates = None
         if ctx.needs_input_grad[3]:
-            own = torch.addcmul(weight * dweight, bias, dbias).to(gates.dtype)
-            dgates = torch.zeros_like(gates).scatter_(1, assignment[:, None], own[:, None])
-        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None, None
+            own = torch.addcmul(weight * dweight, bias, dbias)
+            dgates = own[:, None].to(gates.dtype) * gates  # which are one-hot
+        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 5
 
 
 def in_one_go(x: Tensor) -> Any:
@@ -233,8 +231,8 @@ def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Ten
     kernels = relu_in_one_go(norm, x)
     if norm is None or kernels is None:
         return nn.functional.relu(x if norm is None else norm(x)), x
-    how = norm.eps, "relu", kernels, None
-    out, around, mean, var = _BatchNorm.apply(x, norm.weight, norm.bias, None, None, *how)
+    how = norm.eps, "relu", kernels, None, False
+    out, around, mean, var, _ = _BatchNorm.apply(x, norm.weight, norm.bias, None, None, *how)
     keep_statistics(norm, mean, var, _count(x))
     return out, around
 

@@ -112,7 +112,7 @@ class Others(NamedTuple):
     spec: RoutedConv
 
     def recipe(self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Any = None) -> Recipe:
-        """scale and shift [G-1, rows]. `kernels`: other ones than those that computed u."""
+        """scale and shift [G-1, rows], or [1, rows] for all alike. `kernels`: other ones than those that computed u."""
         packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
         return Recipe(self.x, self.a, packed, self.spec, scale, shift, activation)
 
@@ -147,7 +147,7 @@ class Producer(NamedTuple):
     gates: Tensor  # [K, T+1]
     groups: FilterGroups
     others: Others | None  # None: only the gates of the drawn groups want a gradient
-    scale: Tensor | None  # [T, rows]
+    scale: Tensor | None  # [T, rows] or [1, rows]
     shift: Tensor | None
     activation: str | None
     own: bool  # do the gates of the drawn groups still want their gradient?

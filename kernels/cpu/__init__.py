@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ...groups import Routing
 from .. import masked
-from ..masked import missing, sample
+from ..masked import missing
 from ..packing import unpack, unpack_dim
 from ..spec import Recipe, RoutedConv
 from . import _native
@@ -64,6 +64,16 @@ class Parameters(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    kernels, groups = log_p.shape
+    assignment, order, *rest = log_p.new_empty((groups + 3, kernels), dtype=torch.int64).split([1, 1, groups + 1])
+    assignment, order, known = assignment[0], order[0], rest[0]
+    offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
+    found = (to_dlpack(tensor) for tensor in (assignment, order, offsets, known))
+    ends = _native.sample(_plain(log_p), _plain_or_none(noise), *found)
+    return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "others": known[2:]}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Parameters:
@@ -187,15 +197,18 @@ def normalise(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     relu, pool = _flags(activation)
     weight, bias = weight.to(u.dtype), bias.to(u.dtype)
     n, channels, height, width = u.shape
     y = _empty(u, n, channels, *((height // 2, width // 2) if pool else (height, width)))
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(order), _plain_or_none(residual)
-    _native.normalise(*arrays, eps, relu, pool, to_dlpack(y), to_dlpack(mean), to_dlpack(var), torch.get_num_threads())
-    return y, mean, var
+    found = to_dlpack(y), to_dlpack(mean), to_dlpack(var)
+    affine = u.new_empty(2, channels) if keep else None
+    _native.normalise(*arrays, eps, relu, pool, *found, torch.get_num_threads(), _plain_or_none(affine))
+    return y, mean, var, affine
 
 
 def statistics(
@@ -279,7 +292,7 @@ def _orders(spec: RoutedConv) -> tuple[Any, Any]:
 
 def _plain(tensor: Tensor) -> Any:
     """Contiguous, outside autograd, as DLPack."""
-    return to_dlpack(tensor.detach().contiguous())
+    return to_dlpack((tensor.detach() if tensor.requires_grad else tensor).contiguous())
 
 
 def _plain_or_none(tensor: Tensor | None) -> Any:

@@ -176,7 +176,8 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
     const T* a = data(kept, y, "what is kept does not fit the output");
     require(bool(scale) == bool(shift), "scale and shift come together");
     for (const auto* values : {&scale, &shift})
-        require(!*values || (int64_t((*values)->shape(0)) == b.groups_out - 1 && int64_t((*values)->shape(1)) == p.k),
+        require(!*values || ((int64_t((*values)->shape(0)) == b.groups_out - 1 || (*values)->shape(0) == 1) &&
+                             (*values)->shape(0) == scale->shape(0) && int64_t((*values)->shape(1)) == p.k),
                 "scale or shift don't fit the others");
     return {x.data(),
             w.data(),
@@ -184,6 +185,7 @@ sfg::Producer<T> producer(const Recipe<T>& recipe) {
             a,
             scale ? scale->data() : nullptr,
             shift ? shift->data() : nullptr,
+            scale && scale->shape(0) == 1,
             {relu, pool},
             p,
             b};
@@ -340,6 +342,24 @@ void keep_statistics(Vector<const T> mean, Vector<const T> var, Array<const int6
                             running_var.data(), draws.data(), pooled_mean.data(), pooled_var.data(), groups, kernels);
 }
 
+// known: ids, inverse and the others, [groups + 1][kernels] in all. Returns the offsets, too.
+template <typename T>
+Offsets sample(Array<const T, 2> log_p, std::optional<Array<const T, 2>> noise, Array<int64_t, 1> assignment,
+               Array<int64_t, 1> order, Array<int64_t, 1> offsets, Array<int64_t, 2> known) {
+    const int64_t kernels = log_p.shape(0), groups = log_p.shape(1);
+    require(groups >= 1, "there are no groups");
+    require(!noise || (int64_t(noise->shape(0)) == kernels && int64_t(noise->shape(1)) == groups),
+            "the noise does not fit the probabilities");
+    require(int64_t(assignment.shape(0)) == kernels && int64_t(order.shape(0)) == kernels &&
+                int64_t(offsets.shape(0)) == groups + 1 && int64_t(known.shape(0)) == groups + 1 &&
+                int64_t(known.shape(1)) == kernels,
+            "a result does not fit the probabilities");
+    int64_t* const ids = known.data();
+    const sfg::Drawn drawn{assignment.data(), order.data(), offsets.data(), ids, ids + kernels, ids + 2 * kernels};
+    sfg::sample<T>(log_p.data(), noise ? noise->data() : nullptr, drawn, kernels, groups);
+    return {offsets.data(), offsets.data() + groups + 1};
+}
+
 // A tensor on its way to torch, as DLPack has it. Whoever takes it calls the deleter, in any thread, with or without
 // Python's lock, and even when Python is gone: nothing of Python is in it.
 struct Result {
@@ -404,6 +424,8 @@ void define(nb::module_& m) {
     m.def("keep_statistics", &keep_statistics<T>, "mean"_a.noconvert(), "var"_a.noconvert(), "assignment"_a.noconvert(),
           "count"_a, "momentum"_a, "running_mean"_a.noconvert(), "running_var"_a.noconvert(), "draws"_a.noconvert(),
           "pooled_mean"_a.noconvert(), "pooled_var"_a.noconvert());
+    m.def("sample", &sample<T>, "log_p"_a.noconvert(), "noise"_a.noconvert().none(), "assignment"_a.noconvert(),
+          "order"_a.noconvert(), "offsets"_a.noconvert(), "known"_a.noconvert());
     m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
           "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert().none(), "mean"_a.noconvert(),
           "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none(),

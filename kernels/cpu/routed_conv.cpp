@@ -177,15 +177,15 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
     const auto gate = [&](const Work<T>& work, int64_t number, const Place<T>& df, const Place<const T>& u,
                           bool behind_norm) {
         const bool affine = behind_norm && producer->scale;
-        const int64_t other = (number - 1) * p.c + work.tile().first;
+        const int64_t other = affine && producer->one_affine ? 0 : (number - 1) * p.c;
         loops.gates({.u = u.at,
                      .df = df.at,
                      .u_channel = u.channel,
                      .u_row = u.row,
                      .df_channel = df.channel,
                      .df_row = df.row,
-                     .scale = affine ? producer->scale + other : nullptr,
-                     .shift = affine ? producer->shift + other : nullptr,
+                     .scale = affine ? producer->scale + other + work.tile().first : nullptr,
+                     .shift = affine ? producer->shift + other + work.tile().first : nullptr,
                      .act = {behind_norm && producer->act.relu, false},
                      .channels = work.tile().outputs,
                      .rows = work.patch.rows,
@@ -277,7 +277,7 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
         for (int64_t step = 0, other = 0; step <= last; step++) {
             const int64_t g = (step + 1) % (last + 1);
             if (g == tile.group) continue;
-            const int64_t gate = other++ * p.k + tile.first;
+            const int64_t gate = other++ * p.k + tile.first, affine = producer.one_affine ? tile.first : gate;
             const int64_t row = work.patch.row, column = work.patch.column;
             const T* of_gate = df + (work.n * gates + gate) * df_plane;
             const Place<const T> u = in_group(g, work.sums, blocks, kept, work.aside(1));
@@ -287,8 +287,8 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
                          .u_row = u.row,
                          .df_channel = df_plane,
                          .df_row = pool ? df_width : work.line(),
-                         .scale = producer.scale ? producer.scale + gate : nullptr,
-                         .shift = producer.scale ? producer.shift + gate : nullptr,
+                         .scale = producer.scale ? producer.scale + affine : nullptr,
+                         .shift = producer.scale ? producer.shift + affine : nullptr,
                          .act = producer.act,
                          .channels = tile.outputs,
                          .rows = work.patch.rows,

@@ -45,6 +45,7 @@ template <typename T>
 struct Producer {
     const T *x, *weight, *bias, *kept;
     const T *scale, *shift;  // [groups_out - 1][k], or null: for each row in the groups that are not its own
+    bool one_affine;         // or [k], the same in all of them
     Activation act;
     Shape shape;
     Blocks blocks;
@@ -114,6 +115,14 @@ template <typename T>
 void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
                      T* running_mean, T* running_var, int64_t* draws, T* pooled_mean, T* pooled_var, int64_t groups,
                      int64_t kernels);
+
+// argmax of log_p + noise [kernels][groups] for each kernel (noise: or null), and the kernels sorted by it, stably:
+// what sfg_fast/groups.py has of a draw, by the same names.
+struct Drawn {
+    int64_t *assignment, *order, *offsets, *ids, *inverse, *others;
+};
+template <typename T>
+void sample(const T* log_p, const T* noise, const Drawn&, int64_t kernels, int64_t groups);
 
 // Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
 const char* const* instruction_sets();

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import masked
 from ..spec import Recipe, RoutedConv
 from . import config
 from .config import Launch, Pass
@@ -72,7 +73,7 @@ def cannot(x: Tensor) -> str | None:
     return None
 
 
-def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     kernels, groups = log_p.shape
     log_p = log_p.contiguous()
     assignment, order = (log_p.new_empty(kernels, dtype=torch.int64) for _ in range(2))
@@ -81,7 +82,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     sizes = (kernels, groups, triton.next_power_of_2(kernels), triton.next_power_of_2(groups))
     arrays = (log_p, log_p if noise is None else noise, assignment, order, offsets)
     _launch(sample_kernel, 1, *arrays, *sizes, noise is not None)
-    return assignment, order, offsets
+    return assignment, order, offsets, {}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
@@ -164,7 +165,10 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     x, df = _nhwc(x), _nhwc(dothers)
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
-    scale, shift = (df if values is None else values.to(torch_sum).contiguous() for values in (scale, shift))
+    scale, shift = (
+        df if values is None else values.to(torch_sum).expand(p.out_groups - 1, -1).contiguous()
+        for values in (scale, shift)
+    )
     fused = activation == "relu", False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     tiles = launch.programs // (p.columns // p.block_n)
@@ -228,7 +232,8 @@ def normalise(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check(residual, "the residual", tuple(u.shape))
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
     channels, norm = u.shape[1], _norm(u)
@@ -247,7 +252,7 @@ def normalise(
         affine_kernel, norm.all, u, added, places, weight, bias, mean, var, y, norm.pixels, eps,
         channels, ordered, activation == "relu", residual is not None, *blocks,
     )  # fmt: skip
-    return y, mean, var
+    return y, mean, var, masked.affine_of(mean, var, weight, bias, order, eps) if keep else None
 
 
 def normalise_gradient(

@@ -202,8 +202,8 @@ class _Gates(torch.autograd.Function):
     """The gates of a one-hot draw: those of the drawn rows are one, so forward has nothing to do; those of the others
     are zero, and so are these, without memory. Backward: dz = <dL/dF, h> for all gates that want it.
 
-    `others`: what u of the others is made of; h = act(scale * u + shift), scale and shift [T, rows]. Not `own`: the
-    gates of the drawn rows have their gradient already.
+    `others`: what u of the others is made of; h = act(scale * u + shift), scale and shift [T, rows] or
+    [1, rows]. Not `own`: the gates of the drawn rows have their gradient already.
     """
 
     @staticmethod

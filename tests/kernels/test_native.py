@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
-from sfg_fast.backends import available
+from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
 from tests.oracle import check_statistics
 
@@ -575,7 +575,7 @@ def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            y, mean, var = cpu.normalise(u, weight, bias, None, 1e-5, activation, None)
+            y, mean, var, _ = cpu.normalise(u, weight, bias, None, 1e-5, activation, None)
             d = dy[..., : y.shape[2], : y.shape[3]].contiguous()
             more = cpu.normalise_gradient(d, u, weight, bias, None, mean, var, 1e-5, activation, None)
         finally:
@@ -591,7 +591,7 @@ def test_normalise_lets_nan_through(instruction_set, activation):
     """A NaN is not hidden by the ReLU or a maximum, and stays in its channel."""
     u = torch.randn(1, 2, 6, 40)
     u[0, 1, 2, 2] = float("nan")
-    y, mean, var = cpu.normalise(u, torch.ones(2), torch.zeros(2), None, 1e-5, activation, None)
+    y, mean, var, _ = cpu.normalise(u, torch.ones(2), torch.zeros(2), None, 1e-5, activation, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
     du, _, _ = cpu.normalise_gradient(
@@ -605,7 +605,7 @@ def test_a_maximum_of_equals_goes_to_the_first(instruction_set):
     """As in torch."""
     u = torch.randint(0, 3, (2, 3, 9, 70), dtype=torch.float64)
     affine = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    y, mean, var = cpu.normalise(u, *affine, None, 1e-5, "relu_pool", None)
+    y, mean, var, _ = cpu.normalise(u, *affine, None, 1e-5, "relu_pool", None)
     dy = torch.randn_like(y)
     du, _, _ = cpu.normalise_gradient(dy, u, *affine, None, mean, var, 1e-5, "relu_pool", None)
     exact = u.clone().requires_grad_()
@@ -676,3 +676,39 @@ def test_a_convolution_normalises_what_it_reads(instruction_set, taps, padding, 
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert again.data_ptr() == dy.data_ptr(), "no memory of its own"
     torch.testing.assert_close(again, h, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 2), (64, 3), (200, 7)])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sample_is_what_torch_draws(shape, noise, dtype):
+    log_p = torch.randn(shape, dtype=dtype).round()  # ties
+    log_p[-1, -1] = float("nan")
+    arguments = log_p, torch.randn(shape, dtype=dtype).round() if noise else None
+    *found, kept = cpu.sample(*arguments)
+    *expected, _ = masked.sample(*arguments)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    groups = FilterGroups.from_assignment(expected[0], shape[1] - 1)
+    assert kept.pop("ends") == groups.ends
+    assert {"ids", "inverse", "others"} == set(kept)
+    assert all(torch.equal(values, getattr(groups, name)) for name, values in kept.items())
+
+
+@pytest.mark.parametrize("name", ["native", "masked"])
+def test_scale_and_shift_of_all_others_at_once(name):
+    """[1, rows] instead of [G-1, rows], in both ways to the gates' gradient."""
+    kernels = load(name)
+    torch.manual_seed(2)
+    groups = FilterGroups.from_assignment(torch.arange(12) % 3, all_gates=True)
+    spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+    x, dy, weight = torch.randn(2, 12, 9, 20), torch.randn(2, 12, 9, 20), torch.randn(12, 12, 3, 3)
+    packed = kernels.pack(weight, None, spec, x.dtype, gates=True)
+    u, a = kernels.forward(x, packed, spec, keep=True)
+    affine = torch.randn(2, 1, 12)
+    found = []
+    for scale, shift in (affine, affine.expand(2, 2, 12)):
+        recipe = Recipe(x, a, packed, spec, scale, shift, "relu")
+        found.append([kernels.gate_gradient(recipe, torch.cat([dy, 2 * dy], 1))])
+        if kernels.FUSES_GATES:
+            found[-1] += kernels.input_and_gate_gradient(dy, packed, spec, u, recipe)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

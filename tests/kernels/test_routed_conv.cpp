@@ -228,8 +228,8 @@ void check_gates(const char* isa) {
     const int threads = int(pick(1, 3));
     sfg::forward<T>(loops, x.data(), nullptr, nullptr, weight.data(), bias.data(), nullptr, true, y.data(), kept.data(),
                     p, first, threads);
-    const sfg::Producer<T> producer{x.data(),     weight.data(), bias.data(), kept.data(), scale.data(),
-                                    scale.data(), {true, false}, p,           first};
+    const sfg::Producer<T> producer{x.data(),     weight.data(),   bias.data(),   kept.data(), scale.data(),
+                                    scale.data(), pick(0, 1) == 1, {true, false}, p,           first};
     sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, dx.data(), df.data(), nullptr, nullptr,
                            nullptr, q, second, threads);
     const int64_t terms = p.oh * p.ow * p.n * (p.c * p.r * p.s + 1) * (q.k * q.r * q.s + 1);
