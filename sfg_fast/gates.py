@@ -53,7 +53,7 @@ def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, grou
 def gumbel_noise(like: Tensor) -> Tensor:
     """Standard Gumbel noise from the default generator of the device of `like`."""
     noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # contiguous: the same order in a graph
-    return -noise.exponential_().clamp_min(torch.finfo(like.dtype).tiny).log()
+    return noise.exponential_().clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_()
 
 
 def one_hot(assignment: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

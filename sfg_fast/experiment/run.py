@@ -197,7 +197,8 @@ def _in_processes(
                 job, place = waiting.pop(0), free.pop(0)
                 answer, its_end = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(its_end, place, threads, work, job))
-                process.start()
+                with _no_bars():
+                    process.start()
                 its_end.close()
                 running[process.sentinel] = (job, place, process, answer)
             for sentinel in multiprocessing.connection.wait(list(running)):
@@ -219,8 +220,21 @@ def _in_processes(
         raise
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Processes started here show none, the experiment's is enough. (tqdm looks when it is imported.)"""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
 def _child(answer: Any, gpu: int | None, threads: int, work: Callable[[Job], None], job: Job) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # the bar of the experiment is enough
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     if gpu is None:

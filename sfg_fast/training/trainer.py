@@ -87,9 +87,8 @@ class Trainer(TrainingState):
         from tqdm import tqdm
 
         schedule, config, main = self.config.schedule, self.config, self.processes.main
-        bar = tqdm(
-            total=schedule.steps, initial=self.step, desc="train", unit="step", mininterval=0.5, disable=not main
-        )
+        silent = {} if main else {"disable": True}  # else it is tqdm's own default, which the environment may change
+        bar = tqdm(total=schedule.steps, initial=self.step, desc="train", unit="step", mininterval=0.5, **silent)
         writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step) if main else None
         with writer or contextlib.nullcontext() as board, bar, _asked_to_stop() as asked:
             while self.step < schedule.steps and not self._stopped_early():

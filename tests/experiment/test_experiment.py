@@ -265,7 +265,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, monkeypatch, capsys)
     assert numbers(folder / "stopped") == numbers(folder / "whole")
 
 
-def test_several_processes(folder, monkeypatch):
+def test_several_processes(folder, monkeypatch, capfd):
     """SIGTERM stops them all; then they come to the same numbers as one."""
     config, wait = write_config(folder, "parallel", **SMALL, processes=2), multiprocessing.connection.wait
 
@@ -278,7 +278,11 @@ def test_several_processes(folder, monkeypatch):
         patch.setattr("multiprocessing.connection.wait", stopped)
         assert main(["experiment", config]) == 143
     assert not multiprocessing.active_children()
+    capfd.readouterr()
     assert main(["experiment", config]) == 0
+    bars = capfd.readouterr().err
+    assert "experiment:" in bars
+    assert "train" not in bars, "those of the processes"
     assert numbers(folder / "parallel") == numbers(folder / "whole")
 
 
