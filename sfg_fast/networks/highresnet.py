@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
+from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
 
 RESIDUAL = ("separate", "routed")
@@ -87,7 +88,8 @@ class SFGHighResNet(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
+        parts: list[nn.Module] = []
         for stage in self.stages:
-            for module in stage.values():  # type: ignore[operator]
-                x = module(x)
-        return self.heads(self.final(x))
+            parts += [stage["sfg"], *stage["blocks"]]  # type: ignore[index]
+            parts += [stage["merge"]] if "merge" in stage else []  # type: ignore[index,operator]
+        return self.heads(drawn_first([*parts, *self.final], x))

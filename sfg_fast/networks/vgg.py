@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
+from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
 
 # Kernels of each convolution, in units of the first one's; "pool": halve the image.
@@ -61,5 +62,5 @@ class SFGVGG(nn.Module):
         """x [N, in_channels, H, W] -> {task: [N, outputs[task]]}."""
         if min(x.shape[2:]) < 32:
             raise ValueError(f"the image has size {tuple(x.shape[2:])}, expected at least (32, 32)")
-        features = self.features(x)
+        features = drawn_first(self.features, x)
         return {task: head(features.merged(task).mean((2, 3))) for task, head in self.heads.items()}
