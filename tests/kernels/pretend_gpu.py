@@ -65,7 +65,7 @@ def main() -> None:
     affine = torch.ones(64), torch.zeros(64)
     for _ in range(50):
         how = torch.randperm(64), 1e-5, "relu"
-        y, mean, var = kernels.normalise(x, *affine, *how, x)
+        y, mean, var, _ = kernels.normalise(x, *affine, *how, x)
         kernels.normalise_gradient(y, x, *affine, how[0], mean, var, *how[1:], x)
         running = torch.zeros(3, 64), torch.ones(3, 64), torch.zeros(3, 64, dtype=torch.int64), *affine
         kernels.keep_statistics(mean, var, torch.zeros(64, dtype=torch.int64), 512, 0.1, *running)

@@ -410,7 +410,7 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "device_of", lambda _: config.Device(multiprocessors, 90, 227 << 10))
-        y, average, var = kernels.normalise(u, weight, bias, order, 1e-5, activation, add)
+        y, average, var, _ = kernels.normalise(u, weight, bias, order, 1e-5, activation, add)
         arguments = dy, u, weight, bias, order, average, var, 1e-5, activation, more
         du, dweight, dbias = kernels.normalise_gradient(*arguments)
         again = kernels.normalise_gradient(*arguments)
@@ -435,7 +435,7 @@ def test_normalise_lets_nan_through():
     u = torch.randn(1, 2, 5, 5)
     u[0, 1, 2, 2] = float("nan")
     affine = torch.ones(2), torch.zeros(2)
-    y, mean, var = kernels.normalise(u, *affine, None, 1e-5, "relu", None)
+    y, mean, var, _ = kernels.normalise(u, *affine, None, 1e-5, "relu", None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
     du, _, _ = kernels.normalise_gradient(torch.ones_like(u), u, *affine, None, mean, var, 1e-5, "relu", None)
