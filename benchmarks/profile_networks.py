@@ -90,7 +90,7 @@ def image_bytes(name: str, given: dict[str, Any], result: Any) -> int:
 
 
 class Profile:
-    """Of the calls between `start` and `stop`: by operation how many, seconds, FLOPs and bytes."""
+    """Of the calls inside the `with`: by operation how many, seconds, FLOPs and bytes."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0, 0])
@@ -180,8 +180,9 @@ def main() -> None:
     options = parser.parse_args()
     lines = [
         "# Where a training step's time goes\n",
-        f"`python -m benchmarks.profile_networks`. {machine()}. Batch {Case('', 0).batch}. Medians of {options.rounds} "
-        "steps. FLOPs: of plain sums, for what is read; Winograd's products take half. MiB: of images, each once.",
+        f"`python -m benchmarks.profile_networks --rounds {options.rounds}`. {machine()}. Batch {Case('', 0).batch}. "
+        f"Medians of {options.rounds} steps. FLOPs: of plain sums, for what is read; Winograd's products take half. "
+        "MiB: of images, each once.",
     ]
     for kind in options.networks:
         for size in options.sizes:

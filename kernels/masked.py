@@ -121,11 +121,10 @@ def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Ten
     return torch.addcmul(shift, u, scale)
 
 
-def affine_of(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, order: Tensor | None, eps: float) -> Tensor:
-    """Batch normalisation as scale * u + shift: [2, rows], see `normalise` in kernels/__init__.py."""
+def affine_of(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight * (u - mean) / sqrt(var + eps) + bias as scale * u + shift."""
     scale = weight * (var + eps).rsqrt()
-    affine = torch.stack([scale, bias - mean * scale])
-    return affine if order is None else affine[:, order]
+    return scale, bias - mean * scale
 
 
 def others(recipe: Recipe) -> list[Tensor]:

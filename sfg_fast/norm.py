@@ -63,7 +63,7 @@ class KernelNorm(nn.Module):
         which are one but want a gradient. Scale and shift [1, rows] are those of the rows' others, if these count."""
         assert groups.gates is not None
         gates = groups.gates if groups.learns else None
-        how = self.eps, activation, kernels, groups, groups.all_gates
+        how = self.eps, activation, kernels, groups
         out, _, mean, var, affine = _BatchNorm.apply(rows, self.weight, self.bias, gates, residual, *how)
         assert groups.assignment is not None
         self._keep(kernels, mean, var, _count(rows), groups.assignment)
@@ -113,14 +113,14 @@ class KernelNorm(nn.Module):
         if count < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel, got one")
         self._keep(masked, mean.detach(), var.detach(), count, assignment)
-        return _affine(self.weight, self.bias, mean, var, self.eps)
+        return masked.affine_of(self.weight, self.bias, mean, var, self.eps)
 
     def running_affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift [T+1, K] for evaluation."""
         known = self.draws > 0
         mean = self.running_mean.where(known, self.pooled_mean)
         var = self.running_var.where(known, self.pooled_var)
-        return _affine(self.weight, self.bias, mean, var, self.eps)
+        return masked.affine_of(self.weight, self.bias, mean, var, self.eps)
 
     def folds(self, groups: FilterGroups) -> bool:
         """Is all that this does to the rows known before the convolution?"""
@@ -162,14 +162,14 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         mean, var, count = _over_processes(mean, var, _count(x))
         keep_statistics(self, mean, var, count)
-        scale, shift = _affine(self.weight, self.bias, mean, var, self.eps)
+        scale, shift = masked.affine_of(self.weight, self.bias, mean, var, self.eps)
         return x * _channels(scale, x) + _channels(shift, x)
 
 
 class _BatchNorm(torch.autograd.Function):
     """gates * act(norm(u)) + residual with batch statistics, by kernels that do it in one go; u once more, for a
-    shortcut around it: the gradients of both ways are added where the first is made; mean and (biased) variance; with
-    `keep` scale and shift [2, rows].
+    shortcut around it: the gradients of both ways are added where the first is made; mean and (biased) variance; for
+    groups all of whose gates count scale and shift [2, rows].
 
     `groups`: the draw that u is of; None: a plain batch norm of all channels as they come. weight, bias, mean and
     variance [K], gates [K, T+1] or None; those of the drawn groups are one. Their gradient comes for free:
@@ -187,9 +187,8 @@ class _BatchNorm(torch.autograd.Function):
         activation: Any,
         kernels: Any,
         groups: FilterGroups | None,
-        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        order = None if groups is None else groups.order
+        order, keep = (None, False) if groups is None else (groups.order, groups.all_gates)
         out, mean, var, affine = kernels.normalise(u, weight, bias, order, eps, activation, residual, keep)
         ctx.save_for_backward(u, weight, bias, order, mean, var, gates)
         ctx.how, ctx.kernels = (eps, activation), kernels
@@ -201,7 +200,7 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, around: Tensor | None, *_: None) -> Any:
         if dout is None:
-            return around, *(None,) * 9
+            return around, *(None,) * 8
         *made_of, gates = ctx.saved_tensors
         du, dweight, dbias = ctx.kernels.normalise_gradient(dout, *made_of, *ctx.how, around)
         _, weight, bias, *_ = made_of
@@ -210,7 +209,7 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             own = torch.addcmul(weight * dweight, bias, dbias)
             dgates = own[:, None].to(gates.dtype) * gates  # which are one-hot
-        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 5
+        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 4
 
 
 def in_one_go(x: Tensor) -> Any:
@@ -231,7 +230,7 @@ def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Ten
     kernels = relu_in_one_go(norm, x)
     if norm is None or kernels is None:
         return nn.functional.relu(x if norm is None else norm(x)), x
-    how = norm.eps, "relu", kernels, None, False
+    how = norm.eps, "relu", kernels, None
     out, around, mean, var, _ = _BatchNorm.apply(x, norm.weight, norm.bias, None, None, *how)
     keep_statistics(norm, mean, var, _count(x))
     return out, around
@@ -247,13 +246,7 @@ def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Ten
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, var = norm.running_mean[rows], norm.running_var[rows]
-    return _affine(norm.weight[rows], norm.bias[rows], mean, var, norm.eps)
-
-
-def _affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """weight * (u - mean) / sqrt(var + eps) + bias as scale * u + shift."""
-    scale = weight * (var + eps).rsqrt()
-    return scale, bias - mean * scale
+    return masked.affine_of(norm.weight[rows], norm.bias[rows], mean, var, norm.eps)
 
 
 def count_batch(norm: nn.BatchNorm2d) -> float:

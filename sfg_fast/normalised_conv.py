@@ -58,7 +58,6 @@ class _NormalisedConv(torch.autograd.Function):
         y, _, ctx.kept = passes.forward(u, weight, bias, residual, kernels, spec, False, False, affine)
         ctx.save_for_backward(u, norm_weight, norm_bias, mean, var)
         ctx.eps, ctx.kernels, ctx.spec = eps, kernels, spec
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return y, u.view_as(u)
 
@@ -73,7 +72,5 @@ class _NormalisedConv(torch.autograd.Function):
         made_of = dh, u, norm_weight, norm_bias, None, mean, var, ctx.eps, "relu", around
         du, dnorm_weight, dnorm_bias, h = kernels.normalise_gradient(*made_of, again=True)
         dw, db = passes.backward(dy, h, None, kept, kernels, spec, [False, *ctx.needs_input_grad[3:5]])[2:]
-        dw = None if dw is None else dw.to(ctx.dtypes[0])
-        db = None if db is None else db.to(ctx.dtypes[1])
         dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
         return du, *dnorm, dw, db, dy if ctx.needs_input_grad[5] else None, None, None, None, None

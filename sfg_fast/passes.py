@@ -21,6 +21,7 @@ class Kept(NamedTuple):
 
     packed: Any
     alike: tuple[RoutedConv, Any] | None  # a relaxed draw: the plain convolution that all groups do, and its weight
+    dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias, and so of their gradients
 
 
 def forward(
@@ -47,7 +48,8 @@ def prepare(weight: Tensor, bias: Tensor | None, kernels: Any, spec: RoutedConv,
     if same_work_for_every_group(spec):
         one = plain(spec, *weight.shape[:2])
         alike = one, kernels.pack(weight, None, one, dtype)
-    return Kept(kernels.pack(weight, bias, spec, dtype), alike)
+    dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+    return Kept(kernels.pack(weight, bias, spec, dtype), alike, dtypes)
 
 
 def backward(
@@ -81,6 +83,7 @@ def backward(
     elif wants_bias:
         db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
         db = unpack_dim(db, 0, spec.rows)
+    dw, db = (d if d is None else d.to(dtype) for d, dtype in zip((dw, db), kept.dtypes, strict=True))
     return dx, dothers, dw, db
 
 

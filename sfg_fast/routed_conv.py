@@ -29,17 +29,9 @@ from .kernels.spec import Recipe, RoutedConv
 from .passes import fold, one_image_for_every_group, plain, same_work_for_every_group, unfold
 
 
-def routed_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: RoutedConv,
-    relu: bool = False,
-    residual: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """u alone, see `convolve`."""
-    return convolve(x, weight, bias, spec, relu, residual, **options).u
+def routed_conv(*arguments: Any, **options: Any) -> Tensor:
+    """u of `convolve`, whose arguments these are."""
+    return convolve(*arguments, **options).u
 
 
 class Convolved(NamedTuple):
@@ -222,7 +214,6 @@ class _RoutedConv(torch.autograd.Function):
         y, a, ctx.kept = passes.forward(x, weight, bias, residual, kernels, spec, relu, keep)
         ctx.save_for_backward(x, y if relu else None, gates, *made_of)  # what passed the ReLU is positive
         ctx.kernels, ctx.spec, ctx.producer, ctx.size = kernels, spec, producer, y.shape
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         if a is not None:
             ctx.mark_non_differentiable(a)
         if not around:
@@ -255,7 +246,5 @@ class _RoutedConv(torch.autograd.Function):
         else:
             asked = [wants_x or wants_others, *wants]
             dx, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, asked, past)
-        dw = None if dw is None else dw.to(ctx.dtypes[0])
-        db = None if db is None else db.to(ctx.dtypes[1])
         gradients = dx, dothers if wants_others else None, dz, dw, db, dy if wants_residual else None
         return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))

@@ -68,8 +68,8 @@ class Parameters(NamedTuple):
 
 def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     kernels, groups = log_p.shape
-    assignment, order, *rest = log_p.new_empty((groups + 3, kernels), dtype=torch.int64).split([1, 1, groups + 1])
-    assignment, order, known = assignment[0], order[0], rest[0]
+    rows = log_p.new_empty((groups + 3, kernels), dtype=torch.int64)
+    assignment, order, known = rows[0], rows[1], rows[2:]
     offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
     found = (to_dlpack(tensor) for tensor in (assignment, order, offsets, known))
     ends = _native.sample(_plain(log_p), _plain_or_none(noise), *found)

@@ -22,9 +22,9 @@ constexpr int64_t STRIP = 96;         // positions that are long enough for the 
 template <typename T>
 struct Convolution {
     const InnerLoops<T>& loops;
-    const T *in, *relu_in;          // relu_in: see Copy
-    const T *scale_in, *shift_in;   // likewise
-    int64_t in_channels, in_plane;  // plane: numbers in a channel
+    const T *in, *relu_in;                             // relu_in: see Copy
+    const T *scale_in = nullptr, *shift_in = nullptr;  // likewise
+    int64_t in_channels, in_plane;                     // plane: numbers in a channel
     const T *weight, *bias;
     int64_t output_stride, read_stride;        // of the weight
     const int64_t *output_order, *read_order;  // where outputs and sources are there, see Blocks

@@ -33,7 +33,7 @@ template <typename T>
 struct Copy {
     const T* image;
     const T* relu;  // if not null: the output of the ReLU in front of the image, which passes where it is positive
-    const T *scale, *shift;  // [channel], or null; relu(scale * image + shift) is copied then
+    const T *scale = nullptr, *shift = nullptr;  // [channel], or null; relu(scale * image + shift) is copied then
     int64_t image_stride, channels;
     Side vertical, horizontal;
     T* scratch;

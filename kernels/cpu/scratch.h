@@ -63,8 +63,6 @@ Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, co
     return {
         .image = image + offset,
         .relu = relu ? relu + offset : nullptr,
-        .scale = nullptr,
-        .shift = nullptr,
         .image_stride = plane,
         .channels = channels.last - channels.first,
         .vertical = {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},

@@ -163,8 +163,6 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                     // The outputs' lines are v.first + i * v.step; columns are all there is.
                     loops.copy({.image = of_dy + outputs.first * out_plane,
                                 .relu = passed ? passed + outputs.first * out_plane : nullptr,
-                                .scale = nullptr,
-                                .shift = nullptr,
                                 .image_stride = out_plane,
                                 .channels = outputs.last - outputs.first,
                                 .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},

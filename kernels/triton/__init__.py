@@ -252,7 +252,10 @@ def normalise(
         affine_kernel, norm.all, u, added, places, weight, bias, mean, var, y, norm.pixels, eps,
         channels, ordered, activation == "relu", residual is not None, *blocks,
     )  # fmt: skip
-    return y, mean, var, masked.affine_of(mean, var, weight, bias, order, eps) if keep else None
+    if not keep:
+        return y, mean, var, None
+    affine = torch.stack(masked.affine_of(weight, bias, mean, var, eps))
+    return y, mean, var, affine if order is None else affine[:, order]
 
 
 def normalise_gradient(

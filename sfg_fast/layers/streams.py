@@ -52,17 +52,16 @@ class StreamBlock(nn.Module):
         block = FilterGroups.blocks([self.channels] * len(self.names), self.names, x.packed.device)
         streams = FilterGroups.streams(self.channels, self.names[1:], x.packed.device)
         geometry = Geometry((1, 1), (self.dilation,) * 2, (self.dilation,) * 2)
+        spec = RoutedConv(block, streams, Routing.OWN, geometry)
         weight, bias, folds = self.conv1.weight, self.conv1.bias, False
         if self.norm2 is not None and not self.norm2.training:
             (weight, bias), folds = folded(weight, bias, *running_affine(self.norm2)), True
         if self.first:
-            spec = RoutedConv(block, x.groups, Routing.OWN, geometry)
-            found = convolve(x.packed, weight, bias, spec, folds, others=x.others, producer=x.producer, around=True)
+            first = spec._replace(columns=x.groups)
+            found = convolve(x.packed, weight, bias, first, folds, others=x.others, producer=x.producer, around=True)
             u, around = found.u, SFGFeatures(found.x, x.groups, x.routing, found.others).streams()
         else:
-            spec = RoutedConv(block, streams, Routing.OWN, geometry)
             u, around = normalised_conv(self.norm1, x.packed, weight, bias, spec, folds)
-        spec = RoutedConv(block, streams, Routing.OWN, geometry)
         last = self.conv2.weight, self.conv2.bias, spec
         if folds:
             return SFGFeatures(routed_conv(u, *last, residual=around), streams)
