@@ -96,8 +96,8 @@ struct Sums {
     }
     Place<T> scratch(T* at) const { return {at, aside_stride, layout.pitch}; }
 
-    // Every group of rows: each product, then all of them together.
-    void compute(const OutputTile<T>& t) const {
+    // Every group of rows: each product, then all of them together. `later`: what else is read afterwards.
+    void compute(const OutputTile<T>& t, std::initializer_list<Place<const T>> later = {}) const {
         if (!layout.winograd) return loops.output(t);
         static const T no_bias[MOST_OUTPUTS] = {};
         const int64_t count = layout.taps.size() / winograd::PRODUCTS;
@@ -111,7 +111,14 @@ struct Sums {
                 const int64_t left = groups_of(t.at.strips - row);
                 product.at = {1, (std::min(together, left) - 1) * layout.pitch + t.at.length, 0};
                 product.x = t.x + group * layout.pitch;
+                const int64_t rows = std::min(together * winograd::ROWS, t.at.strips - row);
                 for (int64_t i = 0; i < winograd::PRODUCTS; i++) {
+                    for (int64_t k = i; k < t.outputs; k += winograd::PRODUCTS) {  // the products share the asking
+                        ask_for({t.y, t.y_channel, t.y_strip}, k, row, rows);
+                        ask_for({t.start, t.start_channel, t.start_strip}, k, row, rows);
+                        ask_for({t.residual, t.y_channel, t.y_strip}, k, row, rows);
+                        for (const Place<const T>& place : later) ask_for(place, k, row, rows);
+                    }
                     product.taps = t.taps + i * count, product.y = products + i * product_stride;
                     loops.output(product);
                 }
@@ -132,6 +139,13 @@ struct Sums {
                            .y_channel = t.y_channel,
                            .y_row = t.y_strip});
         }
+    }
+
+    // Asks for rows while products are computed: they are in memory, too far apart for the processor to guess.
+    void ask_for(const Place<const T>& place, int64_t output, int64_t row, int64_t rows) const {
+        if (!place.at) return;
+        for (int64_t i = row; i < row + rows; i++)
+            prefetch_row(place.at + output * place.channel + i * place.row, at.length);
     }
 
     // Groups of rows in a strip: narrow ones would be too short for the loops. There must be no more between them than
@@ -162,6 +176,8 @@ struct Work {
     Place<U> in(U* tensor) const {
         return {tensor, task.out_plane, line()};
     }
+    // `offset`: of that position in a tensor, which may be null.
+    Place<const T> in(const T* tensor, int64_t offset) const { return tensor ? in(tensor + offset) : Place<const T>{}; }
     // Can a block be computed where it belongs? Else it takes a detour through scratch.
     bool direct(const Sums<T>& by) const { return !by.layout.flat && patch.job->horizontal->step == 1; }
     int64_t line() const { return patch.job->vertical->step * task.out_width; }  // between a block's rows

@@ -48,12 +48,6 @@ SFG_INLINE void activate_row(T* to, const T* from, T scale, T shift, int64_t cou
     }
 }
 
-// Asks for a row well before it is copied: rows are too short for the processor to guess what comes next.
-template <typename T>
-SFG_INLINE void prefetch_row(const T* row, int64_t count) {
-    for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
-}
-
 SFG_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;
 }

@@ -77,12 +77,12 @@ struct Everything {
 // u of a tile's rows as they would be in group g: in `aside`, or all of it in `kept` already.
 template <typename T>
 Place<const T> in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const Place<const T>& kept,
-                        const Place<T>& aside) {
+                        const Place<T>& aside, const Place<const T>& later = {}) {
     const bool reads = g < blocks.groups_in && !(kept.at && g == 0);
     const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
     if (kept.at && own.first == own.last) return kept;
     const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
-    sums.compute(sums.over(&own, 1, from, kept, aside));
+    sums.compute(sums.over(&own, 1, from, kept, aside), {later});
     return aside.to_read();
 }
 
@@ -203,7 +203,7 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
                             const Place<T> df = live && work.direct(work.sums) ? work.in(dx + at) : work.aside(0);
                             const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, {}, df);
                             if (!live) return finish(work, sum, dx + at, around.dx ? around.dx + at : nullptr, df);
-                            work.sums.compute(sum);
+                            work.sums.compute(sum, {work.in(live, at), work.in(around.dx, at)});
                             of_live(work, df);
                         }),
                dz ? add_up(found, items, gates, dz) : void();
@@ -225,7 +225,8 @@ void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, cons
             const bool nothing = own.first == own.last && !(sums_up && started);
             if (nothing && number && producer && !around.others) continue;
             work.sums.compute(
-                work.sums.over(&own, 1, own.first, sums_up && started ? total.to_read() : Place<const T>{}, df));
+                work.sums.over(&own, 1, own.first, sums_up && started ? total.to_read() : Place<const T>{}, df),
+                {work.in(number ? around.others : around.dx, at), work.in(number ? nullptr : live, at)});
             if (shared && !begins && g != 0)
                 for (int64_t k = 0; k < tile.outputs; k++)
                     for (int64_t i = 0; i < work.patch.rows; i++)
@@ -276,9 +277,11 @@ void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, cons
             const int64_t gate = other++ * p.k + tile.first, affine = producer.one_affine ? tile.first : gate;
             const int64_t row = work.patch.row, column = work.patch.column;
             const T* of_gate = df + (work.n * gates + gate) * df_plane;
-            const Place<const T> u = in_group(g, work.sums, blocks, kept, work.aside(1));
+            const T* features = pool ? of_gate + row / 2 * df_width + column / 2 : df + work.at(gates, gate);
+            const Place<const T> u =
+                in_group(g, work.sums, blocks, kept, work.aside(1), pool ? Place<const T>{} : work.in(features));
             loops.gates({.u = u.at,
-                         .df = pool ? of_gate + row / 2 * df_width + column / 2 : df + work.at(gates, gate),
+                         .df = features,
                          .u_channel = u.channel,
                          .u_row = u.row,
                          .df_channel = df_plane,

@@ -1,4 +1,4 @@
-// Copying and zeroing rows, which can be short: then a call of memcpy takes longer than the work.
+// Copying, zeroing and asking for rows, which can be short: then a call of memcpy takes longer than the work.
 // Always inlined, so that no instruction set's version serves another's.
 #pragma once
 #include <cstdint>
@@ -36,6 +36,12 @@ SFG_INLINE void zero_row(T* at, int64_t count) {
         for (int64_t j = 0; j < piece - 1; j++)
             if (j < count) at[j] = 0;
     }
+}
+
+// Asks for a row well before it is needed: rows are too short for the processor to guess what comes next.
+template <typename T>
+SFG_INLINE void prefetch_row(const T* row, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
 }
 
 }  // namespace sfg
