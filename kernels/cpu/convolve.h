@@ -16,7 +16,7 @@ constexpr int64_t CONVOLUTION_POSITIONS = 4096;
 constexpr double FLAT_OUTPUT = 1.06;  // a flat block's outputs take a detour through scratch
 constexpr double COMBINING = 8;       // multiplications that an output takes to be made of products
 constexpr int64_t MOST_TAPS = 7;      // in a row of a kernel that goes by products
-constexpr int64_t STRIP = 96;         // positions that are long enough for the loops
+constexpr int64_t STRIP = 128;        // positions that are long enough for the loops
 
 // Forward pass and input gradient: out[n,k] = bias[k] + sum of weight * in.
 template <typename T>
@@ -149,9 +149,9 @@ struct Sums {
     }
 
     // Groups of rows in a strip: narrow ones would be too short for the loops. There must be no more between them than
-    // what fills the last vector.
+    // what would fill the last vector.
     static int64_t at_a_time(const Layout& layout, int64_t lanes) {
-        return layout.pitch == round_up(layout.columns, lanes) ? std::max<int64_t>(1, STRIP / layout.pitch) : 1;
+        return layout.pitch <= round_up(layout.columns, lanes) ? std::max<int64_t>(1, STRIP / layout.pitch) : 1;
     }
     static int64_t product_channel(const Layout& layout, int64_t lanes) {
         return spread((at_a_time(layout, lanes) - 1) * layout.pitch + round_up(layout.columns, lanes), sizeof(T));
@@ -369,7 +369,8 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                 if (!layout.winograd) return task.loops.copy(copy);
                 for (copy.channels = 1; channels.first < channels.last; channels.first++, to += layout.source_stride) {
                     task.loops.copy(copy);
-                    task.loops.transform(rows, layout.pitch, layout.groups, to, layout.phase_stride);
+                    task.loops.transform(rows, layout.pitch, layout.pitch + layout.slack - lanes, layout.groups, to,
+                                         layout.phase_stride);
                     copy.image += copy.image_stride, copy.relu += copy.relu ? copy.image_stride : 0;
                     copy.scale += copy.scale != nullptr, copy.shift += copy.shift != nullptr;
                 }

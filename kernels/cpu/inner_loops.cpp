@@ -220,10 +220,10 @@ SFG_INLINE Vector<T> combination(const double (&factors)[N], const Vector<T>* va
 }
 
 template <typename T>
-void transform(const T* rows, int64_t pitch, int64_t blocks, T* to, int64_t stride) {
+void transform(const T* rows, int64_t pitch, int64_t span, int64_t blocks, T* to, int64_t stride) {
     using winograd::PRODUCTS, winograd::ROWS;
     for (int64_t b = 0; b < blocks; b++, rows += ROWS * pitch, to += pitch)
-        for (int64_t j = 0; j < pitch; j += LANES<T>) {
+        for (int64_t j = 0; j < span; j += LANES<T>) {
             Vector<T> sources[PRODUCTS];
             SFG_UNROLL
             for (int i = 0; i < PRODUCTS; i++) sources[i] = load(rows + i * pitch + j);
@@ -279,42 +279,49 @@ void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t c
     }
 }
 
-template <typename T, int N, bool RELU>
-SFG_INLINE Vector<T> mixed_at(const T* const* rows, int64_t to_relu, const Vector<T>* factors, int64_t j) {
-    const Vector<T> none{};
-    Vector<T> sum{};
-    SFG_UNROLL
-    for (int i = 0; i < N; i++) {
-        Vector<T> value = load(rows[i] + j);
-        if (RELU) value = load(rows[i] + to_relu + j) <= none ? none : value;
-        sum += factors[i] * value;
-    }
-    return sum;
-}
-
-template <typename T, int N, bool RELU>
+template <typename T, int P, int N, bool RELU>
 void mix_rows(const Mixture<T>& t) {
     constexpr int L = LANES<T>;
-    Vector<T> factors[N];
+    Vector<T> factors[P][N];
     const T* rows[N];
-    for (int i = 0; i < N; i++) factors[i] = broadcast(t.factor[i]), rows[i] = t.image + t.offset[i];
+    for (int i = 0; i < N; i++) {
+        for (int product = 0; product < P; product++) factors[product][i] = broadcast(t.factor[product][i]);
+        rows[i] = t.image + t.offset[i];
+    }
     const int64_t to_relu = RELU ? t.relu - t.image : 0;
+    const auto mix_at = [&](int64_t j, T* to) {
+        const Vector<T> none{};
+        Vector<T> sums[P] = {};
+        SFG_UNROLL
+        for (int i = 0; i < N; i++) {
+            Vector<T> value = load(rows[i] + j);
+            if (RELU) value = load(rows[i] + to_relu + j) <= none ? none : value;
+            SFG_UNROLL
+            for (int product = 0; product < P; product++) sums[product] += factors[product][i] * value;
+        }
+        SFG_UNROLL
+        for (int product = 0; product < P; product++) store<T>(to + product * t.product_stride, sums[product]);
+    };
     T* to = t.to;
     for (int64_t group = 0; group < t.groups; group++, to += t.pitch) {
         T* row = to + t.before;
-        zero_row(to, t.before);
-        int64_t j = 0;
-        for (; j + L <= t.length; j += L) store<T>(row + j, mixed_at<T, N, RELU>(rows, to_relu, factors, j));
-        if (j < t.length && t.length >= L) {  // the last vector overlaps the one before
-            store<T>(row + t.length - L, mixed_at<T, N, RELU>(rows, to_relu, factors, t.length - L));
-        } else {
-            for (; j < t.length; j++) {
-                row[j] = 0;
-                for (int i = 0; i < N; i++)
-                    if (!RELU || !(rows[i][to_relu + j] <= 0)) row[j] += t.factor[i] * rows[i][j];
-            }
+        for (int product = 0; product < P; product++) {
+            zero_row(to + product * t.product_stride, t.before);
+            zero_row(row + product * t.product_stride + t.length, t.behind);
         }
-        zero_row(row + t.length, t.behind);
+        int64_t j = 0;
+        for (; j + L <= t.length; j += L) mix_at(j, row + j);
+        if (j < t.length && t.length >= L) {  // the last vector overlaps the one before
+            mix_at(t.length - L, row + t.length - L);
+        } else {
+            for (; j < t.length; j++)
+                for (int product = 0; product < P; product++) {
+                    T& sum = row[product * t.product_stride + j];
+                    sum = 0;
+                    for (int i = 0; i < N; i++)
+                        if (!RELU || !(rows[i][to_relu + j] <= 0)) sum += t.factor[product][i] * rows[i][j];
+                }
+        }
         for (int i = 0; i < N; i++) rows[i] += t.group_stride;
     }
 }
@@ -322,14 +329,15 @@ void mix_rows(const Mixture<T>& t) {
 template <typename T, int N>
 void mix(const Mixture<T>& t) {
     if constexpr (N == 0) {
-        for (int64_t group = 0; group < t.groups; group++)
-            zero_row(t.to + group * t.pitch, t.before + t.length + t.behind);
+        for (int product = 0; product < t.products; product++)
+            for (int64_t group = 0; group < t.groups; group++)
+                zero_row(t.to + product * t.product_stride + group * t.pitch, t.before + t.length + t.behind);
     } else if (t.count < N) {
         mix<T, N - 1>(t);
-    } else if (t.relu) {
-        mix_rows<T, N, true>(t);
+    } else if (t.products == 2) {
+        t.relu ? mix_rows<T, 2, N, true>(t) : mix_rows<T, 2, N, false>(t);
     } else {
-        mix_rows<T, N, false>(t);
+        t.relu ? mix_rows<T, 1, N, true>(t) : mix_rows<T, 1, N, false>(t);
     }
 }
 

@@ -88,18 +88,19 @@ struct ProductTile {
 };
 
 // Row g of `to` is the sum of factor * row over a few rows of an image, those of group g; where there is a relu, of the
-// numbers that passed it (see Copy). Zeros stand before and behind it.
+// numbers that passed it (see Copy). Zeros stand before and behind it. With two products there are two such sums of the
+// same rows.
 template <typename T>
 struct Mixture {
     static constexpr int MOST = 6;
     const T *image, *relu;
     int64_t offset[MOST];  // of the rows of group 0
-    T factor[MOST];
-    int count;
+    T factor[2][MOST];
+    int products, count;
     int64_t groups, group_stride;
     int64_t before, length, behind;
     T* to;
-    int64_t pitch;
+    int64_t pitch, product_stride;
 };
 
 // An input channel as seen by one tap, and where its gradients [output] are summed.
@@ -166,8 +167,9 @@ struct InnerLoops {
     int64_t gradient_outputs;  // and of a GradientTile
     void (*copy)(const Copy<T>&);
     void (*output)(const OutputTile<T>&);
-    // Rows, `pitch` apart (whole vectors) -> those that Winograd multiplies, `blocks` of each, each kind in `stride`.
-    void (*transform)(const T* rows, int64_t pitch, int64_t blocks, T* to, int64_t stride);
+    // Rows of `span`, `pitch` apart -> those that Winograd multiplies, `blocks` of each, each kind in `stride`. Whole
+    // vectors: each may go on into the next one, and behind the last.
+    void (*transform)(const T* rows, int64_t pitch, int64_t span, int64_t blocks, T* to, int64_t stride);
     void (*combine)(const ProductTile<T>&);
     // Kernels [tap][MOST_OUTPUTS] -> what these multiply, [product][column][outputs]; taps are rows[i] + columns[j].
     void (*weigh)(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs,

@@ -47,6 +47,17 @@ std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     return list;
 }
 
+// From line to line of a block in scratch, a line being a row, or a group of them to be transformed. Where columns are
+// much fewer than fill their vectors, all lines are worked on as one strip, with the gaps between them.
+int64_t pitch_of(const Axis& horizontal, int64_t lines, int64_t columns, const Limits& limits) {
+    const int64_t span = horizontal.slots(columns), in_vectors = round_up(columns, limits.lanes);
+    // They share the zeros between them, where there are any, but never an output's position.
+    const int64_t shared = columns == horizontal.count ? std::min(horizontal.zero_slots(), span - columns) : 0;
+    const int64_t strip = round_up((lines - 1) * (span - shared) + columns, limits.lanes);
+    const bool narrow = lines > 1 && limits.flat_cost * double(strip) < double(lines * in_vectors);
+    return narrow ? span - shared : round_up(std::max(span, in_vectors), limits.lanes);
+}
+
 // Rows and columns of a block.
 std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, int64_t channels,
                                   const Limits& limits) {
@@ -60,12 +71,13 @@ std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, 
     const int64_t pieces = ceil_div(horizontal.count, 2 * lanes);
     for (int64_t cut = 1; cut <= pieces; cut += 1 + cut / 8) {
         const int64_t columns = cut == 1 ? horizontal.count : round_up(ceil_div(horizontal.count, cut), 2 * lanes);
-        const int64_t slots = horizontal.slots(columns), span = limits.products ? round_up(slots, lanes) : slots;
         for (int64_t upto = round_up(std::min<int64_t>(vertical.count, 32), together); upto >= together;
              upto -= upto > 8 ? 4 : together) {
             const int64_t rows = std::min(upto, vertical.count);
             const int64_t phases = std::max<int64_t>(1, vertical.phases.size() * horizontal.phases.size());
             const int64_t lines = limits.products ? groups_of(rows) * limits.products : vertical.slots(rows);
+            const int64_t span =
+                limits.products ? pitch_of(horizontal, groups_of(rows), columns, limits) : horizontal.slots(columns);
             const int64_t bytes = channels * phases * lines * span * limits.size_of_number;
             const bool fits = bytes <= SCRATCH_BYTES && rows * columns <= limits.most_positions;
             const bool last = cut + 1 + cut / 8 > pieces && upto == together;
@@ -83,17 +95,15 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
     const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
     Layout best{};
     best.rows = rows, best.columns = columns;
-    const int64_t span = horizontal.slots(best.columns), in_vectors = round_up(best.columns, lanes);
-    // Flat rows share the zeros between them, where there are any, but never an output's position.
-    const int64_t shared =
-        best.columns == horizontal.count ? std::min(horizontal.zero_slots(), span - best.columns) : 0;
-    best.flat = best.rows > 1 && !limits.products && limits.flat_cost * double(span - shared) < double(in_vectors);
+    const int64_t span = horizontal.slots(best.columns);
     best.winograd = limits.products > 0;
-    best.pitch = best.flat ? span - shared : round_up(std::max(span, in_vectors), lanes);
+    best.pitch = pitch_of(horizontal, best.winograd ? groups_of(rows) : rows, columns, limits);
+    const bool narrow = best.pitch < round_up(columns, lanes);
+    best.flat = narrow && !best.winograd;
     best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
     if (best.winograd) {
         best.groups = groups_of(best.rows);
-        best.phase_stride = best.groups * best.pitch;
+        best.phase_stride = best.groups * best.pitch + (narrow ? best.slack : 0);
         best.source_stride = spread(limits.products * best.phase_stride + best.slack, size_of_number);
         const int64_t count = horizontal.tap.size();
         for (int64_t i = 0; i < limits.products * count; i++)

@@ -15,39 +15,59 @@ constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block, so that a tile's ou
 
 using Factors = std::array<double, winograd::PRODUCTS>;  // zero for rows that don't count
 
-// Lines of an image to scratch, a row for each group of outputs: what one of Winograd's products multiplies.
+// Lines of an image to scratch, a row for each group of outputs: what one or two of Winograd's products multiply.
 template <typename T>
 struct Mix {
     const T *image, *relu;  // relu: see Copy
     int64_t plane, width;
-    int64_t line, step, lines;  // row i of the first group is line + i * step; those from 0 to `lines` are there
-    int64_t column;             // of the first slot; those from 0 to `width` are there
-    Factors factors;            // of the rows of a group
+    int64_t line, step, lines;       // row i of the first group is line + i * step; those from 0 to `lines` are there
+    int64_t column;                  // of the first slot; those from 0 to `width` are there
+    std::array<Factors, 2> factors;  // of the rows of a group, for each product; a row counts for both or for none
+    int products;
+    bool fresh;  // are they not in the cache yet?
 
-    // slots: of a row, zeros behind them.
+    // slots: of a row, zeros behind them, and `slack` of them behind the last. Products lie `product_stride` apart.
     void operator()(const InnerLoops<T>& loops, Range channels, int64_t groups, int64_t slots, int64_t pitch,
-                    int64_t channel_stride, T* to) const {
+                    int64_t slack, int64_t channel_stride, T* to, int64_t product_stride) const {
         const int64_t first = std::clamp<int64_t>(-column, 0, slots), apart = winograd::ROWS * step;
         const int64_t last = std::clamp<int64_t>(width - column, first, slots);
         Mixture<T> mixture{};
+        mixture.products = products, mixture.product_stride = product_stride;
         mixture.group_stride = apart * width, mixture.pitch = pitch;
         mixture.before = first, mixture.length = last - first, mixture.behind = pitch - last;
         for (int64_t group = 0; group < groups; group += mixture.groups) {  // those that have alike of their rows
             mixture.count = 0, mixture.groups = groups - group;
-            for (size_t i = 0; i < factors.size(); i++) {
+            for (size_t i = 0; i < winograd::PRODUCTS; i++) {
                 const int64_t at = line + group * apart + int64_t(i) * step;
                 const int64_t until = at < 0 ? -at : at < lines ? lines - at : 0;  // it changes
-                if (factors[i] == 0) continue;
+                if (factors[0][i] == 0) continue;
                 if (until) mixture.groups = std::min(mixture.groups, (until + apart - 1) / apart);
                 if (at < 0 || at >= lines) continue;
                 mixture.offset[mixture.count] = at * width + column + first;
-                mixture.factor[mixture.count++] = T(factors[i]);
+                for (int product = 0; product < products; product++)
+                    mixture.factor[product][mixture.count] = T(factors[product][i]);
+                mixture.count++;
             }
             for (int64_t c = channels.first; c < channels.last; c++) {
                 mixture.image = image + c * plane, mixture.relu = relu ? relu + c * plane : nullptr;
                 mixture.to = to + (c - channels.first) * channel_stride + group * pitch;
+                if (fresh && c + 1 < channels.last) prefetch(c + 1, line + group * apart, mixture.groups, slots);
                 loops.mix(mixture);
             }
+        }
+        for (int product = 0; product < products; product++)
+            for (int64_t c = 0; c < channels.last - channels.first; c++)
+                zero_row(to + product * product_stride + c * channel_stride + groups * pitch, slack);
+    }
+
+    void prefetch(int64_t channel, int64_t from, int64_t groups, int64_t slots) const {
+        const int64_t first = std::max<int64_t>(column, 0), last = std::min(width, column + slots);
+        const int64_t until = std::min(lines, from + (groups * winograd::ROWS + winograd::TAPS - 1) * step);
+        for (int64_t i = from; i < until; i += step) {
+            if (i < 0) continue;
+            const int64_t at = channel * plane + i * width + first;
+            prefetch_row(image + at, last - first);
+            if (relu) prefetch_row(relu + at, last - first);
         }
     }
 };
@@ -91,7 +111,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
     const int64_t sums = spread(weights * taps + p.k, sizeof(T)), copies = by_tiles ? 1 : threads;
-    const int64_t per_thread = source + gradient;
+    const int64_t at_once = by_winograd ? 2 : 1, per_thread = at_once * (source + gradient);
     const Buffer<T> scratch(per_thread * threads), gradients(sums * copies);
     const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
     const auto sums_of = [&](int64_t copy) { return gradients.data() + sums * copy; };
@@ -105,7 +125,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
 
     on_threads(threads, [&](int thread, int team) {
         T* xs = scratch.data() + per_thread * thread;
-        T *dys = xs + source, *dws = sums_of(by_tiles ? 0 : thread), *dbs = dws + weights * taps;
+        T *dys = xs + at_once * source, *dws = sums_of(by_tiles ? 0 : thread), *dbs = dws + weights * taps;
         Shifted<T>* shifted = shifted_lists.data() + shifted_most * thread;
         std::memset(xs, 0, per_thread * sizeof(T));
         for (const Tile* tile : tiles) {
@@ -129,22 +149,30 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             Strips strips = layout.strips(patch.rows, patch.columns);
             strips.length = round_up(strips.length, lanes);
             const int64_t lines = by_winograd ? groups_of(patch.rows) : patch.rows;
-            if (by_winograd) strips.strips = lines;
-            const auto mix_dy = [&](const Factors& factors) {
-                const Mix<T> mix{of_dy,  passed, out_plane,    p.ow,   v.first + patch.row * v.step,
-                                 v.step, p.oh,   patch.column, factors};
-                mix(loops, outputs, lines, patch.columns, layout.pitch, out_stride, dys);
+            if (by_winograd && layout.pitch < strips.length)  // narrow: zeros between the outputs
+                strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
+            else if (by_winograd)
+                strips.strips = lines;
+            const auto mix_dy = [&](const std::array<Factors, 2>& factors, int count, bool fresh) {
+                const Mix<T> mix{of_dy,        passed,  out_plane, p.ow, v.first + patch.row * v.step, v.step, p.oh,
+                                 patch.column, factors, count,     fresh};
+                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, out_stride, dys, gradient);
             };
             const auto add_biases = [&] {
                 for (const Tile& tile : job.part->tiles)
                     for (int64_t k = tile.first; db && has(thread, team, tile) && k < tile.first + tile.outputs; k++)
                         loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
             };
-            if (by_winograd && db) mix_dy({1, 1, 1, 1}), add_biases();
-            for (int64_t product = 0; product < products; product++) {
+            if (by_winograd && db) mix_dy({Factors{1, 1, 1, 1}}, 1, true), add_biases();
+            for (int64_t first = 0, count; first < products; first += count) {
+                count = by_winograd && winograd::opposite(first) ? 2 : 1;
                 if (by_winograd) {
-                    Factors factors, powers{};
-                    std::copy_n(winograd::SOURCES[product], winograd::PRODUCTS, factors.begin());
+                    std::array<Factors, 2> factors{}, powers{};
+                    for (int64_t i = 0; i < count; i++) {
+                        std::copy_n(winograd::SOURCES[first + i], winograd::PRODUCTS, factors[i].begin());
+                        for (int row = 0; row < winograd::ROWS; row++)
+                            powers[i][row] = winograd::OUTPUTS[row][first + i];
+                    }
                     const Mix<T> mix{of_x,
                                      nullptr,
                                      plane,
@@ -153,10 +181,12 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                      v.stride,
                                      p.h,
                                      patch.column + h.low,
-                                     factors};
-                    mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.source_stride, xs);
-                    for (int row = 0; row < winograd::ROWS; row++) powers[row] = winograd::OUTPUTS[row][product];
-                    mix_dy(powers);
+                                     factors,
+                                     int(count),
+                                     first == 0};
+                    mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, layout.source_stride,
+                        xs, source);
+                    mix_dy(powers, count, first == 0 && !db);
                 } else {
                     loops.copy(copy_of<T>(of_x, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
                                           patch.columns, xs, layout));
@@ -174,24 +204,25 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                 .slack = lanes});
                     add_biases();
                 }
-                for (const Tile& tile : job.part->tiles) {
-                    if (!has(thread, team, tile)) continue;
-                    int64_t count = 0, channel = 0;
-                    for (const Range& range : tile.reads)
-                        for (int64_t c = range.first; c < range.last; c++, channel++)
-                            for (const Tap& tap : layout.taps)
-                                shifted[count++] = {
-                                    xs + (c - reads.first) * layout.source_stride + tap.offset,
-                                    dws + tile.weights * taps +
-                                        (channel * taps + product * tap_columns * by_winograd + tap.index) *
-                                            tile.outputs};
-                    loops.gradient({.dy = dys + (tile.first - outputs.first) * out_stride,
-                                    .channel_stride = out_stride,
-                                    .outputs = tile.outputs,
-                                    .shifted = shifted,
-                                    .shifted_count = count,
-                                    .at = strips});
-                }
+                for (int64_t i = 0; i < count; i++)
+                    for (const Tile& tile : job.part->tiles) {
+                        if (!has(thread, team, tile)) continue;
+                        int64_t taps_there = 0, channel = 0;
+                        const int64_t product_tap = (first + i) * tap_columns * by_winograd;
+                        for (const Range& range : tile.reads)
+                            for (int64_t c = range.first; c < range.last; c++, channel++)
+                                for (const Tap& tap : layout.taps)
+                                    shifted[taps_there++] = {
+                                        xs + i * source + (c - reads.first) * layout.source_stride + tap.offset,
+                                        dws + tile.weights * taps +
+                                            (channel * taps + product_tap + tap.index) * tile.outputs};
+                        loops.gradient({.dy = dys + i * gradient + (tile.first - outputs.first) * out_stride,
+                                        .channel_stride = out_stride,
+                                        .outputs = tile.outputs,
+                                        .shifted = shifted,
+                                        .shifted_count = taps_there,
+                                        .at = strips});
+                    }
             }
         }
         // Added up in the order of the threads.
