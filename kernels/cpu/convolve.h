@@ -33,8 +33,8 @@ struct Convolution {
     int64_t weights;
     std::vector<Axis> vertical, horizontal;
     int64_t kernel_taps;
-    int64_t taps = kernel_taps;  // of a kernel as it is packed
-    bool winograd = false;       // taps are those of the products
+    int64_t taps = kernel_taps;  // of a kernel as it is packed, of all products
+    bool winograd = false;
 
     // What suits it, once all else is there.
     void choose_method() {
@@ -66,7 +66,8 @@ struct Sums {
     const Layout& layout;
     const T* x;  // scratch, where source channel 0 would be
     const T *weights, *biases;
-    int64_t taps, aside_stride;
+    int64_t taps;  // that a channel has weights for, side by side
+    int64_t aside_stride;
     Strips at;
     T* products;  // scratch for those of a group of rows
 
@@ -100,17 +101,16 @@ struct Sums {
     void compute(const OutputTile<T>& t, std::initializer_list<Place<const T>> later = {}) const {
         if (!layout.winograd) return loops.output(t);
         static const T no_bias[MOST_OUTPUTS] = {};
-        const int64_t count = layout.taps.size() / winograd::PRODUCTS;
         OutputTile<T> product = t;
+        const int64_t weights_of_one = tile.reads_total * taps * t.outputs;
         product.bias = no_bias, product.start = product.residual = nullptr, product.relu = false;
-        product.tap_count = count, product.y_channel = product_channel(layout, loops.lanes);
+        product.y_channel = product_channel(layout, loops.lanes);
         const int64_t product_stride = product.y_channel * t.outputs, together = at_a_time(layout, loops.lanes);
         for (int64_t row = 0; row < t.at.strips; row += winograd::ROWS) {
             const int64_t group = row / winograd::ROWS, number = group % together;
             if (number == 0) {  // the products of the next few groups, as one strip
                 const int64_t left = groups_of(t.at.strips - row);
                 product.at = {1, (std::min(together, left) - 1) * layout.pitch + t.at.length, 0};
-                product.x = t.x + group * layout.pitch;
                 const int64_t rows = std::min(together * winograd::ROWS, t.at.strips - row);
                 for (int64_t i = 0; i < winograd::PRODUCTS; i++) {
                     for (int64_t k = i; k < t.outputs; k += winograd::PRODUCTS) {  // the products share the asking
@@ -119,7 +119,8 @@ struct Sums {
                         ask_for({t.residual, t.y_channel, t.y_strip}, k, row, rows);
                         for (const Place<const T>& place : later) ask_for(place, k, row, rows);
                     }
-                    product.taps = t.taps + i * count, product.y = products + i * product_stride;
+                    product.x = t.x + group * layout.pitch + i * layout.phase_stride;
+                    product.weight = t.weight + i * weights_of_one, product.y = products + i * product_stride;
                     loops.output(product);
                 }
             }
@@ -287,7 +288,8 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
     return plan;
 }
 
-// [tile][channel read][tap][output], and behind them the biases of all outputs.
+// [tile][channel read][tap][output], by Winograd [tile][product][channel read][column of taps][output], and behind them
+// the biases of all outputs.
 template <typename T>
 class PackedWeights {
  public:
@@ -312,8 +314,9 @@ class PackedWeights {
                     }
                     if (task_.winograd)
                         task_.loops.weigh(kernels, task_.vertical[0].tap.data(), task_.horizontal[0].tap.data(),
-                                          task_.horizontal[0].tap.size(), tile.outputs, to);
-                    to += task_.taps * tile.outputs;
+                                          task_.horizontal[0].tap.size(), tile.outputs, to,
+                                          tile.reads_total * taps() * tile.outputs);
+                    to += taps() * tile.outputs;
                 }
             for (int64_t k = 0; k < tile.outputs; k++)
                 biases(tile)[k] = task_.bias ? task_.bias[place(task_.output_order, tile.first + k)] : T(0);
@@ -324,7 +327,7 @@ class PackedWeights {
     const Tile& tile(int64_t first) const {
         return **std::find_if(tiles_.begin(), tiles_.end(), [&](const Tile* tile) { return tile->first == first; });
     }
-    int64_t taps() const { return task_.taps; }
+    int64_t taps() const { return task_.winograd ? task_.taps / winograd::PRODUCTS : task_.taps; }
 
  private:
     const Convolution<T>& task_;

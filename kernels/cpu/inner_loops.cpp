@@ -266,15 +266,16 @@ void combine(const ProductTile<T>& t) {
 }
 
 template <typename T>
-void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to) {
-    for (int i = 0; i < winograd::PRODUCTS; i++) {
+void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to,
+           int64_t stride) {
+    for (int i = 0; i < winograd::PRODUCTS; i++, to += stride) {
         const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
-        for (int64_t column = 0; column < column_count; column++, to += outputs) {
+        for (int64_t column = 0; column < column_count; column++) {
             const T* first = taps + (rows[0] + columns[column]) * MOST_OUTPUTS;
             const T* second = taps + (rows[1] + columns[column]) * MOST_OUTPUTS;
             const T* third = taps + (rows[2] + columns[column]) * MOST_OUTPUTS;
             for (int64_t k = 0; k < outputs; k++)
-                to[k] = T(a * double(first[k]) + b * double(second[k]) + c * double(third[k]));
+                to[column * outputs + k] = T(a * double(first[k]) + b * double(second[k]) + c * double(third[k]));
         }
     }
 }

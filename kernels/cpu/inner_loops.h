@@ -171,9 +171,10 @@ struct InnerLoops {
     // vectors: each may go on into the next one, and behind the last.
     void (*transform)(const T* rows, int64_t pitch, int64_t span, int64_t blocks, T* to, int64_t stride);
     void (*combine)(const ProductTile<T>&);
-    // Kernels [tap][MOST_OUTPUTS] -> what these multiply, [product][column][outputs]; taps are rows[i] + columns[j].
+    // Kernels [tap][MOST_OUTPUTS] -> what these multiply, [column][outputs] for each product, `stride` apart; taps are
+    // rows[i] + columns[j].
     void (*weigh)(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs,
-                  T* to);
+                  T* to, int64_t stride);
     void (*mix)(const Mixture<T>&);
     void (*gradient)(const GradientTile<T>&);
     void (*sum)(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total);  // *total += sum

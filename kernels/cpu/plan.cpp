@@ -105,9 +105,8 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
         best.groups = groups_of(best.rows);
         best.phase_stride = best.groups * best.pitch + (narrow ? best.slack : 0);
         best.source_stride = spread(limits.products * best.phase_stride + best.slack, size_of_number);
-        const int64_t count = horizontal.tap.size();
-        for (int64_t i = 0; i < limits.products * count; i++)
-            best.taps.push_back({i / count * best.phase_stride + horizontal.slot[i % count] - horizontal.low, i});
+        for (size_t i = 0; i < horizontal.tap.size(); i++)
+            best.taps.push_back({horizontal.slot[i] - horizontal.low, int64_t(i)});
         return best;
     }
     best.phase_stride = vertical.slots(best.rows) * best.pitch;

@@ -61,7 +61,7 @@ struct Layout {
     int64_t groups;         // of rows that are transformed together
     int64_t pitch, slack, phase_stride;
     int64_t source_stride;  // of a channel
-    std::vector<Tap> taps;  // of all products in turn, where there are any
+    std::vector<Tap> taps;  // of one product, where there are any
 
     Strips strips(int64_t block_rows, int64_t block_columns) const;
 };
