@@ -301,22 +301,24 @@ class PackedWeights {
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles_.size(); i++) {
             const Tile& tile = *tiles_[i];
+            const int64_t count = task_.kernel_taps, outputs = tile.outputs;
             T* to = weights(tile);
+            T together[winograd::TAPS * MOST_TAPS * MOST_OUTPUTS] = {};
+            const T* of_output[MOST_OUTPUTS];
+            for (int64_t k = 0; k < outputs; k++)
+                of_output[k] = task_.weight + place(task_.output_order, tile.first + k) * task_.output_stride;
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
-                    const T* source = task_.weight + place(task_.read_order, c) * task_.read_stride;
-                    const int64_t pitch = task_.winograd ? int64_t(MOST_OUTPUTS) : tile.outputs;
-                    T together[winograd::TAPS * MOST_TAPS * MOST_OUTPUTS];
+                    const int64_t source = place(task_.read_order, c) * task_.read_stride;
+                    const int64_t pitch = task_.winograd ? int64_t(MOST_OUTPUTS) : outputs;
                     T* kernels = task_.winograd ? together : to;
-                    for (int64_t k = 0; k < tile.outputs; k++) {
-                        const T* from = source + place(task_.output_order, tile.first + k) * task_.output_stride;
-                        for (int64_t t = 0; t < task_.kernel_taps; t++) kernels[t * pitch + k] = from[t];
-                    }
+                    for (int64_t k = 0; k < outputs; k++)
+                        for (int64_t t = 0; t < count; t++) kernels[t * pitch + k] = of_output[k][source + t];
                     if (task_.winograd)
                         task_.loops.weigh(kernels, task_.vertical[0].tap.data(), task_.horizontal[0].tap.data(),
-                                          task_.horizontal[0].tap.size(), tile.outputs, to,
-                                          tile.reads_total * taps() * tile.outputs);
-                    to += taps() * tile.outputs;
+                                          task_.horizontal[0].tap.size(), outputs, to,
+                                          tile.reads_total * taps() * outputs);
+                    to += taps() * outputs;
                 }
             for (int64_t k = 0; k < tile.outputs; k++)
                 biases(tile)[k] = task_.bias ? task_.bias[place(task_.output_order, tile.first + k)] : T(0);

@@ -152,13 +152,7 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* sta
             T* to = y + k * t.y_channel + v * L;
             const T* add = residual ? residual + k * t.y_channel + v * L : nullptr;
             const int64_t left = columns - v * L;
-            if (left >= L) {
-                store<T>(to, add ? result + load(add) : result);
-            } else {
-                T lane[L];
-                store<T>(lane, result);
-                for (int64_t j = 0; j < left; j++) to[j] = add ? lane[j] + add[j] : lane[j];
-            }
+            store_some<T>(to, add ? result + load_some(add, left) : result, left);
         }
     }
 }
@@ -252,14 +246,8 @@ void combine(const ProductTile<T>& t) {
                 u += t.start ? load_some(t.start + k * t.start_channel + r * t.start_row + j, t.columns - j) : bias;
                 if (t.relu) u = u < none ? none : u;  // a NaN stays
                 const int64_t at = k * t.y_channel + r * t.y_row + j;
-                if (t.columns - j >= L) {
-                    store<T>(t.y + at, t.residual ? u + load(t.residual + at) : u);
-                } else {
-                    T lane[L];
-                    store<T>(lane, u);
-                    for (int64_t i = 0; i < t.columns - j; i++)
-                        t.y[at + i] = t.residual ? lane[i] + t.residual[at + i] : lane[i];
-                }
+                if (t.residual) u += load_some(t.residual + at, t.columns - j);
+                store_some<T>(t.y + at, u, t.columns - j);
             }
         }
     }
@@ -268,14 +256,15 @@ void combine(const ProductTile<T>& t) {
 template <typename T>
 void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to,
            int64_t stride) {
-    for (int i = 0; i < winograd::PRODUCTS; i++, to += stride) {
-        const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
-        for (int64_t column = 0; column < column_count; column++) {
-            const T* first = taps + (rows[0] + columns[column]) * MOST_OUTPUTS;
-            const T* second = taps + (rows[1] + columns[column]) * MOST_OUTPUTS;
-            const T* third = taps + (rows[2] + columns[column]) * MOST_OUTPUTS;
-            for (int64_t k = 0; k < outputs; k++)
-                to[column * outputs + k] = T(a * double(first[k]) + b * double(second[k]) + c * double(third[k]));
+    for (int64_t column = 0; column < column_count; column++, to += outputs) {
+        double given[winograd::TAPS][MOST_OUTPUTS];
+        for (int i = 0; i < winograd::TAPS; i++)
+            for (int k = 0; k < MOST_OUTPUTS; k++) given[i][k] = taps[(rows[i] + columns[column]) * MOST_OUTPUTS + k];
+        for (int i = 0; i < winograd::PRODUCTS; i++) {
+            const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
+            T made[MOST_OUTPUTS];
+            for (int k = 0; k < MOST_OUTPUTS; k++) made[k] = T(a * given[0][k] + b * given[1][k] + c * given[2][k]);
+            move_row(to + i * stride, made, outputs);
         }
     }
 }

@@ -1,6 +1,9 @@
 // Vectors of an instruction set, for inner_loops.cpp and elementwise.h.
 #pragma once
 #include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "rows.h"
 
@@ -56,13 +59,42 @@ SFG_INLINE Vector<T> broadcast(T value) {
     return value - Vector<T>{};
 }
 
-// The first `count` lanes, zeros in the others: where what follows may be no memory.
+#if defined(__AVX512F__)
+SFG_INLINE __m512 load_lanes(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+SFG_INLINE __m512d load_lanes(const double* from, int64_t count) {
+    return _mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from);
+}
+SFG_INLINE void store_lanes(float* to, __m512 value, int64_t count) {
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
+}
+SFG_INLINE void store_lanes(double* to, __m512d value, int64_t count) {
+    _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), value);
+}
+#else
+template <typename T>
+SFG_INLINE Vector<T> load_lanes(const T* from, int64_t count) {
+    T lane[LANES<T>] = {};
+    move_row(lane, from, count);
+    return load(lane);
+}
+template <typename T, typename V>
+SFG_INLINE void store_lanes(T* to, V value, int64_t count) {
+    T lane[LANES<T>];
+    store<T>(lane, value);
+    move_row(to, lane, count);
+}
+#endif
+
+// The first `count` > 0 lanes, zeros in the others: what follows may be no memory.
 template <typename T>
 SFG_INLINE Vector<T> load_some(const T* from, int64_t count) {
-    if (count >= LANES<T>) return load(from);
-    T lane[LANES<T>] = {};
-    for (int64_t j = 0; j < count; j++) lane[j] = from[j];
-    return load(lane);
+    return count >= LANES<T> ? load(from) : load_lanes(from, count);
+}
+template <typename T>
+SFG_INLINE void store_some(T* to, Vector<T> value, int64_t count) {
+    count >= LANES<T> ? store<T>(to, value) : store_lanes(to, value, count);
 }
 
 // Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of

@@ -225,39 +225,48 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                     }
             }
         }
-        // Added up in the order of the threads.
         const int64_t kernel_taps = p.r * p.s, kernel = blocks.weight_row() * kernel_taps;
         const int64_t parts_of_sum = by_tiles ? 1 : team;
-        const auto total_of = [&](int64_t at) {
-            T total = 0;
-            for (int64_t t = 0; t < parts_of_sum; t++) total += sums_of(t)[at];
-            return total;
+        // Numbers `at` and behind, added up in the order of the threads.
+        const auto total = [&](int64_t at, int64_t count, T* to) {
+            for (int64_t i = 0; i < count; i++) to[i] = sums_of(0)[at + i];
+            for (int64_t t = 1; t < parts_of_sum; t++)
+                for (int64_t i = 0; i < count; i++) to[i] += sums_of(t)[at + i];
         };
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) {
             const Tile& tile = *tiles[i];
-            for (int64_t k = tile.first; k < tile.first + tile.outputs; k++)
-                std::memset(dw + place(blocks.row_order, k) * kernel, 0, kernel * sizeof(T));
+            const int64_t count = tile.outputs;
+            T *rows[MOST_OUTPUTS], totals[MOST_OUTPUTS];
+            for (int64_t k = 0; k < count; k++) {
+                rows[k] = dw + place(blocks.row_order, tile.first + k) * kernel;
+                std::memset(rows[k], 0, kernel * sizeof(T));
+            }
             int64_t at = tile.weights * taps;
             for (const Range& range : tile.reads)
-                for (int64_t c = range.first; c < range.last; c++, at += taps * tile.outputs) {
-                    T* column = dw + place(blocks.column_order, c) * kernel_taps;
-                    for (int64_t t = 0; t < taps; t++)
-                        for (int64_t k = 0; k < tile.outputs; k++) {
-                            const T total = total_of(at + t * tile.outputs + k);
-                            T* to = column + place(blocks.row_order, tile.first + k) * kernel;
-                            if (!by_winograd) {
-                                to[t] = total;
-                                continue;
-                            }
-                            for (int j = 0; j < winograd::TAPS; j++)
-                                to[vertical[0].tap[j] + horizontal[0].tap[t % tap_columns]] +=
-                                    T(winograd::WEIGHTS[t / tap_columns][j]) * total;
+                for (int64_t c = range.first; c < range.last; c++, at += taps * count) {
+                    const int64_t column = place(blocks.column_order, c) * kernel_taps;
+                    for (int64_t t = 0; !by_winograd && t < taps; t++) {
+                        total(at + t * count, count, totals);
+                        for (int64_t k = 0; k < count; k++) rows[k][column + t] = totals[k];
+                    }
+                    for (int64_t h = 0; by_winograd && h < tap_columns; h++) {
+                        T sums[winograd::TAPS][MOST_OUTPUTS] = {};
+                        for (int64_t product = 0; product < products; product++) {
+                            total(at + (product * tap_columns + h) * count, count, totals);
+                            for (int v = 0; v < winograd::TAPS; v++)
+                                for (int64_t k = 0; k < count; k++)
+                                    sums[v][k] += T(winograd::WEIGHTS[product][v]) * totals[k];
                         }
+                        for (int v = 0; v < winograd::TAPS; v++)
+                            for (int64_t k = 0; k < count; k++)
+                                rows[k][column + vertical[0].tap[v] + horizontal[0].tap[h]] = sums[v][k];
+                    }
                 }
-            for (int64_t k = tile.first; db && k < tile.first + tile.outputs; k++)
-                db[place(blocks.row_order, k)] = total_of(weights * taps + k);
+            if (!db) continue;
+            total(weights * taps + tile.first, count, totals);
+            for (int64_t k = 0; k < count; k++) db[place(blocks.row_order, tile.first + k)] = totals[k];
         }
     });
 }
