@@ -257,13 +257,14 @@ template <typename T>
 void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to,
            int64_t stride) {
     for (int64_t column = 0; column < column_count; column++, to += outputs) {
-        double given[winograd::TAPS][MOST_OUTPUTS];
+        T given[winograd::TAPS][MOST_OUTPUTS];
         for (int i = 0; i < winograd::TAPS; i++)
             for (int k = 0; k < MOST_OUTPUTS; k++) given[i][k] = taps[(rows[i] + columns[column]) * MOST_OUTPUTS + k];
         for (int i = 0; i < winograd::PRODUCTS; i++) {
             const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
             T made[MOST_OUTPUTS];
-            for (int k = 0; k < MOST_OUTPUTS; k++) made[k] = T(a * given[0][k] + b * given[1][k] + c * given[2][k]);
+            for (int k = 0; k < MOST_OUTPUTS; k++)
+                made[k] = T(a) * given[0][k] + T(b) * given[1][k] + T(c) * given[2][k];
             move_row(to + i * stride, made, outputs);
         }
     }
