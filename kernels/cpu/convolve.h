@@ -310,6 +310,11 @@ class PackedWeights {
             for (const Range& range : tile.reads)
                 for (int64_t c = range.first; c < range.last; c++) {
                     const int64_t source = place(task_.read_order, c) * task_.read_stride;
+                    const int64_t later = place(task_.read_order, std::min(c + 4, range.last - 1)) * task_.read_stride;
+                    for (int64_t k = 0; k < outputs; k++) {  // they lie here and there
+                        __builtin_prefetch(of_output[k] + later);
+                        __builtin_prefetch(of_output[k] + later + count - 1);
+                    }
                     const int64_t pitch = task_.winograd ? int64_t(MOST_OUTPUTS) : outputs;
                     T* kernels = task_.winograd ? together : to;
                     for (int64_t k = 0; k < outputs; k++)
