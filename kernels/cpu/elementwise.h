@@ -11,31 +11,24 @@ namespace {
 template <typename T>
 void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total) {
     Vector<T> sums{};
-    T rest = 0;
-    for (int64_t i = 0; i < rows; i++, values += pitch) {
-        int64_t j = 0;
-        for (; j + LANES<T> <= length; j += LANES<T>) sums += load(values + j);
-        for (; j < length; j++) rest += values[j];
-    }
+    for (int64_t i = 0; i < rows; i++, values += pitch)
+        for (int64_t j = 0; j < length; j += LANES<T>) sums += load_some(values + j, length - j);
     add_sums<T, 1>(&sums, total);
-    *total += rest;
 }
 
 // --------------------------------------------------------------------------------------------------------------- gates
 
-// Windows j .. j + L of two rows, `pitch` apart: scale * u + shift at their four places.
+// Windows j .. j + L of two rows, `pitch` apart: scale * u + shift at their four places. `left`: windows from j on.
 template <typename T>
-SFG_INLINE void windows_at(const T* u, int64_t pitch, int64_t j, Vector<T> scale, Vector<T> shift, Vector<T>* values) {
+SFG_INLINE void windows_at(const T* u, int64_t pitch, int64_t j, int64_t left, Vector<T> scale, Vector<T> shift,
+                           Vector<T>* values) {
+    constexpr int L = LANES<T>;
     SFG_UNROLL
     for (int row = 0; row < 2; row++, u += pitch, values += 2) {
-        const Vector<T> a = load(u + 2 * j), b = load(u + 2 * j + LANES<T>);
+        const Vector<T> a = load_some(u + 2 * j, 2 * left), b = load_some(u + 2 * j + L, 2 * left - L);
         values[0] = every_other<T, 0>(a, b) * scale + shift;
         values[1] = every_other<T, 1>(a, b) * scale + shift;
     }
-}
-template <typename T>
-SFG_INLINE void window_at(const T* u, int64_t pitch, int64_t j, T scale, T shift, T* values) {
-    for (int place = 0; place < 4; place++) values[place] = u[place / 2 * pitch + 2 * j + place % 2] * scale + shift;
 }
 
 // Of four; a NaN is the largest, as in torch.
@@ -47,14 +40,6 @@ SFG_INLINE Vector<T> largest(const Vector<T>* values) {
         most = (values[place] > most) | (values[place] != values[place]) ? values[place] : most;
     return most;
 }
-template <typename T>
-SFG_INLINE T largest(const T* values) {
-    T most = values[0];
-    for (int place = 1; place < 4; place++)
-        if (values[place] > most || values[place] != values[place]) most = values[place];
-    return most;
-}
-
 template <typename T, bool POOL>
 SFG_INLINE void gates_of(const GateTile<T>& t) {
     constexpr int L = LANES<T>, STEP = POOL ? 2 : 1;
@@ -63,37 +48,27 @@ SFG_INLINE void gates_of(const GateTile<T>& t) {
         const T a = t.scale ? t.scale[k] : T(1), b = t.scale ? t.shift[k] : T(0);
         const Vector<T> scale = broadcast(a), shift = broadcast(b);
         Vector<T> sums[2] = {none, none}, window[4];
-        T rest = 0, place[4];
         for (int64_t i = 0; i < t.rows / STEP; i++) {
             const T* u = t.u + k * t.u_channel + i * STEP * t.u_row;
             const T* df = t.df + k * t.df_channel + i * t.df_row;
-            int64_t j = 0;
-            for (; j + L <= t.columns / STEP; j += L) {
+            const auto take = [&](int64_t j, Vector<T>& sum) {
+                const int64_t left = t.columns / STEP - j;
                 Vector<T> h;
                 if constexpr (POOL) {
-                    windows_at(u, t.u_row, j, scale, shift, window);
+                    windows_at(u, t.u_row, j, left, scale, shift, window);
                     h = largest<T>(window);
                 } else {
-                    h = load(u + j) * scale + shift;
+                    h = load_some(u + j, left) * scale + shift;
                 }
                 if (t.act.relu) h = h < none ? none : h;
-                sums[(j / L) & 1] += load(df + j) * h;
-            }
-            for (; j < t.columns / STEP; j++) {
-                T h;
-                if constexpr (POOL) {
-                    window_at(u, t.u_row, j, a, b, place);
-                    h = largest(place);
-                } else {
-                    h = u[j] * a + b;
-                }
-                if (t.act.relu && h < 0) h = 0;
-                rest += df[j] * h;
-            }
+                sum += load_some(df + j, left) * h;
+            };
+            int64_t j = 0;
+            for (; j + L < t.columns / STEP; j += 2 * L) take(j, sums[0]), take(j + L, sums[1]);
+            if (j < t.columns / STEP) take(j, sums[0]);
         }
         sums[0] += sums[1];
         add_sums<T, 1>(sums, t.sums + k);
-        t.sums[k] += rest;
     }
 }
 
@@ -104,9 +79,8 @@ void gates(const GateTile<T>& t) {
 
 template <typename T>
 void add(T* to, const T* from, int64_t count) {
-    int64_t j = 0;
-    for (; j + LANES<T> <= count; j += LANES<T>) store<T>(to + j, load(to + j) + load(from + j));
-    for (; j < count; j++) to[j] += from[j];
+    for (int64_t j = 0; j < count; j += LANES<T>)
+        store_some<T>(to + j, load_some(to + j, count - j) + load_some(from + j, count - j), count - j);
 }
 
 // ------------------------------------------------------------------------------------------------------- normalisation
@@ -123,6 +97,10 @@ T squares(const T* values, int64_t count, T mean) {
             const Vector<T> d = load(values + j + i * L) - centre;
             sums[i] += d * d;
         }
+    for (; j + L <= count; j += L) {
+        const Vector<T> d = load(values + j) - centre;
+        sums[0] += d * d;
+    }
     for (; j < count; j++) rest += (values[j] - mean) * (values[j] - mean);
     sums[0] += sums[1] + sums[2] + sums[3];
     add_sums<T, 1>(sums, &rest);
@@ -163,12 +141,13 @@ void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
     const Vector<T> centre = broadcast(mean);
     Vector<T> plain[2] = {}, moments[2] = {};
     int64_t j = 0;
-    for (; j + 2 * L <= t.count; j += 2 * L)
-        for (int i = 0; i < 2; i++) {
-            const Vector<T> u = load(t.u + j + i * L), g = passed(t, j + i * L, u);
-            plain[i] += g;
-            moments[i] += g * (u - centre);
-        }
+    const auto take = [&](int64_t at, int i) {
+        const Vector<T> u = load(t.u + at), g = passed(t, at, u);
+        plain[i] += g;
+        moments[i] += g * (u - centre);
+    };
+    for (; j + 2 * L <= t.count; j += 2 * L) take(j, 0), take(j + L, 1);
+    for (; j + L <= t.count; j += L) take(j, 0);
     T rest[2] = {0, 0};
     for (; j < t.count; j++) {
         const T g = passed(t, j);
@@ -209,21 +188,12 @@ void pool(const PoolTile<T>& t, T* y) {
     const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
     const int64_t columns = t.columns / 2;
     Vector<T> window[4];
-    T place[4];
-    for (int64_t i = 0; i < t.rows / 2; i++, y += columns) {
-        const T* u = t.u + 2 * i * t.columns;
-        int64_t j = 0;
-        for (; j + LANES<T> <= columns; j += LANES<T>) {
-            windows_at(u, t.columns, j, scale, shift, window);
+    for (int64_t i = 0; i < t.rows / 2; i++, y += columns)
+        for (int64_t j = 0; j < columns; j += LANES<T>) {
+            windows_at(t.u + 2 * i * t.columns, t.columns, j, columns - j, scale, shift, window);
             const Vector<T> most = largest<T>(window);
-            store<T>(y + j, most < none ? none : most);
+            store_some<T>(y + j, most < none ? none : most, columns - j);
         }
-        for (; j < columns; j++) {
-            window_at(u, t.columns, j, t.scale, t.shift, place);
-            const T most = largest(place);
-            y[j] = most < 0 ? T(0) : most;
-        }
-    }
 }
 
 template <typename T>
@@ -232,35 +202,23 @@ void pool_gradient(const PoolTile<T>& t, const T* dy, T* g) {
     const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
     const int64_t columns = t.columns / 2;
     Vector<T> window[4], share[4];
-    T place[4];
     for (int64_t i = 0; i < t.rows / 2; i++, dy += columns) {
-        const T* u = t.u + 2 * i * t.columns;
         T *upper = g + 2 * i * t.columns, *lower = upper + t.columns;
-        int64_t j = 0;
-        for (; j + L <= columns; j += L) {
-            windows_at(u, t.columns, j, scale, shift, window);
+        for (int64_t j = 0; j < columns; j += L) {
+            const int64_t places = 2 * (columns - j);
+            windows_at(t.u + 2 * i * t.columns, t.columns, j, columns - j, scale, shift, window);
             const Vector<T> most = largest<T>(window);
-            Vector<T> left = most <= none ? none : load(dy + j);
+            Vector<T> left = most <= none ? none : load_some(dy + j, columns - j);
             SFG_UNROLL
             for (int p = 0; p < 4; p++) {
                 const auto here = (window[p] == most) | (window[p] != window[p]);
                 share[p] = here ? left : none;
                 left = here ? none : left;
             }
-            store<T>(upper + 2 * j, in_turn<T, 0>(share[0], share[1]));
-            store<T>(upper + 2 * j + L, in_turn<T, L>(share[0], share[1]));
-            store<T>(lower + 2 * j, in_turn<T, 0>(share[2], share[3]));
-            store<T>(lower + 2 * j + L, in_turn<T, L>(share[2], share[3]));
-        }
-        for (; j < columns; j++) {
-            window_at(u, t.columns, j, t.scale, t.shift, place);
-            const T most = largest(place);
-            T left = most <= 0 ? T(0) : dy[j];
-            for (int p = 0; p < 4; p++) {
-                const bool here = place[p] == most || place[p] != place[p];
-                upper[p / 2 * t.columns + 2 * j + p % 2] = here ? left : T(0);
-                if (here) left = 0;
-            }
+            store_some<T>(upper + 2 * j, in_turn<T, 0>(share[0], share[1]), places);
+            store_some<T>(upper + 2 * j + L, in_turn<T, L>(share[0], share[1]), places - L);
+            store_some<T>(lower + 2 * j, in_turn<T, 0>(share[2], share[3]), places);
+            store_some<T>(lower + 2 * j + L, in_turn<T, L>(share[2], share[3]), places - L);
         }
         if (t.columns % 2) upper[t.columns - 1] = lower[t.columns - 1] = 0;
     }

@@ -87,14 +87,17 @@ SFG_INLINE void store_lanes(T* to, V value, int64_t count) {
 }
 #endif
 
-// The first `count` > 0 lanes, zeros in the others: what follows may be no memory.
+// The first `count` lanes, zeros in the others: what follows may be no memory.
 template <typename T>
 SFG_INLINE Vector<T> load_some(const T* from, int64_t count) {
-    return count >= LANES<T> ? load(from) : load_lanes(from, count);
+    return count >= LANES<T> ? load(from) : count > 0 ? load_lanes(from, count) : Vector<T>{};
 }
 template <typename T>
 SFG_INLINE void store_some(T* to, Vector<T> value, int64_t count) {
-    count >= LANES<T> ? store<T>(to, value) : store_lanes(to, value, count);
+    if (count >= LANES<T>)
+        store<T>(to, value);
+    else if (count > 0)
+        store_lanes(to, value, count);
 }
 
 // Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of
