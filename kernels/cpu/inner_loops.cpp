@@ -256,18 +256,16 @@ void combine(const ProductTile<T>& t) {
 template <typename T>
 void weigh(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs, T* to,
            int64_t stride) {
-    for (int64_t column = 0; column < column_count; column++, to += outputs) {
-        T given[winograd::TAPS][MOST_OUTPUTS];
-        for (int i = 0; i < winograd::TAPS; i++)
-            for (int k = 0; k < MOST_OUTPUTS; k++) given[i][k] = taps[(rows[i] + columns[column]) * MOST_OUTPUTS + k];
-        for (int i = 0; i < winograd::PRODUCTS; i++) {
-            const double a = winograd::WEIGHTS[i][0], b = winograd::WEIGHTS[i][1], c = winograd::WEIGHTS[i][2];
-            T made[MOST_OUTPUTS];
-            for (int k = 0; k < MOST_OUTPUTS; k++)
-                made[k] = T(a) * given[0][k] + T(b) * given[1][k] + T(c) * given[2][k];
-            move_row(to + i * stride, made, outputs);
+    for (int64_t column = 0; column < column_count; column++, to += outputs)
+        for (int64_t k = 0; k < outputs; k += LANES<T>) {
+            Vector<T> given[winograd::TAPS];
+            SFG_UNROLL
+            for (int i = 0; i < winograd::TAPS; i++)
+                given[i] = load(taps + (rows[i] + columns[column]) * MOST_OUTPUTS + k);
+            SFG_UNROLL
+            for (int i = 0; i < winograd::PRODUCTS; i++)
+                store_some<T>(to + i * stride + k, combination<T>(winograd::WEIGHTS[i], given), outputs - k);
         }
-    }
 }
 
 template <typename T, int P, int N, bool RELU>
