@@ -195,32 +195,38 @@ def training(case: Case, rounds: int) -> list[str]:
     return [str(case), *("{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, *pair)) for pair in pairs)]
 
 
-def inference(case: Case, rounds: int) -> list[str]:
+def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
+    """Contestants of inference: the frozen network, the network itself, two plain ones ("two plain")."""
     torch.manual_seed(0)
-    network, x = ours(case), case.image()
+    network, x, side = ours(case).to(case.device), case.image(), min(case.size, 64)
     p = torch.tensor([0.6, 0.2, 0.2])
     assign(network, {n: torch.multinomial(p, m.out_channels, True) for n, m in sfg_layers(network).items()})
-    recalibrate(network, [torch.randn(2, 1, 64, 64)])
-    frozen = freeze(network.eval())
-    last = x.to(memory_format=torch.channels_last)
-    plains = [plain(case).eval() for _ in range(2)]
-    lasts = [plain(case).eval().to(memory_format=torch.channels_last) for _ in range(2)]  # type: ignore[call-overload]
+    recalibrate(network, [torch.randn(2, 1, side, side, device=case.device)])
+    network.eval()
 
-    def run(models: list[nn.Module], image: Tensor) -> Step:
+    def run(models: list[nn.Module], last: bool = False, name: str = fast) -> Step:
+        layout = torch.channels_last if last else torch.contiguous_format
+        image = x.to(memory_format=layout)
+        models = [model.eval().to(case.device).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
+
         @torch.no_grad()
         def once() -> None:
-            for model in models:
-                model(image)
+            with backend(name), torch.autocast(case.device, case.half, case.half is not None):
+                for model in models:
+                    model(image)
 
         return once
 
-    runs = {"plain": run(plains, x), "plain, last": run(lasts, last), "frozen": run([frozen], x)}
-    runs["frozen, last"] = run([freeze(network).to(memory_format=torch.channels_last)], last)
-    runs["network"] = run([network], x)
-    times = interleaved(runs, rounds)
-    for name in ("plain", "frozen"):
-        times[name] = min(times[name], times.pop(f"{name}, last"), key=statistics.median)
-    cells = ["{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, name, "plain")) for name in ("frozen", "network")]
+    runs = {"network": run([network], last=fast == "triton")}
+    for last, layout in ((False, ""), (True, ", channels_last")):
+        runs["two plain" + layout] = run([plain(case) for _ in range(2)], last)
+        runs["frozen" + layout] = run([freeze(network)], last)
+    return runs
+
+
+def inference(case: Case, rounds: int) -> list[str]:
+    times = faster(interleaved(inferences(case), rounds))
+    cells = ["{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, name, "two plain")) for name in ("frozen", "network")]
     return [str(case), *cells]
 
 

@@ -1,20 +1,22 @@
-"""The training step of whole networks on a GPU, in half precision: a part of gpu_suite.py.
+"""Training step and inference of whole networks on a GPU, in half precision: a part of gpu_suite.py.
 
 Contestants as in bench_networks.py, each in its faster memory format, captured in a CUDA graph (a step that can't be
-is timed as it is, and says so), in turns. Also what the graph is worth, the most memory that a step takes, and the
-fraction of the floor that the measured roofs give.
+is timed as it is, and says so), in turns. Also slices/s, what the graph is worth, the most memory that a step takes,
+and of training the fraction of the floor that the measured roofs give.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import bench_networks
-from benchmarks.bench_networks import EVERY, Case, contestant, faster, names
+from benchmarks.bench_networks import EVERY, Case, Step, contestant, faster, inferences, names
 from benchmarks.gpu_timing import DEVICE, DRY, HALF, captured, eager_us
 
 if DRY:
@@ -52,15 +54,14 @@ def floor_us(case: Case, roof: dict[str, float]) -> float:
     return total + 2 * layer(c, c, 2.56, pixels)
 
 
-def measure(case: Case, roof: dict[str, float], rounds: int) -> dict[str, Any]:
-    """One row: medians and quartiles of device time, and what they say of ours."""
-    result: dict[str, Any] = {"floor_us": floor_us(case, roof)}
+def race(makers: dict[str, Callable[[], Step]], case: Case, rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """What there is to say of each contestant, and the medians of their times in their faster memory format [us]."""
+    result: dict[str, Any] = {}
     rounds = 1 if DRY else rounds  # a step takes seconds in the interpreter
     steps, eager, memory = {}, {}, {}
-    wanted = ["straight_through"] if DRY else names(case.kind)
-    for name in wanted:
+    for name, make in makers.items():
         try:
-            call = contestant(case, name, "triton")
+            call = make()
             step = lambda _, call=call: call()  # noqa: E731
             step(0)
             if not DRY:
@@ -81,19 +82,36 @@ def measure(case: Case, roof: dict[str, float], rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, call in steps.items():
             times[name].append(eager_us(call, 1, 1)[0])
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    best = {name: statistics.median(values) for name, values in faster(times).items()}
     result |= {
-        "graph_us": medians,
+        "graph_us": {name: statistics.median(values) for name, values in times.items()},
         "graph_quartiles_us": {n: statistics.quantiles(values, n=4) for n, values in times.items() if len(values) > 1},
         "eager_us": eager,
         "memory_MiB": memory,
-        "fraction_of_floor": result["floor_us"] / medians["straight_through"],
+        "slices_per_s": {name: case.batch * 1e6 / us for name, us in best.items()},
     }
-    best = {name: statistics.median(values) for name, values in faster(times).items()}
+    return result, best
+
+
+def measure(case: Case, roof: dict[str, float], rounds: int) -> dict[str, Any]:
+    """A row of training: medians and quartiles of device time, and what they say of ours."""
+    wanted = ["straight_through"] if DRY else names(case.kind)
+    result, best = race({name: partial(contestant, case, name, "triton") for name in wanted}, case, rounds)
+    result["floor_us"] = floor_us(case, roof)
+    result["fraction_of_floor"] = result["floor_us"] / best["straight_through"]
     for other in () if DRY else ("dense faster", "one plain faster", "MONAI", "masked"):
         for ours in ("straight_through", "selected", f"straight_through={EVERY}"):
             if other in best:
                 result[f"{other} / {ours}"] = best[other] / best[ours]
+    return result
+
+
+def infer(case: Case, rounds: int) -> dict[str, Any]:
+    """A row of inference."""
+    runs = inferences(case, "triton")
+    result, best = race({name: partial(runs.__getitem__, name) for name in runs}, case, rounds)
+    for ours in ("frozen", "network"):
+        result[f"{ours} / two plain"] = best[ours] / best["two plain"]
     return result
 
 
@@ -102,5 +120,7 @@ def line(row: Any) -> str:
     if not isinstance(row, dict):
         return str(row)
     ratios = [f"{name} {value:.2f}" for name, value in row.items() if " / " in name]
+    if "floor_us" not in row:
+        return ", ".join(ratios)
     step = row["graph_us"]["straight_through"] / 1e3
     return ", ".join([f"step {step:.2f} ms", f"floor {row['fraction_of_floor']:.2f}", *ratios])

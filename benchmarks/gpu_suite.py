@@ -13,7 +13,7 @@ Writes DIR/gpu_suite.json after every part, so that a run that is cut off leaves
                Device time of a captured graph, and with events around eager calls, in microseconds; inputs are rotated,
                so that none is found in the L2 cache; ratios; and the fraction of the floor that the roofs give
     networks   the training step of whole networks: ours, one masked convolution a layer, one plain network, MONAI's,
-               and dense masking (gpu_networks.py)
+               and dense masking; inference of the frozen network and of two plain ones (gpu_networks.py)
     overhead   what a call costs the host
     variants   our kernels with other tiles, warps, pipelines than the formulas choose: to see what to change
 
@@ -549,6 +549,7 @@ def main() -> int:
         part(f"layer {layer.width}", lambda layer=layer: measure(layer, results["roofs"], rounds))
     for case in gpu_networks.CASES:
         part(f"network {case}", lambda case=case: gpu_networks.measure(case, results["roofs"], rounds))
+        part(f"inference {case}", lambda case=case: gpu_networks.infer(case, rounds))
     part("overhead", overhead)
     for layer in reversed(layers):
         part(f"variants {layer.width}", lambda layer=layer: variants(layer, rounds))
@@ -568,6 +569,7 @@ def main() -> int:
                 )
     for case in gpu_networks.CASES:
         print(f"{case}: {gpu_networks.line(results.get(f'network {case}'))}")
+        print(f"{case}, inference: {gpu_networks.line(results.get(f'inference {case}'))}")
     print(f"{len(results['checks']) + 1 - len(bad)} checks right, {len(bad)} wrong; {file}")
     return 1 if bad else 0
 

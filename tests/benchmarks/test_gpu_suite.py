@@ -24,6 +24,7 @@ def test_dry_run(tmp_path):
     assert results["graph"]["ok"]
     assert set(results["layer 16"]["step"]["graph_us"]) >= {"triton", "masked", "dense masking"}
     assert results["network routed, 6x6"]["graph_us"]["straight_through"] > 0
+    assert results["inference routed, 6x6"]["slices_per_s"].keys() == {"frozen", "network", "two plain"}
     assert "left_out" not in results
 
 
