@@ -72,7 +72,8 @@ struct Mix {
     }
 };
 
-constexpr double MIXING = 12, ADDING = 60;  // to make a product's rows; to add up what the lanes of a vector have
+constexpr int64_t TOGETHER_BYTES = 2048 << 10;  // of images that are worked on together
+constexpr double MIXING = 12, ADDING = 50;      // to make a product's rows; to add up what the lanes of a vector have
 
 }  // namespace
 
@@ -98,25 +99,46 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     const int64_t tap_columns = horizontal[0].tap.size(), taps = by_winograd ? products * tap_columns : p.r * p.s;
     if (by_winograd) limits.products = 1, limits.most_positions *= winograd::ROWS;
     const std::vector<Job> jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
-    const auto outputs_apart = [&](const Layout& layout) {
+    const int64_t at_once = by_winograd ? 2 : 1;
+    // Small images are worked on together, so that the lanes of fewer vectors are added up. In scratch they lie side by
+    // side in every channel, the outputs as far apart as what is read.
+    const auto outputs_alone = [&](const Layout& layout) {
         return spread((layout.winograd ? layout.groups : layout.rows) * layout.pitch + lanes, sizeof(T));
+    };
+    const auto images_apart = [&](const Layout& layout) {
+        return std::max(layout.source_stride, outputs_alone(layout));
+    };
+    int64_t together = by_tiles ? p.n : std::max<int64_t>(1, p.n / threads);
+    for (const Job& job : jobs) {
+        const Layout& layout = job.layout;
+        const Range reads = job.part->reads, outputs = job.part->outputs;
+        const int64_t channels = reads.last - reads.first + outputs.last - outputs.first;
+        const bool one_strip = layout.rows == 1 || layout.pitch < round_up(layout.columns, lanes);
+        const int64_t fit = TOGETHER_BYTES / (at_once * channels * images_apart(layout) * int64_t(sizeof(T)));
+        together = one_strip ? std::clamp<int64_t>(fit, 1, together) : 1;
+    }
+    const auto outputs_apart = [&](const Layout& layout) {
+        return together > 1 ? together * images_apart(layout) : outputs_alone(layout);
+    };
+    const auto sources_apart = [&](const Layout& layout) {
+        return together > 1 ? together * images_apart(layout) : layout.source_stride;
     };
     int64_t source = 0, gradient = 0, shifted_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;
         const int64_t out_stride = outputs_apart(job.layout);
-        source = std::max(source, reads * job.layout.source_stride);
+        source = std::max(source, reads * sources_apart(job.layout));
         gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * out_stride);
         shifted_most = std::max(shifted_most, reads * int64_t(job.layout.taps.size()));
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
     const int64_t sums = spread(weights * taps + p.k, sizeof(T)), copies = by_tiles ? 1 : threads;
-    const int64_t at_once = by_winograd ? 2 : 1, per_thread = at_once * (source + gradient);
+    const int64_t per_thread = at_once * (source + gradient);
     const Buffer<T> scratch(per_thread * threads), gradients(sums * copies);
     const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
     const auto sums_of = [&](int64_t copy) { return gradients.data() + sums * copy; };
     const std::vector<const Tile*> tiles = tiles_of(channel_parts);
-    const int64_t none = 0, total = p.n * items;
+    const int64_t none = 0, total = (p.n + together - 1) / together * items;
     // By tiles, thread i has those whose first weight is in the i-th part of all.
     const auto has = [&](int thread, int team, const Tile& tile) {
         const int64_t weight = std::min(tile.weights, weights - 1);  // one that reads nothing has none
@@ -137,12 +159,13 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         const int64_t begin = by_tiles ? 0 : total * thread / team,
                       last = by_tiles ? total : total * (thread + 1) / team;
         for (int64_t item = begin; item < last; item++) {
-            const int64_t n = item / items;
+            const int64_t n = item / items * together, images = std::min(together, p.n - n);
             const Patch patch(jobs, item % items);
             const Job& job = *patch.job;
             const Layout& layout = job.layout;
             const Axis &v = *job.vertical, &h = *job.horizontal;
             const Range reads = job.part->reads, outputs = job.part->outputs;
+            const int64_t apart = images_apart(layout), in_stride = sources_apart(layout);
             const int64_t out_stride = outputs_apart(layout);
             const T *of_x = x + n * p.c * plane, *of_dy = dy + n * p.k * out_plane;
             const T* passed = relu ? relu + n * p.k * out_plane : nullptr;
@@ -153,56 +176,73 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                 strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
             else if (by_winograd)
                 strips.strips = lines;
-            const auto mix_dy = [&](const std::array<Factors, 2>& factors, int count, bool fresh) {
-                const Mix<T> mix{of_dy,        passed,  out_plane, p.ow, v.first + patch.row * v.step, v.step, p.oh,
-                                 patch.column, factors, count,     fresh};
-                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, out_stride, dys, gradient);
+            if (images > 1) strips.strips = images, strips.pitch = apart;
+            const auto passed_of = [&](int64_t i) { return passed ? passed + i * p.k * out_plane : nullptr; };
+            const auto mix_dy = [&](int64_t i, const std::array<Factors, 2>& factors, int count, bool fresh) {
+                const Mix<T> mix{of_dy + i * p.k * out_plane,
+                                 passed_of(i),
+                                 out_plane,
+                                 p.ow,
+                                 v.first + patch.row * v.step,
+                                 v.step,
+                                 p.oh,
+                                 patch.column,
+                                 factors,
+                                 count,
+                                 fresh};
+                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, out_stride, dys + i * apart, gradient);
             };
-            const auto add_biases = [&] {
+            const auto add_biases = [&](int64_t i) {
                 for (const Tile& tile : job.part->tiles)
                     for (int64_t k = tile.first; db && has(thread, team, tile) && k < tile.first + tile.outputs; k++)
-                        loops.sum(dys + (k - outputs.first) * out_stride, lines, layout.pitch, patch.columns, dbs + k);
+                        loops.sum(dys + i * apart + (k - outputs.first) * out_stride, lines, layout.pitch,
+                                  patch.columns, dbs + k);
             };
-            if (by_winograd && db) mix_dy({Factors{1, 1, 1, 1}}, 1, true), add_biases();
+            for (int64_t i = 0; by_winograd && db && i < images; i++)
+                mix_dy(i, {Factors{1, 1, 1, 1}}, 1, true), add_biases(i);
             for (int64_t first = 0, count; first < products; first += count) {
                 count = by_winograd && winograd::opposite(first) ? 2 : 1;
-                if (by_winograd) {
-                    std::array<Factors, 2> factors{}, powers{};
-                    for (int64_t i = 0; i < count; i++) {
-                        std::copy_n(winograd::SOURCES[first + i], winograd::PRODUCTS, factors[i].begin());
-                        for (int row = 0; row < winograd::ROWS; row++)
-                            powers[i][row] = winograd::OUTPUTS[row][first + i];
+                std::array<Factors, 2> factors{}, powers{};
+                for (int64_t i = 0; by_winograd && i < count; i++) {
+                    std::copy_n(winograd::SOURCES[first + i], winograd::PRODUCTS, factors[i].begin());
+                    for (int row = 0; row < winograd::ROWS; row++) powers[i][row] = winograd::OUTPUTS[row][first + i];
+                }
+                for (int64_t i = 0; i < images; i++) {
+                    const T* const image = of_x + i * p.c * plane;
+                    if (by_winograd) {
+                        const Mix<T> mix{image,
+                                         nullptr,
+                                         plane,
+                                         p.w,
+                                         (patch.row + v.low) * v.stride + v.phases[0],
+                                         v.stride,
+                                         p.h,
+                                         patch.column + h.low,
+                                         factors,
+                                         int(count),
+                                         first == 0};
+                        mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, in_stride,
+                            xs + i * apart, source);
+                        mix_dy(i, powers, count, first == 0 && !db);
+                        continue;
                     }
-                    const Mix<T> mix{of_x,
-                                     nullptr,
-                                     plane,
-                                     p.w,
-                                     (patch.row + v.low) * v.stride + v.phases[0],
-                                     v.stride,
-                                     p.h,
-                                     patch.column + h.low,
-                                     factors,
-                                     int(count),
-                                     first == 0};
-                    mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, layout.source_stride,
-                        xs, source);
-                    mix_dy(powers, count, first == 0 && !db);
-                } else {
-                    loops.copy(copy_of<T>(of_x, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
-                                          patch.columns, xs, layout));
+                    Copy<T> copy = copy_of<T>(image, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
+                                              patch.columns, xs + i * apart, layout);
+                    copy.channel_stride = in_stride;
+                    loops.copy(copy);
                     // The outputs' lines are v.first + i * v.step; columns are all there is.
-                    loops.copy({.image = of_dy + outputs.first * out_plane,
-                                .relu = passed ? passed + outputs.first * out_plane : nullptr,
+                    loops.copy({.image = of_dy + (i * p.k + outputs.first) * out_plane,
+                                .relu = passed ? passed_of(i) + outputs.first * out_plane : nullptr,
                                 .image_stride = out_plane,
                                 .channels = outputs.last - outputs.first,
                                 .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
                                 .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
-                                .scratch = dys,
+                                .scratch = dys + i * apart,
                                 .channel_stride = out_stride,
                                 .phase_stride = 0,
                                 .pitch = layout.pitch,
                                 .slack = lanes});
-                    add_biases();
+                    add_biases(i);
                 }
                 for (int64_t i = 0; i < count; i++)
                     for (const Tile& tile : job.part->tiles) {
@@ -213,7 +253,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                             for (int64_t c = range.first; c < range.last; c++, channel++)
                                 for (const Tap& tap : layout.taps)
                                     shifted[taps_there++] = {
-                                        xs + i * source + (c - reads.first) * layout.source_stride + tap.offset,
+                                        xs + i * source + (c - reads.first) * in_stride + tap.offset,
                                         dws + tile.weights * taps +
                                             (channel * taps + product_tap + tap.index) * tile.outputs};
                         loops.gradient({.dy = dys + i * gradient + (tile.first - outputs.first) * out_stride,
