@@ -2,7 +2,8 @@
 // through three rows of taps. Six products of transformed rows make them, where one by one they are twelve:
 //   outputs = OUTPUTS (WEIGHTS weights * SOURCES sources)
 // In columns nothing changes. Exact but for rounding, which depends on the points 0, +-A, +-B at which polynomials are
-// multiplied: with sums over 64 channels in float it is 1.4 times that of plain sums (1.9 with the usual 1 and 2).
+// multiplied: with sums over 64 channels in float it is 1.4 times that of plain sums (1.9 with the usual 1 and 2), over
+// 3 channels 2.3 times.
 #pragma once
 #include <cstdint>
 

@@ -75,7 +75,9 @@ def guarded(*shape, dtype):
 
 def check(problem):
     """Forward and gradients. Bounds: four eps times the square root of the reduction length n, for a sum as large as n
-    products of standard normal numbers are, sqrt(n): rounding errors add up like a random walk."""
+    products of standard normal numbers are, sqrt(n): rounding errors add up like a random walk. With three rows of taps
+    it may be Winograd's products: what these add up is, from the matrices in winograd.h, up to 2.9 times as large
+    (first and last of four rows), which few channels do not hide."""
     p, dtype = problem, problem["dtype"]
     generator = torch.Generator().manual_seed(p["seed"])
 
@@ -107,7 +109,7 @@ def check(problem):
     wanted = wanted.detach() + (0 if residual is None else residual.double())
     taps = p["kernel"][0] * p["kernel"][1]
     inputs = int(mask.sum(1).max()) * taps + 2  # and bias and residual
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps * (2.9 if 3 in p["kernel"] else 1)
     close(y, wanted, eps, inputs, "forward")
     unharmed(memory)
 
