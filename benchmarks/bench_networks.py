@@ -204,20 +204,20 @@ def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
     recalibrate(network, [torch.randn(2, 1, side, side, device=case.device)])
     network.eval()
 
-    def run(models: list[nn.Module], last: bool = False, name: str = fast) -> Step:
+    def run(models: list[nn.Module], last: bool) -> Step:
         layout = torch.channels_last if last else torch.contiguous_format
         image = x.to(memory_format=layout)
         models = [model.eval().to(case.device).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
 
         @torch.no_grad()
         def once() -> None:
-            with backend(name), torch.autocast(case.device, case.half, case.half is not None):
+            with backend(fast), torch.autocast(case.device, case.half, case.half is not None):
                 for model in models:
                     model(image)
 
         return once
 
-    runs = {"network": run([network], last=fast == "triton")}
+    runs = {"network": run([network], fast == "triton")}
     for last, layout in ((False, ""), (True, ", channels_last")):
         runs["two plain" + layout] = run([plain(case) for _ in range(2)], last)
         runs["frozen" + layout] = run([freeze(network)], last)

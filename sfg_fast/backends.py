@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import kernels as _kernels
 
@@ -77,7 +77,7 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
     return assignment, tuple(by_group)
 
 
-@torch.library.custom_op("sfg_fast::sample", mutates_args=())
+@library.custom_op("sfg_fast::sample", mutates_args=())
 def _sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Triton's `sample` as an operator, for graphs (`masked` has plain torch operations)."""
     assignment, order, offsets, _ = load("triton").sample(log_p, noise)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends, passes
 from .groups import FilterGroups, Routing
@@ -73,7 +73,7 @@ def _folder(kernels: Any) -> str:
     return kernels.__name__.rsplit(".", 1)[1]
 
 
-@torch.library.custom_op("sfg_fast::routed_conv", mutates_args=())
+@library.custom_op("sfg_fast::routed_conv", mutates_args=())
 def _forward(
     x: Tensor,
     others: Tensor | None,
@@ -114,7 +114,7 @@ def _(
     return y, _empty(x, sides[0].shape[0], size, kernels) if keep else x.new_empty(0)
 
 
-@torch.library.custom_op("sfg_fast::routed_conv_backward", mutates_args=())
+@library.custom_op("sfg_fast::routed_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -159,7 +159,7 @@ def _(
     return dx, dothers, dw, db
 
 
-@torch.library.custom_op("sfg_fast::gate_gradient", mutates_args=())
+@library.custom_op("sfg_fast::gate_gradient", mutates_args=())
 def _gate_gradient(
     dothers: Tensor,
     x: Tensor,
@@ -197,7 +197,7 @@ def _(
     return dothers.new_empty((sizes[0] - 1, sides[0].shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("sfg_fast::others", mutates_args=())
+@library.custom_op("sfg_fast::others", mutates_args=())
 def _others(
     x: Tensor,
     a: Tensor | None,

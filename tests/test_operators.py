@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sfg_fast.kernels.spec import Geometry, RoutedConv
+from torch import library
 
 from sfg_fast import backend
 from sfg_fast.backends import available
@@ -64,4 +65,4 @@ def test_opcheck(name, kind):
     fused, keep = name != "masked", kind in ("with others", "rows with others")
     arguments = (x, others, weight, bias, None, sides, sizes, numbers, spec.routing.value, fused, keep, folder)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.sfg_fast.routed_conv.default, arguments, test_utils=tests)
+    library.opcheck(torch.ops.sfg_fast.routed_conv.default, arguments, test_utils=tests)
