@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 
 #include "rows.h"
@@ -379,7 +380,7 @@ void convolve(const Convolution<T>& task, const Plan& plan, const Shape& p, int 
                 if (!layout.winograd) return task.loops.copy(copy);
                 for (copy.channels = 1; channels.first < channels.last; channels.first++, to += layout.source_stride) {
                     task.loops.copy(copy);
-                    task.loops.transform(rows, layout.pitch, layout.pitch + layout.slack - lanes, layout.groups, to,
+                    task.loops.transform(rows, layout.pitch, std::max(layout.span, layout.pitch), layout.groups, to,
                                          layout.phase_stride);
                     copy.image += copy.image_stride, copy.relu += copy.relu ? copy.image_stride : 0;
                     copy.scale += copy.scale != nullptr, copy.shift += copy.shift != nullptr;

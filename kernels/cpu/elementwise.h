@@ -110,29 +110,19 @@ T squares(const T* values, int64_t count, T mean) {
 template <typename T>
 void affine(const AffineTile<T>& t) {
     const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
-    int64_t j = 0;
-    for (; j + LANES<T> <= t.count; j += LANES<T>) {
-        Vector<T> y = load(t.u + j) * scale + shift;
+    for (int64_t j = 0; j < t.count; j += LANES<T>) {
+        const int64_t left = t.count - j;
+        Vector<T> y = load_some(t.u + j, left) * scale + shift;
         if (t.relu) y = y < none ? none : y;
-        if (t.residual) y += load(t.residual + j);
-        store<T>(t.y + j, y);
-    }
-    for (; j < t.count; j++) {
-        T y = t.u[j] * t.scale + t.shift;
-        if (t.relu && y < 0) y = 0;
-        t.y[j] = t.residual ? y + t.residual[j] : y;
+        if (t.residual) y += load_some(t.residual + j, left);
+        store_some<T>(t.y + j, y, left);
     }
 }
 
 template <typename T>
 SFG_INLINE Vector<T> passed(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
-    const Vector<T> none{}, dy = load(t.dy + j);
+    const Vector<T> none{}, dy = load_some(t.dy + j, t.count - j);
     return t.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? none : dy) : dy;
-}
-
-template <typename T>
-SFG_INLINE T passed(const AffineGradient<T>& t, int64_t j) {
-    return t.relu && t.u[j] * t.scale + t.shift <= 0 ? T(0) : t.dy[j];
 }
 
 template <typename T>
@@ -140,44 +130,32 @@ void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
     constexpr int L = LANES<T>;
     const Vector<T> centre = broadcast(mean);
     Vector<T> plain[2] = {}, moments[2] = {};
-    int64_t j = 0;
-    const auto take = [&](int64_t at, int i) {
-        const Vector<T> u = load(t.u + at), g = passed(t, at, u);
+    const auto take = [&](int64_t j, int i) {  // behind the last number g is zero
+        const Vector<T> u = load_some(t.u + j, t.count - j), g = passed(t, j, u);
         plain[i] += g;
         moments[i] += g * (u - centre);
     };
-    for (; j + 2 * L <= t.count; j += 2 * L) take(j, 0), take(j + L, 1);
-    for (; j + L <= t.count; j += L) take(j, 0);
-    T rest[2] = {0, 0};
-    for (; j < t.count; j++) {
-        const T g = passed(t, j);
-        rest[0] += g, rest[1] += g * (t.u[j] - mean);
-    }
+    int64_t j = 0;
+    for (; j + L < t.count; j += 2 * L) take(j, 0), take(j + L, 1);
+    if (j < t.count) take(j, 0);
     plain[0] += plain[1], moments[0] += moments[1];
-    add_sums<T, 1>(plain, rest), add_sums<T, 1>(moments, rest + 1);
-    sums[0] = rest[0], sums[1] = rest[1];
+    sums[0] = sums[1] = 0;
+    add_sums<T, 1>(plain, sums), add_sums<T, 1>(moments, sums + 1);
 }
 
 template <typename T>
 void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* add, T* du, T* y) {
     const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
     const Vector<T> slopes = broadcast(slope), offsets = broadcast(offset);
-    int64_t j = 0;
-    for (; j + LANES<T> <= t.count; j += LANES<T>) {
-        const Vector<T> u = load(t.u + j);
+    for (int64_t j = 0; j < t.count; j += LANES<T>) {
+        const int64_t left = t.count - j;
+        const Vector<T> u = load_some(t.u + j, left);
         Vector<T> gradient = scale * passed(t, j, u) + (slopes * u + offsets);
-        if (add) gradient += load(add + j);
-        store<T>(du + j, gradient);
+        if (add) gradient += load_some(add + j, left);
+        store_some<T>(du + j, gradient, left);
         if (!y) continue;
         const Vector<T> made = u * scale + shift;
-        store<T>(y + j, t.relu ? (made < none ? none : made) : made);
-    }
-    for (; j < t.count; j++) {
-        const T gradient = t.scale * passed(t, j) + (slope * t.u[j] + offset);
-        du[j] = add ? gradient + add[j] : gradient;
-        if (!y) continue;
-        const T made = t.u[j] * t.scale + t.shift;
-        y[j] = t.relu && made < 0 ? T(0) : made;
+        store_some<T>(y + j, t.relu ? (made < none ? none : made) : made, left);
     }
 }
 

@@ -95,12 +95,12 @@ Layout layout(const Axis& vertical, const Axis& horizontal, int64_t rows, int64_
     const int64_t lanes = limits.lanes, size_of_number = limits.size_of_number;
     Layout best{};
     best.rows = rows, best.columns = columns;
-    const int64_t span = horizontal.slots(best.columns);
+    best.span = horizontal.slots(columns);
     best.winograd = limits.products > 0;
     best.pitch = pitch_of(horizontal, best.winograd ? groups_of(rows) : rows, columns, limits);
     const bool narrow = best.pitch < round_up(columns, lanes);
     best.flat = narrow && !best.winograd;
-    best.slack = lanes + std::max<int64_t>(0, span - best.pitch);
+    best.slack = lanes + std::max<int64_t>(0, best.span - best.pitch);
     if (best.winograd) {
         best.groups = groups_of(best.rows);
         best.phase_stride = best.groups * best.pitch + (narrow ? best.slack : 0);

@@ -59,7 +59,8 @@ struct Layout {
     bool flat;              // rows are worked on as one strip, with the gaps between them
     bool winograd;          // scratch holds transformed rows (winograd.h), a phase for each product
     int64_t groups;         // of rows that are transformed together
-    int64_t pitch, slack, phase_stride;
+    int64_t span, pitch;    // slots of a row, and from row to row: narrow ones share zeros
+    int64_t slack, phase_stride;
     int64_t source_stride;  // of a channel
     std::vector<Tap> taps;  // of one product, where there are any
 

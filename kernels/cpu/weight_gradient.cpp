@@ -102,11 +102,9 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
     const int64_t at_once = by_winograd ? 2 : 1;
     // Small images are worked on together, so that the lanes of fewer vectors are added up. In scratch they lie side by
     // side in every channel, the outputs as far apart as what is read.
-    const auto outputs_alone = [&](const Layout& layout) {
-        return spread((layout.winograd ? layout.groups : layout.rows) * layout.pitch + lanes, sizeof(T));
-    };
     const auto images_apart = [&](const Layout& layout) {
-        return std::max(layout.source_stride, outputs_alone(layout));
+        const int64_t lines = layout.winograd ? layout.groups : layout.rows;
+        return std::max(layout.source_stride, spread(lines * layout.pitch + lanes, sizeof(T)));
     };
     int64_t together = by_tiles ? p.n : std::max<int64_t>(1, p.n / threads);
     for (const Job& job : jobs) {
@@ -117,18 +115,12 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         const int64_t fit = TOGETHER_BYTES / (at_once * channels * images_apart(layout) * int64_t(sizeof(T)));
         together = one_strip ? std::clamp<int64_t>(fit, 1, together) : 1;
     }
-    const auto outputs_apart = [&](const Layout& layout) {
-        return together > 1 ? together * images_apart(layout) : outputs_alone(layout);
-    };
-    const auto sources_apart = [&](const Layout& layout) {
-        return together > 1 ? together * images_apart(layout) : layout.source_stride;
-    };
     int64_t source = 0, gradient = 0, shifted_most = 0;
     for (const Job& job : jobs) {
         const int64_t reads = job.part->reads.last - job.part->reads.first;
-        const int64_t out_stride = outputs_apart(job.layout);
-        source = std::max(source, reads * sources_apart(job.layout));
-        gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * out_stride);
+        const int64_t stride = together * images_apart(job.layout);
+        source = std::max(source, reads * stride);
+        gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * stride);
         shifted_most = std::max(shifted_most, reads * int64_t(job.layout.taps.size()));
     }
     source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
@@ -165,8 +157,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
             const Layout& layout = job.layout;
             const Axis &v = *job.vertical, &h = *job.horizontal;
             const Range reads = job.part->reads, outputs = job.part->outputs;
-            const int64_t apart = images_apart(layout), in_stride = sources_apart(layout);
-            const int64_t out_stride = outputs_apart(layout);
+            const int64_t apart = images_apart(layout), stride = together * apart;
             const T *of_x = x + n * p.c * plane, *of_dy = dy + n * p.k * out_plane;
             const T* passed = relu ? relu + n * p.k * out_plane : nullptr;
             Strips strips = layout.strips(patch.rows, patch.columns);
@@ -190,13 +181,13 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                  factors,
                                  count,
                                  fresh};
-                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, out_stride, dys + i * apart, gradient);
+                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, stride, dys + i * apart, gradient);
             };
             const auto add_biases = [&](int64_t i) {
                 for (const Tile& tile : job.part->tiles)
                     for (int64_t k = tile.first; db && has(thread, team, tile) && k < tile.first + tile.outputs; k++)
-                        loops.sum(dys + i * apart + (k - outputs.first) * out_stride, lines, layout.pitch,
-                                  patch.columns, dbs + k);
+                        loops.sum(dys + i * apart + (k - outputs.first) * stride, lines, layout.pitch, patch.columns,
+                                  dbs + k);
             };
             for (int64_t i = 0; by_winograd && db && i < images; i++)
                 mix_dy(i, {Factors{1, 1, 1, 1}}, 1, true), add_biases(i);
@@ -221,14 +212,14 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                          factors,
                                          int(count),
                                          first == 0};
-                        mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, in_stride,
+                        mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, stride,
                             xs + i * apart, source);
                         mix_dy(i, powers, count, first == 0 && !db);
                         continue;
                     }
                     Copy<T> copy = copy_of<T>(image, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
                                               patch.columns, xs + i * apart, layout);
-                    copy.channel_stride = in_stride;
+                    copy.channel_stride = stride;
                     loops.copy(copy);
                     // The outputs' lines are v.first + i * v.step; columns are all there is.
                     loops.copy({.image = of_dy + (i * p.k + outputs.first) * out_plane,
@@ -238,7 +229,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                                 .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
                                 .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
                                 .scratch = dys + i * apart,
-                                .channel_stride = out_stride,
+                                .channel_stride = stride,
                                 .phase_stride = 0,
                                 .pitch = layout.pitch,
                                 .slack = lanes});
@@ -253,11 +244,11 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                             for (int64_t c = range.first; c < range.last; c++, channel++)
                                 for (const Tap& tap : layout.taps)
                                     shifted[taps_there++] = {
-                                        xs + i * source + (c - reads.first) * in_stride + tap.offset,
+                                        xs + i * source + (c - reads.first) * stride + tap.offset,
                                         dws + tile.weights * taps +
                                             (channel * taps + product_tap + tap.index) * tile.outputs};
-                        loops.gradient({.dy = dys + i * gradient + (tile.first - outputs.first) * out_stride,
-                                        .channel_stride = out_stride,
+                        loops.gradient({.dy = dys + i * gradient + (tile.first - outputs.first) * stride,
+                                        .channel_stride = stride,
                                         .outputs = tile.outputs,
                                         .shifted = shifted,
                                         .shifted_count = taps_there,
