@@ -20,11 +20,14 @@ OUT ?= runs/demo
 demo: $(STAMP)
 	$(BIN)/sfg-fast demo --out $(OUT)
 
+# Every test keeps to one thread.
+PROCESSES ?= 2
+PYTEST    := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 # The C++ kernels alone: needs CMake and a compiler, no Python.
 test-cpp:

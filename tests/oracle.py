@@ -10,9 +10,10 @@ def merge(x, routing):
 
 
 def sfg_layer(
-    x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=False, norm=None, routing="arrow"
+    x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=None, norm=None, routing="arrow"
 ):
-    """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None."""
+    """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None;
+    pool: a function or None."""
     groups = z.shape[1]
     reads = [x] * groups if isinstance(x, torch.Tensor) else merge(list(x), routing)
     u = [F.conv2d(read, weight, bias, stride, padding, dilation) for read in reads]
@@ -27,9 +28,26 @@ def sfg_layer(
             for t in u
         ]
     h = [t.clamp_min(0) if relu else t for t in u]
-    if pool:
-        h = [F.max_pool2d(t, 2) for t in h]  # of equals the first gets the gradient
+    if pool is not None:
+        h = [pool(t) for t in h]
     return [t * z[:, group].view(1, -1, 1, 1) for group, t in enumerate(h)]
+
+
+def max_pool(x):
+    """Of 2x2 windows. Of equals the first gets the gradient."""
+    return F.max_pool2d(x, 2)
+
+
+def max_pool_last(x):
+    """As `max_pool`, but the last gets it, and what differs by rounding alone counts as equal: where the gradient
+    differs from that of `max_pool`, it is rounding that decides."""
+    height, width = x.shape[2:]
+    windows = x[:, :, : height // 2 * 2, : width // 2 * 2].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    windows = windows.permute(0, 1, 2, 4, 3, 5).flatten(4)
+    most = windows.detach().amax(-1, keepdim=True)
+    near = windows >= most - 1e-9 * most.abs()
+    last = 3 - near.flip(-1).int().argmax(-1, keepdim=True)
+    return windows.gather(-1, last)[..., 0]
 
 
 def relaxed(logits, noise, temperature):
