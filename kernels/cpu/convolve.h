@@ -262,7 +262,7 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
                 plan.beside_reads = {first ? part.reads.first : std::min(plan.beside_reads.first, part.reads.first),
                                      std::max(plan.beside_reads.last, part.reads.last)};
             }
-    limits.other_channels = plan.beside_reads.last - plan.beside_reads.first;
+    limits.other_channels = plan.beside_reads.size();
     Limits other_limits = limits;
     limits.products = task.winograd ? winograd::PRODUCTS : 0;
     other_limits.products = beside && beside->winograd ? winograd::PRODUCTS : 0;
@@ -276,7 +276,7 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
             std::max(plan.products, Sums<T>::product_channel(layout, lanes) * task.loops.outputs * winograd::PRODUCTS);
     };
     for (const Job& job : plan.jobs) {
-        plan.source = std::max(plan.source, (job.part->reads.last - job.part->reads.first) * job.layout.source_stride);
+        plan.source = std::max(plan.source, (job.part->reads.size()) * job.layout.source_stride);
         fit(job.layout);
         if (!beside) continue;
         const Axis& v = beside->vertical[job.vertical - task.vertical.data()];

@@ -19,6 +19,8 @@ constexpr int MOST_OUTPUTS = 16;  // of a tile, with any instruction set
 
 struct Range {
     int64_t first, last;
+
+    int64_t size() const { return last - first; }
 };
 
 // One axis of a copy. Slot s of phase p holds the image's line (first + s) * stride + phase[p]: the lines that a

@@ -272,8 +272,8 @@ std::vector<Job> jobs(const std::vector<Part>& parts, const std::vector<Axis>& v
         for (const Axis& v : vertical)
             for (const Axis& h : horizontal) {
                 if (v.count == 0 || h.count == 0) continue;
-                const int64_t reads = part.reads.last - part.reads.first;
-                const int64_t outputs = part.outputs.last - part.outputs.first;
+                const int64_t reads = part.reads.size();
+                const int64_t outputs = part.outputs.size();
                 const auto [rows, columns] =
                     block(v, h, reads + limits.other_channels + (limits.outputs_too ? outputs : 0), limits);
                 const Layout blocks = layout(v, h, rows, columns, limits);

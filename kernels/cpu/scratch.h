@@ -64,7 +64,7 @@ Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, co
         .image = image + offset,
         .relu = relu ? relu + offset : nullptr,
         .image_stride = plane,
-        .channels = channels.last - channels.first,
+        .channels = channels.size(),
         .vertical = {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},
         .horizontal = {h.phases.data(), int64_t(h.phases.size()), column + h.low, h.stride, h.slots(columns), h.length},
         .scratch = scratch,

@@ -1,4 +1,4 @@
-// Weight and bias gradient.
+// Weight and bias gradient: `Work` says how the work is cut, a `Worker` goes through its blocks, `Totals` adds up.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -56,7 +56,7 @@ struct Mix {
             }
         }
         for (int product = 0; product < products; product++)
-            for (int64_t c = 0; c < channels.last - channels.first; c++)
+            for (int64_t c = 0; c < channels.size(); c++)
                 zero_row(to + product * product_stride + c * channel_stride + groups * pitch, slack);
     }
 
@@ -75,230 +75,353 @@ struct Mix {
 constexpr int64_t TOGETHER_BYTES = 2048 << 10;  // of images that are worked on together
 constexpr double MIXING = 12, ADDING = 50;      // to make a product's rows; to add up what the lanes of a vector have
 
+// How the work is cut.
+template <typename T>
+struct Work {
+    const InnerLoops<T>& loops;
+    const Shape p;
+    const int64_t plane, out_plane;
+    int64_t weights = 0;  // sums of all tiles, without their taps
+    const std::vector<Part> channel_parts;
+    const std::vector<Axis> vertical, horizontal;
+    // Small images, many channels: a thread has tiles of its own, and goes over all positions, where otherwise it has
+    // positions of its own, and a copy of all gradients.
+    bool by_tiles;
+    int threads;
+    bool by_winograd;
+    int64_t products = 1;  // one after the other, opposite ones at once
+    int64_t taps;          // sums of a channel, of all products: the gradients of what these multiply
+    std::vector<Job> jobs;
+    int64_t items;     // blocks of an image
+    int64_t together;  // images that are worked on at a time
+    // Numbers in scratch, of a product's sources and outputs; most sources of a tile, each as its taps see it.
+    int64_t source = 0, gradient = 0, shifted = 0;
+
+    Work(const InnerLoops<T>& loops, const Shape& shape, const Blocks& blocks, int most_threads)
+        : loops(loops),
+          p(with_long_rows(shape)),
+          plane(p.h * p.w),
+          out_plane(p.oh * p.ow),
+          channel_parts(parts(blocks, false, loops.gradient_outputs, &weights)),
+          vertical(undilated({forward_axis(p, 0)})),
+          horizontal({forward_axis(p, 1)}) {
+        const int64_t positions = p.n * out_plane, least = 8 * loops.lanes;
+        const int64_t copied = positions * (p.c + p.k);  // numbers that each thread copies if it has tiles of its own
+        by_tiles = most_threads > 1 && copied < weights * p.r * p.s * 2;
+        threads = by_tiles ? most_threads : int(std::clamp<int64_t>(positions / least, 1, most_threads));
+        const int64_t share = by_tiles ? positions : positions / threads;
+        Limits limits{loops.lanes, sizeof(T), std::clamp<int64_t>(share, least, GRADIENT_POSITIONS), 1, true};
+        const double mixing = MIXING / double(p.k);
+        by_winograd = weights > 0 && suits_winograd(vertical, horizontal, limits, mixing, ADDING);
+        if (by_winograd) products = winograd::PRODUCTS, limits.products = 1, limits.most_positions *= winograd::ROWS;
+        taps = by_winograd ? products * tap_columns() : p.r * p.s;
+        jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
+        together = images_together();
+        for (const Job& job : jobs) {
+            const int64_t reads = job.part->reads.size(), outputs = job.part->outputs.size();
+            const int64_t stride = together * images_apart(job.layout);
+            source = std::max(source, spread(reads * stride, sizeof(T)));
+            gradient = std::max(gradient, spread(outputs * stride, sizeof(T)));
+            shifted = std::max(shifted, reads * int64_t(job.layout.taps.size()));
+        }
+    }
+    Work(const Work&) = delete;  // jobs point to parts and axes
+    Work& operator=(const Work&) = delete;
+
+    int64_t tap_columns() const { return horizontal[0].tap.size(); }
+    int64_t at_once() const { return by_winograd ? 2 : 1; }  // products
+
+    // Images that are worked on together lie side by side in every channel, the outputs as far apart as what is read.
+    int64_t images_apart(const Layout& layout) const {
+        const int64_t lines = layout.winograd ? layout.groups : layout.rows;
+        return std::max(layout.source_stride, spread(lines * layout.pitch + loops.lanes, sizeof(T)));
+    }
+
+    // Small ones, so that the lanes of fewer vectors are added up.
+    int64_t images_together() const {
+        int64_t count = by_tiles ? p.n : std::max<int64_t>(1, p.n / threads);
+        for (const Job& job : jobs) {
+            const Layout& layout = job.layout;
+            const int64_t channels = job.part->reads.size() + job.part->outputs.size();
+            const bool one_strip = layout.rows == 1 || layout.pitch < round_up(layout.columns, loops.lanes);
+            const int64_t bytes = at_once() * channels * images_apart(layout) * int64_t(sizeof(T));
+            count = one_strip ? std::clamp<int64_t>(TOGETHER_BYTES / bytes, 1, count) : 1;
+        }
+        return count;
+    }
+
+    // By tiles, thread i has those whose first weight is in the i-th part of all.
+    bool has(int thread, int team, const Tile& tile) const {
+        const int64_t weight = std::min(tile.weights, weights - 1);  // one that reads nothing has none
+        return !by_tiles || (weight * team >= weights * thread && weight * team < weights * (thread + 1));
+    }
+};
+
+// A thread's own.
+template <typename T>
+struct Worker {
+    const Work<T>& work;
+    const T *x, *dy, *relu;
+    bool bias;
+    int thread, team;
+    T *xs, *dys;   // scratch of what is read, and of outputs
+    T *dws, *dbs;  // sums of weights, [tile][channel][tap][output], and of biases
+    Shifted<T>* shifted;
+
+    bool has(const Tile& tile) const { return work.has(thread, team, tile); }
+
+    void run() const {
+        std::memset(xs, 0, work.at_once() * (work.source + work.gradient) * sizeof(T));
+        for (const Tile* tile : tiles_of(work.channel_parts)) {
+            if (!has(*tile)) continue;
+            const int64_t count = tile->outputs * tile->reads_total * work.taps;
+            std::memset(dws + tile->weights * work.taps, 0, count * sizeof(T));
+            std::memset(dbs + tile->first, 0, tile->outputs * sizeof(T));
+        }
+        const int64_t total = (work.p.n + work.together - 1) / work.together * work.items;
+        // A fixed share, for the sake of equal bits.
+        const int64_t first = work.by_tiles ? 0 : total * thread / team;
+        const int64_t last = work.by_tiles ? total : total * (thread + 1) / team;
+        for (int64_t item = first; item < last; item++) {
+            const Block block(*this, item / work.items * work.together, Patch(work.jobs, item % work.items));
+            if (work.by_winograd)
+                block.add_by_winograd();
+            else
+                block.add();
+        }
+    }
+
+    // The same block of a few images.
+    struct Block {
+        const Worker& own;
+        const Work<T>& work;
+        const Patch patch;
+        const Layout& layout;
+        const Axis &vertical, &horizontal;
+        const Range reads, outputs;
+        const int64_t image, images;
+        const int64_t apart, stride;  // of images in a channel, and of channels, in scratch
+        const int64_t lines;
+        Strips strips;
+
+        Block(const Worker& own, int64_t image, const Patch& patch)
+            : own(own),
+              work(own.work),
+              patch(patch),
+              layout(patch.job->layout),
+              vertical(*patch.job->vertical),
+              horizontal(*patch.job->horizontal),
+              reads(patch.job->part->reads),
+              outputs(patch.job->part->outputs),
+              image(image),
+              images(std::min(work.together, work.p.n - image)),
+              apart(work.images_apart(layout)),
+              stride(work.together * apart),
+              lines(layout.winograd ? groups_of(patch.rows) : patch.rows),
+              strips(layout.strips(patch.rows, patch.columns)) {
+            const int64_t lanes = work.loops.lanes;
+            strips.length = round_up(strips.length, lanes);
+            if (layout.winograd && layout.pitch < strips.length)  // narrow: zeros between the outputs
+                strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
+            else if (layout.winograd)
+                strips.strips = lines;
+            if (images > 1) strips.strips = images, strips.pitch = apart;
+        }
+
+        const T* sources(int64_t i) const { return own.x + (image + i) * work.p.c * work.plane; }
+        const T* gradients(int64_t i) const { return own.dy + (image + i) * work.p.k * work.out_plane; }
+        const T* passed(int64_t i) const {
+            return own.relu ? own.relu + (image + i) * work.p.k * work.out_plane : nullptr;
+        }
+
+        void add() const {
+            const int64_t none = 0, out_plane = work.out_plane;
+            for (int64_t i = 0; i < images; i++) {
+                Copy<T> copy = copy_of<T>(sources(i), nullptr, work.plane, reads, vertical, horizontal, patch.row,
+                                          patch.rows, patch.column, patch.columns, own.xs + i * apart, layout);
+                copy.channel_stride = stride;
+                work.loops.copy(copy);
+                // The outputs' lines are first + i * step; columns are all there is.
+                work.loops.copy({.image = gradients(i) + outputs.first * out_plane,
+                                 .relu = own.relu ? passed(i) + outputs.first * out_plane : nullptr,
+                                 .image_stride = out_plane,
+                                 .channels = outputs.size(),
+                                 .vertical = {&vertical.first, 1, patch.row, vertical.step, patch.rows, work.p.oh},
+                                 .horizontal = {&none, 1, patch.column, 1, patch.columns, work.p.ow},
+                                 .scratch = own.dys + i * apart,
+                                 .channel_stride = stride,
+                                 .phase_stride = 0,
+                                 .pitch = layout.pitch,
+                                 .slack = work.loops.lanes});
+                add_biases(i);
+            }
+            add_product(own.xs, own.dys, 0);
+        }
+
+        void add_by_winograd() const {
+            for (int64_t i = 0; own.bias && i < images; i++)
+                mix_gradients(i, {Factors{1, 1, 1, 1}}, 1, true), add_biases(i);
+            for (int64_t first = 0, count; first < winograd::PRODUCTS; first += count) {
+                count = winograd::opposite(first) ? 2 : 1;
+                std::array<Factors, 2> factors{}, powers{};
+                for (int64_t i = 0; i < count; i++) {
+                    std::copy_n(winograd::SOURCES[first + i], winograd::PRODUCTS, factors[i].begin());
+                    for (int row = 0; row < winograd::ROWS; row++) powers[i][row] = winograd::OUTPUTS[row][first + i];
+                }
+                for (int64_t i = 0; i < images; i++) {
+                    mix_sources(i, factors, count, first == 0);
+                    mix_gradients(i, powers, count, first == 0 && !own.bias);
+                }
+                for (int64_t i = 0; i < count; i++)
+                    add_product(own.xs + i * work.source, own.dys + i * work.gradient, first + i);
+            }
+        }
+
+        void mix_sources(int64_t i, const std::array<Factors, 2>& factors, int64_t count, bool fresh) const {
+            const Mix<T> mix{sources(i),
+                             nullptr,
+                             work.plane,
+                             work.p.w,
+                             (patch.row + vertical.low) * vertical.stride + vertical.phases[0],
+                             vertical.stride,
+                             work.p.h,
+                             patch.column + horizontal.low,
+                             factors,
+                             int(count),
+                             fresh};
+            mix(work.loops, reads, lines, horizontal.slots(patch.columns), layout.pitch, layout.slack, stride,
+                own.xs + i * apart, work.source);
+        }
+
+        void mix_gradients(int64_t i, const std::array<Factors, 2>& factors, int64_t count, bool fresh) const {
+            const Mix<T> mix{
+                gradients(i),  passed(i), work.out_plane, work.p.ow, vertical.first + patch.row * vertical.step,
+                vertical.step, work.p.oh, patch.column,   factors,   int(count),
+                fresh};
+            mix(work.loops, outputs, lines, patch.columns, layout.pitch, work.loops.lanes, stride, own.dys + i * apart,
+                work.gradient);
+        }
+
+        void add_biases(int64_t i) const {
+            for (const Tile& tile : patch.job->part->tiles)
+                for (int64_t k = tile.first; own.bias && own.has(tile) && k < tile.first + tile.outputs; k++)
+                    work.loops.sum(own.dys + i * apart + (k - outputs.first) * stride, lines, layout.pitch,
+                                   patch.columns, own.dbs + k);
+        }
+
+        void add_product(const T* xs, const T* dys, int64_t product) const {
+            const int64_t taps = work.taps, first_tap = layout.winograd ? product * work.tap_columns() : 0;
+            for (const Tile& tile : patch.job->part->tiles) {
+                if (!own.has(tile)) continue;
+                int64_t count = 0, channel = 0;
+                for (const Range& range : tile.reads)
+                    for (int64_t c = range.first; c < range.last; c++, channel++)
+                        for (const Tap& tap : layout.taps)
+                            own.shifted[count++] = {xs + (c - reads.first) * stride + tap.offset,
+                                                    own.dws + (tile.weights + channel * tile.outputs) * taps +
+                                                        (first_tap + tap.index) * tile.outputs};
+                work.loops.gradient({.dy = dys + (tile.first - outputs.first) * stride,
+                                     .channel_stride = stride,
+                                     .outputs = tile.outputs,
+                                     .shifted = own.shifted,
+                                     .shifted_count = count,
+                                     .at = strips});
+            }
+        }
+    };
+};
+
+// What the threads have, added up in their order.
+template <typename T>
+struct Totals {
+    const Work<T>& work;
+    const Blocks& blocks;
+    const T* sums;  // of the first thread
+    int64_t copies, apart;
+
+    // `count` numbers from the `at`-th.
+    void total(int64_t at, int64_t count, T* to) const {
+        for (int64_t i = 0; i < count; i++) to[i] = sums[at + i];
+        for (int64_t t = 1; t < copies; t++)
+            for (int64_t i = 0; i < count; i++) to[i] += sums[t * apart + at + i];
+    }
+
+    // The rows of the gradient that a tile's outputs have.
+    void write(const Tile& tile, T* dw, T* db) const {
+        const int64_t kernel_taps = work.p.r * work.p.s, kernel = blocks.weight_row() * kernel_taps;
+        const int64_t count = tile.outputs;
+        T *rows[MOST_OUTPUTS], totals[MOST_OUTPUTS];
+        for (int64_t k = 0; k < count; k++) {
+            rows[k] = dw + place(blocks.row_order, tile.first + k) * kernel;
+            std::memset(rows[k], 0, kernel * sizeof(T));
+        }
+        int64_t at = tile.weights * work.taps;
+        for (const Range& range : tile.reads)
+            for (int64_t c = range.first; c < range.last; c++, at += work.taps * count) {
+                const int64_t column = place(blocks.column_order, c) * kernel_taps;
+                if (work.by_winograd) {
+                    write_by_winograd(at, column, count, rows);
+                    continue;
+                }
+                for (int64_t t = 0; t < work.taps; t++) {
+                    total(at + t * count, count, totals);
+                    for (int64_t k = 0; k < count; k++) rows[k][column + t] = totals[k];
+                }
+            }
+        if (!db) return;
+        total(work.weights * work.taps + tile.first, count, totals);
+        for (int64_t k = 0; k < count; k++) db[place(blocks.row_order, tile.first + k)] = totals[k];
+    }
+
+    // Of one channel.
+    void write_by_winograd(int64_t at, int64_t column, int64_t count, T* const* rows) const {
+        const std::vector<int64_t>&vertical = work.vertical[0].tap, &horizontal = work.horizontal[0].tap;
+        T totals[MOST_OUTPUTS];
+        for (int64_t h = 0; h < work.tap_columns(); h++) {
+            T sums[winograd::TAPS][MOST_OUTPUTS] = {};
+            for (int64_t product = 0; product < winograd::PRODUCTS; product++) {
+                total(at + (product * work.tap_columns() + h) * count, count, totals);
+                for (int v = 0; v < winograd::TAPS; v++)
+                    for (int64_t k = 0; k < count; k++) sums[v][k] += T(winograd::WEIGHTS[product][v]) * totals[k];
+            }
+            for (int v = 0; v < winograd::TAPS; v++)
+                for (int64_t k = 0; k < count; k++) rows[k][column + vertical[v] + horizontal[h]] = sums[v][k];
+        }
+    }
+};
+
 }  // namespace
 
 template <typename T>
 void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
                      const Shape& shape, const Blocks& blocks, int threads) {
-    const Shape p = with_long_rows(shape);
-    const int64_t lanes = loops.lanes, plane = p.h * p.w, out_plane = p.oh * p.ow;
-    int64_t weights = 0, items = 0;
-    const std::vector<Part> channel_parts = parts(blocks, false, loops.gradient_outputs, &weights);
-    const std::vector<Axis> vertical = undilated({forward_axis(p, 0)}), horizontal = {forward_axis(p, 1)};
-    // Small images, many channels: a thread has tiles of its own, and goes over all positions, where otherwise it has
-    // positions of its own, and a copy of all gradients. (In units of numbers that are copied or added up.)
-    const int64_t positions = p.n * out_plane, copied = positions * (p.c + p.k);
-    const bool by_tiles = threads > 1 && copied < weights * p.r * p.s * 2;
-    if (!by_tiles) threads = int(std::clamp<int64_t>(positions / (8 * lanes), 1, threads));
-    const int64_t share = by_tiles ? positions : positions / threads;
-    const int64_t most = std::clamp<int64_t>(share, 8 * lanes, GRADIENT_POSITIONS);
-    Limits limits{lanes, sizeof(T), most, 1, true};
-    const bool by_winograd = weights > 0 && suits_winograd(vertical, horizontal, limits, MIXING / double(p.k), ADDING);
-    // By Winograd: the gradients of what the products multiply, one product after the other in the same scratch.
-    const int64_t products = by_winograd ? winograd::PRODUCTS : 1;
-    const int64_t tap_columns = horizontal[0].tap.size(), taps = by_winograd ? products * tap_columns : p.r * p.s;
-    if (by_winograd) limits.products = 1, limits.most_positions *= winograd::ROWS;
-    const std::vector<Job> jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
-    const int64_t at_once = by_winograd ? 2 : 1;
-    // Small images are worked on together, so that the lanes of fewer vectors are added up. In scratch they lie side by
-    // side in every channel, the outputs as far apart as what is read.
-    const auto images_apart = [&](const Layout& layout) {
-        const int64_t lines = layout.winograd ? layout.groups : layout.rows;
-        return std::max(layout.source_stride, spread(lines * layout.pitch + lanes, sizeof(T)));
-    };
-    int64_t together = by_tiles ? p.n : std::max<int64_t>(1, p.n / threads);
-    for (const Job& job : jobs) {
-        const Layout& layout = job.layout;
-        const Range reads = job.part->reads, outputs = job.part->outputs;
-        const int64_t channels = reads.last - reads.first + outputs.last - outputs.first;
-        const bool one_strip = layout.rows == 1 || layout.pitch < round_up(layout.columns, lanes);
-        const int64_t fit = TOGETHER_BYTES / (at_once * channels * images_apart(layout) * int64_t(sizeof(T)));
-        together = one_strip ? std::clamp<int64_t>(fit, 1, together) : 1;
-    }
-    int64_t source = 0, gradient = 0, shifted_most = 0;
-    for (const Job& job : jobs) {
-        const int64_t reads = job.part->reads.last - job.part->reads.first;
-        const int64_t stride = together * images_apart(job.layout);
-        source = std::max(source, reads * stride);
-        gradient = std::max(gradient, (job.part->outputs.last - job.part->outputs.first) * stride);
-        shifted_most = std::max(shifted_most, reads * int64_t(job.layout.taps.size()));
-    }
-    source = spread(source, sizeof(T)), gradient = spread(gradient, sizeof(T));
-    const int64_t sums = spread(weights * taps + p.k, sizeof(T)), copies = by_tiles ? 1 : threads;
-    const int64_t per_thread = at_once * (source + gradient);
-    const Buffer<T> scratch(per_thread * threads), gradients(sums * copies);
-    const Buffer<Shifted<T>> shifted_lists(shifted_most * threads);
-    const auto sums_of = [&](int64_t copy) { return gradients.data() + sums * copy; };
-    const std::vector<const Tile*> tiles = tiles_of(channel_parts);
-    const int64_t none = 0, total = (p.n + together - 1) / together * items;
-    // By tiles, thread i has those whose first weight is in the i-th part of all.
-    const auto has = [&](int thread, int team, const Tile& tile) {
-        const int64_t weight = std::min(tile.weights, weights - 1);  // one that reads nothing has none
-        return !by_tiles || (weight * team >= weights * thread && weight * team < weights * (thread + 1));
-    };
+    const Work<T> work(loops, shape, blocks, threads);
+    const int64_t weight_sums = work.weights * work.taps, sums = spread(weight_sums + work.p.k, sizeof(T));
+    const int64_t scratch_of_one = work.at_once() * (work.source + work.gradient);
+    const Buffer<T> scratch(scratch_of_one * work.threads), gradients(sums * (work.by_tiles ? 1 : work.threads));
+    const Buffer<Shifted<T>> shifted(work.shifted * work.threads);
+    const std::vector<const Tile*> tiles = tiles_of(work.channel_parts);
 
-    on_threads(threads, [&](int thread, int team) {
-        T* xs = scratch.data() + per_thread * thread;
-        T *dys = xs + at_once * source, *dws = sums_of(by_tiles ? 0 : thread), *dbs = dws + weights * taps;
-        Shifted<T>* shifted = shifted_lists.data() + shifted_most * thread;
-        std::memset(xs, 0, per_thread * sizeof(T));
-        for (const Tile* tile : tiles) {
-            if (!has(thread, team, *tile)) continue;
-            std::memset(dws + tile->weights * taps, 0, tile->outputs * tile->reads_total * taps * sizeof(T));
-            std::memset(dbs + tile->first, 0, tile->outputs * sizeof(T));
-        }
-        // A fixed share, for the sake of equal bits.
-        const int64_t begin = by_tiles ? 0 : total * thread / team,
-                      last = by_tiles ? total : total * (thread + 1) / team;
-        for (int64_t item = begin; item < last; item++) {
-            const int64_t n = item / items * together, images = std::min(together, p.n - n);
-            const Patch patch(jobs, item % items);
-            const Job& job = *patch.job;
-            const Layout& layout = job.layout;
-            const Axis &v = *job.vertical, &h = *job.horizontal;
-            const Range reads = job.part->reads, outputs = job.part->outputs;
-            const int64_t apart = images_apart(layout), stride = together * apart;
-            const T *of_x = x + n * p.c * plane, *of_dy = dy + n * p.k * out_plane;
-            const T* passed = relu ? relu + n * p.k * out_plane : nullptr;
-            Strips strips = layout.strips(patch.rows, patch.columns);
-            strips.length = round_up(strips.length, lanes);
-            const int64_t lines = by_winograd ? groups_of(patch.rows) : patch.rows;
-            if (by_winograd && layout.pitch < strips.length)  // narrow: zeros between the outputs
-                strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
-            else if (by_winograd)
-                strips.strips = lines;
-            if (images > 1) strips.strips = images, strips.pitch = apart;
-            const auto passed_of = [&](int64_t i) { return passed ? passed + i * p.k * out_plane : nullptr; };
-            const auto mix_dy = [&](int64_t i, const std::array<Factors, 2>& factors, int count, bool fresh) {
-                const Mix<T> mix{of_dy + i * p.k * out_plane,
-                                 passed_of(i),
-                                 out_plane,
-                                 p.ow,
-                                 v.first + patch.row * v.step,
-                                 v.step,
-                                 p.oh,
-                                 patch.column,
-                                 factors,
-                                 count,
-                                 fresh};
-                mix(loops, outputs, lines, patch.columns, layout.pitch, lanes, stride, dys + i * apart, gradient);
-            };
-            const auto add_biases = [&](int64_t i) {
-                for (const Tile& tile : job.part->tiles)
-                    for (int64_t k = tile.first; db && has(thread, team, tile) && k < tile.first + tile.outputs; k++)
-                        loops.sum(dys + i * apart + (k - outputs.first) * stride, lines, layout.pitch, patch.columns,
-                                  dbs + k);
-            };
-            for (int64_t i = 0; by_winograd && db && i < images; i++)
-                mix_dy(i, {Factors{1, 1, 1, 1}}, 1, true), add_biases(i);
-            for (int64_t first = 0, count; first < products; first += count) {
-                count = by_winograd && winograd::opposite(first) ? 2 : 1;
-                std::array<Factors, 2> factors{}, powers{};
-                for (int64_t i = 0; by_winograd && i < count; i++) {
-                    std::copy_n(winograd::SOURCES[first + i], winograd::PRODUCTS, factors[i].begin());
-                    for (int row = 0; row < winograd::ROWS; row++) powers[i][row] = winograd::OUTPUTS[row][first + i];
-                }
-                for (int64_t i = 0; i < images; i++) {
-                    const T* const image = of_x + i * p.c * plane;
-                    if (by_winograd) {
-                        const Mix<T> mix{image,
-                                         nullptr,
-                                         plane,
-                                         p.w,
-                                         (patch.row + v.low) * v.stride + v.phases[0],
-                                         v.stride,
-                                         p.h,
-                                         patch.column + h.low,
-                                         factors,
-                                         int(count),
-                                         first == 0};
-                        mix(loops, reads, lines, h.slots(patch.columns), layout.pitch, layout.slack, stride,
-                            xs + i * apart, source);
-                        mix_dy(i, powers, count, first == 0 && !db);
-                        continue;
-                    }
-                    Copy<T> copy = copy_of<T>(image, nullptr, plane, reads, v, h, patch.row, patch.rows, patch.column,
-                                              patch.columns, xs + i * apart, layout);
-                    copy.channel_stride = stride;
-                    loops.copy(copy);
-                    // The outputs' lines are v.first + i * v.step; columns are all there is.
-                    loops.copy({.image = of_dy + (i * p.k + outputs.first) * out_plane,
-                                .relu = passed ? passed_of(i) + outputs.first * out_plane : nullptr,
-                                .image_stride = out_plane,
-                                .channels = outputs.last - outputs.first,
-                                .vertical = {&v.first, 1, patch.row, v.step, patch.rows, p.oh},
-                                .horizontal = {&none, 1, patch.column, 1, patch.columns, p.ow},
-                                .scratch = dys + i * apart,
-                                .channel_stride = stride,
-                                .phase_stride = 0,
-                                .pitch = layout.pitch,
-                                .slack = lanes});
-                    add_biases(i);
-                }
-                for (int64_t i = 0; i < count; i++)
-                    for (const Tile& tile : job.part->tiles) {
-                        if (!has(thread, team, tile)) continue;
-                        int64_t taps_there = 0, channel = 0;
-                        const int64_t product_tap = (first + i) * tap_columns * by_winograd;
-                        for (const Range& range : tile.reads)
-                            for (int64_t c = range.first; c < range.last; c++, channel++)
-                                for (const Tap& tap : layout.taps)
-                                    shifted[taps_there++] = {
-                                        xs + i * source + (c - reads.first) * stride + tap.offset,
-                                        dws + tile.weights * taps +
-                                            (channel * taps + product_tap + tap.index) * tile.outputs};
-                        loops.gradient({.dy = dys + i * gradient + (tile.first - outputs.first) * stride,
-                                        .channel_stride = stride,
-                                        .outputs = tile.outputs,
-                                        .shifted = shifted,
-                                        .shifted_count = taps_there,
-                                        .at = strips});
-                    }
-            }
-        }
-        const int64_t kernel_taps = p.r * p.s, kernel = blocks.weight_row() * kernel_taps;
-        const int64_t parts_of_sum = by_tiles ? 1 : team;
-        // Numbers `at` and behind, added up in the order of the threads.
-        const auto total = [&](int64_t at, int64_t count, T* to) {
-            for (int64_t i = 0; i < count; i++) to[i] = sums_of(0)[at + i];
-            for (int64_t t = 1; t < parts_of_sum; t++)
-                for (int64_t i = 0; i < count; i++) to[i] += sums_of(t)[at + i];
-        };
+    on_threads(work.threads, [&](int thread, int team) {
+        T* const xs = scratch.data() + scratch_of_one * thread;
+        T* const dws = gradients.data() + (work.by_tiles ? 0 : sums * thread);
+        Worker<T>{work,
+                  x,
+                  dy,
+                  relu,
+                  db != nullptr,
+                  thread,
+                  team,
+                  xs,
+                  xs + work.at_once() * work.source,
+                  dws,
+                  dws + weight_sums,
+                  shifted.data() + work.shifted * thread}
+            .run();
+        const Totals<T> totals{work, blocks, gradients.data(), work.by_tiles ? 1 : team, sums};
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < tiles.size(); i++) {
-            const Tile& tile = *tiles[i];
-            const int64_t count = tile.outputs;
-            T *rows[MOST_OUTPUTS], totals[MOST_OUTPUTS];
-            for (int64_t k = 0; k < count; k++) {
-                rows[k] = dw + place(blocks.row_order, tile.first + k) * kernel;
-                std::memset(rows[k], 0, kernel * sizeof(T));
-            }
-            int64_t at = tile.weights * taps;
-            for (const Range& range : tile.reads)
-                for (int64_t c = range.first; c < range.last; c++, at += taps * count) {
-                    const int64_t column = place(blocks.column_order, c) * kernel_taps;
-                    for (int64_t t = 0; !by_winograd && t < taps; t++) {
-                        total(at + t * count, count, totals);
-                        for (int64_t k = 0; k < count; k++) rows[k][column + t] = totals[k];
-                    }
-                    for (int64_t h = 0; by_winograd && h < tap_columns; h++) {
-                        T sums[winograd::TAPS][MOST_OUTPUTS] = {};
-                        for (int64_t product = 0; product < products; product++) {
-                            total(at + (product * tap_columns + h) * count, count, totals);
-                            for (int v = 0; v < winograd::TAPS; v++)
-                                for (int64_t k = 0; k < count; k++)
-                                    sums[v][k] += T(winograd::WEIGHTS[product][v]) * totals[k];
-                        }
-                        for (int v = 0; v < winograd::TAPS; v++)
-                            for (int64_t k = 0; k < count; k++)
-                                rows[k][column + vertical[0].tap[v] + horizontal[0].tap[h]] = sums[v][k];
-                    }
-                }
-            if (!db) continue;
-            total(weights * taps + tile.first, count, totals);
-            for (int64_t k = 0; k < count; k++) db[place(blocks.row_order, tile.first + k)] = totals[k];
-        }
+        for (size_t i = 0; i < tiles.size(); i++) totals.write(*tiles[i], dw, db);
     });
 }
 
