@@ -1,4 +1,4 @@
-// Weight and bias gradient: `Work` says how the work is cut, a `Worker` goes through its blocks, `Totals` adds up.
+// Weight and bias gradient: `Plan` says how the work is cut, a `Worker` goes through its blocks, `Totals` adds up.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -77,7 +77,7 @@ constexpr double MIXING = 12, ADDING = 50;      // to make a product's rows; to 
 
 // How the work is cut.
 template <typename T>
-struct Work {
+struct Plan {
     const InnerLoops<T>& loops;
     const Shape p;
     const int64_t plane, out_plane;
@@ -97,7 +97,7 @@ struct Work {
     // Numbers in scratch, of a product's sources and outputs; most sources of a tile, each as its taps see it.
     int64_t source = 0, gradient = 0, shifted = 0;
 
-    Work(const InnerLoops<T>& loops, const Shape& shape, const Blocks& blocks, int most_threads)
+    Plan(const InnerLoops<T>& loops, const Shape& shape, const Blocks& blocks, int most_threads)
         : loops(loops),
           p(with_long_rows(shape)),
           plane(p.h * p.w),
@@ -125,8 +125,8 @@ struct Work {
             shifted = std::max(shifted, reads * int64_t(job.layout.taps.size()));
         }
     }
-    Work(const Work&) = delete;  // jobs point to parts and axes
-    Work& operator=(const Work&) = delete;
+    Plan(const Plan&) = delete;  // jobs point to parts and axes
+    Plan& operator=(const Plan&) = delete;
 
     int64_t tap_columns() const { return horizontal[0].tap.size(); }
     int64_t at_once() const { return by_winograd ? 2 : 1; }  // products
@@ -160,7 +160,7 @@ struct Work {
 // A thread's own.
 template <typename T>
 struct Worker {
-    const Work<T>& work;
+    const Plan<T>& plan;
     const T *x, *dy, *relu;
     bool bias;
     int thread, team;
@@ -168,23 +168,23 @@ struct Worker {
     T *dws, *dbs;  // sums of weights, [tile][channel][tap][output], and of biases
     Shifted<T>* shifted;
 
-    bool has(const Tile& tile) const { return work.has(thread, team, tile); }
+    bool has(const Tile& tile) const { return plan.has(thread, team, tile); }
 
     void run() const {
-        std::memset(xs, 0, work.at_once() * (work.source + work.gradient) * sizeof(T));
-        for (const Tile* tile : tiles_of(work.channel_parts)) {
+        std::memset(xs, 0, plan.at_once() * (plan.source + plan.gradient) * sizeof(T));
+        for (const Tile* tile : tiles_of(plan.channel_parts)) {
             if (!has(*tile)) continue;
-            const int64_t count = tile->outputs * tile->reads_total * work.taps;
-            std::memset(dws + tile->weights * work.taps, 0, count * sizeof(T));
+            const int64_t count = tile->outputs * tile->reads_total * plan.taps;
+            std::memset(dws + tile->weights * plan.taps, 0, count * sizeof(T));
             std::memset(dbs + tile->first, 0, tile->outputs * sizeof(T));
         }
-        const int64_t total = (work.p.n + work.together - 1) / work.together * work.items;
+        const int64_t total = (plan.p.n + plan.together - 1) / plan.together * plan.items;
         // A fixed share, for the sake of equal bits.
-        const int64_t first = work.by_tiles ? 0 : total * thread / team;
-        const int64_t last = work.by_tiles ? total : total * (thread + 1) / team;
+        const int64_t first = plan.by_tiles ? 0 : total * thread / team;
+        const int64_t last = plan.by_tiles ? total : total * (thread + 1) / team;
         for (int64_t item = first; item < last; item++) {
-            const Block block(*this, item / work.items * work.together, Patch(work.jobs, item % work.items));
-            if (work.by_winograd)
+            const Block block(*this, item / plan.items * plan.together, Patch(plan.jobs, item % plan.items));
+            if (plan.by_winograd)
                 block.add_by_winograd();
             else
                 block.add();
@@ -194,7 +194,7 @@ struct Worker {
     // The same block of a few images.
     struct Block {
         const Worker& own;
-        const Work<T>& work;
+        const Plan<T>& plan;
         const Patch patch;
         const Layout& layout;
         const Axis &vertical, &horizontal;
@@ -206,7 +206,7 @@ struct Worker {
 
         Block(const Worker& own, int64_t image, const Patch& patch)
             : own(own),
-              work(own.work),
+              plan(own.plan),
               patch(patch),
               layout(patch.job->layout),
               vertical(*patch.job->vertical),
@@ -214,12 +214,12 @@ struct Worker {
               reads(patch.job->part->reads),
               outputs(patch.job->part->outputs),
               image(image),
-              images(std::min(work.together, work.p.n - image)),
-              apart(work.images_apart(layout)),
-              stride(work.together * apart),
+              images(std::min(plan.together, plan.p.n - image)),
+              apart(plan.images_apart(layout)),
+              stride(plan.together * apart),
               lines(layout.winograd ? groups_of(patch.rows) : patch.rows),
               strips(layout.strips(patch.rows, patch.columns)) {
-            const int64_t lanes = work.loops.lanes;
+            const int64_t lanes = plan.loops.lanes;
             strips.length = round_up(strips.length, lanes);
             if (layout.winograd && layout.pitch < strips.length)  // narrow: zeros between the outputs
                 strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
@@ -228,31 +228,31 @@ struct Worker {
             if (images > 1) strips.strips = images, strips.pitch = apart;
         }
 
-        const T* sources(int64_t i) const { return own.x + (image + i) * work.p.c * work.plane; }
-        const T* gradients(int64_t i) const { return own.dy + (image + i) * work.p.k * work.out_plane; }
+        const T* sources(int64_t i) const { return own.x + (image + i) * plan.p.c * plan.plane; }
+        const T* gradients(int64_t i) const { return own.dy + (image + i) * plan.p.k * plan.out_plane; }
         const T* passed(int64_t i) const {
-            return own.relu ? own.relu + (image + i) * work.p.k * work.out_plane : nullptr;
+            return own.relu ? own.relu + (image + i) * plan.p.k * plan.out_plane : nullptr;
         }
 
         void add() const {
-            const int64_t none = 0, out_plane = work.out_plane;
+            const int64_t none = 0, out_plane = plan.out_plane;
             for (int64_t i = 0; i < images; i++) {
-                Copy<T> copy = copy_of<T>(sources(i), nullptr, work.plane, reads, vertical, horizontal, patch.row,
+                Copy<T> copy = copy_of<T>(sources(i), nullptr, plan.plane, reads, vertical, horizontal, patch.row,
                                           patch.rows, patch.column, patch.columns, own.xs + i * apart, layout);
                 copy.channel_stride = stride;
-                work.loops.copy(copy);
+                plan.loops.copy(copy);
                 // The outputs' lines are first + i * step; columns are all there is.
-                work.loops.copy({.image = gradients(i) + outputs.first * out_plane,
+                plan.loops.copy({.image = gradients(i) + outputs.first * out_plane,
                                  .relu = own.relu ? passed(i) + outputs.first * out_plane : nullptr,
                                  .image_stride = out_plane,
                                  .channels = outputs.size(),
-                                 .vertical = {&vertical.first, 1, patch.row, vertical.step, patch.rows, work.p.oh},
-                                 .horizontal = {&none, 1, patch.column, 1, patch.columns, work.p.ow},
+                                 .vertical = {&vertical.first, 1, patch.row, vertical.step, patch.rows, plan.p.oh},
+                                 .horizontal = {&none, 1, patch.column, 1, patch.columns, plan.p.ow},
                                  .scratch = own.dys + i * apart,
                                  .channel_stride = stride,
                                  .phase_stride = 0,
                                  .pitch = layout.pitch,
-                                 .slack = work.loops.lanes});
+                                 .slack = plan.loops.lanes});
                 add_biases(i);
             }
             add_product(own.xs, own.dys, 0);
@@ -273,44 +273,44 @@ struct Worker {
                     mix_gradients(i, powers, count, first == 0 && !own.bias);
                 }
                 for (int64_t i = 0; i < count; i++)
-                    add_product(own.xs + i * work.source, own.dys + i * work.gradient, first + i);
+                    add_product(own.xs + i * plan.source, own.dys + i * plan.gradient, first + i);
             }
         }
 
         void mix_sources(int64_t i, const std::array<Factors, 2>& factors, int64_t count, bool fresh) const {
             const Mix<T> mix{sources(i),
                              nullptr,
-                             work.plane,
-                             work.p.w,
+                             plan.plane,
+                             plan.p.w,
                              (patch.row + vertical.low) * vertical.stride + vertical.phases[0],
                              vertical.stride,
-                             work.p.h,
+                             plan.p.h,
                              patch.column + horizontal.low,
                              factors,
                              int(count),
                              fresh};
-            mix(work.loops, reads, lines, horizontal.slots(patch.columns), layout.pitch, layout.slack, stride,
-                own.xs + i * apart, work.source);
+            mix(plan.loops, reads, lines, horizontal.slots(patch.columns), layout.pitch, layout.slack, stride,
+                own.xs + i * apart, plan.source);
         }
 
         void mix_gradients(int64_t i, const std::array<Factors, 2>& factors, int64_t count, bool fresh) const {
             const Mix<T> mix{
-                gradients(i),  passed(i), work.out_plane, work.p.ow, vertical.first + patch.row * vertical.step,
-                vertical.step, work.p.oh, patch.column,   factors,   int(count),
+                gradients(i),  passed(i), plan.out_plane, plan.p.ow, vertical.first + patch.row * vertical.step,
+                vertical.step, plan.p.oh, patch.column,   factors,   int(count),
                 fresh};
-            mix(work.loops, outputs, lines, patch.columns, layout.pitch, work.loops.lanes, stride, own.dys + i * apart,
-                work.gradient);
+            mix(plan.loops, outputs, lines, patch.columns, layout.pitch, plan.loops.lanes, stride, own.dys + i * apart,
+                plan.gradient);
         }
 
         void add_biases(int64_t i) const {
             for (const Tile& tile : patch.job->part->tiles)
                 for (int64_t k = tile.first; own.bias && own.has(tile) && k < tile.first + tile.outputs; k++)
-                    work.loops.sum(own.dys + i * apart + (k - outputs.first) * stride, lines, layout.pitch,
+                    plan.loops.sum(own.dys + i * apart + (k - outputs.first) * stride, lines, layout.pitch,
                                    patch.columns, own.dbs + k);
         }
 
         void add_product(const T* xs, const T* dys, int64_t product) const {
-            const int64_t taps = work.taps, first_tap = layout.winograd ? product * work.tap_columns() : 0;
+            const int64_t taps = plan.taps, first_tap = layout.winograd ? product * plan.tap_columns() : 0;
             for (const Tile& tile : patch.job->part->tiles) {
                 if (!own.has(tile)) continue;
                 int64_t count = 0, channel = 0;
@@ -320,7 +320,7 @@ struct Worker {
                             own.shifted[count++] = {xs + (c - reads.first) * stride + tap.offset,
                                                     own.dws + (tile.weights + channel * tile.outputs) * taps +
                                                         (first_tap + tap.index) * tile.outputs};
-                work.loops.gradient({.dy = dys + (tile.first - outputs.first) * stride,
+                plan.loops.gradient({.dy = dys + (tile.first - outputs.first) * stride,
                                      .channel_stride = stride,
                                      .outputs = tile.outputs,
                                      .shifted = own.shifted,
@@ -334,7 +334,7 @@ struct Worker {
 // What the threads have, added up in their order.
 template <typename T>
 struct Totals {
-    const Work<T>& work;
+    const Plan<T>& plan;
     const Blocks& blocks;
     const T* sums;  // of the first thread
     int64_t copies, apart;
@@ -348,39 +348,39 @@ struct Totals {
 
     // The rows of the gradient that a tile's outputs have.
     void write(const Tile& tile, T* dw, T* db) const {
-        const int64_t kernel_taps = work.p.r * work.p.s, kernel = blocks.weight_row() * kernel_taps;
+        const int64_t kernel_taps = plan.p.r * plan.p.s, kernel = blocks.weight_row() * kernel_taps;
         const int64_t count = tile.outputs;
         T *rows[MOST_OUTPUTS], totals[MOST_OUTPUTS];
         for (int64_t k = 0; k < count; k++) {
             rows[k] = dw + place(blocks.row_order, tile.first + k) * kernel;
             std::memset(rows[k], 0, kernel * sizeof(T));
         }
-        int64_t at = tile.weights * work.taps;
+        int64_t at = tile.weights * plan.taps;
         for (const Range& range : tile.reads)
-            for (int64_t c = range.first; c < range.last; c++, at += work.taps * count) {
+            for (int64_t c = range.first; c < range.last; c++, at += plan.taps * count) {
                 const int64_t column = place(blocks.column_order, c) * kernel_taps;
-                if (work.by_winograd) {
+                if (plan.by_winograd) {
                     write_by_winograd(at, column, count, rows);
                     continue;
                 }
-                for (int64_t t = 0; t < work.taps; t++) {
+                for (int64_t t = 0; t < plan.taps; t++) {
                     total(at + t * count, count, totals);
                     for (int64_t k = 0; k < count; k++) rows[k][column + t] = totals[k];
                 }
             }
         if (!db) return;
-        total(work.weights * work.taps + tile.first, count, totals);
+        total(plan.weights * plan.taps + tile.first, count, totals);
         for (int64_t k = 0; k < count; k++) db[place(blocks.row_order, tile.first + k)] = totals[k];
     }
 
     // Of one channel.
     void write_by_winograd(int64_t at, int64_t column, int64_t count, T* const* rows) const {
-        const std::vector<int64_t>&vertical = work.vertical[0].tap, &horizontal = work.horizontal[0].tap;
+        const std::vector<int64_t>&vertical = plan.vertical[0].tap, &horizontal = plan.horizontal[0].tap;
         T totals[MOST_OUTPUTS];
-        for (int64_t h = 0; h < work.tap_columns(); h++) {
+        for (int64_t h = 0; h < plan.tap_columns(); h++) {
             T sums[winograd::TAPS][MOST_OUTPUTS] = {};
             for (int64_t product = 0; product < winograd::PRODUCTS; product++) {
-                total(at + (product * work.tap_columns() + h) * count, count, totals);
+                total(at + (product * plan.tap_columns() + h) * count, count, totals);
                 for (int v = 0; v < winograd::TAPS; v++)
                     for (int64_t k = 0; k < count; k++) sums[v][k] += T(winograd::WEIGHTS[product][v]) * totals[k];
             }
@@ -395,17 +395,17 @@ struct Totals {
 template <typename T>
 void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
                      const Shape& shape, const Blocks& blocks, int threads) {
-    const Work<T> work(loops, shape, blocks, threads);
-    const int64_t weight_sums = work.weights * work.taps, sums = spread(weight_sums + work.p.k, sizeof(T));
-    const int64_t scratch_of_one = work.at_once() * (work.source + work.gradient);
-    const Buffer<T> scratch(scratch_of_one * work.threads), gradients(sums * (work.by_tiles ? 1 : work.threads));
-    const Buffer<Shifted<T>> shifted(work.shifted * work.threads);
-    const std::vector<const Tile*> tiles = tiles_of(work.channel_parts);
+    const Plan<T> plan(loops, shape, blocks, threads);
+    const int64_t weight_sums = plan.weights * plan.taps, sums = spread(weight_sums + plan.p.k, sizeof(T));
+    const int64_t scratch_of_one = plan.at_once() * (plan.source + plan.gradient);
+    const Buffer<T> scratch(scratch_of_one * plan.threads), gradients(sums * (plan.by_tiles ? 1 : plan.threads));
+    const Buffer<Shifted<T>> shifted(plan.shifted * plan.threads);
+    const std::vector<const Tile*> tiles = tiles_of(plan.channel_parts);
 
-    on_threads(work.threads, [&](int thread, int team) {
+    on_threads(plan.threads, [&](int thread, int team) {
         T* const xs = scratch.data() + scratch_of_one * thread;
-        T* const dws = gradients.data() + (work.by_tiles ? 0 : sums * thread);
-        Worker<T>{work,
+        T* const dws = gradients.data() + (plan.by_tiles ? 0 : sums * thread);
+        Worker<T>{plan,
                   x,
                   dy,
                   relu,
@@ -413,12 +413,12 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                   thread,
                   team,
                   xs,
-                  xs + work.at_once() * work.source,
+                  xs + plan.at_once() * plan.source,
                   dws,
                   dws + weight_sums,
-                  shifted.data() + work.shifted * thread}
+                  shifted.data() + plan.shifted * thread}
             .run();
-        const Totals<T> totals{work, blocks, gradients.data(), work.by_tiles ? 1 : team, sums};
+        const Totals<T> totals{plan, blocks, gradients.data(), plan.by_tiles ? 1 : team, sums};
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++) totals.write(*tiles[i], dw, db);
