@@ -53,7 +53,22 @@ def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, grou
 def gumbel_noise(like: Tensor) -> Tensor:
     """Standard Gumbel noise from the default generator of the device of `like`."""
     noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # contiguous: the same order in a graph
-    return noise.exponential_().clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_()
+    return _to_gumbel(noise.exponential_())
+
+
+def _to_gumbel(exponential: Tensor) -> Tensor:
+    return exponential.clamp_min_(torch.finfo(exponential.dtype).tiny).log_().neg_()
+
+
+def _noise_of_each(like: Tensor, sizes: Sequence[int], samples: int) -> Tensor:
+    """Gumbel noise [1 + samples, K, groups] for several layers of `sizes` kernels, K in all: the numbers that each
+    would get, one after the other."""
+    noise = torch.empty((1 + samples, *like.shape), dtype=like.dtype, device=like.device)
+    for part in noise.split(sizes, 1):
+        part[0].exponential_()
+        if samples:
+            part[1:] = torch.empty_like(part[1:], memory_format=torch.contiguous_format).exponential_()
+    return _to_gumbel(noise)
 
 
 def one_hot(assignment: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -208,29 +223,23 @@ class GroupGates(nn.Module):
         if self.assigned:
             gates = one_hot(self.fixed_assignment, groups, self.gates_dtype)
             return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
-        rule, log_p = self._rule, self.log_p()
-        if not (self.training or self.sampling or rule.gates is None):
-            return self._one_row_per_kernel(log_p, None)
-        noise = gumbel_noise(log_p)
-        if not self.training or rule.gates is None:
-            return self._one_row_per_kernel(log_p, noise)
-        learns = log_p.requires_grad and torch.is_grad_enabled()
-        if not learns and not rule.relaxed:
-            return self._one_row_per_kernel(log_p, noise)
-        assignment, by_group = backends.sample(log_p, noise)
-        drawn, noise = one_hot(assignment, groups, log_p.dtype), noise[None]
-        if rule.samples:
-            noise = torch.cat([noise, gumbel_noise(log_p.expand(rule.samples, -1, -1))])
-        everywhere = not learns or self._looks_everywhere()
-        formula = rule.gates if everywhere or not rule.relaxed else straight_through
-        gates = formula(drawn, log_p, noise, self._temperature)
-        all_gates = rule.all_gates and everywhere
-        if not all_gates or self.every > 1:  # how often the gradient counts
-            counts = self.every - (self.every - 1) * drawn if all_gates else drawn
-            gates = gates.detach() + (gates - gates.detach()) * counts
-        if rule.relaxed and everywhere:
-            return FilterGroups.relaxed(gates, tasks)
-        return FilterGroups.from_assignment(assignment, tasks, gates, by_group, all_gates)
+        if self._learns_from_draws():
+            return _draw_to_learn_from([self])[0]
+        log_p = self.log_p()
+        draws = self.training or self.sampling or self._rule.gates is None
+        return self._one_row_per_kernel(log_p, gumbel_noise(log_p) if draws else None)
+
+    def _learns_from_draws(self) -> bool:
+        """Are the gates of a draw differentiable, or relaxed?"""
+        if self.assigned or not self.training or self._rule.gates is None:
+            return False
+        return self._rule.relaxed or (self.logits.requires_grad and torch.is_grad_enabled())
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Layers of the same kind can be drawn in one go."""
+        logits = self.logits
+        what = self.group_names, self._rule, self.every, self._learning_steps
+        return *what, logits.dtype, logits.device, logits.requires_grad
 
     def _looks_everywhere(self) -> bool:
         """Is this a step that looks at the groups that were not drawn?"""
@@ -265,6 +274,50 @@ class GroupGates(nn.Module):
         self._learning_steps = int(self.learning_steps)
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
+
+
+def draw_together(layers: Sequence[GroupGates]) -> list[FilterGroups]:
+    """What `draw` of one after the other gives, from the same random numbers. Layers that learn, all in the same way,
+    are drawn in one go: a draw is many small operations."""
+    alike = all(layer._learns_from_draws() and not layer.shares_grouping for layer in layers)
+    if layers and alike and all(layer._kind() == layers[0]._kind() for layer in layers):
+        return _draw_to_learn_from(layers)
+    return [layer.draw() for layer in layers]
+
+
+def _draw_to_learn_from(layers: Sequence[GroupGates]) -> list[FilterGroups]:
+    """Of layers of one kind."""
+    first, several = layers[0], len(layers) > 1
+    rule, every, tasks, groups = first._rule, first.every, first.group_names[1:], len(first.group_names)
+    sizes = [layer.logits.shape[0] for layer in layers]
+    logits: Tensor = first.logits
+    temperature = first.temperature
+    if several:
+        logits = torch.cat([layer.logits for layer in layers])
+        of_layers = [layer.temperature.expand(size, 1) for layer, size in zip(layers, sizes, strict=True)]
+        temperature = torch.cat(of_layers)
+    log_p = logits.to(first.gates_dtype).log_softmax(1)
+    noise = _noise_of_each(log_p, sizes, rule.samples)
+    drawn_of = [backends.sample(*both) for both in zip(log_p.split(sizes), noise[0].split(sizes), strict=True)]
+    assignments = [assignment for assignment, _ in drawn_of]
+    drawn = one_hot(torch.cat(assignments) if several else assignments[0], groups, log_p.dtype)
+    learns = log_p.requires_grad and torch.is_grad_enabled()
+    looks = [layer._looks_everywhere() for layer in layers if learns]  # each counts its steps
+    everywhere = all(looks)
+    formula = rule.gates if everywhere or not rule.relaxed else straight_through
+    assert formula is not None
+    gates = formula(drawn, log_p, noise, temperature)
+    all_gates = rule.all_gates and everywhere
+    if not all_gates or every > 1:  # how often the gradient counts
+        counts = every - (every - 1) * drawn if all_gates else drawn
+        gates = gates.detach() + (gates - gates.detach()) * counts
+    of_each = gates.split(sizes) if several else (gates,)
+    if rule.relaxed and everywhere:
+        return [FilterGroups.relaxed(one, tasks) for one in of_each]
+    return [
+        FilterGroups.from_assignment(assignment, tasks, one, by_group, all_gates)
+        for (assignment, by_group), one in zip(drawn_of, of_each, strict=True)
+    ]
 
 
 class _WithZeroGradient(torch.autograd.Function):

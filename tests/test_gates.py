@@ -1,12 +1,15 @@
 """Samplers, initial p, annealing, and the gates of a layer."""
 
+import copy
 import math
 
 import pytest
 import torch
 from scipy import stats
 
-from sfg_fast.gates import INITIAL, GroupGates, gumbel_noise, initial_probabilities, temperature_at
+import sfg_fast
+from sfg_fast.estimators import ESTIMATORS
+from sfg_fast.gates import INITIAL, GroupGates, draw_together, gumbel_noise, initial_probabilities, temperature_at
 from tests import oracle
 
 DRAWS = 20000
@@ -126,3 +129,49 @@ def test_sharing_a_grouping():
         other.draw()
     with pytest.raises(ValueError, match=r"\(5, 3\)"):
         other.share_grouping(GroupGates(5, 2, "uniform", "straight_through"))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    ("every", "training", "fixed"), [(1, True, False), (2, True, False), (1, False, False), (1, True, True)]
+)
+def test_drawn_together_is_drawn_one_after_the_other(estimator, every, training, fixed):
+    layers = [GroupGates(kernels, ["a", "b"], "dirichlet", estimator) for kernels in (5, 1, 8)]
+    for number, layer in enumerate(layers):
+        layer.every, layer.temperature = every, 0.3 + number  # which may differ
+        layer.train(training)
+    if fixed:
+        layers[1].assign([2])
+    twins = copy.deepcopy(layers)
+    for _ in range(3):
+        torch.manual_seed(3)
+        together = draw_together(layers)
+        torch.manual_seed(3)
+        one_by_one = [twin.draw() for twin in twins]
+        for layer, twin, a, b in zip(layers, twins, together, one_by_one, strict=True):
+            assert torch.equal(a.assignment, b.assignment)
+            assert (a.full, a.all_gates, a.learns, a.ends) == (b.full, b.all_gates, b.learns, b.ends)
+            torch.testing.assert_close(a.gates, b.gates)
+            if not a.learns:
+                continue
+            weights = torch.randn_like(a.gates)
+            expected = torch.autograd.grad((b.gates * weights).sum(), twin.logits)[0]
+            found = torch.autograd.grad((a.gates * weights).sum(), layer.logits, retain_graph=True)[0]
+            torch.testing.assert_close(found, expected)
+        assert [layer.learning_steps.item() for layer in layers] == [twin.learning_steps.item() for twin in twins]
+
+
+def test_a_network_takes_one_softmax_for_all_its_draws():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Counting.count += function is torch.ops.aten._log_softmax.default
+            return function(*args, **(kwargs or {}))
+
+    model = sfg_fast.SFGHighResNet(1, {"a": 1}, width=(3, 3, 3), blocks=1, residual="routed")
+    with Counting():
+        model(torch.randn(1, 1, 8, 8))
+    assert Counting.count == 1

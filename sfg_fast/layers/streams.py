@@ -149,10 +149,6 @@ class RoutedBlock(nn.Module):
         self.conv2 = SFGConv2d(channels, channels, 3, **options)
         self.conv2.share_grouping(trunk)
 
-    def draw(self) -> FilterGroups:
-        """For `forward`, as of an SFG layer."""
-        return self.conv1.draw()
-
     def forward(self, x: Features, groups: FilterGroups | None = None) -> Features:
         """`groups`: a draw for the first layer instead of a new one."""
         return self.conv2(self.conv1(x, groups), groups=x.groups, residual=x)

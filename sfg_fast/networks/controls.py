@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..estimators import Estimator
+from ..gates import GroupGates, draw_together
+from ..layers.streams import RoutedBlock
 from ..norm import KernelNorm
 from ..reference import SFGConv2d
 
@@ -234,10 +236,11 @@ def predict(
 
 
 def drawn_first(parts: Iterable[nn.Module], x: Any) -> Any:
-    """x through one after the other, when those that draw have done so, in the same order: done at once, many small
-    operations take half the time that they take between large ones, which leave the caches cold; backward, too."""
+    """x through one after the other, when all groupings are drawn (`draw_together`): between large operations, which
+    leave the caches cold, the small ones of a draw take twice as long; backward, too."""
     parts = list(parts)
-    draws = [part.draw() if hasattr(part, "draw") else None for part in parts]  # type: ignore[operator]
-    for part, groups in zip(parts, draws, strict=True):
-        x = part(x) if groups is None else part(x, groups)
+    drawn = [part.conv1 if isinstance(part, RoutedBlock) else part for part in parts]
+    groups = iter(draw_together([layer for layer in drawn if isinstance(layer, GroupGates)]))
+    for part, layer in zip(parts, drawn, strict=True):
+        x = part(x, next(groups)) if isinstance(layer, GroupGates) else part(x)
     return x
