@@ -261,6 +261,9 @@ def _to_array(stored: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def _invertible(affine: np.ndarray) -> bool:
+    if not np.isfinite(affine).all():
+        return False
     axes = affine[:3, :3]
-    volume_of_box = np.prod(np.linalg.norm(axes, axis=0))
-    return bool(np.isfinite(affine).all() and volume_of_box > 0 and abs(np.linalg.det(axes)) > 1e-6 * volume_of_box)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite then, or no number: neither is
+        volume_of_box = np.prod(np.linalg.norm(axes, axis=0))
+        return bool(volume_of_box > 0 and abs(np.linalg.det(axes)) > 1e-6 * volume_of_box)

@@ -163,6 +163,10 @@ VOLUMES = {
     "slope": (raw("mr", packed(112, "ff", 1e38, 1e38)), "mr.nii.gz: "),
     "singular": (raw("mr", packed(252, "hh24x12f", 0, 2, *[1.0] * 12)), "mr.nii.gz: the affine"),
     "NaN affine": (raw("mr", packed(252, "hh24x12f", 0, 2, *[float("nan")] * 12)), "mr.nii.gz: the affine"),
+    "infinite axis, empty axis": (
+        raw("mr", packed(252, "hh24x12f", 0, 2, float("inf"), *[0.0] * 9, 1.0, 0.0)),
+        "mr.nii.gz: the affine",
+    ),
     "immense affine": (raw("mr", packed(252, "hh24x12f", 0, 2, *[3e38] * 12)), "mr.nii.gz: the affine"),
     "other shape": (replaced("ct", lambda a: a[:-1]), "ct.nii.gz has shape (23, 24, 4)"),
     "shifted": (replaced("ct", affine=lambda a: a + np.eye(4)[:, [3, 3, 3, 0]] * 9), "ct.nii.gz has shape"),
@@ -181,6 +185,7 @@ VOLUMES = {
 }
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # it would stand before the one line
 @pytest.mark.parametrize("what", VOLUMES)
 def test_bad_volumes(made, tmp_path, capsys, what):
     spoil, message = VOLUMES[what]
