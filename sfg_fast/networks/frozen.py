@@ -227,9 +227,6 @@ class FrozenConv(Frozen):
         self.stride, self.pads = source.stride, tuple(source.pad_before)
         self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
 
-    def draw(self) -> None:
-        """None: the assignment is fixed."""
-
     def forward(
         self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
     ) -> GroupTensors:
