@@ -20,7 +20,7 @@ OUT ?= runs/demo
 demo: $(STAMP)
 	$(BIN)/sfg-fast demo --out $(OUT)
 
-# Every test keeps to one thread.
+# Nearly every test keeps to one thread.
 PROCESSES ?= 2
 PYTEST    := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 test: $(STAMP)

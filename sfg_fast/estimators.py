@@ -3,7 +3,8 @@
 
 Every function takes `drawn` [K, T+1], the one-hot draw; `log_p` [K, T+1], normalised, with gradient; `noise`
 [1 + samples, K, T+1], standard Gumbel, of which noise[0] made the draw, drawn = one_hot(argmax(log_p + noise[0])); and
-`temperature`. It returns the gates [K, T+1], differentiable with respect to log_p.
+`temperature`, 0-dim or [K, 1]. It returns the gates [K, T+1], differentiable with respect to log_p. Each row stands
+alone: they may be those of several layers.
 
 The noise belongs to LOG p: added to p itself, as in the authors' public code, p = [0, 1, 0] would still draw the first
 group one time in five.

@@ -223,14 +223,14 @@ class GroupGates(nn.Module):
         if self.assigned:
             gates = one_hot(self.fixed_assignment, groups, self.gates_dtype)
             return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
-        if self._learns_from_draws():
-            return _draw_to_learn_from([self])[0]
+        if self._draws_by_formula():
+            return _draw_by_formula([self])[0]
         log_p = self.log_p()
         draws = self.training or self.sampling or self._rule.gates is None
         return self._one_row_per_kernel(log_p, gumbel_noise(log_p) if draws else None)
 
-    def _learns_from_draws(self) -> bool:
-        """Are the gates of a draw differentiable, or relaxed?"""
+    def _draws_by_formula(self) -> bool:
+        """Are the gates of a draw differentiable, or relaxed: made by the estimator's formula?"""
         if self.assigned or not self.training or self._rule.gates is None:
             return False
         return self._rule.relaxed or (self.logits.requires_grad and torch.is_grad_enabled())
@@ -277,26 +277,25 @@ class GroupGates(nn.Module):
 
 
 def draw_together(layers: Sequence[GroupGates]) -> list[FilterGroups]:
-    """What `draw` of one after the other gives, from the same random numbers. Layers that learn, all in the same way,
-    are drawn in one go: a draw is many small operations."""
-    alike = all(layer._learns_from_draws() and not layer.shares_grouping for layer in layers)
+    """What `draw` of one after the other gives, from the same random numbers. In training layers with the same
+    estimator are drawn in one go, because a draw is many small operations; their logits get their gradients together,
+    when those of all gates are there (zeros if a layer's gates have none)."""
+    alike = all(layer._draws_by_formula() and not layer.shares_grouping for layer in layers)
     if layers and alike and all(layer._kind() == layers[0]._kind() for layer in layers):
-        return _draw_to_learn_from(layers)
+        return _draw_by_formula(layers)
     return [layer.draw() for layer in layers]
 
 
-def _draw_to_learn_from(layers: Sequence[GroupGates]) -> list[FilterGroups]:
-    """Of layers of one kind."""
+def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
+    """Of different layers of one kind, all of which `_draws_by_formula` and have a grouping of their own."""
     first, several = layers[0], len(layers) > 1
     rule, every, tasks, groups = first._rule, first.every, first.group_names[1:], len(first.group_names)
     sizes = [layer.logits.shape[0] for layer in layers]
-    logits: Tensor = first.logits
-    temperature = first.temperature
+    logits: Tensor = torch.cat([layer.logits for layer in layers]) if several else first.logits
+    log_p, temperature = logits.to(first.gates_dtype).log_softmax(1), first.temperature
     if several:
-        logits = torch.cat([layer.logits for layer in layers])
-        of_layers = [layer.temperature.expand(size, 1) for layer, size in zip(layers, sizes, strict=True)]
-        temperature = torch.cat(of_layers)
-    log_p = logits.to(first.gates_dtype).log_softmax(1)
+        of_layers = zip(layers, sizes, strict=True)
+        temperature = torch.cat([layer.temperature.to(log_p).expand(size, 1) for layer, size in of_layers])
     noise = _noise_of_each(log_p, sizes, rule.samples)
     drawn_of = [backends.sample(*both) for both in zip(log_p.split(sizes), noise[0].split(sizes), strict=True)]
     assignments = [assignment for assignment, _ in drawn_of]

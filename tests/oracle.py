@@ -40,7 +40,7 @@ def max_pool(x):
 
 def max_pool_last(x):
     """As `max_pool`, but the last gets it, and what differs by rounding alone counts as equal: where the gradient
-    differs from that of `max_pool`, it is rounding that decides."""
+    differs from that of `max_pool`, rounding may decide."""
     height, width = x.shape[2:]
     windows = x[:, :, : height // 2 * 2, : width // 2 * 2].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     windows = windows.permute(0, 1, 2, 4, 3, 5).flatten(4)

@@ -132,22 +132,22 @@ def test_sharing_a_grouping():
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(
-    ("every", "training", "fixed"), [(1, True, False), (2, True, False), (1, False, False), (1, True, True)]
-)
-def test_drawn_together_is_drawn_one_after_the_other(estimator, every, training, fixed):
+@pytest.mark.parametrize("what", ["alike", "every", "no_grad", "eval", "one in eval", "one fixed", "one with every"])
+def test_drawn_together_is_drawn_one_after_the_other(estimator, what):
     layers = [GroupGates(kernels, ["a", "b"], "dirichlet", estimator) for kernels in (5, 1, 8)]
     for number, layer in enumerate(layers):
-        layer.every, layer.temperature = every, 0.3 + number  # which may differ
-        layer.train(training)
-    if fixed:
+        layer.temperature = 0.3 + number  # which may differ
+        layer.every = 2 if what == "every" or (what == "one with every" and number == 1) else 1
+        layer.train(what != "eval" and (what != "one in eval" or number != 1))
+    if what == "one fixed":
         layers[1].assign([2])
     twins = copy.deepcopy(layers)
     for _ in range(3):
-        torch.manual_seed(3)
-        together = draw_together(layers)
-        torch.manual_seed(3)
-        one_by_one = [twin.draw() for twin in twins]
+        with torch.set_grad_enabled(what != "no_grad"):
+            torch.manual_seed(3)
+            together = draw_together(layers)
+            torch.manual_seed(3)
+            one_by_one = [twin.draw() for twin in twins]
         for layer, twin, a, b in zip(layers, twins, together, one_by_one, strict=True):
             assert torch.equal(a.assignment, b.assignment)
             assert (a.full, a.all_gates, a.learns, a.ends) == (b.full, b.all_gates, b.learns, b.ends)
@@ -159,6 +159,7 @@ def test_drawn_together_is_drawn_one_after_the_other(estimator, every, training,
             found = torch.autograd.grad((a.gates * weights).sum(), layer.logits, retain_graph=True)[0]
             torch.testing.assert_close(found, expected)
         assert [layer.learning_steps.item() for layer in layers] == [twin.learning_steps.item() for twin in twins]
+    assert draw_together([]) == []
 
 
 def test_a_network_takes_one_softmax_for_all_its_draws():

@@ -276,7 +276,7 @@ Plan plan(const Convolution<T>& task, const Shape& p, int threads, const Convolu
             std::max(plan.products, Sums<T>::product_channel(layout, lanes) * task.loops.outputs * winograd::PRODUCTS);
     };
     for (const Job& job : plan.jobs) {
-        plan.source = std::max(plan.source, (job.part->reads.size()) * job.layout.source_stride);
+        plan.source = std::max(plan.source, job.part->reads.size() * job.layout.source_stride);
         fit(job.layout);
         if (!beside) continue;
         const Axis& v = beside->vertical[job.vertical - task.vertical.data()];

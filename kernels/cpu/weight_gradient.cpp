@@ -89,8 +89,7 @@ struct Plan {
     bool by_tiles;
     int threads;
     bool by_winograd;
-    int64_t products = 1;  // one after the other, opposite ones at once
-    int64_t taps;          // sums of a channel, of all products: the gradients of what these multiply
+    int64_t taps;  // sums of a channel, of all products: the gradients of what these multiply
     std::vector<Job> jobs;
     int64_t items;     // blocks of an image
     int64_t together;  // images that are worked on at a time
@@ -106,15 +105,16 @@ struct Plan {
           vertical(undilated({forward_axis(p, 0)})),
           horizontal({forward_axis(p, 1)}) {
         const int64_t positions = p.n * out_plane, least = 8 * loops.lanes;
-        const int64_t copied = positions * (p.c + p.k);  // numbers that each thread copies if it has tiles of its own
+        // What each thread copies then, against copies of all gradients, which are zeroed and added up.
+        const int64_t copied = positions * (p.c + p.k);
         by_tiles = most_threads > 1 && copied < weights * p.r * p.s * 2;
         threads = by_tiles ? most_threads : int(std::clamp<int64_t>(positions / least, 1, most_threads));
         const int64_t share = by_tiles ? positions : positions / threads;
         Limits limits{loops.lanes, sizeof(T), std::clamp<int64_t>(share, least, GRADIENT_POSITIONS), 1, true};
         const double mixing = MIXING / double(p.k);
         by_winograd = weights > 0 && suits_winograd(vertical, horizontal, limits, mixing, ADDING);
-        if (by_winograd) products = winograd::PRODUCTS, limits.products = 1, limits.most_positions *= winograd::ROWS;
-        taps = by_winograd ? products * tap_columns() : p.r * p.s;
+        if (by_winograd) limits.products = 1, limits.most_positions *= winograd::ROWS;
+        taps = by_winograd ? winograd::PRODUCTS * tap_columns() : p.r * p.s;
         jobs = sfg::jobs(channel_parts, vertical, horizontal, limits, &items);
         together = images_together();
         for (const Job& job : jobs) {

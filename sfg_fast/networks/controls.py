@@ -239,8 +239,8 @@ def drawn_first(parts: Iterable[nn.Module], x: Any) -> Any:
     """x through one after the other, when all groupings are drawn (`draw_together`): between large operations, which
     leave the caches cold, the small ones of a draw take twice as long; backward, too."""
     parts = list(parts)
-    drawn = [part.conv1 if isinstance(part, RoutedBlock) else part for part in parts]
-    groups = iter(draw_together([layer for layer in drawn if isinstance(layer, GroupGates)]))
-    for part, layer in zip(parts, drawn, strict=True):
+    layers = [part.conv1 if isinstance(part, RoutedBlock) else part for part in parts]
+    groups = iter(draw_together([layer for layer in layers if isinstance(layer, GroupGates)]))
+    for part, layer in zip(parts, layers, strict=True):
         x = part(x, next(groups)) if isinstance(layer, GroupGates) else part(x)
     return x

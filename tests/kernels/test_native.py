@@ -578,7 +578,7 @@ def test_normalise(instruction_set, shape, activation, residual, dtype, mean, th
 def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
     u, dy = torch.randn(2, 3, 7, 30, 31).unbind(0)
     weight, bias = torch.randn(2, 7).unbind(0)
-    found = []
+    found, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
@@ -586,7 +586,7 @@ def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
             d = dy[..., : y.shape[2], : y.shape[3]].contiguous()
             more = cpu.normalise_gradient(d, u, weight, bias, None, mean, var, 1e-5, activation, None)
         finally:
-            torch.set_num_threads(2)
+            torch.set_num_threads(before)
         found.append([y, mean, var, *more])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
