@@ -83,6 +83,7 @@ struct Plan {
     const int64_t plane, out_plane;
     int64_t weights = 0;  // sums of all tiles, without their taps
     const std::vector<Part> channel_parts;
+    const std::vector<const Tile*> tiles;  // of all parts
     const std::vector<Axis> vertical, horizontal;
     // Small images, many channels: a thread has tiles of its own, and goes over all positions, where otherwise it has
     // positions of its own, and a copy of all gradients.
@@ -102,6 +103,7 @@ struct Plan {
           plane(p.h * p.w),
           out_plane(p.oh * p.ow),
           channel_parts(parts(blocks, false, loops.gradient_outputs, &weights)),
+          tiles(tiles_of(channel_parts)),
           vertical(undilated({forward_axis(p, 0)})),
           horizontal({forward_axis(p, 1)}) {
         const int64_t positions = p.n * out_plane, least = 8 * loops.lanes;
@@ -130,6 +132,8 @@ struct Plan {
 
     int64_t tap_columns() const { return horizontal[0].tap.size(); }
     int64_t at_once() const { return by_winograd ? 2 : 1; }  // products
+    int64_t scratch() const { return at_once() * (source + gradient); }
+    int64_t copies() const { return by_tiles ? 1 : threads; }  // of all gradients
 
     // Images that are worked on together lie side by side in every channel, the outputs as far apart as what is read.
     int64_t images_apart(const Layout& layout) const {
@@ -171,8 +175,8 @@ struct Worker {
     bool has(const Tile& tile) const { return plan.has(thread, team, tile); }
 
     void run() const {
-        std::memset(xs, 0, plan.at_once() * (plan.source + plan.gradient) * sizeof(T));
-        for (const Tile* tile : tiles_of(plan.channel_parts)) {
+        std::memset(xs, 0, plan.scratch() * sizeof(T));
+        for (const Tile* tile : plan.tiles) {
             if (!has(*tile)) continue;
             const int64_t count = tile->outputs * tile->reads_total * plan.taps;
             std::memset(dws + tile->weights * plan.taps, 0, count * sizeof(T));
@@ -397,13 +401,11 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
                      const Shape& shape, const Blocks& blocks, int threads) {
     const Plan<T> plan(loops, shape, blocks, threads);
     const int64_t weight_sums = plan.weights * plan.taps, sums = spread(weight_sums + plan.p.k, sizeof(T));
-    const int64_t scratch_of_one = plan.at_once() * (plan.source + plan.gradient);
-    const Buffer<T> scratch(scratch_of_one * plan.threads), gradients(sums * (plan.by_tiles ? 1 : plan.threads));
+    const Buffer<T> scratch(plan.scratch() * plan.threads), gradients(sums * plan.copies());
     const Buffer<Shifted<T>> shifted(plan.shifted * plan.threads);
-    const std::vector<const Tile*> tiles = tiles_of(plan.channel_parts);
 
     on_threads(plan.threads, [&](int thread, int team) {
-        T* const xs = scratch.data() + scratch_of_one * thread;
+        T* const xs = scratch.data() + plan.scratch() * thread;
         T* const dws = gradients.data() + (plan.by_tiles ? 0 : sums * thread);
         Worker<T>{plan,
                   x,
@@ -421,7 +423,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         const Totals<T> totals{plan, blocks, gradients.data(), plan.by_tiles ? 1 : team, sums};
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < tiles.size(); i++) totals.write(*tiles[i], dw, db);
+        for (size_t i = 0; i < plan.tiles.size(); i++) totals.write(*plan.tiles[i], dw, db);
     });
 }
 
