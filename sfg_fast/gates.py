@@ -174,7 +174,11 @@ class GroupGates(nn.Module):
 
     def log_p(self) -> Tensor:
         """log p [K, T+1], at least float32."""
-        return self.logits.to(self.gates_dtype).log_softmax(1)
+        return self._log_p_of(self.logits)
+
+    def _log_p_of(self, logits: Tensor) -> Tensor:
+        """Of logits that may be those of several layers like this one."""
+        return logits.to(self.gates_dtype).log_softmax(1)
 
     def probabilities(self) -> Tensor:
         """p [K, T+1] without gradient; one-hot under a fixed assignment."""
@@ -292,7 +296,7 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     rule, every, tasks, groups = first._rule, first.every, first.group_names[1:], len(first.group_names)
     sizes = [layer.logits.shape[0] for layer in layers]
     logits: Tensor = torch.cat([layer.logits for layer in layers]) if several else first.logits
-    log_p, temperature = logits.to(first.gates_dtype).log_softmax(1), first.temperature
+    log_p, temperature = first._log_p_of(logits), first.temperature
     if several:
         of_layers = zip(layers, sizes, strict=True)
         temperature = torch.cat([layer.temperature.to(log_p).expand(size, 1) for layer, size in of_layers])
@@ -300,8 +304,7 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     drawn_of = [backends.sample(*both) for both in zip(log_p.split(sizes), noise[0].split(sizes), strict=True)]
     assignments = [assignment for assignment, _ in drawn_of]
     drawn = one_hot(torch.cat(assignments) if several else assignments[0], groups, log_p.dtype)
-    learns = log_p.requires_grad and torch.is_grad_enabled()
-    looks = [layer._looks_everywhere() for layer in layers if learns]  # each counts its steps
+    looks = [layer._looks_everywhere() for layer in layers if log_p.requires_grad]  # each counts its steps
     everywhere = all(looks)
     formula = rule.gates if everywhere or not rule.relaxed else straight_through
     assert formula is not None
