@@ -56,7 +56,7 @@ class _NormalisedConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         affine, mean, var = kernels.statistics(u, norm_weight, norm_bias, eps, *running)
         y, _, ctx.kept = passes.forward(u, weight, bias, residual, kernels, spec, False, False, affine)
-        ctx.save_for_backward(u, norm_weight, norm_bias, mean, var)
+        ctx.save_for_backward(weight, u, norm_weight, norm_bias, mean, var)  # the first: see _RoutedConv
         ctx.eps, ctx.kernels, ctx.spec = eps, kernels, spec
         ctx.set_materialize_grads(False)
         return y, u.view_as(u)
@@ -64,7 +64,7 @@ class _NormalisedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, around: Tensor | None) -> Any:
-        u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
+        _, u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
         if dy is None:
             return around, *[None] * 9
         kernels, spec, kept = ctx.kernels, ctx.spec, ctx.kept

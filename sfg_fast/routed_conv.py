@@ -212,7 +212,8 @@ class _RoutedConv(torch.autograd.Function):
         """`gates` and `producer`, without its tensors, and those of its others: see `Producer`."""
         ctx.set_materialize_grads(False)  # no zeros for a
         y, a, ctx.kept = passes.forward(x, weight, bias, residual, kernels, spec, relu, keep)
-        ctx.save_for_backward(x, y if relu else None, gates, *made_of)  # what passed the ReLU is positive
+        # What passed the ReLU is positive. The weight may lie in `kept` as it is: saved, torch tells if it was changed.
+        ctx.save_for_backward(weight, x, y if relu else None, gates, *made_of)
         ctx.kernels, ctx.spec, ctx.producer, ctx.size = kernels, spec, producer, y.shape
         if a is not None:
             ctx.mark_non_differentiable(a)
@@ -229,7 +230,7 @@ class _RoutedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any, *around: Tensor | None) -> Any:
         if dy is None and not any(gradient is not None for gradient in around):
             return (None,) * len(ctx.needs_input_grad)
-        x, passed, gates, *made_of = ctx.saved_tensors
+        _, x, passed, gates, *made_of = ctx.saved_tensors
         dy = x.new_zeros(ctx.size) if dy is None else dy
         wants_x, wants_others, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
         kept, kernels, spec, producer = ctx.kept, ctx.kernels, ctx.spec, ctx.producer

@@ -6,7 +6,7 @@ from torch import nn
 
 from sfg_fast import SFGHighResNet, backend, penalties
 from sfg_fast.backends import available
-from sfg_fast.networks.controls import assign, sfg_layers
+from sfg_fast.networks.controls import assign, set_estimator, sfg_layers
 from sfg_fast.networks.methods import METHODS
 from tests.oracle import assert_close
 
@@ -178,6 +178,36 @@ def test_reference_network_is_the_paper_written_plainly(residual, float64):
             y = model(image)
         for task in OUTPUTS:
             assert_close(y[task], expected[task], what=f"{name} {task}")
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("estimator", ["straight_through", "selected"])
+@pytest.mark.parametrize("residual", ["separate", "routed"])
+def test_weights_that_change_before_the_backward_pass_give_no_wrong_gradient(residual, estimator, name):
+    model = network(residual)
+    set_estimator(model, estimator)
+    x = torch.randn(1, 2, 6, 6, requires_grad=True)
+
+    def gradient(changed=None):
+        torch.manual_seed(3)
+        with backend(name):
+            y = model(x)
+            if changed is not None:
+                with torch.no_grad():
+                    changed.mul_(3)
+            return torch.autograd.grad(sum(out.square().sum() for out in y.values()), x)[0]
+
+    expected, refused = gradient(), 0
+    for parameter in [p for p in model.parameters() if p.dim() == 4]:
+        before = parameter.detach().clone()
+        try:
+            assert torch.equal(gradient(parameter), expected)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            refused += 1
+        with torch.no_grad():
+            parameter.copy_(before)
+    assert refused > 3
 
 
 def test_one_shared_draw_per_residual_trunk():
