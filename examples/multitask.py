@@ -32,7 +32,7 @@ def main(steps: int = 300) -> float:
         x, targets = batch()
         outputs = network(x)  # draws a grouping
         loss = sum(nn.functional.mse_loss(outputs[task], target) for task, target in targets.items())
-        loss = loss + 1e-4 * penalties(network)[1]  # entropy: be sure of your group (eq. 2)
+        loss = loss - 1e-4 * penalties(network)[1]  # entropy (eq. 2): stay open to every group
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

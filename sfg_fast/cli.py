@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, Preempted
+from .files import one_line
 
 MAX_YAML_NODES = 10_000
 
@@ -144,7 +146,8 @@ def predict(
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
     predictor = Predictor(Path(run), device, checkpoint)
-    for _ in tqdm(predictor.cases(cases, Path(out), draws, by), total=len(cases), desc="predict", unit="case"):
+    predicted = predictor.cases(found, cases, Path(out), draws, by)
+    for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):
         pass
     print(f"{len(cases)} cases in {out}")
 
@@ -243,6 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 143
     except (FloatingPointError, OSError) as error:
         print(f"sfg-fast: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"sfg-fast: not enough memory ({one_line(error)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sfg-fast: interrupted", file=sys.stderr)

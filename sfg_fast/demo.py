@@ -45,7 +45,7 @@ def run_demo(out: Path, seed: int, steps: int) -> None:
     preprocess(cohort, out / "cache")
     Trainer(demo_config(out, seed, steps)).run()
     cases = cohort.split("test")
-    predicted = Predictor(out).cases(cases, out / "predictions", DRAWS)
+    predicted = Predictor(out).cases(cohort, cases, out / "predictions", DRAWS)
     for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):
         pass
     document = evaluate(out / "predictions", cohort)

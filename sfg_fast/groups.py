@@ -61,7 +61,7 @@ def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]
     def groups(
         size: int | Sequence[int], names: int | Iterable[str], device: torch.device | None = None
     ) -> FilterGroups:
-        names = names if isinstance(names, int) else tuple(names)
+        names = names if isinstance(names, int | str) else tuple(names)  # (a text is refused by `group_names`)
         if torch.compiler.is_compiling() or device is None or device.type != "cpu":
             return make(size, names, device)
         with torch.inference_mode(False):
@@ -72,6 +72,8 @@ def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]
 
 def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
     """Names of the T+1 groups, `shared` first, from the number of tasks (`task1`, ..) or their names."""
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks={tasks!r} is one text, expected a number or a sequence of names")
     names = tuple(f"task{t + 1}" for t in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
     if not names:
         raise ValueError(f"tasks={tasks!r}: at least one task is needed")

@@ -65,6 +65,8 @@ def convolve(
     """
     assert residual is None or not relu, "the gradient would need the ReLU's output alone"
     kernels, dtype = backends.kernels(x)
+    if x.dtype != weight.dtype and backends.autocast_dtype(x) is None:
+        raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}, expected the same (or torch.autocast)")
     given, x = (x, others), x.to(dtype)
     sizes = weight.shape[0], weight.shape[1]
     a, past = None, None

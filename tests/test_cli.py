@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -260,6 +261,46 @@ def test_constant_p_is_predicted_and_reported_by_draws(made, tmp_path, capsys):
     assert main(["predict", run, cohort, f"{run}/predictions", "--draws", "3"]) == 0
     assert main(["evaluate", f"{run}/predictions", cohort]) == 0
     assert main(["report", run, cohort, f"{run}/predictions", f"{run}/metrics.json"]) == 0
+
+
+def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, capsys):
+    """Numbers mean what the run's cohort says; a cohort that numbers the organs otherwise, or has its MR channels in
+    another order, is no cohort to predict or to compare with."""
+    run, cohort, other = str(tmp_path / "run"), tmp_path / "cohort", tmp_path / "other"
+    shutil.copytree(made / "cohort", cohort)
+    for case in cohort.glob("phantom_*"):
+        (case / "mr.nii.gz").rename(case / "mr_0.nii.gz")
+        shutil.copy(case / "mr_0.nii.gz", case / "mr_1.nii.gz")
+    about = json.loads((cohort / "dataset.json").read_text()) | {"channel_names": {"0": "T1", "1": "T2"}}
+    (cohort / "dataset.json").write_text(json.dumps(about))
+    assert main(["preprocess", str(cohort), str(tmp_path / "cache")]) == 0
+    assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
+    assert main(["predict", run, str(cohort), f"{run}/predictions"]) == 0
+    assert json.loads((tmp_path / "run/predictions/labels.json").read_text()) == about["labels"]
+    assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
+
+    shutil.copytree(cohort, other)
+    names = list(about["labels"])
+    swapped = dict(zip([names[0], *names[:0:-1]], range(len(names)), strict=True))
+    (other / "dataset.json").write_text(json.dumps(about | {"labels": swapped}))
+    refused(capsys, ["evaluate", f"{run}/predictions", str(other)], "predictions/labels.json: the run's labels are")
+    (other / "dataset.json").write_text(json.dumps(about | {"channel_names": {"0": "T2", "1": "T1"}}))
+    refused(capsys, ["predict", run, str(other), f"{run}/new"], "MR channels T2, T1, the run was trained on T1, T2")
+    del about["channel_names"], about["labels"]
+    (other / "dataset.json").write_text(json.dumps(about))  # names nothing: nothing to compare
+    assert main(["predict", run, str(other), f"{run}/new"]) == 0
+    assert main(["evaluate", f"{run}/new", str(other)]) == 0
+    refused(capsys, ["predict", run, str(made / "cohort"), f"{run}/newer"], "MR channels MR, the run was trained on T1")
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    for error in (MemoryError("9 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GiB")):
+        monkeypatch.setattr("sfg_fast.cli._run", Mock(side_effect=error))
+        assert main([]) == 1
+        assert "not enough memory" in capsys.readouterr().err
+    monkeypatch.setattr("sfg_fast.cli._run", Mock(side_effect=RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        main([])
 
 
 def test_unnamed_labels(made, tmp_path):

@@ -84,7 +84,8 @@ class Cache:
             raise InputError(f"{where}: version {version!r}, expected {VERSION}; preprocess the cohort again")
         try:
             self.label_names: dict[str, int] = manifest["label_names"]
-            self.in_channels = len(manifest["channel_names"])
+            self.channel_names = tuple(map(str, manifest["channel_names"]))
+            self.in_channels = len(self.channel_names)
             if self.label_names:
                 check_label_names(self.label_names, str(where))
             self.rejected: dict[str, str] = manifest["rejected"]

@@ -29,6 +29,8 @@ from ..files import read_json
 from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
 
 SPLITS = ("train", "val", "test")
+LABELS = "labels.json"  # {name: value}, beside a list of cases or in a folder of predictions
+WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
 _OPTIONAL = ("ct", "labels", "mask")
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
 
@@ -96,7 +98,7 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
         rows, meta, meta_path = *_json_rows(path), path
     else:
         raise InputError(f"{path}: expected a folder, a .csv or a .json")
-    beside = path.with_name("labels.json")
+    beside = path.with_name(LABELS)
     if "labels" not in meta and beside.exists() and beside != path:
         meta, meta_path = {**meta, "labels": read_json(beside)}, beside
     cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
@@ -142,12 +144,35 @@ def check_label_names(labels: Any, where: str) -> dict[str, int]:
         raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
     if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
         raise InputError(f'{where}: labels {labels!r}, expected "background": 0 and the values 0, 1, 2, .. once each')
+    if taken := [name for name in WIDE_REGIONS if name in labels]:
+        raise InputError(f"{where}: an organ is called {taken[0]!r}, but results have a region of that name")
     return labels
 
 
 def unnamed_labels(largest: int) -> dict[str, int]:
     """Names for the labels of a cohort that names none: label_1, label_2, .. up to the largest value."""
     return {"background": 0} | {f"label_{value}": value for value in range(1, largest + 1)}
+
+
+def unnamed_channels(count: int) -> tuple[str, ...]:
+    """Names for the MR channels of a cohort that names none."""
+    return ("MR",) if count == 1 else tuple(f"MR_{index}" for index in range(count))
+
+
+def check_same_labels(labels: dict[str, int], cohort: Cohort, where: str) -> None:
+    """InputError if the labels of a run and of a cohort differ in names or values. (What nobody named can't differ.)"""
+    theirs = cohort.label_names
+    if theirs and labels != theirs and unnamed_labels(len(labels) - 1) not in (labels, theirs):
+        raise InputError(f"{where}: the run's labels are {labels}, the cohort's {theirs}, expected the same")
+
+
+def check_same_channels(channels: tuple[str, ...], cohort: Cohort, where: str) -> None:
+    """InputError if the MR channels of a run and of a cohort differ in number, names or order."""
+    theirs = cohort.channel_names
+    unnamed = unnamed_channels(len(channels)) in (channels, theirs)
+    if len(channels) != len(theirs) or (channels != theirs and not unnamed):
+        names = [", ".join(one) for one in (theirs, channels)]
+        raise InputError(f"{where}: MR channels {names[0]}, the run was trained on {names[1]}, expected the same")
 
 
 def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
@@ -320,7 +345,7 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
 def _channel_names(meta: dict[str, Any], source: Path, channels: int) -> tuple[str, ...]:
     indices = [str(index) for index in range(channels)]
     if "channel_names" not in meta:
-        return ("MR",) if channels == 1 else tuple(f"MR_{index}" for index in indices)
+        return unnamed_channels(channels)
     names = meta["channel_names"]
     texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     if not texts or set(names) != set(indices):

@@ -49,18 +49,18 @@ def preprocess(
     The body mask is the case's own file, else `body_mask` of its CT, else the whole volume. Labels that nobody named
     become "label_1", "label_2", ..
 
-    Raises InputError, naming the case, for whatever `load_case` refuses, an MR or CT without contrast, labels that
-    are background in every case, label values with gaps that nobody named, no case that can be used, a disk that is too
-    full for all of it, and a folder that holds anything else. Complete cases then stay for the next run; if there
-    is none, nothing of the output remains. Raises ChildProcessError if a process dies.
+    Raises InputError, naming the case, for whatever `load_case` refuses, an MR without contrast, a CT that can't be in
+    HU (`check_hounsfield`), labels that are background in every case, label values with gaps that nobody named, no case
+    that can be used, a disk that is too full for all of it, and a folder that holds anything else. Complete cases then
+    stay for the next run; if there is none, nothing of the output remains. Raises ChildProcessError if a process dies.
     """
     from tqdm import tqdm
 
     out, bad = Path(out), {"stop": True, "skip": False}.get(on_bad_case)
-    if bad is None or processes < 1:
-        raise InputError(
-            f"on_bad_case={on_bad_case!r}, processes={processes}: expected stop or skip, and at least one process"
-        )
+    if bad is None:
+        raise InputError(f"on_bad_case={on_bad_case!r}: expected stop or skip")
+    if processes < 1:
+        raise InputError(f"processes={processes}: expected at least one")
     entries: dict[str, dict[str, Any]] = {}
     rejected: dict[str, str] = {}
     with _output(cohort, out):
@@ -261,6 +261,8 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
     """Writes the arrays of one case; returns its entry in the manifest."""
     try:
         statistics = foreground_statistics(loaded.inputs)
+        if loaded.ct is not None:
+            check_hounsfield(loaded.ct)
         if loaded.mask is not None:
             mask, mask_from = loaded.mask, "file"
         elif loaded.ct is not None:
@@ -350,6 +352,13 @@ def normalise(inputs: np.ndarray) -> np.ndarray:
         np.subtract(channel, mean, out=out)
         out /= deviation
     return normalised
+
+
+def check_hounsfield(ct: np.ndarray) -> None:
+    """InputError for values that can't be HU of a patient: there is air or fat, below 0, and bone, above 100."""
+    low, high = float(ct.min()), float(ct.max())
+    if low >= 0 or high <= 100:
+        raise InputError(f"the CT's values are {low:g} to {high:g}, expected HU (air or fat below 0, bone above 100)")
 
 
 def body_mask(ct: np.ndarray, threshold_hu: float = -500.0) -> np.ndarray:

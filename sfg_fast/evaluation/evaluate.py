@@ -7,17 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from ..data.cohort import Case, Cohort, LoadedCase, load_case, unnamed_labels
+from ..data.cohort import (
+    LABELS,
+    Case,
+    Cohort,
+    LoadedCase,
+    check_label_names,
+    check_same_labels,
+    load_case,
+    unnamed_labels,
+)
 from ..data.preprocessing import body_mask
 from ..data.volumes import read_labels, read_volume, same_grid
 from ..errors import InputError
+from ..files import read_json
 from .metrics import case_metrics, metrics_document
 
 
 def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     """Metrics of every case that has a folder in `predictions`; the content of metrics.json.
 
-    InputError if nothing matches, or a prediction is unreadable or on another grid than its case.
+    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, or of other labels.
     """
     from tqdm import tqdm
 
@@ -26,6 +36,8 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
         raise InputError(
             f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
         )
+    if (told := predictions / LABELS).exists():
+        check_same_labels(check_label_names(read_json(told), str(told)), cohort, str(told))
     label_names = cohort.label_names or _names_found(predictions, predicted)
     cases = {}
     for case in tqdm(predicted, desc="evaluate", unit="case"):

@@ -25,7 +25,7 @@ class Deployed(nn.Module):
         self.network, self.unit_hu = network, unit_hu
 
     def forward(self, mr: Tensor) -> dict[str, Tensor]:
-        """mr [N, channels, H, W]: minus the mean of the volume's foreground, over its SD (`data.cache.normalise`)."""
+        """mr [N, channels, H, W]: minus the mean of the volume's foreground, over its SD (as `preprocess` does it)."""
         y = self.network(mr)
         found = {}
         if "ct" in y:
@@ -55,7 +55,7 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     except ValueError as error:
         raise InputError(f"{run}: {error}") from error
     deployed = Deployed(frozen, trained.config.objective.ct_scale_hu).eval()
-    example = torch.zeros(2, trained.in_channels, 48, 40)
+    example = torch.zeros(2, len(trained.channel_names), 48, 40)
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     shapes = ({0: batch, 2: height, 3: width},)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.cohort import WIDE_REGIONS
 from ..errors import InputError
 
 CLIP_HU = (-1024.0, 3000.0)
@@ -26,7 +27,6 @@ MSE_FLOOR_HU2 = 1 / 12
 perfect prediction finite (82.88 dB inside its region), so that it can stand in JSON and in a mean."""
 
 _RANGE_HU = CLIP_HU[1] - CLIP_HU[0]
-_WIDE_REGIONS = ("overall", "bones", "organs")
 
 
 def case_metrics(
@@ -253,9 +253,9 @@ def _clipped(name: str, ct: np.ndarray) -> np.ndarray:
 
 
 def _check_names(label_names: Mapping[str, int]) -> None:
-    for name in _WIDE_REGIONS:
+    for name in WIDE_REGIONS:
         if name in label_names:
-            raise InputError(f"label_names calls an organ {name!r}, but {_WIDE_REGIONS} are regions of their own")
+            raise InputError(f"label_names calls an organ {name!r}, but {WIDE_REGIONS} are regions of their own")
 
 
 def _check_labels(name: str, labels: np.ndarray | None, label_names: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cohort import Case, load_case
+from ..data.cohort import LABELS, Case, Cohort, check_same_channels, load_case
 from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
-from ..files import new_folder
+from ..files import new_folder, write_json
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..training.parallel import choose_device
 from ..training.run import load_run
@@ -47,7 +47,7 @@ class Predictor:
 
     def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
         trained = load_run(run, checkpoint)
-        self.config, self.label_names, self.in_channels = trained.config, trained.label_names, trained.in_channels
+        self.config, self.label_names, self.channel_names = trained.config, trained.label_names, trained.channel_names
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
@@ -120,22 +120,28 @@ class Predictor:
         variances = [found[task][1] for task in ("ct", "organs") if task in found]
         return torch.cat([*means, *variances], 1)
 
-    def cases(self, cases: tuple[Case, ...], out: Path, draws: int, by: str = "map") -> Iterator[tuple[str, Path]]:
-        """Predict cases one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and shape as the MR.
+    def cases(
+        self, cohort: Cohort, cases: Sequence[Case], out: Path, draws: int, by: str = "map"
+    ) -> Iterator[tuple[str, Path]]:
+        """Predict cases of a cohort one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and
+        shape as the MR; OUT/labels.json has the labels' names.
 
-        OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done.
+        OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Raises
+        InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the run's.
         """
+        check_same_channels(self.channel_names, cohort, str(cohort.root))
         if by not in ("map", "draws"):
             raise InputError(f"by={by!r}: expected map (argmax p) or draws (the mean over drawn architectures)")
         least = int(self.constant_p or by == "draws")
         if draws < least:
             raise InputError(f"draws={draws}: expected at least {least} drawn architectures")
+        return self._one_by_one(cases, out, draws, by)
+
+    def _one_by_one(self, cases: Sequence[Case], out: Path, draws: int, by: str) -> Iterator[tuple[str, Path]]:
         with new_folder(out):
+            if "organs" in self.config.tasks:
+                write_json(out / LABELS, self.label_names)
             for case in cases:
-                if len(case.inputs) != self.in_channels:
-                    raise InputError(
-                        f"case {case.name}: {len(case.inputs)} MR channels, the run was trained on {self.in_channels}"
-                    )
                 mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
                 loaded = load_case(mr_only, {})
                 try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..groups import group_names
 from ..layers.conv import SFGConv2d
 from ..layers.feature_norm import FeatureNorm
 from ..norm import KernelNorm
@@ -42,14 +43,15 @@ def convert(
     belong before the gate; what is added up shares one grouping (shortcuts); concatenations, other pooling,
     interpolation stay; a batch normalisation that follows a sum becomes a `FeatureNorm`. The last convolution, or all
     that follows the last feature map (pooling, flattening, linear layers), becomes a head for each task. Weights are
-    those of `module`: with all kernels shared each task's output is `module`'s, which is checked.
+    those of `module`: with all kernels shared each task's output is `module`'s, but for heads of another size. That is
+    checked, on the example and on noise of its shape.
 
     Args:
         module: a network of one image [N, C, H, W] and one output. It is left alone.
         tasks: {name: number of outputs}, or names: as many outputs as `module` has. A head of another size starts anew.
         skip: names of modules to be left plain. They must stand before the SFG layers: a plain convolution in between
             would mix what belongs to different tasks.
-        example: an image, by default zeros [1, C, 64, 64]. What the forward pass of `module` makes of its size (an
+        example: an image, by default noise [1, C, 64, 64]. What the forward pass of `module` makes of its size (an
             `if`, a number) is kept as it was for the example.
         options: of all SFG layers: `init`, `estimator`.
 
@@ -58,24 +60,34 @@ def convert(
 
     Raises:
         ValueError: for what can't be converted, with its name: another norm than batch normalisation, a transposed or
-            grouped convolution, a sum with something that is no feature of an SFG layer, ..
+            grouped convolution, a sum with something that is no feature of an SFG layer, a function that does
+            something else on another image of the same shape, ..
     """
-    tasks = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks)
+    tasks = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(group_names(tasks)[1:])
     network = copy.deepcopy(module)
     modes = {child: child.training for child in network.modules()}
     first = next((child for child in network.modules() if isinstance(child, nn.Conv2d)), None)
     if first is None:
         raise ValueError("convert: the module has no nn.Conv2d")
     if example is None:
-        example = first.weight.new_zeros(1, first.in_channels, 64, 64)
+        example = _noise(first.weight.new_empty(1, first.in_channels, 64, 64), 0)
     network.eval()
     graph, expected = record(network, example)
-    _Conversion(network, graph, tasks, set(skip), options).run()
+    other = 1 + 2 * _noise(example, 1)  # of another mean and spread, too
+    with torch.no_grad():
+        pairs = (example, expected), (other, copy.deepcopy(network)(other))
+    conversion = _Conversion(network, graph, tuple(tasks), set(skip), options)
+    conversion.run()
     converted = fx.GraphModule(network, graph)
     converted.graph.eliminate_dead_code()
     converted.graph.lint()
     converted.recompile()
-    _check_equal(converted, example, expected, tasks)
+    for image, output in pairs:
+        _check_equal(converted, image, output)
+    for task, size in tasks.items():
+        if size is not None and conversion.last is not None:
+            name = f"{conversion.last}.{task}"
+            converted.set_submodule(name, _resized(converted.get_submodule(name), size))
     for child, training in modes.items():
         child.train(training)
     converted.train(module.training)
@@ -90,7 +102,7 @@ class _Conversion:
     layers, or the tail, which is done once for each task."""
 
     def __init__(
-        self, network: nn.Module, graph: fx.Graph, tasks: Mapping[str, int | None], skip: set[str], options: Any
+        self, network: nn.Module, graph: fx.Graph, tasks: tuple[str, ...], skip: set[str], options: Any
     ) -> None:
         self.network, self.graph, self.tasks, self.options = network, graph, tasks, options
         self.modules = dict(network.named_modules())
@@ -100,6 +112,7 @@ class _Conversion:
         self.kind: dict[fx.Node, str] = {}
         self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
         self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
+        self.last: str | None = None  # the layer of the tail that gives the output its size
 
     def run(self) -> None:
         output = next(node for node in self.graph.nodes if node.op == "output")
@@ -160,7 +173,7 @@ class _Conversion:
     def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
         layer = SFGConv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-            conv.dilation, 1, conv.bias is not None, conv.padding_mode, tasks=tuple(self.tasks),  # type: ignore[arg-type]
+            conv.dilation, 1, conv.bias is not None, conv.padding_mode, tasks=self.tasks,  # type: ignore[arg-type]
             norm=None if norm is None else "batch", activation=activation, device=conv.weight.device,
             dtype=conv.weight.dtype, **self.options,
         )  # fmt: skip
@@ -300,11 +313,12 @@ class _Conversion:
     def _tails(self, output: fx.Node) -> None:
         """The nodes of the tail, once for each task, on what that task reads."""
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
-        last = next((n for n in reversed(tail) if isinstance(self._module(n), nn.Conv2d | nn.Linear)), None)
+        sized = [str(node.target) for node in tail if isinstance(self._module(node), nn.Conv2d | nn.Linear)]
+        self.last = sized[-1] if sized else None
         results: dict[str, fx.Node] = {}
         names: dict[str, dict[str, nn.Module]] = {}
         with self.graph.inserting_before(output):
-            for task, size in self.tasks.items():
+            for task in self.tasks:
                 copies: dict[fx.Node, fx.Node] = {}
 
                 def read(node: fx.Node, task: str = task, copies: dict[fx.Node, fx.Node] = copies) -> fx.Node:
@@ -316,10 +330,7 @@ class _Conversion:
                     module = self._module(node)
                     copies[node] = self.graph.node_copy(node, read)
                     if module is not None:
-                        own = copy.deepcopy(module)
-                        if node is last and size is not None:
-                            own = _resized(own, size)
-                        names.setdefault(str(node.target), {})[task] = own
+                        names.setdefault(str(node.target), {})[task] = copy.deepcopy(module)
                         copies[node].target = f"{node.target}.{task}"
                 results[task] = copies[output.args[0]]  # type: ignore[index]
             for name, modules in names.items():
@@ -384,21 +395,41 @@ def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
     if norm.running_mean is not None and norm.running_var is not None:
         to.pooled_mean.copy_(norm.running_mean)
         to.pooled_var.copy_(norm.running_var)
+    else:
+        raise ValueError("convert: a batch normalisation has no running statistics (track_running_stats=False)")
 
 
-def _check_equal(converted: nn.Module, example: Tensor, expected: Tensor, tasks: Mapping[str, int | None]) -> None:
+def _noise(like: Tensor, seed: int) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
+def _check_equal(converted: fx.GraphModule, image: Tensor, expected: Tensor) -> None:
     """With all kernels shared every task's output is what the module gave."""
     layers = list(sfg_layers(converted).values())
     converted.eval()
     for layer in layers:
         layer.assign(torch.zeros(layer.out_channels, dtype=torch.int64))
     with torch.no_grad():
-        found: dict[str, Tensor] = converted(example)
+        found: dict[str, Tensor] = _Naming(converted).run(image)
     for layer in layers:
         layer.assign(None)
-    for task, size in tasks.items():
-        if size is None and not torch.allclose(found[task], expected, rtol=1e-3, atol=1e-4):
+    for y in found.values():
+        if not torch.allclose(y, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise ValueError(
                 "convert: with all kernels shared the outputs differ from the module's, so it does something that was "
-                f"not seen (largest difference {(found[task] - expected).abs().max():.3g})"
+                f"not seen (largest difference {(y - expected).abs().max():.3g})"
             )
+
+
+class _Naming(fx.Interpreter):
+    """Runs a graph, and says where it can't."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except TypeError as error:  # of features, on what can't be done to them
+            raise ValueError(f"convert: {getattr(n.target, '__name__', n.target)!r}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 TASKS = ("ct", "organs")
@@ -229,6 +230,10 @@ def check(config: TrainConfig) -> None:
     ):
         if value not in choices:
             refuse(key, value, f"one of {', '.join(choices)}")
+    if config.seed >= 2**63:
+        refuse("seed", config.seed, "less than 2**63")
+    if config.patch is not None and config.network.norm is not None and math.prod(config.patch) * schedule.batch == 1:
+        refuse("patch", config.patch, "more than one voxel in a batch: one alone can't be normalised")
     if schedule.patience is not None and schedule.patience < 1:
         refuse("schedule.patience", schedule.patience, "null, or at least 1")
     if config.folds is not None and config.folds < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def make_splits(cache: Cache, folds: int) -> None:
 
 
 def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
-    """The cache with the train and val cases of this fold. InputError if splits_final.json does not fit the cohort."""
+    """The cache with the train and val cases of this fold. InputError if splits_final.json does not fit the cohort; a
+    warning if it leaves cases out."""
     path = splits_path(cache)
     splits = read_json(path)
     expected = f'expected {folds} folds {{"train": [..], "val": [..]}}'
@@ -58,6 +60,12 @@ def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
                 raise InputError(f"{path}: fold {fold}, {which} names {name!r}, expected a train or val case")
     if both := set(split["train"]) & set(split["val"]):
         raise InputError(f"{path}: fold {fold} has {sorted(both)[0]!r} in train and in val, expected it in one")
+    if left_out := sorted(known - set(split["train"]) - set(split["val"])):
+        warnings.warn(
+            f"{path}: fold {fold} leaves out {', '.join(left_out)} (was the cohort smaller when the folds were made?); "
+            "without that file they are made anew",
+            stacklevel=3,
+        )
     return cache.with_splits(split)
 
 

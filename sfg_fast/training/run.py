@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.cache import Cache
-from ..data.cohort import check_label_names
+from ..data.cohort import check_label_names, unnamed_channels
 from ..errors import InputError
 from ..files import read_json
 from ..networks.controls import set_estimator
@@ -45,13 +45,13 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
-    predictions by draws; `label_names`: name -> label value; `in_channels`: of the MR."""
+    predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR."""
 
     config: TrainConfig
     model: SFGHighResNet
     drawn_statistics: dict[str, Tensor]
     label_names: dict[str, int]
-    in_channels: int
+    channel_names: tuple[str, ...]
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
@@ -71,20 +71,22 @@ def load_run(folder: Path, which: str = "final") -> Run:
             f"{folder}: training stopped at step {state['step']}, expected a finished run (train --resume)"
         )
     config = _config(state["config"], path)
-    in_channels, labels = _about_data(folder / "data.json")
-    model = build_network(config, in_channels, max(labels.values(), default=0) + 1)
+    channels, labels = _about_data(folder / "data.json")
+    model = build_network(config, len(channels), max(labels.values(), default=0) + 1)
     checkpoint.load_weights(model, state["model"], path)
-    return Run(config, model, state["drawn_statistics"], labels, in_channels)
+    return Run(config, model, state["drawn_statistics"], labels, channels)
 
 
-def _about_data(path: Path) -> tuple[int, dict[str, int]]:
-    """What the run was trained on: channels of the MR, and names of labels."""
+def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """What the run was trained on: names of the MR's channels, and of labels."""
     found = read_json(path)
     channels = found.get("in_channels") if isinstance(found, dict) else None
     if type(channels) is not int or channels < 1:
         raise InputError(f"{path}: in_channels {channels!r}, expected the number of MR channels of the run")
-    labels = found.get("labels")
-    return channels, check_label_names(labels, str(path)) if labels else {}
+    names, labels = found.get("channel_names", list(unnamed_channels(channels))), found.get("labels")
+    if not isinstance(names, list) or len(names) != channels:
+        raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
+    return tuple(map(str, names)), check_label_names(labels, str(path)) if labels else {}
 
 
 def _config(saved: dict[str, Any], path: Path) -> TrainConfig:

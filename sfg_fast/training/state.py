@@ -78,6 +78,7 @@ class TrainingState:
         self.history = empty_history(self.model, config.tasks)
         self.about_data = {
             "in_channels": cache.in_channels,
+            "channel_names": list(cache.channel_names),
             "labels": cache.label_names,
             "cases": {split: len(cache.names(split)) for split in ("train", "val", "test")},
             "fingerprint": cache.fingerprint(),

@@ -75,9 +75,10 @@ def validate(
             found = tally(outputs, batch, ct_scale_hu)
             for task, name in (("ct", "ct"), ("organs", "labels")):
                 if task in outputs:
-                    there = batch[f"has_{name}"]
-                    nll = -objective.likelihoods[task](outputs[task], batch[name])[there].double()
-                    found |= {f"nll/{task}": nll.sum(), f"examples/{task}": there.sum().double()}
+                    nll = outputs[task].new_zeros(0, dtype=torch.float64)  # if no case of the split has the target
+                    if name in batch:
+                        nll = -objective.likelihoods[task](outputs[task], batch[name])[batch[f"has_{name}"]].double()
+                    found |= {f"nll/{task}": nll.sum(), f"examples/{task}": nll.new_tensor(len(nll))}
             sums = {name: sums[name] + value if sums else value for name, value in found.items()}
     model.load_state_dict(before, strict=False)
     model.train(training)

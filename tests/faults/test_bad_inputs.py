@@ -179,6 +179,9 @@ VOLUMES = {
     "gaps": (unnamed_gap, "the label files hold the values [3], expected 0, 1, 2, .. without gaps"),
     "empty mask": (replaced("mask", lambda a: a * 0), "mask.nii.gz is an empty mask, expected voxels above 0"),
     "no contrast": (replaced("mr", lambda a: a * 0 + 5), "MR channel 0 is constant in its foreground"),
+    "CT of one value": (replaced("ct", lambda a: a * 0 + 7), "the CT's values are 7 to 7, expected HU"),
+    "CT from 0 on": (replaced("ct", lambda a: a + 1024), "expected HU (air or fat below 0, bone above 100)"),
+    "CT in thousands": (replaced("ct", lambda a: a / 1000), "expected HU (air or fat below 0, bone above 100)"),
     "twice": (plain_and_gz, "mr.nii and mr.nii.gz are there, expected one"),
     "no MR": (only("mr"), "case phantom_000 has no MR"),
     "more channels": (second_channel, "case phantom_001 has 1 MR channels, phantom_000 2"),
@@ -486,6 +489,7 @@ VALUES = [
     ("--objective.ct-noise", "loud", "objective.ct_noise='loud'"),
     ("--objective.lambda1", "-1", "objective.lambda1=-1"),
     ("--objective.ct-scale-hu", "0", "objective.ct_scale_hu=0"),
+    ("--seed", "99999999999999999999", "seed=99999999999999999999"),
     ("--transfer.freeze", "true", "transfer.run=None"),
     ("--transfer.run", "nowhere", "nowhere"),
 ]
@@ -558,6 +562,10 @@ CHECKPOINTS = {
     ),
     "not finished": (saved(lambda s: s.update(finished=False)), "training stopped at step 2"),
     "data.json gone": (lambda p: (p.parents[1] / "data.json").unlink(), "data.json: no such file"),
+    "channels without names": (
+        lambda p: (p.parents[1] / "data.json").write_text('{"in_channels": 1, "channel_names": []}'),
+        "data.json: channel_names [], expected the names of 1 MR channels",
+    ),
     "data.json empty": (
         lambda p: (p.parents[1] / "data.json").write_text("{}"),
         "data.json: in_channels None, expected",
@@ -587,9 +595,15 @@ OUTPUTS = [
     (["train", "--data", "{cache}", "--out", "{run}", "--resume", *TINY], "this run is finished (2 steps)"),
     (["train", "--data", "{cache}", "--out", "{file}/new", *TINY], "can't be created"),
     (["train", "--data", "{cache}", "--out", "/proc/new", *TINY], "/proc/new: can't be created"),
+    (
+        ["train", "--data", "{cache}", "--out", "{new}", *TINY, "--patch", "[1,1]", "--schedule.batch", "1"],
+        "patch=[1, 1]",
+    ),
     (["predict", "{run}", "{cohort}", "{new}", "--checkpoint", "best"], "no best.pt, because it had no validation"),
     (["predict", "{run}", "{cohort}", "{new}", "--checkpoint", "worst"], "worst"),
     (["predict", "{run}", "{cohort}", "/proc/new"], "/proc/new: can't be created"),
+    (["predict", "{run}", "{cohort}", "{new}", "--draws", "-2"], "draws=-2"),
+    (["predict", "{run}", "{cohort}", "{new}", "--by", "mean"], "by='mean'"),
     (["evaluate", "{cohort}", "{cohort}", "--out", "/proc/metrics.json"], "/proc/metrics.json: can't be written"),
     (["phantom", "/proc/new"], "/proc/new: can't be created"),
 ]

@@ -439,6 +439,8 @@ def test_activation_checkpointing_draws_the_same():
         (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5, 0.5]), "sum to 1"),
         (lambda: SFGConv2d(2, 4, 3, estimator="reinforce"), "estimator='reinforce'"),
         (lambda: SFGConv2d(2, 4, 3, tasks=0), "tasks=0"),
+        (lambda: SFGConv2d(2, 4, 3, tasks="ct"), "tasks='ct' is one text"),
+        (lambda: FilterGroups.streams(4, "ct", torch.device("cpu")), "tasks='ct' is one text"),
         (lambda: SFGConv2d(2, 4, 3, tasks=["ct", "shared"]), "'shared'"),
         (lambda: SFGConv2d(2, 4, 3).assign([0, 1, 2]), r"shape \(3,\)"),
         (lambda: SFGConv2d(2, 4, 3).assign([0, 1, 2, 3]), r"\[0, 1, 2, 3\]"),
@@ -455,6 +457,14 @@ def test_activation_checkpointing_draws_the_same():
 def test_errors_name_the_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_image_of_another_dtype_is_refused_as_by_conv2d(name, dtype):
+    said = "expected the same|should be the same|the tensor is torch.float16, the native kernels"
+    with backend(name), pytest.raises(RuntimeError, match=said):
+        SFGConv2d(2, 4, 3)(torch.randn(1, 2, 5, 5).to(dtype))
 
 
 def test_features_are_exported_by_the_package():

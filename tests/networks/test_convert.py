@@ -287,8 +287,28 @@ class Broken(nn.Module):
         (Broken(nn.Identity()), {"skip": ["nowhere"]}, "skip: there is no module 'nowhere'"),
         (Broken(nn.Conv2d(4, 4, 1), lambda m, h, x: m.last(m.middle(m.middle(h)))), {}, "'middle' is used more than"),
         (Broken(nn.Identity()), {"skip": ["first", "last"]}, "nothing is left to be an SFG layer"),
+        (Broken(nn.PReLU(4)), {}, "'middle': prelu is not known to act on each channel alone"),
+        (Broken(nn.ConstantPad2d(1, 2.0)), {}, r"'middle': pad\(value=2.0\) would give values to"),
+        (Broken(nn.Softmax(1)), {}, "'middle': softmax would give values to"),
+        (Broken(nn.BatchNorm2d(4, track_running_stats=False)), {}, "no running statistics"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_converted_is_named(module, options, said):
     with pytest.raises(ValueError, match=said):
         convert(module, TASKS, **options)
+
+
+def test_one_text_is_no_list_of_tasks():
+    with pytest.raises(ValueError, match="tasks='ct' is one text"):
+        convert(Broken(nn.Identity()), "ct")
+
+
+@pytest.mark.parametrize("tasks", [["ct", "organs"], {"ct": 2, "organs": 2}, {"ct": 1, "organs": 6}], ids=str)
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)], ids=["", "zeros", "ones"])
+def test_what_is_other_on_another_image_is_refused(tasks, example):
+    """`.item()` is a number in the recorded graph. Whatever sizes the heads get, the network in front of them is
+    compared, and on more than one image."""
+    torch.manual_seed(0)
+    module = Broken(None, lambda m, h, x: m.last(h * x.mean().item()))
+    with pytest.raises(ValueError, match="with all kernels shared the outputs differ from the module's"):
+        convert(module, tasks, example=example)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import shutil
+import warnings
 import zipfile
 
 import numpy as np
@@ -231,9 +233,9 @@ def test_prediction_by_the_mean_over_drawn_architectures(cache, tmp_path):
 @pytest.mark.parametrize(("by", "draws", "said"), [("mean", 2, "by='mean': expected map"), ("draws", 0, "draws=0")])
 def test_predictions_by_something_else_are_refused(cache, tmp_path, by, draws, said):
     Trainer(config(cache, tmp_path / "run", steps=1)).run()
-    cases = read_cohort(cache.parent / "cohort").split("test")
+    cohort = read_cohort(cache.parent / "cohort")
     with pytest.raises(InputError, match=said):
-        list(Predictor(tmp_path / "run").cases(cases, tmp_path / "out", draws, by))
+        Predictor(tmp_path / "run").cases(cohort, cohort.cases, tmp_path / "out", draws, by)
     assert not (tmp_path / "out").exists()
 
 
@@ -476,6 +478,34 @@ def test_folds(with_val, tmp_path):
     assert trainer.validation.names == folds[1].names("val")
     with pytest.raises(InputError, match=r"folds=5: .*has 4 train and val cases, expected at least 5"):
         make_splits(Cache(copied(with_val, tmp_path / "copy")), 5)
+
+
+def test_folds_that_leave_out_new_cases_warn(with_val, tmp_path):
+    make_splits(Cache(with_val), 2)
+    path = copied(with_val, tmp_path / "grown") / "splits_final.json"
+    splits = json.loads((with_val / "splits_final.json").read_text())
+    new = splits[0]["train"].pop()
+    path.write_text(json.dumps(splits))
+    with pytest.warns(UserWarning, match=rf"splits_final.json: fold 0 leaves out {new} \("):
+        assert new not in read_fold(Cache(path.parent), 2, 0).cases
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_fold(Cache(path.parent), 2, 1)
+
+
+@pytest.mark.parametrize("lacks", ["ct", "labels"])
+def test_a_validation_split_without_a_target_validates_the_other_task(tmp_path, lacks):
+    write_phantom(tmp_path / "cohort", cases=4, test=1, size=24, slices=6, progress=False)
+    first, *others = (case for case in read_cohort(tmp_path / "cohort").cases if case.split == "train")
+    getattr(first, lacks).unlink()
+    preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
+    parts = [[first.name], [case.name for case in others]]
+    splits = [{"train": parts[1 - i], "val": parts[i]} for i in (0, 1)]
+    (tmp_path / "cache" / "splits_final.json").write_text(json.dumps(splits))
+    Trainer(config(tmp_path / "cache", tmp_path / "run", folds=2, fold=0)).run()
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["last"]
+    assert (last["psnr"] is None, last["dice"] is None) == (lacks == "ct", lacks == "labels")
+    assert math.isfinite(last["nll"])
 
 
 def copied(cache, folder):
