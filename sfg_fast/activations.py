@@ -19,6 +19,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu_pool
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Of a callable `x` itself is left alone, whatever it does in place: others read it, too."""
     if activation is None:
         return x
-    return ACTIVATIONS[activation](x) if isinstance(activation, str) else activation(x)
+    if isinstance(activation, str):
+        return ACTIVATIONS[activation](x)
+    return activation(x.clone() if getattr(activation, "inplace", False) else x)

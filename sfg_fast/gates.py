@@ -50,25 +50,20 @@ def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, grou
 # --- one draw ---------------------------------------------------------------------------------------------------------
 
 
-def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise from the default generator of the device of `like`."""
-    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # contiguous: the same order in a graph
-    return _to_gumbel(noise.exponential_())
-
-
-def _to_gumbel(exponential: Tensor) -> Tensor:
-    return exponential.clamp_min_(torch.finfo(exponential.dtype).tiny).log_().neg_()
+def gumbel_noise(like: Tensor, spare: int = 0) -> Tensor:
+    """Standard Gumbel noise [K, groups]. `spare`: so many more are drawn, and left."""
+    return _noise_of_each(like, [len(like)], spare)[0]
 
 
 def _noise_of_each(like: Tensor, sizes: Sequence[int], samples: int) -> Tensor:
-    """Gumbel noise [1 + samples, K, groups] for several layers of `sizes` kernels, K in all: the numbers that each
-    would get, one after the other."""
+    """Standard Gumbel noise [1 + samples, K, groups] from the device's default generator for several layers of `sizes`
+    kernels, K in all: the numbers that each would get, one after the other."""
     noise = torch.empty((1 + samples, *like.shape), dtype=like.dtype, device=like.device)
     for part in noise.split(sizes, 1):
         part[0].exponential_()
         if samples:
             part[1:] = torch.empty_like(part[1:], memory_format=torch.contiguous_format).exponential_()
-    return _to_gumbel(noise)
+    return noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_().neg_()
 
 
 def one_hot(assignment: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -122,10 +117,11 @@ class GroupGates(nn.Module):
         self.register_buffer("fixed_assignment", torch.full((kernels,), -1, device=device))
         # How many draws could be learnt from: a resumed run goes on with the right step of every n.
         self.register_buffer("learning_steps", torch.zeros((), dtype=torch.int64, device=device))
-        self._learning_steps = 0  # the same, known to the host
+        self._phase = 0  # learning_steps % every, known to the host
+        self._foreseen = False  # was the next step looked at already (`_looks_everywhere`)?
         self.assigned = False
         self.sampling = False
-        self.every = 1
+        self._every = 1
         self.shares_grouping = False
         self.estimator = estimator
 
@@ -150,6 +146,7 @@ class GroupGates(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"every={steps!r}: expected a number of steps, at least 1")
         self._every = steps
+        self._phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % steps
 
     @property
     def temperature(self) -> Tensor:
@@ -225,13 +222,17 @@ class GroupGates(nn.Module):
             raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
         tasks, groups = self.group_names[1:], len(self.group_names)
         if self.assigned:
-            gates = one_hot(self.fixed_assignment, groups, self.gates_dtype)
-            return FilterGroups.from_assignment(self.fixed_assignment, tasks, gates)
+            assignment = self.fixed_assignment.clone()  # which a later `assign` would write to
+            return FilterGroups.from_assignment(assignment, tasks, one_hot(assignment, groups, self.gates_dtype))
         if self._draws_by_formula():
             return _draw_by_formula([self])[0]
         log_p = self.log_p()
         draws = self.training or self.sampling or self._rule.gates is None
-        return self._one_row_per_kernel(log_p, gumbel_noise(log_p) if draws else None)
+        samples = 0
+        if self.training:  # as many numbers as a step that learns takes: with one seed both draw the same
+            samples = self._rule.samples
+            self._looks_everywhere(learns=False)
+        return self._one_row_per_kernel(log_p, gumbel_noise(log_p, samples) if draws else None)
 
     def _draws_by_formula(self) -> bool:
         """Are the gates of a draw differentiable, or relaxed: made by the estimator's formula?"""
@@ -242,16 +243,25 @@ class GroupGates(nn.Module):
     def _kind(self) -> tuple[Any, ...]:
         """Layers of the same kind can be drawn in one go."""
         logits = self.logits
-        what = self.group_names, self._rule, self.every, self._learning_steps
+        what = self.group_names, self._rule, self.every, self._phase
         return *what, logits.dtype, logits.device, logits.requires_grad
 
-    def _looks_everywhere(self) -> bool:
-        """Is this a step that looks at the groups that were not drawn?"""
+    def _looks_everywhere(self, learns: bool) -> bool:
+        """Is this a step that looks at the groups that were not drawn? Every draw that `learns` is a step.
+
+        Activation checkpointing runs a step twice, which must come to the same: reentrant, first without gradient, when
+        the step to come is foreseen; or else again inside the backward pass, when it is the step that was."""
         if self.every == 1:
             return True
-        self._learning_steps += 1
-        self.learning_steps += 1
-        return self._learning_steps % self.every == 0
+        again = learns and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if again and not self._foreseen:
+            return self._phase == 0
+        phase = (self._phase + 1) % self.every
+        self._foreseen = not learns
+        if learns:
+            self._phase = phase
+            self.learning_steps += 1
+        return phase == 0
 
     def _one_row_per_kernel(self, log_p: Tensor, noise: Tensor | None) -> FilterGroups:
         assignment, by_group = backends.sample(log_p, noise)
@@ -275,7 +285,7 @@ class GroupGates(nn.Module):
             )
         super()._load_from_state_dict(state, prefix, metadata, *args)
         self.assigned = bool((self.fixed_assignment >= 0).all())
-        self._learning_steps = int(self.learning_steps)
+        self._phase = int(self.learning_steps) % self.every
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
 
@@ -304,7 +314,7 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     drawn_of = [backends.sample(*both) for both in zip(log_p.split(sizes), noise[0].split(sizes), strict=True)]
     assignments = [assignment for assignment, _ in drawn_of]
     drawn = one_hot(torch.cat(assignments) if several else assignments[0], groups, log_p.dtype)
-    looks = [layer._looks_everywhere() for layer in layers if log_p.requires_grad]  # each counts its steps
+    looks = [layer._looks_everywhere(log_p.requires_grad) for layer in layers]  # each counts its steps
     everywhere = all(looks)
     formula = rule.gates if everywhere or not rule.relaxed else straight_through
     assert formula is not None

@@ -101,6 +101,7 @@ class FilterGroups:
         gates: [K, groups] the gate z of each kernel in each group; None where all are one (streams, blocks).
         all_gates: do the gates of the groups that a kernel was not drawn into want a gradient, too? Their rows are
             zero, and no part of the packed tensor.
+        sizes: of `blocks`, the rows of each group.
     """
 
     order: Tensor
@@ -110,6 +111,7 @@ class FilterGroups:
     assignment: Tensor | None = None
     gates: Tensor | None = None
     all_gates: bool = False
+    sizes: tuple[int, ...] | None = None
 
     @staticmethod
     def from_assignment(
@@ -166,7 +168,7 @@ class FilterGroups:
         # Filled on the device: a copy from host memory would wait for it, and can't be captured in a graph.
         ends = [0, *itertools.accumulate(sizes)]
         offsets = torch.stack([torch.full((), end, dtype=torch.int64, device=device) for end in ends])
-        return FilterGroups(torch.arange(ends[-1], device=device), offsets, names, ends[-1])
+        return FilterGroups(torch.arange(ends[-1], device=device), offsets, names, ends[-1], sizes=tuple(sizes))
 
     @staticmethod
     def joined(parts: Sequence[FilterGroups]) -> FilterGroups:
@@ -176,11 +178,14 @@ class FilterGroups:
         if any(part.names != names or part.blocked for part in parts):
             raise ValueError(f"features of different kinds can't be concatenated: {', '.join(map(str, parts))}")
         width = sum(part.width for part in parts)
-        if any(part.full for part in parts):
+        full = any(part.full for part in parts)
+        if full and any(part.assignment is None for part in parts):
             return FilterGroups.streams(width, names[1:], parts[0].order.device)
+        gates = torch.cat([part.gates for part in parts])  # type: ignore[misc]
+        if full:
+            return FilterGroups.relaxed(gates, names[1:])
         assignment = torch.cat([part.assignment for part in parts])  # type: ignore[misc]
         order, offsets = sort_by_group(assignment, len(names))
-        gates = torch.cat([part.gates for part in parts])  # type: ignore[misc]
         return FilterGroups(order, offsets, names, width, assignment, gates, any(part.all_gates for part in parts))
 
     @property
@@ -196,6 +201,11 @@ class FilterGroups:
     def blocked(self) -> bool:
         """Does every group have rows of its own (`blocks`)?"""
         return self.assignment is None and not self.full
+
+    @property
+    def alike(self) -> bool:
+        """Does every group have as many rows of its own?"""
+        return self.sizes is not None and len(set(self.sizes)) == 1
 
     @property
     def learns(self) -> bool:
@@ -283,13 +293,14 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 _TENSORS = ("order", "offsets", "assignment", "gates")
+_REST = ("names", "width", "all_gates", "sizes")
 pytree.register_pytree_node(
     FilterGroups,
-    lambda groups: ([getattr(groups, name) for name in _TENSORS], (groups.names, groups.width, groups.all_gates)),
+    lambda groups: ([getattr(groups, name) for name in _TENSORS], tuple(getattr(groups, name) for name in _REST)),
     lambda children, context: FilterGroups(
-        **dict(zip(_TENSORS, children, strict=True)), **dict(zip(("names", "width", "all_gates"), context, strict=True))
+        **dict(zip(_TENSORS, children, strict=True)), **dict(zip(_REST, context, strict=True))
     ),
     serialized_type_name="sfg_fast.FilterGroups",
     to_dumpable_context=list,
-    from_dumpable_context=lambda context: (tuple(context[0]), *context[1:]),
+    from_dumpable_context=lambda context: (tuple(context[0]), *context[1:3], context[3] and tuple(context[3])),
 )

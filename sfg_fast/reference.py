@@ -151,6 +151,8 @@ class SFGConv2d(GroupGates):
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
+        if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
+            raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
         # torch's own layer checks the geometry and gives the initial weights.
         plain = nn.Conv2d(

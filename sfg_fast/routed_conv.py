@@ -76,7 +76,7 @@ def convolve(
     elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
         one = plain(spec, *sizes)
         u = unfold(_by_kernels(fold(x, spec), None, None, weight, bias, None, kernels, one, relu)[0], spec)
-    elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.blocked:
+    elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.alike:
         stride, padding, dilation = spec.geometry
         groups = len(spec.columns.names)
         u = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
@@ -135,8 +135,10 @@ class Others(NamedTuple):
 
 class Producer(NamedTuple):
     """Where features come from, F = z act(scale * u + shift): a consumer whose kernels can (`FUSES_GATES`) gives the
-    gates z their gradient itself, and dL/dF of the others is never stored."""
+    gates z their gradient itself, and dL/dF of the others is never stored. (It then goes past F: not for an F that is
+    another tensor by now, or whose own gradient somebody waits for.)"""
 
+    packed: Tensor  # F
     h: Tensor  # act(..) of the rows, with the gradient that goes to the layer
     gates: Tensor  # [K, T+1]
     groups: FilterGroups
@@ -172,7 +174,7 @@ def _by_kernels(
     arguments = weight, bias, residual if fused else None, kernels, spec, relu and fused, keep
     if producer is not None:
         tensors, rest = ((), None) if producer.others is None else producer.others.split()
-        made = producer._replace(h=None, gates=None, others=rest)  # type: ignore[arg-type]
+        made = producer._replace(packed=None, h=None, gates=None, others=rest)  # type: ignore[arg-type]
         u, a, *past = _RoutedConv.apply(producer.h, None, producer.gates, *arguments, around, made, *tensors)
     elif torch.compiler.is_compiling():
         u, a, *past = operators.routed_conv(x, others, *arguments)
@@ -187,6 +189,8 @@ def _by_kernels(
 def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
     """Can the consumer of these features give their gates the gradient?"""
     if not kernels.FUSES_GATES or torch.compiler.is_compiling() or spec.geometry.stride != (1, 1):
+        return False
+    if producer.packed is not x or x._backward_hooks or x.retains_grad:
         return False
     return producer.h.dtype == x.dtype and (producer.others is None or producer.others.kernels is kernels)
 

@@ -6,7 +6,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling
+from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling, set_estimator
 from sfg_fast.backends import available
 from tests.oracle import assert_close
 
@@ -67,6 +67,32 @@ def check(make, name, size, steps=3, compiler="aot_eager"):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_layers(name, estimator, float64):
     check(lambda: Chain(estimator), name, (11, 12))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_features_that_leave_the_graph(name, float64):
+    """A layer compiled alone: what is done to its features outside reaches weights and logits."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    conv, x, found = SFGConv2d(1, 4, 3, activation="relu"), torch.randn(1, 1, 8, 8), []
+    with backend(name):
+        for call in (conv, torch.compile(conv, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(1)
+            conv.zero_grad()
+            call(x).merged(1).square().sum().backward()
+            found.append((conv.weight.grad.clone(), conv.logits.grad.clone()))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
+
+
+def test_every_second_step_takes_two_graphs():
+    torch._dynamo.reset()
+    conv = SFGConv2d(1, 4, 3)
+    set_estimator(conv, "straight_through", every=2)
+    compiled = torch.compile(conv, fullgraph=True, backend="eager")
+    for step in range(8):
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            compiled(torch.zeros(1, 1, 8, 8)).packed.sum().backward()
 
 
 def test_reinmax(float64):

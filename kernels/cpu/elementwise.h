@@ -10,10 +10,16 @@ namespace {
 
 template <typename T>
 void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total) {
-    Vector<T> sums{};
-    for (int64_t i = 0; i < rows; i++, values += pitch)
-        for (int64_t j = 0; j < length; j += LANES<T>) sums += load_some(values + j, length - j);
-    add_sums<T, 1>(&sums, total);
+    constexpr int L = LANES<T>;
+    Vector<T> sums[4] = {};
+    for (int64_t i = 0; i < rows; i++, values += pitch) {
+        int64_t j = 0;
+        for (; j + 4 * L <= length; j += 4 * L)
+            for (int k = 0; k < 4; k++) sums[k] += load(values + j + k * L);
+        for (; j < length; j += L) sums[0] += load_some(values + j, length - j);
+    }
+    sums[0] += sums[1] + sums[2] + sums[3];
+    add_sums<T, 1>(sums, total);
 }
 
 // --------------------------------------------------------------------------------------------------------------- gates

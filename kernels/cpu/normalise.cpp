@@ -14,6 +14,15 @@ struct Affine {
     T scale, shift;
 };
 
+// Sums in T are made of so many numbers: of all of a large plane they would lose what the statistics need.
+constexpr int64_t PIECE = 2048;
+
+// body(first, count) for every piece of a plane.
+template <typename Body>
+void by_pieces(int64_t plane, const Body& body) {
+    for (int64_t first = 0; first < plane; first += PIECE) body(first, std::min(PIECE, plane - first));
+}
+
 // weight * (u - mean) / sqrt(var + eps) + bias = scale * u + shift
 template <typename T>
 Affine<T> affine_of(const Norm<T>& norm, int64_t kernel, const T* mean, const T* var) {
@@ -34,13 +43,17 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
             const int64_t kernel = place(norm.order, row);
             const auto image = [&](int64_t i) { return norm.u + (i * norm.c + row) * plane; };
             double total = 0, squares = 0;
-            for (int64_t i = 0; i < norm.n; i++) {
-                T sum = 0;
-                loops.sum(image(i), 1, plane, plane, &sum);
-                total += sum;
-            }
+            for (int64_t i = 0; i < norm.n; i++)
+                by_pieces(plane, [&](int64_t first, int64_t count) {
+                    T sum = 0;
+                    loops.sum(image(i) + first, 1, count, count, &sum);
+                    total += sum;
+                });
             mean[kernel] = T(total / double(norm.n * plane));
-            for (int64_t i = 0; i < norm.n; i++) squares += loops.squares(image(i), plane, mean[kernel]);
+            for (int64_t i = 0; i < norm.n; i++)
+                by_pieces(plane, [&](int64_t first, int64_t count) {
+                    squares += loops.squares(image(i) + first, count, mean[kernel]);
+                });
             var[kernel] = T(squares / double(norm.n * plane));
             if (running.mean) {
                 const double count = double(norm.n * plane);
@@ -84,9 +97,13 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
                 if (norm.act.pool)
                     loops.pool_gradient({norm.u + at * plane, scale, shift, norm.h, norm.w}, dy + at * out_plane,
                                         du + at * plane);
-                T sums[2];
-                loops.affine_sums(tile(i), mean[kernel], sums);
-                plain += sums[0], moment += sums[1];
+                by_pieces(plane, [&](int64_t first, int64_t count) {
+                    AffineGradient<T> piece = tile(i);
+                    piece.u += first, piece.dy += first, piece.count = count;
+                    T sums[2];
+                    loops.affine_sums(piece, mean[kernel], sums);
+                    plain += sums[0], moment += sums[1];
+                });
             }
             // du = scale * (g - mean(g) - (u - mean) * mean(g * (u - mean)) / (var + eps))
             const double count = double(norm.n * plane), precision = 1 / (double(var[kernel]) + double(norm.eps));

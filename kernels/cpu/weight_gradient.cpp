@@ -143,7 +143,7 @@ struct Plan {
 
     // Small ones, so that the lanes of fewer vectors are added up.
     int64_t images_together() const {
-        int64_t count = by_tiles ? p.n : std::max<int64_t>(1, p.n / threads);
+        int64_t count = std::max<int64_t>(1, by_tiles ? p.n : p.n / threads);
         for (const Job& job : jobs) {
             const Layout& layout = job.layout;
             const int64_t channels = job.part->reads.size() + job.part->outputs.size();

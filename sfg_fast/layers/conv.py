@@ -117,10 +117,12 @@ class SFGConv2d(reference.SFGConv2d):
         packed, own = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, False)
         if residual is not None:
             return SFGFeatures(packed, groups, others=joined_others(own, without_memory))
-        return SFGFeatures(packed, groups, others=own, producer=self._producer(h, groups, others, scale, shift, False))
+        producer = self._producer(packed, h, groups, others, scale, shift, False)
+        return SFGFeatures(packed, groups, others=own, producer=producer)
 
     def _producer(
         self,
+        packed: Tensor,
         h: Tensor,
         groups: FilterGroups,
         others: Others | None,
@@ -129,9 +131,10 @@ class SFGConv2d(reference.SFGConv2d):
         own: bool,
     ) -> Producer | None:
         assert groups.gates is not None
-        if self.activation not in (None, "relu"):
+        # None in a graph: packed and h would both be its results, and of two views one loses its gradient.
+        if self.activation not in (None, "relu") or torch.compiler.is_compiling():
             return None
-        return Producer(h, groups.gates, groups, others, scale, shift, self.activation, own)
+        return Producer(packed, h, groups.gates, groups, others, scale, shift, self.activation, own)
 
     def _epilogue(
         self, u: Tensor, groups: FilterGroups, norm: KernelNorm | None, activated: bool, others: Others | None
@@ -151,7 +154,7 @@ class SFGConv2d(reference.SFGConv2d):
         if others is not None and scale is not None and shift is not None:
             scale, shift = (values[groups.others, groups.order] for values in (scale, shift))
         packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, True)
-        producer = self._producer(h, groups, others, scale, shift, True)
+        producer = self._producer(packed, h, groups, others, scale, shift, True)
         return SFGFeatures(packed, groups, others=without_memory, producer=producer)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:

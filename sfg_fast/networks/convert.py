@@ -26,6 +26,10 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     for function in (F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.relu6, F.selu, F.celu, F.softplus,
                      torch.sigmoid, torch.tanh)
 }  # fmt: skip
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}  # fmt: skip
 _NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
 
 
@@ -76,7 +80,7 @@ def convert(
     other = 1 + 2 * _noise(example, 1)  # of another mean and spread, too
     with torch.no_grad():
         pairs = (example, expected), (other, copy.deepcopy(network)(other))
-    conversion = _Conversion(network, graph, tuple(tasks), set(skip), options)
+    conversion = _Conversion(network, graph, tuple(tasks), set(skip), options, modes)
     conversion.run()
     converted = fx.GraphModule(network, graph)
     converted.graph.eliminate_dead_code()
@@ -88,9 +92,9 @@ def convert(
         if size is not None and conversion.last is not None:
             name = f"{conversion.last}.{task}"
             converted.set_submodule(name, _resized(converted.get_submodule(name), size))
-    for child, training in modes.items():
-        child.train(training)
     converted.train(module.training)
+    for child, training in modes.items():
+        child.training = training
     return converted
 
 
@@ -102,8 +106,11 @@ class _Conversion:
     layers, or the tail, which is done once for each task."""
 
     def __init__(
-        self, network: nn.Module, graph: fx.Graph, tasks: tuple[str, ...], skip: set[str], options: Any
-    ) -> None:
+        self, network: nn.Module, graph: fx.Graph, tasks: tuple[str, ...], skip: set[str], options: Any,
+        modes: dict[nn.Module, bool],
+    ) -> None:  # fmt: skip
+        """`modes`: of the modules, in training or not; what is put in their place gets theirs."""
+        self.modes = modes
         self.network, self.graph, self.tasks, self.options = network, graph, tasks, options
         self.modules = dict(network.named_modules())
         if unknown := skip - self.modules.keys():
@@ -115,6 +122,7 @@ class _Conversion:
         self.last: str | None = None  # the layer of the tail that gives the output its size
 
     def run(self) -> None:
+        self._dropouts()
         output = next(node for node in self.graph.nodes if node.op == "output")
         self.head = self._head(output.args[0])
         for node in list(self.graph.nodes):
@@ -124,6 +132,19 @@ class _Conversion:
             raise ValueError("convert: nothing is left to be an SFG layer, or nothing behind them to be a head")
         self._share_groupings()
         self._tails(output)
+
+    def _dropouts(self) -> None:
+        """F.dropout(x, p, self.training) as a module: what was recorded never drops, because that was in `eval()`."""
+        for number, node in enumerate(list(self.graph.nodes)):
+            if node.target not in _DROPOUTS:
+                continue
+            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            name, dropout = f"dropout_{number}", _DROPOUTS[node.target](p)
+            self.network.add_module(name, dropout)
+            self.modules[name], self.modes[dropout] = dropout, self.modes[self.network]
+            with self.graph.inserting_before(node):
+                node.replace_all_uses_with(self.graph.call_module(name, (node.kwargs.get("input", *node.args[:1]),)))
+            self.graph.erase_node(node)
 
     def _head(self, node: fx.Node) -> fx.Node | None:
         """The last convolution, if nothing but channelwise functions follow it; else None: the tail starts later."""
@@ -178,8 +199,10 @@ class _Conversion:
             dtype=conv.weight.dtype, **self.options,
         )  # fmt: skip
         layer.weight, layer.bias = conv.weight, conv.bias
+        self.modes[layer] = self.modes.get(conv, True)
         if norm is not None and layer.norm is not None:
             copy_batch_norm(norm, layer.norm)
+            self.modes[layer.norm] = self.modes[norm]
         return layer
 
     def _followers(self, node: fx.Node) -> tuple[nn.BatchNorm2d | None, Any]:
@@ -235,6 +258,7 @@ class _Conversion:
             norm = FeatureNorm(module.num_features, 1 + len(self.tasks), module.eps, module.momentum or 0.0,
                                device=module.weight.device, dtype=module.weight.dtype)  # fmt: skip
             copy_batch_norm(module, norm.norm)
+            self.modes[norm] = self.modes[norm.norm] = self.modes[module]
             self._replace(str(node.target), norm)
         elif isinstance(module, _NORMS):
             raise ValueError(
@@ -330,7 +354,12 @@ class _Conversion:
                     module = self._module(node)
                     copies[node] = self.graph.node_copy(node, read)
                     if module is not None:
-                        names.setdefault(str(node.target), {})[task] = copy.deepcopy(module)
+                        own = names.setdefault(str(node.target), {})[task] = copy.deepcopy(module)
+                        self.modes |= {
+                            twin: self.modes[child]
+                            for child, twin in zip(module.modules(), own.modules(), strict=True)
+                            if child in self.modes
+                        }
                         copies[node].target = f"{node.target}.{task}"
                 results[task] = copies[output.args[0]]  # type: ignore[index]
             for name, modules in names.items():
@@ -386,10 +415,13 @@ def _resized(module: nn.Module, size: int) -> nn.Module:
 def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
     """Scale and shift, and the running statistics as every kernel's pooled ones: each group starts its own with its
     first draw."""
+    if norm.momentum == 0:
+        raise ValueError("convert: a batch normalisation has momentum=0, expected it in eval() to keep its statistics")
     to.eps, to.momentum = norm.eps, norm.momentum or 0.0
     if norm.affine:
-        to.weight.copy_(norm.weight)
-        to.bias.copy_(norm.bias)
+        for own, given in ((to.weight, norm.weight), (to.bias, norm.bias)):
+            own.copy_(given)
+            own.requires_grad_(given.requires_grad)
     else:
         to.requires_grad_(False)
     if norm.running_mean is not None and norm.running_var is not None:

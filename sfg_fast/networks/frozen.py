@@ -47,7 +47,7 @@ class GroupTensors:
         sizes: Sequence[int] = (),
     ) -> None:
         self.zero, self.kernels, self.width, self.names, self.routing = zero, kernels, width, names, routing
-        self.groups = None  # there is no draw to be passed on
+        self.groups = kernels  # what another layer takes as its draw
         self.side_by_side, self.sizes = side_by_side, list(sizes)
         self._compute, self._known = compute, {}  # type: ignore[var-annotated]
 
@@ -228,9 +228,16 @@ class FrozenConv(Frozen):
         self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
 
     def forward(
-        self, x: Tensor | GroupTensors, groups: Any = None, residual: GroupTensors | None = None
+        self,
+        x: Tensor | GroupTensors,
+        groups: Sequence[Sequence[int]] | None = None,
+        residual: GroupTensors | None = None,
     ) -> GroupTensors:
-        """`groups` is ignored: the assignment is fixed."""
+        """`groups`: of other features, whose assignment the layer takes."""
+        if groups is not None and [list(own) for own in groups] != self.kernels:
+            if self.convolutions:
+                raise ValueError("freeze: a layer is called with two groupings, expected one")
+            self.kernels = [list(own) for own in groups]
         made = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
         sizes = [len(own) if group in made else 0 for group, own in enumerate(self.kernels)]
         add = None

@@ -593,6 +593,28 @@ def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("size", [64, 1024])
+def test_statistics_of_large_images_are_as_exact(instruction_set, size):
+    """A background that is the same everywhere, as in medical images: sums of many equal numbers round alike."""
+    u = torch.full((1, 1, size, size), 0.1)
+    u[..., : size // 4] = 0.2
+    dy = u.flip(3) + 0.3
+    affine = torch.ones(1), torch.zeros(1)
+    y, mean, var, _ = cpu.normalise(u, *affine, None, 1e-5, None, None)
+    found = y, mean, var, *cpu.normalise_gradient(dy, u, *affine, None, mean, var, 1e-5, None, None)
+    exact = u.double().requires_grad_()
+    weight, bias = (one.double().requires_grad_() for one in affine)
+    expected = F.batch_norm(exact, None, None, weight, bias, True)
+    expected.backward(dy.double())
+    moments = exact.mean()[None], exact.var(correction=0)[None]
+    expected = expected, *moments, exact.grad, weight.grad, bias.grad
+    # Gradients are what is left of larger numbers: du of dy / SD, dweight of its terms.
+    terms = ((exact - moments[0]) / moments[1].sqrt() * dy).abs().sum().item()
+    sizes = 1, 1, 1, 20, terms, 1
+    for a, b, size in zip(found, expected, sizes, strict=True):
+        torch.testing.assert_close(a.double(), b.detach(), rtol=3e-6, atol=3e-6 * size)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu_pool"])
 def test_normalise_lets_nan_through(instruction_set, activation):
     """A NaN is not hidden by the ReLU or a maximum, and stays in its channel."""

@@ -1,6 +1,7 @@
 """`SFGConv2d` on every backend against dense masking written plainly, and its contract."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sfg_fast
-from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend, reference
+from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend, reference, set_estimator
 from sfg_fast.backends import available
 from sfg_fast.gates import gumbel_noise
+from sfg_fast.layers.streams import Heads, Merge
 from tests import oracle
 from tests.oracle import assert_close
 
@@ -411,21 +413,104 @@ def test_copies_and_pickles():
         assert torch.equal(other(x).packed, a)
 
 
-def test_activation_checkpointing_draws_the_same():
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["straight_through", "selected", "gumbel_softmax", "gumbel_rao"])
+def test_activation_checkpointing_draws_the_same(estimator, reentrant, every):
     from torch.utils.checkpoint import checkpoint
 
-    first, second = chain("straight_through", None, "relu", 2, [1, 6, 6], (1, 1, 1), "uniform")
-    x = torch.randn(1, 1, 6, 6)
+    x = torch.randn(1, 1, 6, 6, requires_grad=True)
+    gradients, steps = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layers = chain(estimator, None, "relu", 2, [1, 6, 6, 5], (1, 1, 1), "uniform")
+        set_estimator(layers, estimator, every)
 
-    def body(x):
-        return second(first(x)).packed.square().sum()
+        def body(x, layers=layers):
+            for layer in layers:
+                x = layer(x)
+            return x.packed.square().sum()
 
-    gradients = []
-    for run in (body, lambda x: checkpoint(body, x, use_reentrant=False)):
-        torch.manual_seed(4)
-        gradients.append(torch.autograd.grad(run(x), [first.weight, first.logits, second.weight]))
+        found = []
+        for _ in range(3):
+            layers.zero_grad()
+            (checkpoint(body, x, use_reentrant=reentrant) if checkpointed else body(x)).backward()
+            found += [p.grad.clone() for p in layers.parameters()]
+        gradients.append(found)
+        steps.append([layer.learning_steps.item() for layer in layers])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("size", [(4, 4), (40, 40), (1, 200)])
+def test_an_empty_batch_has_gradients_of_zero(name, size):
+    conv = SFGConv2d(3, 8, (1, 3))
+    x = torch.zeros(0, 3, *size, requires_grad=True)
+    with backend(name):
+        sum(y.sum() for y in conv(x)).backward()
+    assert x.grad.shape == x.shape
+    assert not conv.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("outputs", [{"a": 1, "b": 2}, {"a": 1, "b": 1}, {"a": 2, "b": 2}], ids=str)
+def test_heads_on_merged_streams(name, outputs, float64):
+    """Every group has rows of its own, shared none."""
+    conv, merge, heads = SFGConv2d(2, 5, 3, tasks=outputs), Merge(5, outputs), Heads(5, outputs)
+    conv.assign([0, 1, 2, 0, 1])
+    x = torch.randn(1, 2, 8, 8)
+    with backend("reference"):
+        expected = heads(merge(conv(x)))
+    with backend(name):
+        found = heads(merge(conv(x)))
+    for task in outputs:
+        assert_close(found[task], expected[task])
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_what_is_done_to_the_packed_tensor_counts(name):
+    """A consumer may give the gates their gradient without that of the features: not if somebody waits for it."""
+    first, second = chain("straight_through", None, "relu", 2, [1, 6, 4], (1, 1, 1), "uniform")
+    seen = []
+    with backend(name):
+        features = first(torch.randn(1, 1, 9, 9))
+        features.packed.register_hook(lambda gradient: seen.append(gradient) or gradient * 0)
+        second(features).packed.sum().backward()
+        assert len(seen) == 1
+        assert not first.weight.grad.any()
+        features = first(torch.randn(1, 1, 9, 9))
+        features.packed.retain_grad()
+        y = second(features)
+        y.packed.sum().backward()
+        assert features.packed.grad.any()
+        zeros = second(dataclasses.replace(features, packed=features.packed * 0), groups=y.groups).packed
+    assert_close(zeros, second.bias.relu()[y.groups.order][:, None, None].expand_as(zeros))
+
+
+def test_an_assignment_changes_no_features_that_are_there():
+    conv = SFGConv2d(1, 6, 3)
+    conv.assign([0, 1, 2, 0, 1, 2])
+    features = conv(torch.randn(1, 1, 5, 5))
+    before = torch.cat([features, features], 1).dense(0)
+    conv.assign([2, 2, 2, 0, 0, 0])
+    assert torch.equal(torch.cat([features, features], 1).dense(0), before)
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_an_activation_that_works_in_place(name, norm, float64):
+    gradients = []
+    for backend_name, activation in (("reference", nn.SiLU()), (name, nn.SiLU(inplace=True))):
+        torch.manual_seed(0)
+        conv, x = SFGConv2d(1, 6, 3, activation=activation, norm=norm), torch.randn(2, 1, 8, 8)
+        with backend(backend_name):
+            y = list(conv(x))
+        sum((i + t).square().sum() for i, t in enumerate(y)).backward()
+        gradients.append([conv.weight.grad, conv.logits.grad])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +519,7 @@ def test_activation_checkpointing_draws_the_same():
         (lambda: SFGConv2d(2, 4, 3, groups=2), "groups=2"),
         (lambda: SFGConv2d(2, 4, 3, norm="layer"), "norm='layer'"),
         (lambda: SFGConv2d(2, 4, 3, activation="gelu"), "activation='gelu'"),
+        (lambda: SFGConv2d(2, 4, 3, activation=nn.PReLU(4)), r"activation=PReLU\(num_parameters=4\)"),
         (lambda: SFGConv2d(2, 4, 3, init="even"), "init='even'"),
         (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5]), r"shape \(2,\), expected \(3,\)"),
         (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5, 0.5]), "sum to 1"),

@@ -291,11 +291,73 @@ class Broken(nn.Module):
         (Broken(nn.ConstantPad2d(1, 2.0)), {}, r"'middle': pad\(value=2.0\) would give values to"),
         (Broken(nn.Softmax(1)), {}, "'middle': softmax would give values to"),
         (Broken(nn.BatchNorm2d(4, track_running_stats=False)), {}, "no running statistics"),
+        (Broken(nn.BatchNorm2d(4, momentum=0.0)), {}, r"momentum=0, expected it in eval\(\)"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_converted_is_named(module, options, said):
     with pytest.raises(ValueError, match=said):
         convert(module, TASKS, **options)
+
+
+class Partly(nn.Module):
+    """A stem that somebody has frozen, and dropout as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.conv, self.last = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        return self.last(F.dropout(self.conv(self.bn(self.stem(x))).relu(), 0.5, self.training))
+
+
+@pytest.mark.parametrize("skip", [["stem", "bn"], []], ids=["skipped", ""])
+def test_what_was_frozen_stays_frozen_and_dropout_drops(skip):
+    module = Partly().train()
+    module.bn.eval().requires_grad_(False)
+    net = convert(module, TASKS, skip=skip)
+    norm = net.bn if skip else net.stem.norm
+    assert net.training
+    assert net.conv.training
+    assert not norm.training
+    assert not norm.weight.requires_grad
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    x = torch.randn(2, 1, 9, 9)
+    net.conv.assign([0] * 8)
+    if not skip:
+        net.stem.assign([0] * 8)
+    assert not torch.equal(net(x)["ct"], net(x)["ct"])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    net.eval()
+    assert torch.equal(net(x)["ct"], net(x)["ct"])
+
+
+def test_concatenated_relaxed_features_keep_their_draw():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn, self.c = (
+                nn.Conv2d(1, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 1, 1),
+            )
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(torch.tanh(self.bn(torch.cat([x, self.b(x)], 1))))
+
+    torch.manual_seed(0)
+    net, x, found = convert(Dense(), ["p"], estimator="gumbel_softmax"), torch.randn(2, 1, 9, 9), []
+    for name in ("reference", "auto"):
+        torch.manual_seed(1)
+        net.zero_grad()
+        with backend(name):
+            y = net(x)["p"]
+        y.square().sum().backward()
+        found.append([y, *(p.grad.clone() for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_one_text_is_no_list_of_tasks():

@@ -204,3 +204,26 @@ def test_refusals(options, arguments, said):
 def test_a_module_without_sfg_layers_is_refused():
     with pytest.raises(ValueError, match="no SFG layer"):
         freeze(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_layer_that_takes_another_s_draw(norm):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = {"tasks": ("a", "b"), "padding": 1, "init": "dirichlet", "activation": "relu", "norm": norm}
+            self.one, self.two = SFGConv2d(1, 6, 3, **options), SFGConv2d(6, 6, 3, **options)
+            self.heads = Heads(6, {"a": 1, "b": 1})
+
+        def forward(self, x):
+            features = self.one(x)
+            return self.heads(self.two(features, groups=features.groups))
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(2, 1, 8, 8)
+    net(x)
+    frozen = freeze(net.eval())
+    assert not torch.equal(map_assignment(net)["one"], map_assignment(net)["two"])
+    with torch.no_grad():
+        for task, y in net(x).items():
+            torch.testing.assert_close(frozen(x)[task], y, rtol=1e-5, atol=1e-5)
