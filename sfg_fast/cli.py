@@ -59,7 +59,8 @@ def preprocess(
         on_bad_case: stop at the first case that can't be used (exit code 2), or skip it and tell at the end (0).
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
-    from .data.cohort import read_cohort
+    from .data.cache import TARGETS
+    from .data.cohort import SPLITS, read_cohort
     from .data.preprocessing import preprocess as write_cache
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
@@ -67,7 +68,10 @@ def preprocess(
     cache = write_cache(found, Path(out), processes=processes or cores, on_bad_case=on_bad_case)
     for reason in cache.rejected.values():
         print(f"rejected: {reason}", file=sys.stderr)
-    print(f"{len(cache.cases)} cases in {out}" + (f", {len(cache.rejected)} rejected" if cache.rejected else ""))
+    counts = [f"{sum(target in one['targets'] for one in cache.cases.values())} with {target}" for target in TARGETS]
+    counts += [f"{len(cache.names(split))} {split}" for split in SPLITS]
+    counts += [f"{len(cache.rejected)} rejected"] if cache.rejected else []
+    print(f"{len(cache.cases)} cases in {out}: {', '.join(counts)}")
 
 
 def train(config: Any, resume: bool = False) -> None:
@@ -77,6 +81,7 @@ def train(config: Any, resume: bool = False) -> None:
     from .files import check_vacant
     from .training.folds import summarise
     from .training.parallel import clear_word_of_lost_processes, launched, leave
+    from .training.state import check_finished
     from .training.trainer import Trainer
 
     rank, restarts = launched()
@@ -85,8 +90,12 @@ def train(config: Any, resume: bool = False) -> None:
         check_vacant(Path(config.out))
     alone = config.folds is None or config.fold is not None
     runs = [config] if alone else [_fold(config, fold) for fold in range(config.folds)]
+    finished = {run.out for run in runs if not alone and (Path(run.out) / "checkpoints" / "final.pt").exists()}
     for run in runs:
-        if alone or not (Path(run.out) / "checkpoints" / "final.pt").exists():
+        if run.out in finished:
+            check_finished(run)
+    for run in runs:
+        if run.out not in finished:
             try:
                 with clear_word_of_lost_processes():
                     trainer = Trainer(run, resume, _draw_progress)
@@ -129,7 +138,7 @@ def predict(
         run: folder of a trained run.
         cohort: as for preprocess; only the MR is read.
         out: folder to be made, OUT/CASE/{ct,labels,uncertainty}.nii.gz.
-        split: which cases: train, val, test, or all.
+        split: which cases: train, val, test, or all. Train and val of a fold are its own parts.
         draws: drawn architectures behind the uncertainty map; 0 for none.
         by: CT and labels by the most probable architecture (map), or by the mean over the drawn ones (draws).
         checkpoint: the final network, or the best one on the validation split.
@@ -142,10 +151,10 @@ def predict(
     from .evaluation.predict import Predictor
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
-    cases = found.cases if split == "all" else found.split(split)
+    predictor = Predictor(Path(run), device, checkpoint)
+    cases = predictor.of_split(found, split)
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
-    predictor = Predictor(Path(run), device, checkpoint)
     predicted = predictor.cases(found, cases, Path(out), draws, by)
     for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):
         pass
@@ -171,7 +180,7 @@ def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outsid
     target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
     write_json(target, document)
     print(table(document))
-    print(f"metrics in {target}")
+    print(f"{len(document['cases'])} of the cohort's {len(found.cases)} cases, metrics in {target}")
 
 
 def report(

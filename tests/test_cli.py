@@ -276,14 +276,17 @@ def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, caps
     assert main(["preprocess", str(cohort), str(tmp_path / "cache")]) == 0
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
     assert main(["predict", run, str(cohort), f"{run}/predictions"]) == 0
-    assert json.loads((tmp_path / "run/predictions/labels.json").read_text()) == about["labels"]
+    told = json.loads((tmp_path / "run/predictions/predictions.json").read_text())
+    assert told == {"labels": about["labels"], "checkpoint": "final", "draws": 8, "by": "map"}
     assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
 
     shutil.copytree(cohort, other)
     names = list(about["labels"])
     swapped = dict(zip([names[0], *names[:0:-1]], range(len(names)), strict=True))
     (other / "dataset.json").write_text(json.dumps(about | {"labels": swapped}))
-    refused(capsys, ["evaluate", f"{run}/predictions", str(other)], "predictions/labels.json: the run's labels are")
+    refused(
+        capsys, ["evaluate", f"{run}/predictions", str(other)], "predictions/predictions.json: the run's labels are"
+    )
     (other / "dataset.json").write_text(json.dumps(about | {"channel_names": {"0": "T2", "1": "T1"}}))
     refused(capsys, ["predict", run, str(other), f"{run}/new"], "MR channels T2, T1, the run was trained on T1, T2")
     del about["channel_names"], about["labels"]
@@ -291,6 +294,53 @@ def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, caps
     assert main(["predict", run, str(other), f"{run}/new"]) == 0
     assert main(["evaluate", f"{run}/new", str(other)]) == 0
     refused(capsys, ["predict", run, str(made / "cohort"), f"{run}/newer"], "MR channels MR, the run was trained on T1")
+
+
+def test_folds_predict_their_own_validation_cases_and_resume_as_they_began(made, tmp_path, capsys):
+    cohort, cache, out = tmp_path / "cohort", str(tmp_path / "cache"), str(tmp_path / "run")
+    shutil.copytree(made / "cohort", cohort)
+    about = json.loads((cohort / "dataset.json").read_text())
+    names = [name for cases in about["split"].values() for name in cases]
+    about["split"] = {"train": names[:2], "val": names[2:]}
+    (cohort / "dataset.json").write_text(json.dumps(about))
+    assert main(["preprocess", str(cohort), cache]) == 0
+    assert "3 with ct, 3 with labels, 2 train, 1 val, 0 test" in capsys.readouterr().out
+    folds = ["train", "--data", cache, "--out", out, *TINY, "--folds", "3"]
+    assert main(folds) == 0
+    splits = json.loads((tmp_path / "cache/splits_final.json").read_text())
+    for fold in range(3):
+        assert main(["predict", f"{out}/fold_{fold}", str(cohort), f"{out}/{fold}", "--split", "val"]) == 0
+        predicted = [path.name for path in (tmp_path / "run" / str(fold)).iterdir() if path.is_dir()]
+        assert sorted(predicted) == sorted(splits[fold]["val"])
+    shutil.rmtree(f"{out}/fold_1")
+    refused(capsys, [*folds, "--resume", "--schedule.steps", "7"], "schedule.steps=7: the run to resume has 6")
+    assert not (tmp_path / "run/fold_1").exists()
+    assert main([*folds, "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", f"{out}/0", str(cohort)]) == 0
+    assert "1 of the cohort's 3 cases" in capsys.readouterr().out
+
+
+def test_reports_say_what_was_predicted_and_refuse_what_is_no_part_of_it(made, tmp_path, capsys):
+    run, cohort, metrics = str(made / "run"), str(made / "cohort"), str(made / "run/metrics.json")
+    predictions, out = str(tmp_path / "predictions"), str(tmp_path / "report.html")
+    assert main(["predict", run, cohort, predictions, "--by", "draws", "--draws", "2"]) == 0
+    assert main(["report", run, cohort, predictions, metrics, "--out", out]) == 0
+    assert "CT and labels are the mean over drawn architectures, checkpoint final" in (tmp_path / out).read_text()
+    refused(capsys, ["report", run, cohort, str(tmp_path / "none"), metrics], "none: holds no prediction of a case")
+    for name in ("data.json", "history.json"):
+        refused(capsys, ["report", run, cohort, predictions, f"{run}/{name}"], f"{name}: expected metrics.json")
+
+
+def test_two_lists_of_one_folder_are_two_cohorts(made, tmp_path, capsys):
+    cohort = tmp_path / "cohort"
+    shutil.copytree(made / "cohort", cohort)
+    for number in (0, 1):
+        row = f"phantom_00{number},phantom_00{number}/mr.nii.gz,phantom_00{number}/ct.nii.gz"
+        (cohort / f"{number}.csv").write_text(f"case,mr,ct\n{row}\n")
+    assert main(["preprocess", str(cohort / "0.csv"), str(tmp_path / "cache")]) == 0
+    refused(capsys, ["preprocess", str(cohort / "1.csv"), str(tmp_path / "cache")], "0.csv")
+    assert (tmp_path / "cache/phantom_000/case.json").exists()
 
 
 def test_too_little_memory_is_one_line(monkeypatch, capsys):

@@ -32,7 +32,7 @@ from ..files import one_line, read_json
 from .cohort import check_case_name, check_label_names, check_split
 from .volumes import MAX_VOXELS, Grid
 
-VERSION = 2
+VERSION = 3
 ENTRY = {
     "split",
     "shape",

@@ -30,7 +30,10 @@ from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
 
 SPLITS = ("train", "val", "test")
 LABELS = "labels.json"  # {name: value}, beside a list of cases or in a folder of predictions
+CLIP_HU = (-1024.0, 3000.0)
+"""CTs are clipped to this, to be learnt and before anything is measured, as in the SynthRAD challenge."""
 WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
+TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
 _OPTIONAL = ("ct", "labels", "mask")
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
 
@@ -55,6 +58,7 @@ class Cohort:
     cases: tuple[Case, ...]
     label_names: dict[str, int]
     channel_names: tuple[str, ...]
+    source: Path | None = None  # the list, if it is one
 
     def split(self, name: str) -> tuple[Case, ...]:
         """The cases of split train, val or test, in the cohort's order."""
@@ -102,7 +106,7 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     if "labels" not in meta and beside.exists() and beside != path:
         meta, meta_path = {**meta, "labels": read_json(beside)}, beside
     cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
-    return _checked(path.parent, cases, meta, meta_path)
+    return replace(_checked(path.parent, cases, meta, meta_path), source=path)
 
 
 def files(case: Case) -> dict[str, tuple[Path, ...]]:
@@ -131,9 +135,9 @@ def check_split(name: Any, where: str) -> str:
 
 
 def check_case_name(name: Any, where: str) -> str:
-    """Case names become folder names: no separators, nothing hidden, not too long, no name of a file in the cache."""
+    """Case names become folder names: no separators, nothing hidden, not too long, no name of a file beside them."""
     plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
-    if not plain or len(name.encode()) > 200 or name in ("manifest.json", "preprocess.json", "splits_final.json"):
+    if not plain or len(name.encode()) > 200 or name in TAKEN:
         raise InputError(f"{where}: case name {name!r} can't be a folder name")
     return name
 
@@ -144,6 +148,8 @@ def check_label_names(labels: Any, where: str) -> dict[str, int]:
         raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
     if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
         raise InputError(f'{where}: labels {labels!r}, expected "background": 0 and the values 0, 1, 2, .. once each')
+    if "ignore" in labels:
+        raise InputError(f"{where}: voxels to be ignored (label 'ignore') can't be left out, expected organs alone")
     if taken := [name for name in WIDE_REGIONS if name in labels]:
         raise InputError(f"{where}: an organ is called {taken[0]!r}, but results have a region of that name")
     return labels

@@ -7,6 +7,7 @@ of everything else that its arrays depend on. The layout of the folder: cache.py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -29,7 +30,7 @@ import numpy as np
 from ..errors import InputError
 from ..files import check_vacant, locked, make_folder, one_line, read_json, write_json
 from .cache import ENTRY, TARGETS, VERSION, Cache
-from .cohort import Case, Cohort, LoadedCase, files, load_case, unnamed_labels
+from .cohort import CLIP_HU, Case, Cohort, LoadedCase, files, load_case, unnamed_labels
 from .volumes import volume_shape
 
 MARKER = "preprocess.json"  # says whose cache a folder is, also before the manifest is written
@@ -47,7 +48,7 @@ def preprocess(
     processes: how many cases at once, each in a process of its own (fewer if memory is short). on_bad_case: "stop" at
     the first case that can't be used, or "skip" it; the manifest then has the reasons, {"rejected": {case: reason}}.
     The body mask is the case's own file, else `body_mask` of its CT, else the whole volume. Labels that nobody named
-    become "label_1", "label_2", ..
+    become "label_1", "label_2", .. CTs are clipped to `CLIP_HU`.
 
     Raises InputError, naming the case, for whatever `load_case` refuses, an MR without contrast, a CT that can't be in
     HU (`check_hounsfield`), labels that are background in every case, label values with gaps that nobody named, no case
@@ -85,6 +86,7 @@ def preprocess(
             if (counts := entry["label_voxels"]) is not None:
                 entry["label_voxels"] = counts + [0] * (len(label_names) - len(counts))
         for name in _case_folders(out) - entries.keys():  # cases that the cohort no longer has
+            (out / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(out / name)
         manifest = {
             "version": VERSION,
@@ -105,7 +107,7 @@ def _output(cohort: Cohort, out: Path) -> Iterator[None]:
     """The folder to write to: new, empty or of this cohort, and nobody else writes to it. If the block fails before a
     case is complete, everything is as it was before."""
     there, marker = out.is_dir(), out / MARKER
-    whose = {"version": VERSION, "cohort": str(cohort.root.resolve())}
+    whose = {"version": VERSION, "cohort": str((cohort.source or cohort.root).resolve())}
     if not marker.exists():
         check_vacant(out)
     elif (found := read_json(marker)) != whose:
@@ -272,6 +274,8 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
     except InputError as error:
         raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
     arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
+    if loaded.ct is not None:
+        loaded = dataclasses.replace(loaded, ct=loaded.ct.clip(*CLIP_HU))
     arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
     partial, folder = out / f".partial-{os.getpid()}-{case.name}", out / case.name
     try:

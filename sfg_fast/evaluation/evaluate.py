@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..data.cohort import (
-    LABELS,
     Case,
     Cohort,
     LoadedCase,
@@ -23,6 +22,8 @@ from ..errors import InputError
 from ..files import read_json
 from .metrics import case_metrics, metrics_document
 
+ABOUT = "predictions.json"
+
 
 def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     """Metrics of every case that has a folder in `predictions`; the content of metrics.json.
@@ -36,8 +37,9 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
         raise InputError(
             f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
         )
-    if (told := predictions / LABELS).exists():
-        check_same_labels(check_label_names(read_json(told), str(told)), cohort, str(told))
+    if labels := about_predictions(predictions).get("labels"):
+        where = str(predictions / ABOUT)
+        check_same_labels(check_label_names(labels, where), cohort, where)
     label_names = cohort.label_names or _names_found(predictions, predicted)
     cases = {}
     for case in tqdm(predicted, desc="evaluate", unit="case"):
@@ -52,6 +54,15 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     if not cases:
         raise InputError(f"{cohort.root}: no predicted case has a CT or labels to compare with")
     return metrics_document(cases, label_names)
+
+
+def about_predictions(folder: Path) -> dict[str, Any]:
+    """What `predict` says of them: names of labels, checkpoint, draws, by; nothing of those that it did not make."""
+    path = folder / ABOUT
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return found
 
 
 def _names_found(predictions: Path, cases: list[Case]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import make_folder, replacing
 from ..networks.controls import draws_from_constant_p
 from ..networks.freeze import freeze
 from ..training.run import load_run
@@ -45,6 +45,8 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     """
     if out.suffix not in (".onnx", ".pt2"):
         raise InputError(f"{out}: expected a file name that ends in .onnx or .pt2")
+    if tasks is not None and not tasks:
+        raise InputError("tasks=[]: expected one or more of the run's tasks")
     if out.exists():
         raise InputError(f"{out}: is there already, expected a new file")
     trained = load_run(run)
@@ -58,19 +60,15 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     example = torch.zeros(2, len(trained.channel_names), 48, 40)
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     shapes = ({0: batch, 2: height, 3: width},)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
-            program = torch.export.export(deployed, (example,), dynamic_shapes=shapes)
-            if out.suffix == ".pt2":
-                torch.export.save(program, temporary)
-            else:
-                _write_onnx(program, temporary, list(deployed(example)))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(out.parent)
+    with replacing(out) as temporary, warnings.catch_warnings():
+        temporary.touch()  # if it can't be, that is known before the work
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        program = torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+        if out.suffix == ".pt2":
+            torch.export.save(program, temporary)
+        else:
+            _write_onnx(program, temporary, list(deployed(example)))
     return deployed
 
 

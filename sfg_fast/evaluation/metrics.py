@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..data.cohort import WIDE_REGIONS
+from ..data.cohort import CLIP_HU, WIDE_REGIONS
 from ..errors import InputError
-
-CLIP_HU = (-1024.0, 3000.0)
-"""Both CTs are clipped to this before anything is measured, as in the SynthRAD challenge; its width is the peak."""
 
 BONE_HU = 200
 """Region "bones": the voxels inside the mask where the true CT is above this."""
@@ -26,7 +23,7 @@ MSE_FLOOR_HU2 = 1 / 12
 """Least mean squared error counted in a PSNR: that of rounding to whole HU, as CTs are stored. It keeps the PSNR of a
 perfect prediction finite (82.88 dB inside its region), so that it can stand in JSON and in a mean."""
 
-_RANGE_HU = CLIP_HU[1] - CLIP_HU[0]
+_RANGE_HU = CLIP_HU[1] - CLIP_HU[0]  # the peak of a PSNR
 
 
 def case_metrics(

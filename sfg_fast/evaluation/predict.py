@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cohort import LABELS, Case, Cohort, check_same_channels, load_case
+from ..data.cohort import Case, Cohort, check_same_channels, load_case
 from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
@@ -19,6 +19,7 @@ from ..files import new_folder, write_json
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..training.parallel import choose_device
 from ..training.run import load_run
+from .evaluate import ABOUT
 
 SLICES_AT_ONCE = 16
 PATCH_OVERLAP = 0.5
@@ -48,6 +49,7 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
         trained = load_run(run, checkpoint)
         self.config, self.label_names, self.channel_names = trained.config, trained.label_names, trained.channel_names
+        self.splits, self.checkpoint = trained.cases, checkpoint
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
@@ -120,11 +122,19 @@ class Predictor:
         variances = [found[task][1] for task in ("ct", "organs") if task in found]
         return torch.cat([*means, *variances], 1)
 
+    def of_split(self, cohort: Cohort, split: str) -> tuple[Case, ...]:
+        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says."""
+        if split == "all":
+            return cohort.cases
+        if self.config.fold is not None and split in ("train", "val") and split in self.splits:
+            return tuple(case for case in cohort.cases if case.name in self.splits[split])
+        return cohort.split(split)
+
     def cases(
         self, cohort: Cohort, cases: Sequence[Case], out: Path, draws: int, by: str = "map"
     ) -> Iterator[tuple[str, Path]]:
         """Predict cases of a cohort one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and
-        shape as the MR; OUT/labels.json has the labels' names.
+        shape as the MR; OUT/predictions.json says what they are: names of labels, checkpoint, draws, by.
 
         OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Raises
         InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the run's.
@@ -139,8 +149,8 @@ class Predictor:
 
     def _one_by_one(self, cases: Sequence[Case], out: Path, draws: int, by: str) -> Iterator[tuple[str, Path]]:
         with new_folder(out):
-            if "organs" in self.config.tasks:
-                write_json(out / LABELS, self.label_names)
+            about = {"labels": self.label_names, "checkpoint": self.checkpoint, "draws": draws, "by": by}
+            write_json(out / ABOUT, about)
             for case in cases:
                 mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
                 loaded = load_case(mr_only, {})

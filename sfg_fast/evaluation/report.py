@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from matplotlib.figure import Figure
 from ..data.cohort import Cohort, LoadedCase, load_case
 from ..data.preprocessing import normalise
 from ..data.volumes import read_volume
+from ..errors import InputError
 from ..files import make_folder, read_json
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
 from . import figures
-from .evaluate import read_prediction
+from .evaluate import about_predictions, read_prediction
 from .html import write_report
 from .predict import Predictor
 
@@ -32,6 +34,9 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     folder = out.parent / "figures"
     make_folder(folder)
     history, document = read_json(run / "history.json"), read_json(metrics)
+    if not isinstance(document, dict) or not {"cases", "summary", "conventions"} <= document.keys():
+        raise InputError(f"{metrics}: expected metrics.json as made by evaluate")
+    about = about_predictions(predictions)
     drawn: list[tuple[str, str, Figure]] = [
         (
             "allocation",
@@ -43,6 +48,8 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         ("curves", "Training. PSNR and Dice: one held-out slice, to watch, not to report.", figures.curves(history)),
     ]
     cases = [case for case in cohort.cases if (predictions / case.name).is_dir()]
+    if not cases:
+        raise InputError(f"{predictions}: holds no prediction of a case of the cohort")
     for index, case in enumerate(cases):
         loaded = load_case(case, cohort.label_names)
         ct, labels = read_prediction(predictions, case, loaded)
@@ -75,7 +82,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         config_yaml=(run / "config.yaml").read_text(),
         document=document,
         figures=[(caption, figure) for _, caption, figure in drawn],
-        notes=_notes(predictor, len(cases)),
+        notes=_notes(predictor, len(cases), about),
     )
 
 
@@ -122,13 +129,15 @@ def _slice(volume: np.ndarray | None, z: int) -> np.ndarray | None:
     return None if volume is None else volume[z]
 
 
-def _notes(predictor: Predictor, cases: int) -> list[str]:
+def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[str]:
+    """`about`: what predict says of the predictions."""
     config = predictor.config
+    averaged = predictor.constant_p or about.get("by") == "draws"
     notes = [
         f"Method {config.network.method}, residual blocks {config.network.residual}, {config.schedule.steps} steps, "
         f"{cases} cases predicted.",
-        "CT and labels are those of the most probable architecture"
-        + (" (here the mean over draws, because p is constant)." if predictor.constant_p else "."),
+        f"CT and labels are {'the mean over drawn architectures' if averaged else 'those of the most probable one'}, "
+        f"checkpoint {about.get('checkpoint', 'unknown')}.",
         "The uncertainty is the SD over drawn architectures; it is no measure of all that can be wrong.",
     ]
     if config.schedule.draw_until < 1 and config.network.method == "sfg":

@@ -54,6 +54,8 @@ def run_experiment(config: ExperimentConfig) -> None:
     test = cohort.split("test")
     if not test:
         raise InputError(f"cohort={config.cohort!r}: it has no test cases, expected at least one")
+    if bare := [case.name for case in test if case.ct is None and case.labels is None]:
+        raise InputError(f"cohort={config.cohort!r}: test case {bare[0]} has neither CT nor labels to compare with")
     for name, count in config.subsets.items():
         if count > len(test):
             raise InputError(f"subsets={ {name: count} }: the cohort has {len(test)} test cases, expected at most that")

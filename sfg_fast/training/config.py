@@ -215,8 +215,8 @@ def check(config: TrainConfig) -> None:
         "objective.lambda1": objective.lambda1,
         "objective.lambda2": objective.lambda2,
     }.items():
-        if not weight >= 0:
-            refuse(key, weight, "at least 0")
+        if not 0 <= weight < math.inf:
+            refuse(key, weight, "a number, at least 0")
     for key, share in {
         "schedule.draw_until": schedule.draw_until,
         "schedule.decay_from": schedule.decay_from,

@@ -45,13 +45,15 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
-    predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR."""
+    predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR;
+    `cases`: the names of those in each split, as the run (or fold) had them, if it is known."""
 
     config: TrainConfig
     model: SFGHighResNet
     drawn_statistics: dict[str, Tensor]
     label_names: dict[str, int]
     channel_names: tuple[str, ...]
+    cases: dict[str, list[str]]
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
@@ -71,14 +73,14 @@ def load_run(folder: Path, which: str = "final") -> Run:
             f"{folder}: training stopped at step {state['step']}, expected a finished run (train --resume)"
         )
     config = _config(state["config"], path)
-    channels, labels = _about_data(folder / "data.json")
+    channels, labels, cases = _about_data(folder / "data.json")
     model = build_network(config, len(channels), max(labels.values(), default=0) + 1)
     checkpoint.load_weights(model, state["model"], path)
-    return Run(config, model, state["drawn_statistics"], labels, channels)
+    return Run(config, model, state["drawn_statistics"], labels, channels, cases)
 
 
-def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
-    """What the run was trained on: names of the MR's channels, and of labels."""
+def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[str]]]:
+    """What the run was trained on: names of the MR's channels, of labels, and of the cases of each split."""
     found = read_json(path)
     channels = found.get("in_channels") if isinstance(found, dict) else None
     if type(channels) is not int or channels < 1:
@@ -86,7 +88,9 @@ def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     names, labels = found.get("channel_names", list(unnamed_channels(channels))), found.get("labels")
     if not isinstance(names, list) or len(names) != channels:
         raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
-    return tuple(map(str, names)), check_label_names(labels, str(path)) if labels else {}
+    cases = found.get("cases")
+    cases = cases if isinstance(cases, dict) and all(isinstance(one, list) for one in cases.values()) else {}
+    return tuple(map(str, names)), check_label_names(labels, str(path)) if labels else {}, cases
 
 
 def _config(saved: dict[str, Any], path: Path) -> TrainConfig:

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from ..data.cache import Cache
+from ..data.cohort import SPLITS
 from ..data.sampler import SliceSampler
 from ..errors import InputError
 from ..files import make_folder, read_json, replacing, write_json
@@ -76,11 +77,11 @@ class TrainingState:
         self.best: dict[str, Any] | None = None
         self.stale = 0  # checkpoints since the best
         self.history = empty_history(self.model, config.tasks)
-        self.about_data = {
+        self.about_data: dict[str, Any] = {
             "in_channels": cache.in_channels,
             "channel_names": list(cache.channel_names),
             "labels": cache.label_names,
-            "cases": {split: len(cache.names(split)) for split in ("train", "val", "test")},
+            "cases": {split: cache.names(split) for split in SPLITS},
             "fingerprint": cache.fingerprint(),
         }
         if resume and any(self.checkpoints.glob("*.pt")):
@@ -178,17 +179,7 @@ class TrainingState:
             else:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
-        mine, saved = _flat(dataclasses.asdict(self.config)), _flat(state["config"])
-        for key in sorted(mine.keys() | saved.keys()):
-            if mine.get(key) != saved.get(key) and key not in OPERATIONAL:
-                raise InputError(
-                    f"{key}={mine.get(key)!r}: the run to resume has {saved.get(key)!r}, expected the same"
-                )
-        fingerprint = read_json(self.out / "data.json").get("fingerprint")
-        if fingerprint != self.about_data["fingerprint"]:
-            raise InputError(
-                f"data={self.config.data!r}: the cohort has changed since the run began, expected the same"
-            )
+        _check_same(self.config, state["config"], self.about_data["fingerprint"])
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
         processes = state["processes"]
@@ -209,6 +200,25 @@ class TrainingState:
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
+
+
+def check_finished(config: TrainConfig) -> None:
+    """InputError if the finished run of a fold is of another configuration or cohort."""
+    cache = Cache(Path(config.data))
+    if config.folds is not None and config.fold is not None:
+        cache = read_fold(cache, config.folds, config.fold)
+    final = checkpoint.load(Path(config.out) / "checkpoints" / "final.pt")
+    _check_same(config, final["config"], cache.fingerprint())
+
+
+def _check_same(config: TrainConfig, before: dict[str, Any], fingerprint: str) -> None:
+    """InputError, naming the first difference, if the run in `config.out` began otherwise: configuration or cohort."""
+    mine, saved = _flat(dataclasses.asdict(config)), _flat(before)
+    for key in sorted(mine.keys() | saved.keys()):
+        if mine.get(key) != saved.get(key) and key not in OPERATIONAL:
+            raise InputError(f"{key}={mine.get(key)!r}: the run to resume has {saved.get(key)!r}, expected the same")
+    if read_json(Path(config.out) / "data.json").get("fingerprint") != fingerprint:
+        raise InputError(f"data={config.data!r}: the cohort has changed since the run began, expected the same")
 
 
 def seed_of(*numbers: int) -> int:

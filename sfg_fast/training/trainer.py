@@ -298,7 +298,7 @@ class Trainer(TrainingState):
             "steps": self.step,
             "stopped_early": self._stopped_early(),
             "processes": self.processes.count,
-            "cases": self.about_data["cases"],
+            "cases": {split: len(names) for split, names in self.about_data["cases"].items()},
             "validation": {"best": self.best, "last": last},
             "bad_steps": len(self.history["bad_steps"]),
             "waited_for_slices": self._waited_share(),

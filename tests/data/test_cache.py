@@ -80,19 +80,19 @@ def test_mr_only(tmp_path):
 
 BAD_MANIFESTS = {
     "not JSON": ("{", "not readable as JSON"),
-    "a list": ("[]", "version None, expected 2; preprocess"),
-    "version": ('{"version": 0}', "version 0, expected 2; preprocess"),
-    "cut": ('{"version": 2}', "not a valid manifest .'label_names'.; preprocess"),
+    "a list": ("[]", "version None, expected 3; preprocess"),
+    "version": ('{"version": 0}', "version 0, expected 3; preprocess"),
+    "cut": ('{"version": 3}', "not a valid manifest .'label_names'.; preprocess"),
     "cases a list": (
-        '{"version": 2, "label_names": {}, "channel_names": [], "rejected": {}, "cases": []}',
+        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": []}',
         "not a valid manifest",
     ),
     "case cut": (
-        '{"version": 2, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"a": {"split": "train"}}}',
+        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"a": {"split": "train"}}}',
         "not a valid manifest",
     ),
     "case escapes": (
-        '{"version": 2, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"../a": {"split": "train"}}}',
+        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"../a": {"split": "train"}}}',
         "case name '../a' can't be a folder name",
     ),
 }

@@ -8,11 +8,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sfg_fast.data import Cache, Case, Cohort, body_mask, normalise, preprocess, preprocessing, read_cohort
+from sfg_fast.data import (
+    Cache,
+    Case,
+    Cohort,
+    Grid,
+    body_mask,
+    normalise,
+    preprocess,
+    preprocessing,
+    read_cohort,
+    write_volume,
+)
 from sfg_fast.errors import InputError
 from sfg_fast.files import locked
 
-from .small_cohort import LABELS, SHAPES, arrays, spoil, write_cohort
+from .small_cohort import AFFINE, LABELS, SHAPES, arrays, spoil, write_cohort
 
 
 def test_preprocess_twice_gives_the_same_bytes(tmp_path, cohort, cache):
@@ -329,3 +340,15 @@ def test_folders_of_something_else_are_refused(tmp_path, cohort, cache):
 def test_two_at_once_are_refused(tmp_path, cohort, cache):
     with locked(cache.path / "preprocess.json"), pytest.raises(InputError, match="another process is writing to it"):
         preprocess(cohort, cache.path, progress=False)
+
+
+def test_cts_are_clipped_to_what_is_scored(tmp_path):
+    """Outside the field of view, and in metal, a CT holds anything."""
+    cohort = write_cohort(tmp_path / "cohort")
+    ct = arrays("b")["ct"].astype(np.float32)
+    ct[0, 0, :2] = -32768, 30000
+    z, y, x = ct.shape
+    write_volume(cohort.root / "b" / "ct.nii", ct, Grid(AFFINE, (x, y, z)), np.float32)
+    cache = preprocess(cohort, tmp_path / "cache", progress=False)
+    np.testing.assert_array_equal(cache.case("b").ct, ct.clip(-1024, 3000))
+    assert cache.cases["b"]["ct_body_mean"] == pytest.approx(cache.case("b").ct[cache.case("b").mask].mean())

@@ -424,3 +424,13 @@ def test_options_beside_the_file(folder):
     saved = yaml.safe_load((folder / "beside" / "runs" / "ours" / "seed_7" / "config.yaml").read_text())
     assert (saved["seed"], saved["schedule"]["steps"], saved["schedule"]["batch"]) == (7, 2, 2)
     assert np.isfinite(json.loads((folder / "beside" / "metrics.json").read_text())["tests"]["all"][0]["p"])
+
+
+def test_a_test_case_with_nothing_to_compare_with_is_refused_before_anything_is_trained(folder, tmp_path, capsys):
+    shutil.copytree(folder / "cohort", tmp_path / "cohort")
+    case = read_cohort(tmp_path / "cohort").split("test")[1]
+    case.ct.unlink()
+    case.labels.unlink()
+    assert main(["experiment", write_config(tmp_path, "out", **SMALL)]) == 2
+    assert f"test case {case.name} has neither CT nor labels to compare with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

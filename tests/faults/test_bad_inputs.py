@@ -288,6 +288,8 @@ DATASETS = {
         '{"split": {"train": ["phantom_000", "phantom_000"]}}',
         "case phantom_000 is listed twice, in split train and in train",
     ),
+    "ignored label": ('{"labels": {"background": 0, "a": 1, "ignore": 2}}', "label 'ignore'"),
+    "region as label": ('{"labels": {"background": 0, "bones": 1}}', "an organ is called 'bones'"),
     "label text": ('{"labels": {"background": "0"}}', "labels {'background': '0'}, expected"),
 }
 
@@ -362,9 +364,9 @@ CACHES = {
     "other version": (
         manifest(lambda m: m.update(version=1)),
         [],
-        "version 1, expected 2; preprocess the cohort again",
+        "version 1, expected 3; preprocess the cohort again",
     ),
-    "cut": (manifest(lambda m: {"version": 2}), [], "not a valid manifest"),
+    "cut": (manifest(lambda m: {"version": 3}), [], "not a valid manifest"),
     "escapes": (manifest(lambda m: m["cases"].update({"../x": m["cases"]["phantom_000"]})), [], "'../x' can't be a"),
     "absolute": (manifest(lambda m: m["cases"].update({"/x": m["cases"]["phantom_000"]})), [], "'/x' can't be a"),
     "huge": (manifest(lambda m: m["cases"]["phantom_000"].update(shape=[2**40] * 3)), [], "not a valid manifest"),
@@ -489,6 +491,7 @@ VALUES = [
     ("--objective.ct-noise", "loud", "objective.ct_noise='loud'"),
     ("--objective.lambda1", "-1", "objective.lambda1=-1"),
     ("--objective.ct-scale-hu", "0", "objective.ct_scale_hu=0"),
+    ("--bias", ".inf", "bias=inf"),
     ("--seed", "99999999999999999999", "seed=99999999999999999999"),
     ("--transfer.freeze", "true", "transfer.run=None"),
     ("--transfer.run", "nowhere", "nowhere"),
@@ -606,6 +609,9 @@ OUTPUTS = [
     (["predict", "{run}", "{cohort}", "{new}", "--by", "mean"], "by='mean'"),
     (["evaluate", "{cohort}", "{cohort}", "--out", "/proc/metrics.json"], "/proc/metrics.json: can't be written"),
     (["phantom", "/proc/new"], "/proc/new: can't be created"),
+    (["freeze", "{run}", "/proc/new.pt2"], "/proc/new.pt2: can't be written"),
+    (["freeze", "{run}", "/proc/new/network.pt2"], "/proc/new: can't be created"),
+    (["freeze", "{run}", "{new}.pt2", "--tasks", "[]"], "tasks=[]: expected one or more"),
 ]
 
 
