@@ -82,7 +82,6 @@ def train(config: Any, resume: bool = False) -> None:
     from .training.folds import summarise
     from .training.parallel import clear_word_of_lost_processes, launched, leave
     from .training.state import check_finished
-    from .training.trainer import Trainer
 
     rank, restarts = launched()
     resume = resume or restarts > 0
@@ -94,20 +93,31 @@ def train(config: Any, resume: bool = False) -> None:
     for run in runs:
         if run.out in finished:
             check_finished(run)
+    stopped = None
     for run in runs:
         if run.out not in finished:
             try:
                 with clear_word_of_lost_processes():
-                    trainer = Trainer(run, resume, _draw_progress)
-                    trainer.run()
-            except Preempted:
-                leave()
-                raise
+                    steps = _trained(run, resume)
+            except Preempted as error:
+                stopped = str(error)
+                break
             if rank == 0:
-                print(f"trained {trainer.step} steps, run in {run.out}")
-    leave()
+                print(f"trained {steps} steps, run in {run.out}")
+    leave()  # here, where no trainer is left, not even in an exception
+    if stopped is not None:
+        raise Preempted(stopped)
     if rank == 0 and not alone:
         print(f"{config.folds} folds: {summarise(Path(config.out), config.folds)['summary']}")
+
+
+def _trained(run: Any, resume: bool) -> int:
+    """Trains, and says for how many steps in all."""
+    from .training.trainer import Trainer
+
+    trainer = Trainer(run, resume, _draw_progress)
+    trainer.run()
+    return trainer.step
 
 
 def _fold(config: Any, fold: int) -> Any:

@@ -5,6 +5,7 @@ Gradients are DistributedDataParallel's business; this is the rest. Everything h
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import warnings
@@ -127,12 +128,11 @@ def clear_word_of_lost_processes() -> Iterator[None]:
 
 
 def leave() -> None:
-    """After the last word between processes: without it their threads end in a crash.
-
-    gloo's threads drop the tensors of what was said last only when this one lets Python go, and `destroy` waits for
-    them without doing so: for ever. While they wait for each other here, they can."""
+    """After the last word between processes: without it their threads end in a crash. Nobody may hold a trainer any
+    more: its DistributedDataParallel would be the last to let go of the processes' group, and would wait, without
+    letting Python go, for threads of gloo that want Python to drop a tensor."""
     if distributed.is_initialized():
-        distributed.barrier()
+        gc.collect()
         distributed.destroy_process_group()
 
 
