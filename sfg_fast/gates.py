@@ -155,7 +155,7 @@ class GroupGates(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        if not float(value) > 0 or not math.isfinite(float(value)):
+        if not self._temperature.new_tensor(float(value)) > 0 or not math.isfinite(float(value)):
             raise ValueError(f"temperature={float(value)}: expected a positive number")
         self._temperature.fill_(float(value))
 

@@ -1,7 +1,9 @@
 """The command line: the whole job on a tiny cohort, and one clear line with exit code 2 for every bad input."""
 
+import gc
 import json
 import shutil
+import weakref
 from unittest.mock import Mock
 
 import nibabel as nib
@@ -11,7 +13,9 @@ import torch
 import yaml
 
 from sfg_fast.cli import main
+from sfg_fast.errors import Preempted
 from sfg_fast.training import checkpoint
+from sfg_fast.training.trainer import Trainer
 
 TINY = [
     "--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed",
@@ -341,6 +345,32 @@ def test_two_lists_of_one_folder_are_two_cohorts(made, tmp_path, capsys):
     assert main(["preprocess", str(cohort / "0.csv"), str(tmp_path / "cache")]) == 0
     refused(capsys, ["preprocess", str(cohort / "1.csv"), str(tmp_path / "cache")], "0.csv")
     assert (tmp_path / "cache/phantom_000/case.json").exists()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_trainer_is_left_when_processes_part(made, tmp_path, monkeypatch, stopped):
+    """It would hold the processes' group, which can't be destroyed then (parallel.leave)."""
+    trainers, left = [], []
+
+    class Watched(Trainer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            trainers.append(weakref.ref(self))
+
+        def run(self):
+            if stopped:
+                raise Preempted("stopped")
+            super().run()
+
+    def leave():
+        gc.collect()
+        left.extend(ref() for ref in trainers)
+
+    monkeypatch.setattr("sfg_fast.training.trainer.Trainer", Watched)
+    monkeypatch.setattr("sfg_fast.training.parallel.leave", leave)
+    command = ["train", "--data", str(made / "cache"), "--out", str(tmp_path / "run"), *TINY]
+    assert main(command) == (143 if stopped else 0)
+    assert left == [None]
 
 
 def test_too_little_memory_is_one_line(monkeypatch, capsys):

@@ -37,6 +37,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     if not isinstance(document, dict) or not {"cases", "summary", "conventions"} <= document.keys():
         raise InputError(f"{metrics}: expected metrics.json as made by evaluate")
     about = about_predictions(predictions)
+    whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
     drawn: list[tuple[str, str, Figure]] = [
         (
             "allocation",
@@ -45,7 +46,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         ),
         ("allocation_over_training", "Allocation over training.", figures.allocation_over_training(history)),
         ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
-        ("curves", "Training. PSNR and Dice: one held-out slice, to watch, not to report.", figures.curves(history)),
+        ("curves", f"Training. PSNR and Dice: one {whose} slice, to watch, not to report.", figures.curves(history)),
     ]
     cases = [case for case in cohort.cases if (predictions / case.name).is_dir()]
     if not cases:

@@ -106,6 +106,8 @@ class Trainer(TrainingState):
                     self._save()
                 if stop:
                     raise Preempted(f"{self.out}: stopped by SIGTERM, saved at step {self.step}; --resume goes on")
+        if len(self.history["bad_steps"]) == self.step > 0:
+            raise FloatingPointError(f"{self.out}: no step had a finite gradient; lower schedule.learning_rate")
         self._finish()
 
     def _next_batch(self) -> dict[str, Any]:

@@ -534,6 +534,7 @@ def test_an_activation_that_works_in_place(name, norm, float64):
         (lambda: SFGConv2d(2, 4, 3)([torch.randn(1, 2, 5, 5)] * 2), "2 dense tensors, expected 3"),
         (lambda: SFGConv2d(4, 4, 3, tasks=1)(SFGConv2d(2, 4, 3)(torch.randn(1, 2, 9, 9))), "groups"),
         (lambda: setattr(SFGConv2d(2, 4, 3), "temperature", 0.0), "temperature=0"),
+        (lambda: setattr(SFGConv2d(2, 4, 3), "temperature", 1e-60), "temperature=1e-60"),
         (lambda: SFGConv2d(2, 4, 3)([torch.randn(1, c, 5, 5) for c in (1, 2, 3)]), "one shape"),
         (lambda: SFGConv2d(2, 4, 3)(torch.randn(1, 2, 5, 5), groups=SFGConv2d(2, 5, 3).draw()), "4 kernels"),
         (lambda: SFGConv2d(2, 4, 3)(torch.randn(1, 2, 5, 5), groups=SFGConv2d(2, 4, 3, tasks=3).draw()), "groups"),

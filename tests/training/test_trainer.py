@@ -332,6 +332,12 @@ def test_steps_that_are_not_finite_are_left_out_and_tell_whose_they_were(cache, 
         Trainer(run).run()
 
 
+def test_a_run_without_a_good_step_is_no_run(cache, tmp_path):
+    with pytest.raises(FloatingPointError, match="no step had a finite gradient"):
+        Trainer(config(spoilt(cache, tmp_path / "spoilt", file="ct"), tmp_path / "run", steps=2, foreground=0.0)).run()
+    assert not (tmp_path / "run" / "checkpoints" / "final.pt").exists()
+
+
 def test_a_step_that_is_left_out_changes_nothing(cache, tmp_path):
     trainer = Trainer(config(spoilt(cache, tmp_path / "bad"), tmp_path / "run", schedule={"batch": 4}))
     trainer.history["bad_steps"] = []
