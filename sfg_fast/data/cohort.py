@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,8 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     """Finds the layout of a folder, .csv or .json (see the module's text) and lists its cases; reads no volumes.
 
     allow_outside: a list may name files outside its own folder.
-    Raises InputError, naming the case and file, for anything missing, ambiguous, doubled, misspelt or malformed.
+    Raises InputError, naming the case and file, for anything missing, ambiguous, doubled or malformed. Warns
+    (UserWarning) of volumes in a folder whose names say nothing.
     """
     path = Path(path)
     if not path.exists():
@@ -90,6 +92,7 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     if path.is_dir():
         nnunet = any((path / name).is_dir() for name in ("imagesTr", "imagesTs"))
         cases = _nnunet_cases(path) if nnunet else _folder_cases(path)
+        _tell_unread(path, cases)
         meta_path = path / "dataset.json"
         meta = _read_object(meta_path) if meta_path.exists() or nnunet else {}
         if "split" in meta:
@@ -219,6 +222,16 @@ def _folder_cases(root: Path) -> list[Case]:
     if not cases:
         raise InputError(f"{root}: no cases; expected a folder per case with mr.nii.gz, imagesTr/, a .csv or a .json")
     return cases
+
+
+def _tell_unread(root: Path, cases: list[Case]) -> None:
+    """A warning if there are volumes that no case has: a misspelt name would otherwise be a target that is missing."""
+    read = {path for case in cases for paths in files(case).values() for path in paths}
+    there = (file for folder in root.iterdir() if folder.is_dir() for file in folder.glob("[!.]*"))
+    unread = sorted(str(file.relative_to(root)) for file in there if nifti_stem(file.name) and file not in read)
+    if unread:
+        some = ", ".join(unread[:3]) + (", .." if len(unread) > 3 else "")
+        warnings.warn(f"{root}: {len(unread)} volumes are not read, by their names: {some}", stacklevel=3)
 
 
 def _nnunet_cases(root: Path) -> list[Case]:

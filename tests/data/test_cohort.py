@@ -379,3 +379,18 @@ def test_a_broken_file_names_the_case(case):
     case.ct.write_bytes(case.ct.read_bytes()[:40])
     with pytest.raises(InputError, match=r"^case p1: .*ct.nii.gz: "):
         load_case(case, LABELS)
+
+
+def test_volumes_with_other_names_are_told(tmp_path):
+    for name in ("a/mr", "a/ct", "a/label", "b/MR"):
+        nifti(tmp_path / f"{name}.nii")
+    with pytest.warns(UserWarning, match="2 volumes are not read, by their names: a/label.nii, b/MR.nii"):
+        assert [case.name for case in read_cohort(tmp_path).cases] == ["a"]
+
+
+def test_volumes_in_other_folders_of_nnunet_are_told(tmp_path):
+    for name in ("imagesTr/a_0000", "labelsTr/a", "targetTr/a"):
+        nifti(tmp_path / f"{name}.nii")
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii"}')
+    with pytest.warns(UserWarning, match="1 volumes are not read, by their names: targetTr/a.nii"):
+        assert read_cohort(tmp_path).cases[0].ct is None
