@@ -281,7 +281,7 @@ def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, caps
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
     assert main(["predict", run, str(cohort), f"{run}/predictions"]) == 0
     told = json.loads((tmp_path / "run/predictions/predictions.json").read_text())
-    assert told == {"labels": about["labels"], "checkpoint": "final", "draws": 8, "by": "map"}
+    assert told == {"labels": about["labels"], "checkpoint": "final", "draws": 8, "by": "map", "finished": True}
     assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
 
     shutil.copytree(cohort, other)
@@ -323,6 +323,10 @@ def test_folds_predict_their_own_validation_cases_and_resume_as_they_began(made,
     capsys.readouterr()
     assert main(["evaluate", f"{out}/0", str(cohort)]) == 0
     assert "1 of the cohort's 3 cases" in capsys.readouterr().out
+    told = tmp_path / "run/0/predictions.json"
+    told.write_text(told.read_text().replace("true", "false"))  # as a kill leaves it
+    with pytest.warns(UserWarning, match="0: predict was interrupted there"):
+        assert main(["evaluate", f"{out}/0", str(cohort)]) == 0
 
 
 def test_reports_say_what_was_predicted_and_refuse_what_is_no_part_of_it(made, tmp_path, capsys):

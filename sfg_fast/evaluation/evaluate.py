@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
         raise InputError(
             f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
         )
-    if labels := about_predictions(predictions).get("labels"):
+    about = about_predictions(predictions)
+    if about.get("finished") is False:
+        warnings.warn(f"{predictions}: predict was interrupted there, some cases may lack", stacklevel=2)
+    if labels := about.get("labels"):
         where = str(predictions / ABOUT)
         check_same_labels(check_label_names(labels, where), cohort, where)
     label_names = cohort.label_names or _names_found(predictions, predicted)
@@ -57,7 +61,7 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
 
 
 def about_predictions(folder: Path) -> dict[str, Any]:
-    """What `predict` says of them: names of labels, checkpoint, draws, by; nothing of those that it did not make."""
+    """What `predict` says of its predictions: names of labels, checkpoint, draws, by, finished. Nothing of others'."""
     path = folder / ABOUT
     found = read_json(path) if path.exists() else {}
     if not isinstance(found, dict):

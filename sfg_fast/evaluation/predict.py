@@ -134,7 +134,7 @@ class Predictor:
         self, cohort: Cohort, cases: Sequence[Case], out: Path, draws: int, by: str = "map"
     ) -> Iterator[tuple[str, Path]]:
         """Predict cases of a cohort one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and
-        shape as the MR; OUT/predictions.json says what they are: names of labels, checkpoint, draws, by.
+        shape as the MR; OUT/predictions.json says what they are: names of labels, checkpoint, draws, by, finished.
 
         OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Raises
         InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the run's.
@@ -150,7 +150,7 @@ class Predictor:
     def _one_by_one(self, cases: Sequence[Case], out: Path, draws: int, by: str) -> Iterator[tuple[str, Path]]:
         with new_folder(out):
             about = {"labels": self.label_names, "checkpoint": self.checkpoint, "draws": draws, "by": by}
-            write_json(out / ABOUT, about)
+            write_json(out / ABOUT, about | {"finished": False})
             for case in cases:
                 mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
                 loaded = load_case(mr_only, {})
@@ -170,6 +170,7 @@ class Predictor:
                     if array is not None:
                         write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
                 yield case.name, folder
+            write_json(out / ABOUT, about | {"finished": True})
 
 
 def _with_sd(y: Tensor) -> Tensor:
