@@ -223,15 +223,15 @@ def test_several_chunks_and_tiles(path, poisoned, problem):
     check(problem)
 
 
-@pytest.mark.slow
-@settings(max_examples=200, **FORCED)
+@pytest.mark.slow  # a quarter of an hour each, in the interpreter
+@settings(max_examples=50, **FORCED)
 @given(problem=problems(most=24))
 def test_against_float64_at_length(path, poisoned, problem):
     check(problem)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **FORCED)
+@settings(max_examples=10, **FORCED)
 @given(problem=problems(most=150))
 def test_many_channels(path, poisoned, problem):
     check(problem)
