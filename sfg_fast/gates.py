@@ -155,7 +155,8 @@ class GroupGates(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        if not self._temperature.new_tensor(float(value)) > 0 or not math.isfinite(float(value)):
+        held = torch.tensor(float(value), dtype=self._temperature.dtype)  # on the host: no waiting for a device
+        if not held > 0 or not math.isfinite(float(value)):
             raise ValueError(f"temperature={float(value)}: expected a positive number")
         self._temperature.fill_(float(value))
 
