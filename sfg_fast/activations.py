@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = str | Callable[[Tensor], Tensor] | None
@@ -19,9 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu_pool
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Of a callable `x` itself is left alone, whatever it does in place: others read it, too."""
+    """A module that works in place leaves `x` itself alone: others read it, too. (Of a function torch tells.)"""
     if activation is None:
         return x
     if isinstance(activation, str):
         return ACTIVATIONS[activation](x)
-    return activation(x.clone() if getattr(activation, "inplace", False) else x)
+    modules = activation.modules() if isinstance(activation, nn.Module) else ()
+    return activation(x.clone() if any(getattr(module, "inplace", False) for module in modules) else x)

@@ -6,7 +6,6 @@ The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argma
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -155,8 +154,8 @@ class GroupGates(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        held = torch.tensor(float(value), dtype=self._temperature.dtype)  # on the host: no waiting for a device
-        if not held > 0 or not math.isfinite(float(value)):
+        held = torch.tensor(float(value), dtype=self._temperature.dtype, device="cpu")  # no waiting for a device
+        if not held > 0 or not held.isfinite():
             raise ValueError(f"temperature={float(value)}: expected a positive number")
         self._temperature.fill_(float(value))
 
@@ -252,7 +251,7 @@ class GroupGates(nn.Module):
 
         Activation checkpointing runs a step twice, which must come to the same: reentrant, first without gradient, when
         the step to come is foreseen; or else again inside the backward pass, when it is the step that was."""
-        if self.every == 1:
+        if self.every == 1 or not self.logits.requires_grad:
             return True
         again = learns and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if again and not self._foreseen:

@@ -237,8 +237,9 @@ def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Ten
 
 
 def folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """scale * (convolution with weight and bias) + shift as one convolution."""
-    return weight * scale[:, None, None, None], shift if bias is None else scale * bias + shift
+    """scale * (convolution with weight and bias) + shift as one convolution, in the dtype of the weight."""
+    bias = shift if bias is None else scale * bias + shift
+    return (weight * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
 
 
 def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class Others(NamedTuple):
 class Producer(NamedTuple):
     """Where features come from, F = z act(scale * u + shift): a consumer whose kernels can (`FUSES_GATES`) gives the
     gates z their gradient itself, and dL/dF of the others is never stored. (It then goes past F: not for an F that is
-    another tensor by now, or whose own gradient somebody waits for.)"""
+    another tensor by now, or that has hooks or `retain_grad`.)"""
 
     packed: Tensor  # F
     h: Tensor  # act(..) of the rows, with the gradient that goes to the layer

@@ -319,7 +319,12 @@ def test_folds_predict_their_own_validation_cases_and_resume_as_they_began(made,
     shutil.rmtree(f"{out}/fold_1")
     refused(capsys, [*folds, "--resume", "--schedule.steps", "7"], "schedule.steps=7: the run to resume has 6")
     assert not (tmp_path / "run/fold_1").exists()
+    (tmp_path / "cache/splits_final.json").unlink()  # a cache made anew: the same parts again
     assert main([*folds, "--resume"]) == 0
+    assert json.loads((tmp_path / "cache/splits_final.json").read_text()) == splits
+    data = tmp_path / "run/fold_2/data.json"
+    data.write_text(json.dumps(json.loads(data.read_text()) | {"cases": {"train": 2, "val": 1}}))  # as of old
+    refused(capsys, ["predict", f"{out}/fold_2", str(cohort), f"{out}/3", "--split", "val"], "split='val': the run")
     capsys.readouterr()
     assert main(["evaluate", f"{out}/0", str(cohort)]) == 0
     assert "1 of the cohort's 3 cases" in capsys.readouterr().out

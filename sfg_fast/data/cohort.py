@@ -30,7 +30,7 @@ from ..files import read_json
 from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
 
 SPLITS = ("train", "val", "test")
-LABELS = "labels.json"  # {name: value}, beside a list of cases or in a folder of predictions
+LABELS = "labels.json"  # {name: value}, beside a list of cases
 CLIP_HU = (-1024.0, 3000.0)
 """CTs are clipped to this, to be learnt and before anything is measured, as in the SynthRAD challenge."""
 WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
@@ -151,6 +151,10 @@ def check_label_names(labels: Any, where: str) -> dict[str, int]:
         raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
     if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
         raise InputError(f'{where}: labels {labels!r}, expected "background": 0 and the values 0, 1, 2, .. once each')
+    return labels
+
+
+def _check_organ_names(labels: dict[str, int], where: str) -> dict[str, int]:
     if "ignore" in labels:
         raise InputError(f"{where}: voxels to be ignored (label 'ignore') can't be left out, expected organs alone")
     if taken := [name for name in WIDE_REGIONS if name in labels]:
@@ -227,7 +231,7 @@ def _folder_cases(root: Path) -> list[Case]:
 def _tell_unread(root: Path, cases: list[Case]) -> None:
     """A warning if there are volumes that no case has: a misspelt name would otherwise be a target that is missing."""
     read = {path for case in cases for paths in files(case).values() for path in paths}
-    there = (file for folder in root.iterdir() if folder.is_dir() for file in folder.glob("[!.]*"))
+    there = (file for folder in root.glob("[!.]*") if folder.is_dir() for file in folder.glob("[!.]*"))
     unread = sorted(str(file.relative_to(root)) for file in there if nifti_stem(file.name) and file not in read)
     if unread:
         some = ", ".join(unread[:3]) + (", .." if len(unread) > 3 else "")
@@ -355,7 +359,8 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
         for file in (path for paths in files(case).values() for path in paths):
             if not os.path.isfile(file):  # unlike Path.is_file it never raises
                 raise InputError(f"case {case.name}: no such file {file}")
-    label_names = check_label_names(meta["labels"], str(meta_path)) if "labels" in meta else {}
+    where = str(meta_path)
+    label_names = _check_organ_names(check_label_names(meta["labels"], where), where) if "labels" in meta else {}
     if all(case.labels is None for case in cases):
         label_names = {}
     return Cohort(root, tuple(cases), label_names, _channel_names(meta, meta_path, channels))

@@ -123,12 +123,15 @@ class Predictor:
         return torch.cat([*means, *variances], 1)
 
     def of_split(self, cohort: Cohort, split: str) -> tuple[Case, ...]:
-        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says."""
+        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says.
+        InputError if the run doesn't say which these were."""
         if split == "all":
             return cohort.cases
-        if self.config.fold is not None and split in ("train", "val") and split in self.splits:
-            return tuple(case for case in cohort.cases if case.name in self.splits[split])
-        return cohort.split(split)
+        if self.config.fold is None or split not in ("train", "val"):
+            return cohort.split(split)
+        if not isinstance(names := self.splits.get(split), list):
+            raise InputError(f"split={split!r}: the run of this fold doesn't say which cases these were, expected test")
+        return tuple(case for case in cohort.cases if case.name in names)
 
     def cases(
         self, cohort: Cohort, cases: Sequence[Case], out: Path, draws: int, by: str = "map"

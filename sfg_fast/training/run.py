@@ -46,14 +46,14 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
     predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR;
-    `cases`: the names of those in each split, as the run (or fold) had them, if it is known."""
+    `cases`: the names of those in each split, as the run (or fold) had them, or how many."""
 
     config: TrainConfig
     model: SFGHighResNet
     drawn_statistics: dict[str, Tensor]
     label_names: dict[str, int]
     channel_names: tuple[str, ...]
-    cases: dict[str, list[str]]
+    cases: dict[str, Any]
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
@@ -79,8 +79,8 @@ def load_run(folder: Path, which: str = "final") -> Run:
     return Run(config, model, state["drawn_statistics"], labels, channels, cases)
 
 
-def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[str]]]:
-    """What the run was trained on: names of the MR's channels, of labels, and of the cases of each split."""
+def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any]]:
+    """What the run was trained on: names of the MR's channels, of labels, and the cases of each split."""
     found = read_json(path)
     channels = found.get("in_channels") if isinstance(found, dict) else None
     if type(channels) is not int or channels < 1:
@@ -89,7 +89,8 @@ def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, 
     if not isinstance(names, list) or len(names) != channels:
         raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
     cases = found.get("cases")
-    cases = cases if isinstance(cases, dict) and all(isinstance(one, list) for one in cases.values()) else {}
+    if not isinstance(cases, dict):
+        raise InputError(f"{path}: cases {cases!r}, expected those of each split")
     return tuple(map(str, names)), check_label_names(labels, str(path)) if labels else {}, cases
 
 

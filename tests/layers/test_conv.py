@@ -489,6 +489,14 @@ def test_what_is_done_to_the_packed_tensor_counts(name):
     assert_close(zeros, second.bias.relu()[y.groups.order][:, None, None].expand_as(zeros))
 
 
+def test_a_half_layer_with_a_norm_in_float32():
+    layer, x = SFGConv2d(1, 4, 3, norm="batch").bfloat16(), torch.randn(2, 1, 5, 5).bfloat16()
+    layer.norm.float()
+    with backend("masked"):
+        for training in (True, False):
+            assert layer.train(training)(x).dtype == torch.bfloat16
+
+
 def test_an_assignment_changes_no_features_that_are_there():
     conv = SFGConv2d(1, 6, 3)
     conv.assign([0, 1, 2, 0, 1, 2])
@@ -502,7 +510,7 @@ def test_an_assignment_changes_no_features_that_are_there():
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_an_activation_that_works_in_place(name, norm, float64):
     gradients = []
-    for backend_name, activation in (("reference", nn.SiLU()), (name, nn.SiLU(inplace=True))):
+    for backend_name, activation in (("reference", nn.SiLU()), (name, nn.Sequential(nn.SiLU(inplace=True)))):
         torch.manual_seed(0)
         conv, x = SFGConv2d(1, 6, 3, activation=activation, norm=norm), torch.randn(2, 1, 8, 8)
         with backend(backend_name):

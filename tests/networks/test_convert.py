@@ -332,6 +332,29 @@ def test_what_was_frozen_stays_frozen_and_dropout_drops(skip):
     assert torch.equal(net(x)["ct"], net(x)["ct"])
 
 
+def test_a_dropout_takes_no_other_module_s_name():
+    class Two(Partly):
+        def __init__(self):
+            super().__init__()
+            self.dropout_0 = nn.Dropout(0.9)
+
+        def forward(self, x):
+            return super().forward(self.dropout_0(x))
+
+    net = convert(Two(), TASKS)
+    assert net.dropout_0.p == 0.9
+    assert sorted(m.p for m in net.modules() if isinstance(m, nn.Dropout)) == [0.5, 0.9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_half_precision(dtype):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)]
+    net = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 1, 1)).to(dtype)
+    with backend("masked"):
+        assert convert(net, TASKS)(torch.randn(1, 1, 9, 9, dtype=dtype))["ct"].dtype == dtype
+
+
 def test_concatenated_relaxed_features_keep_their_draw():
     class Dense(nn.Module):
         def __init__(self):
