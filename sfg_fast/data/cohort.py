@@ -30,11 +30,12 @@ from ..files import read_json
 from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
 
 SPLITS = ("train", "val", "test")
-LABELS = "labels.json"  # {name: value}, beside a list of cases
 CLIP_HU = (-1024.0, 3000.0)
 """CTs are clipped to this, to be learnt and before anything is measured, as in the SynthRAD challenge."""
+RANGE_HU = CLIP_HU[1] - CLIP_HU[0]
+"""The peak of a PSNR."""
 WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
-TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
+_TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
 _OPTIONAL = ("ct", "labels", "mask")
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
 
@@ -105,7 +106,7 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
         rows, meta, meta_path = *_json_rows(path), path
     else:
         raise InputError(f"{path}: expected a folder, a .csv or a .json")
-    beside = path.with_name(LABELS)
+    beside = path.with_name("labels.json")
     if "labels" not in meta and beside.exists() and beside != path:
         meta, meta_path = {**meta, "labels": read_json(beside)}, beside
     cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
@@ -140,7 +141,7 @@ def check_split(name: Any, where: str) -> str:
 def check_case_name(name: Any, where: str) -> str:
     """Case names become folder names: no separators, nothing hidden, not too long, no name of a file beside them."""
     plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
-    if not plain or len(name.encode()) > 200 or name in TAKEN:
+    if not plain or len(name.encode()) > 200 or name in _TAKEN:
         raise InputError(f"{where}: case name {name!r} can't be a folder name")
     return name
 

@@ -265,6 +265,7 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
         statistics = foreground_statistics(loaded.inputs)
         if loaded.ct is not None:
             check_hounsfield(loaded.ct)
+            loaded = dataclasses.replace(loaded, ct=loaded.ct.clip(*CLIP_HU))
         if loaded.mask is not None:
             mask, mask_from = loaded.mask, "file"
         elif loaded.ct is not None:
@@ -274,8 +275,6 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
     except InputError as error:
         raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
     arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
-    if loaded.ct is not None:
-        loaded = dataclasses.replace(loaded, ct=loaded.ct.clip(*CLIP_HU))
     arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
     partial, folder = out / f".partial-{os.getpid()}-{case.name}", out / case.name
     try:

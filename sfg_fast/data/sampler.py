@@ -15,8 +15,9 @@ import torch
 
 from ..errors import InputError
 from .cache import TARGETS, Cache, CaseArrays
+from .cohort import CLIP_HU
 
-AIR_HU = -1024.0
+AIR_HU = CLIP_HU[0]
 OPEN_CASES = 16  # small cohorts stay open; opening a case takes half a millisecond
 
 

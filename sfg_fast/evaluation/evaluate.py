@@ -33,11 +33,7 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    predicted = [case for case in cohort.cases if (predictions / case.name).is_dir()]
-    if not predicted:
-        raise InputError(
-            f"{predictions}: holds no prediction (CASE/ct.nii.gz, CASE/labels.nii.gz) of a case of the cohort"
-        )
+    predicted = predicted_cases(predictions, cohort)
     about = about_predictions(predictions)
     if about.get("finished") is False:
         warnings.warn(f"{predictions}: predict was interrupted there, some cases may lack", stacklevel=2)
@@ -58,6 +54,15 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     if not cases:
         raise InputError(f"{cohort.root}: no predicted case has a CT or labels to compare with")
     return metrics_document(cases, label_names)
+
+
+def predicted_cases(folder: Path, cohort: Cohort) -> list[Case]:
+    """The cohort's cases that have a folder there. InputError if none has."""
+    predicted = [case for case in cohort.cases if (folder / case.name).is_dir()]
+    if not predicted:
+        what = "prediction of a case of the cohort (CASE/ct.nii.gz, CASE/labels.nii.gz)"
+        raise InputError(f"{folder}: holds no {what}")
+    return predicted
 
 
 def about_predictions(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..data.cohort import CLIP_HU, WIDE_REGIONS
+from ..data.cohort import CLIP_HU, RANGE_HU, WIDE_REGIONS
 from ..errors import InputError
 
 BONE_HU = 200
@@ -22,8 +22,6 @@ BONE_HU = 200
 MSE_FLOOR_HU2 = 1 / 12
 """Least mean squared error counted in a PSNR: that of rounding to whole HU, as CTs are stored. It keeps the PSNR of a
 perfect prediction finite (82.88 dB inside its region), so that it can stand in JSON and in a mean."""
-
-_RANGE_HU = CLIP_HU[1] - CLIP_HU[0]  # the peak of a PSNR
 
 
 def case_metrics(
@@ -110,12 +108,12 @@ def metrics_document(cases: Mapping[str, Mapping[str, Any]], label_names: Mappin
     low, high = CLIP_HU
     conventions = {
         "clip_hu": list(CLIP_HU),
-        "range_hu": _RANGE_HU,
+        "range_hu": RANGE_HU,
         "bone_threshold_hu": BONE_HU,
         "label_names": dict(label_names),
         "rules": {
             "clip": f"both CTs are clipped to [{low:.0f}, {high:.0f}] HU, as in SynthRAD; the peak of every PSNR is "
-            f"the width, {_RANGE_HU:.0f} HU",
+            f"the width, {RANGE_HU:.0f} HU",
             "mask": "the patient's body; every region of the CT is intersected with it, the Dice is not",
             "regions": f"overall: the mask; bones: true CT above {BONE_HU} HU; organs: the union of the true labels",
             "psnr_in_mask": "from the mean squared error over the voxels of the region inside the mask",
@@ -229,7 +227,7 @@ def _region_metrics(true: np.ndarray, pred: np.ndarray, volume_voxels: int) -> d
 
 
 def _psnr(mse: float) -> float:
-    return 10 * math.log10(_RANGE_HU**2 / mse)
+    return 10 * math.log10(RANGE_HU**2 / mse)
 
 
 def _dice(true: np.ndarray, pred: np.ndarray) -> float | None:

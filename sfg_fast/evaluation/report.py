@@ -18,7 +18,7 @@ from ..files import make_folder, read_json
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
 from . import figures
-from .evaluate import about_predictions, read_prediction
+from .evaluate import about_predictions, predicted_cases, read_prediction
 from .html import write_report
 from .predict import Predictor
 
@@ -48,9 +48,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
         ("curves", f"Training. PSNR and Dice: one {whose} slice, to watch, not to report.", figures.curves(history)),
     ]
-    cases = [case for case in cohort.cases if (predictions / case.name).is_dir()]
-    if not cases:
-        raise InputError(f"{predictions}: holds no prediction of a case of the cohort")
+    cases = predicted_cases(predictions, cohort)
     for index, case in enumerate(cases):
         loaded = load_case(case, cohort.label_names)
         ct, labels = read_prediction(predictions, case, loaded)

@@ -204,10 +204,11 @@ class TrainingState:
 
 def check_finished(config: TrainConfig) -> None:
     """InputError if the finished run of a fold is of another configuration or cohort."""
+    assert config.folds is not None
+    assert config.fold is not None
     cache = Cache(Path(config.data))
-    if config.folds is not None and config.fold is not None:
-        make_splits(cache, config.folds)
-        cache = read_fold(cache, config.folds, config.fold)
+    make_splits(cache, config.folds)
+    cache = read_fold(cache, config.folds, config.fold)
     final = checkpoint.load(Path(config.out) / "checkpoints" / "final.pt")
     _check_same(config, final["config"], cache.fingerprint())
 

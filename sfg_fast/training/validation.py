@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.cache import Cache
+from ..data.cohort import RANGE_HU
 from ..networks.controls import draws_from_constant_p, norm_buffers, recalibrate
 from .objective import Objective
-
-PSNR_RANGE_HU = 4024.0  # [-1024, 3000], as SynthRAD
 
 
 def tally(outputs: Mapping[str, Tensor], batch: Mapping[str, Any], ct_scale_hu: float) -> dict[str, Tensor]:
@@ -44,7 +43,7 @@ def scores(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
     found: dict[str, float | None] = {"psnr": None, "dice": None}
     if "voxels" in sums and sums["voxels"] > 0:
         mean = (sums["squared"] / sums["voxels"]).item()
-        found["psnr"] = 10 * math.log10(PSNR_RANGE_HU**2 / max(mean, 1e-12)) if math.isfinite(mean) else None
+        found["psnr"] = 10 * math.log10(RANGE_HU**2 / max(mean, 1e-12)) if math.isfinite(mean) else None
     if "true" in sums and (organs := sums["true"][1:] > 0).any():
         dice = 2 * sums["overlap"][1:] / (sums["predicted"] + sums["true"])[1:]
         found["dice"] = dice[organs].mean().item()
