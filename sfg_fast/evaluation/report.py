@@ -132,11 +132,11 @@ def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[s
     """`about`: what predict says of the predictions."""
     config = predictor.config
     averaged = predictor.constant_p or about.get("by") == "draws"
+    whose = "the mean over drawn architectures" if averaged else "those of the most probable architecture"
     notes = [
         f"Method {config.network.method}, residual blocks {config.network.residual}, {config.schedule.steps} steps, "
         f"{cases} cases predicted.",
-        f"CT and labels are {'the mean over drawn architectures' if averaged else 'those of the most probable one'}, "
-        f"checkpoint {about.get('checkpoint', 'unknown')}.",
+        f"CT and labels are {whose}, checkpoint {about.get('checkpoint', 'unknown')}.",
         "The uncertainty is the SD over drawn architectures; it is no measure of all that can be wrong.",
     ]
     if config.schedule.draw_until < 1 and config.network.method == "sfg":
