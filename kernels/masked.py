@@ -6,6 +6,7 @@ doesn't know where they lie, and the weight is zero for all others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from ..activations import ACTIVATIONS, activate
 from ..groups import FilterGroups, Routing, sort_by_group
-from .packing import Packed, pack_parameters, read, unpack, unpack_dim
+from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
 from .spec import Recipe, RoutedConv
 
 FUSES = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
@@ -28,6 +29,11 @@ def missing() -> str | None:
 
 def cannot(x: Tensor) -> str | None:
     return None
+
+
+def cuts(x: Tensor) -> bool:
+    """Does the host know where a group's channels lie in x, without waiting for a device? Then they are cut out."""
+    return x.is_cpu
 
 
 def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -44,7 +50,7 @@ def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> 
         y = F.conv2d(x, packed.weight, packed.bias, *spec.geometry)
         return y, y if keep and spec.routing is Routing.ALL else None
     a = _product(x, packed.weight, packed.bias, spec, 0)
-    if not x.is_cpu:
+    if not cuts(x):
         tasks = (spec.columns.ids > 0)[:, None, None]
         return a + F.conv2d(x, packed.weight.where(tasks, 0), None, *spec.geometry), a
     y = a.clone()
@@ -55,19 +61,20 @@ def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> 
 
 
 def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    x = dy.new_empty(dy.shape[0], packed.weight.shape[1], *size)  # just a shape: an expanded one would be copied
+    shape, layout = (dy.shape[0], packed.weight.shape[1], *size), memory_format(dy)
+    x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)  # its shape and layout alone count
     if not spec.columns.all_gates:
         return _backward(dy, x, packed.weight, spec, 0), None
     products = []
     for g in range(len(spec.columns.names)):
-        if dy.is_cpu:
+        if cuts(dy):
             rows = _ranges(spec.rows)[g]
             products.append(_backward(dy[:, rows], x, packed.everything[rows], spec, 0))
         else:
             own = packed.everything.where((spec.rows.ids == g)[:, None, None, None], 0)
             products.append(_backward(dy, x, own, spec, 0))
     if spec.routing is Routing.ARROW:  # what is shared is read by all
-        products[0] = torch.stack(products).sum(0)
+        products[0] = functools.reduce(torch.add, products)
     dx, others = by_place(products, spec.columns)
     return dx, torch.cat(others, 1)
 
@@ -75,7 +82,6 @@ def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int
 def weight_gradient(
     x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    dy = dy.contiguous()
     dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(read(spec), 0)
     return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
 
@@ -134,7 +140,7 @@ def others(recipe: Recipe) -> list[Tensor]:
         assert a is not None
         return [a] * (len(spec.rows.names) - 1)
     products = []
-    for g, rows in enumerate(_ranges(spec.rows) if x.is_cpu else [slice(0, 0)] * len(spec.rows.names)):
+    for g, rows in enumerate(_ranges(spec.rows) if cuts(x) else [slice(0, 0)] * len(spec.rows.names)):
         if g == 0 and a is not None:
             products.append(a)
             continue
@@ -177,7 +183,7 @@ def _ranges(groups: FilterGroups) -> list[slice]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, g: int) -> Tensor:
     """The convolution of the channels of group g with all kernels of `weight` [.., columns, kH, kW]."""
-    if x.is_cpu:
+    if cuts(x):
         own = _ranges(spec.columns)[g]
         x, weight = x[:, own], weight[:, own]
     else:
@@ -194,7 +200,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, spec: RoutedConv, wanted: i
         return torch.zeros_like((x, weight)[wanted])
     stride, padding, dilation = spec.geometry
     mask = [wanted == 0, wanted == 1, False]
+    dy = dy.contiguous(memory_format=memory_format(x))  # otherwise torch would copy x, and return NCHW
     gradients = torch.ops.aten.convolution_backward(
-        dy.contiguous(), x, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
+        dy, x, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
     )
     return gradients[wanted]

@@ -63,6 +63,11 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """How results that belong to the image x should lie in memory: channels_last if x does, otherwise contiguous."""
+    return torch.channels_last if channels_last(x) else torch.contiguous_format
+
+
 def select_channels(x: Tensor, channels: Tensor) -> Tensor:
     """x[:, channels], channels_last if x is: index_select alone would give plain contiguous."""
     if channels_last(x):

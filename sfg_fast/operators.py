@@ -20,7 +20,7 @@ from torch import Tensor, library
 from . import backends, passes
 from .groups import FilterGroups, Routing
 from .kernels import masked
-from .kernels.packing import channels_last
+from .kernels.packing import memory_format
 from .kernels.spec import Geometry, Recipe, RoutedConv
 
 # An operator takes tensors, numbers and strings. `sides`: order and offsets of the rows, and of the columns; `sizes`:
@@ -264,8 +264,7 @@ def _spec(
 
 
 def _format(kernels: str, x: Tensor) -> torch.memory_format:
-    fixed = backends.module(kernels).MEMORY_FORMAT
-    return fixed or (torch.channels_last if channels_last(x) else torch.contiguous_format)
+    return backends.module(kernels).MEMORY_FORMAT or memory_format(x)
 
 
 def _empty(x: Tensor, channels: int, size: tuple[int, int], kernels: str) -> Tensor:

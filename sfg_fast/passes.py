@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .groups import FilterGroups, Routing
-from .kernels.packing import unpack_dim
+from .kernels.packing import channels_last, unpack_dim
 from .kernels.spec import RoutedConv
 
 
@@ -107,17 +107,27 @@ def plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:
 
 def fold(x: Tensor, spec: RoutedConv) -> Tensor:
     """Streams [N, GC, H, W] -> [NG, C, H, W], the groups folded into the batch: what each group reads."""
-    streams = x.unflatten(1, (len(spec.columns.names), -1))
     if spec.routing is Routing.ARROW:
-        streams = torch.cat([streams[:, :1], streams[:, 1:] + streams[:, :1]], 1)
-    return streams.flatten(0, 1)
+        shared, *tasks = x.chunk(len(spec.columns.names), 1)
+        x = torch.cat([shared, *(task + shared for task in tasks)], 1)
+    return _groups_to_batch(x, len(spec.columns.names))
 
 
 def fold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
     """Full rows [N, GK, H, W] -> [NG, K, H, W]."""
-    return y.unflatten(1, (len(spec.rows.names), -1)).flatten(0, 1)
+    return _groups_to_batch(y, len(spec.rows.names))
+
+
+def _groups_to_batch(x: Tensor, groups: int) -> Tensor:
+    """Keeps channels_last; without it nothing is copied."""
+    if channels_last(x):
+        return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 1).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
 
 
 def unfold(y: Tensor, spec: RoutedConv) -> Tensor:
     """The inverse of `fold_rows`."""
-    return y.unflatten(0, (-1, len(spec.rows.names))).flatten(1, 2)
+    groups = len(spec.rows.names)
+    if channels_last(y):
+        return y.permute(0, 2, 3, 1).unflatten(0, (-1, groups)).movedim(1, 3).flatten(3, 4).permute(0, 3, 1, 2)
+    return y.unflatten(0, (-1, groups)).flatten(1, 2)

@@ -259,3 +259,40 @@ def test_flops_of_a_straight_through_step(into, out):
         y.sum().backward()
         recipe.kernels.gate_gradient(recipe.recipe(None, None, "relu"), torch.randn(1, tasks * kernels, size, size))
     assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size
+
+
+@pytest.fixture(params=["cpu", "as on a GPU"])
+def where(request, monkeypatch):
+    """`masked` as on the CPU, and as where the host does not know where a group's channels lie."""
+    if request.param != "cpu":
+        monkeypatch.setattr(masked, "cuts", lambda x: False)
+
+
+@pytest.mark.parametrize("routing", Routing)
+@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
+@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
+def test_masked_as_on_a_gpu(rows, columns, routing, monkeypatch):
+    monkeypatch.setattr(masked, "cuts", lambda x: False)
+    problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}
+    problem |= {"dilation": (1, 2), "image": (5, 6), "batch": 2, "bias": True, "seed": 0, "around": True}
+    check(problem | {"routing": routing, "columns": columns, "rows": rows}, "masked")
+
+
+@pytest.mark.parametrize("routing", [Routing.ARROW, Routing.OWN])
+@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
+def test_masked_keeps_channels_last(rows, routing, where):
+    """In every pass: cuDNN copies anything else."""
+    groups = FilterGroups.from_assignment(torch.arange(9) % 3, all_gates=rows == "with others")
+    if rows == "relaxed":
+        groups = FilterGroups.streams(9, 2)
+    x = torch.randn(2, len(groups.order), 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 9, 3, 3), (9,)))
+    others = x.new_zeros(()).expand(2, 18, 5, 6).requires_grad_() if rows == "with others" else None
+    spec = RoutedConv(groups, groups, routing, Geometry((1, 1), (1, 1), (1, 1)))
+    with backend("masked"):
+        found = convolve(x, weight, bias, spec, True, others=others, keep=groups.all_gates)
+    leaves = [leaf for leaf in (x, others, weight) if leaf is not None]
+    *images, dw = torch.autograd.grad(found.u, leaves, torch.randn_like(found.u))
+    for image in [found.u, *images]:
+        assert image.is_contiguous(memory_format=torch.channels_last)
+    assert dw.is_contiguous()

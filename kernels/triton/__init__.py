@@ -169,7 +169,7 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
         df if values is None else values.to(torch_sum).expand(p.out_groups - 1, -1).contiguous()
         for values in (scale, shift)
     )
-    fused = activation == "relu", False, packed.bias is not None, max(x[:1].numel(), df[:1].numel()) >= 2**31
+    fused = activation == "relu", False, packed.bias is not None, _wide(x, df)
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     tiles = launch.programs // (p.columns // p.block_n)
     partial = torch.empty(tiles, channels, dtype=torch_sum, device=x.device)
@@ -198,7 +198,7 @@ def weight_gradient(
     _check(relu, "the ReLU's output", tuple(dy.shape))
     x, dy = _nhwc(x), _nhwc(dy)
     passed = dy if relu is None else _nhwc(relu)
-    fused = relu is not None, bias, max(x[:1].numel(), dy[:1].numel()) >= 2**31
+    fused = relu is not None, bias, _wide(x, dy)
     launch = config.plan_gradient(g, x.element_size() * 8, dy.shape[0], size, config.device_of(x.device), *fused)
     torch_sum, sum_type = _sums(x.dtype)
     new = {"dtype": torch_sum, "device": x.device}
@@ -341,7 +341,7 @@ def _convolve(
         beside = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
         return y, beside
-    fused = relu, residual[0] is not None, bias is not None, max(x[:1].numel(), y[:1].numel()) >= 2**31
+    fused = relu, residual[0] is not None, bias is not None, _wide(x, y, beside)
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     bias = weight if bias is None else bias
     added, added_others = (y if tensor is None else _nhwc(tensor) for tensor in residual)
@@ -382,6 +382,11 @@ def _check(x: Tensor | None, what: str, shape: tuple[int, ...]) -> None:
     """Kernels don't look where memory ends."""
     if x is not None and tuple(x.shape) != shape:
         raise RuntimeError(f"{what} has shape {tuple(x.shape)}, expected {shape}")
+
+
+def _wide(*images: Tensor | None) -> bool:
+    """Do offsets inside one image of any of these tensors need 64 bits?"""
+    return any(image is not None and image[:1].numel() >= 2**31 for image in images)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -261,6 +261,27 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
+    """Nothing is stored (meta tensors). With the gradient of two others of each of 64 channels, 4096 x 4096 is too
+    many for 32 bits; x and y alone are not."""
+    launches = []
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, launch, *_: launches.append(launch))
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(132, 90, 227 << 10))
+    groups = FilterGroups.from_assignment(torch.arange(64) % 3, all_gates=True)
+    for size, wide in ((4095, False), (4096, True)):
+        spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+        x = torch.empty(1, 64, size, size, dtype=torch.float16, device="meta")
+        packed = kernels.pack(torch.empty(64, 64, 3, 3, device="meta"), None, spec, x.dtype)
+        _, a = kernels.forward(x, packed, spec, keep=True)
+        _, dothers = kernels.input_gradient(x, packed, spec, (size, size))
+        kernels.gate_gradient(Recipe(x, a, packed, spec, None, None, None), dothers)
+        kernels.weight_gradient(x, x, packed, spec)
+        # forward, input gradient (which writes that of the others), gates' gradient (which reads it), weight gradient
+        found = [launch.tiles.wide for launch in launches if isinstance(launch, config.Launch)]
+        assert found == [False, wide, wide, False]
+        launches.clear()
+
+
 def test_nan_goes_where_torch_lets_it_go():
     x, weight, spec = small_problem()
     x[0, 0, 3, 3] = float("nan")  # shared: everybody reads it
