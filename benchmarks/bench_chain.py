@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.interleaved import interleaved, machine, ratio
+from benchmarks.timing import machine, ratio
 from sfg_fast import SFGConv2d, backend, set_estimator
+from sfg_fast.gpu.timing import interleaved
 from sfg_fast.layers.streams import Heads
 
 LAYERS, BATCH, SIZE = 5, 4, 128

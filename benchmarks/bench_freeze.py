@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleaved import interleaved, machine, ratio
+from benchmarks.timing import machine, ratio
 from sfg_fast import SFGHighResNet, assign, freeze, recalibrate
+from sfg_fast.gpu.timing import interleaved
 from sfg_fast.networks.controls import sfg_layers
 
 ROUNDS = 15

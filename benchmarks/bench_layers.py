@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.interleaved import interleaved, machine, ratio
 from benchmarks.layers import COMPILED, LAYERS, STREAMS, WIDTHS, Layer, Work, contestants, stream_contestants
+from benchmarks.timing import machine, ratio
 from sfg_fast.backends import available
+from sfg_fast.gpu.timing import interleaved
 from sfg_fast.groups import FilterGroups, Routing
 
 pytestmark = pytest.mark.skipif(not available("native"), reason="native is not built")

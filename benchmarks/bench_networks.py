@@ -19,165 +19,13 @@ Memory: the most that a process of its own has resident in a training step, less
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from benchmarks.interleaved import interleaved, machine, ratio, resident
-from benchmarks.plain_network import PlainNetwork
-from sfg_fast import SFGVGG, SFGHighResNet, assign, backend, freeze, recalibrate, set_estimator
-from sfg_fast.networks.controls import sfg_layers
-from sfg_fast.networks.vgg import VGG11
-
-EVERY = 4
-OUTPUTS = {"ct": 1, "organs": 6}
-Step = Callable[[], None]
-
-
-class Case(NamedTuple):
-    """Which network, and how large."""
-
-    kind: str  # routed, separate or vgg
-    size: int
-    batch: int = 4
-    widths: tuple[int, int, int] = (16, 32, 64)  # of the stages; the VGG starts with the second
-    blocks: int = 3
-    device: str = "cpu"
-    half: torch.dtype | None = None  # of autocast
-
-    def image(self) -> Tensor:
-        return torch.randn(self.batch, 1, self.size, self.size, device=self.device)
-
-    def __str__(self) -> str:
-        return f"{self.kind}, {self.size}x{self.size}"
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, k: int, d: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(conv_norm(k, k, d, relu) for relu in (True, False)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-def conv_norm(c: int, k: int, d: int = 1, relu: bool = True) -> nn.Sequential:
-    layers = [nn.Conv2d(c, k, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(k)]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
-
-
-class PlainVGG(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layers, c = [], 1
-        for size in VGG11:
-            layers.append(nn.MaxPool2d(2) if size == "pool" else conv_norm(c, width * int(size)))
-            c = c if size == "pool" else width * int(size)
-        self.features, self.head = nn.Sequential(*layers), nn.Linear(c, sum(OUTPUTS.values()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
-
-
-def plain(case: Case) -> nn.Module:
-    """One network of the same convolutions as `routed`, without groups; also what `separate` is compared with."""
-    if case.kind == "vgg":
-        return PlainVGG(case.widths[1])
-    layers, c = [], 1
-    for stage, k in enumerate(case.widths):
-        layers += [conv_norm(c, k), *(PlainBlock(k, 2**stage) for _ in range(case.blocks))]
-        c = k
-    return nn.Sequential(*layers, conv_norm(c, c), conv_norm(c, c), nn.Conv2d(c, sum(OUTPUTS.values()), 1))
-
-
-def monai(case: Case) -> nn.Module:
-    from monai.networks.nets import HighResNet
-
-    first = {"name": "conv_0", "n_features": case.widths[0], "kernel_size": 3}
-    blocks = [
-        {"name": f"res_{stage}", "n_features": k, "kernels": (3, 3), "repeat": case.blocks}
-        for stage, k in enumerate(case.widths)
-    ]
-    last = [
-        {"name": "conv_1", "n_features": case.widths[-1], "kernel_size": 1},
-        {"name": "conv_2", "kernel_size": 1},
-    ]
-    return HighResNet(2, 1, sum(OUTPUTS.values()), layer_params=(first, *blocks, *last))
-
-
-def ours(case: Case) -> nn.Module:
-    if case.kind == "vgg":
-        return SFGVGG(1, OUTPUTS, case.widths[1])
-    return SFGHighResNet(1, OUTPUTS, case.widths, case.blocks, case.kind)
-
-
-def step(network: nn.Module, case: Case, name: str = "auto", last: bool = False, times: int = 1) -> Step:
-    """Forward and backward."""
-    network, x = network.to(case.device), case.image()
-    if last:
-        network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-
-    def run() -> None:
-        for _ in range(times):
-            for parameter in network.parameters():
-                parameter.grad = None
-            with backend(name), torch.autocast(case.device, case.half, case.half is not None):
-                y = network(x)
-                outputs = y.values() if isinstance(y, dict) else y if isinstance(y, list) else [y]
-                sum(out.square().mean() for out in outputs).backward()
-
-    return run
-
-
-def contestant(case: Case, name: str, fast: str = "auto") -> Step:
-    """A training step of one of them; `name` may end in ", channels_last". `fast`: the backend of ours."""
-    what, _, layout = name.partition(", ")
-    last = layout == "channels_last"
-    if what in ("dense", "dense compiled"):
-        if case.kind == "vgg":
-            return step(ours(case), case, "reference", last)
-        network: nn.Module = PlainNetwork((1, 6), case.widths, case.blocks, case.kind)
-        return step(torch.compile(network) if what == "dense compiled" else network, case, last=last)  # type: ignore[arg-type]
-    if what in ("one plain", "one plain compiled"):
-        network = plain(case)
-        return step(torch.compile(network) if what == "one plain compiled" else network, case, last=last)  # type: ignore[arg-type]
-    if what == "MONAI":
-        return step(monai(case), case, last=last)
-    network = ours(case)
-    if what == "masked":
-        return step(network, case, "masked", last)
-    estimator, _, every = what.partition("=")
-    set_estimator(network, estimator, int(every or 1))
-    return step(network, case, fast, fast == "triton", int(every or 1))
-
-
-def names(kind: str) -> list[str]:
-    every = ["dense", "masked", "one plain", "one plain compiled"]
-    every += [] if kind == "vgg" else ["dense compiled", "MONAI"]
-    both = [name + layout for name in every for layout in ("", ", channels_last")]
-    return [*both, "straight_through", "selected", f"straight_through={EVERY}"]
-
-
-def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Each in its faster memory format; the faster of eager and compiled ones; `every` for one step."""
-    found = dict(times)
-    for name in [name for name in found if ", " not in name and name + ", channels_last" in found]:
-        found[name] = min(found[name], found.pop(name + ", channels_last"), key=statistics.median)
-    for name in ("dense", "one plain"):
-        both = [found[one] for one in (name, f"{name} compiled") if one in found]
-        if both:
-            found[f"{name} faster"] = min(both, key=statistics.median)
-    several = f"straight_through={EVERY}"
-    if several in found:
-        found[several] = [t / EVERY for t in found[several]]
-    return found
+from benchmarks.timing import machine, ratio, resident
+from sfg_fast.gpu.timing import interleaved
 
 
 def training(case: Case, rounds: int) -> list[str]:
@@ -193,35 +41,6 @@ def training(case: Case, rounds: int) -> list[str]:
         ("dense", "dense faster"),
     ]
     return [str(case), *("{:.2f} ({:.2f}-{:.2f})".format(*ratio(times, *pair)) for pair in pairs)]
-
-
-def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
-    """Contestants of inference: the frozen network, the network itself, two plain ones ("two plain")."""
-    torch.manual_seed(0)
-    network, x, side = ours(case).to(case.device), case.image(), min(case.size, 64)
-    p = torch.tensor([0.6, 0.2, 0.2])
-    assign(network, {n: torch.multinomial(p, m.out_channels, True) for n, m in sfg_layers(network).items()})
-    recalibrate(network, [torch.randn(2, 1, side, side, device=case.device)])
-    network.eval()
-
-    def run(models: list[nn.Module], last: bool) -> Step:
-        layout = torch.channels_last if last else torch.contiguous_format
-        image = x.to(memory_format=layout)
-        models = [model.eval().to(case.device).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
-
-        @torch.no_grad()
-        def once() -> None:
-            with backend(fast), torch.autocast(case.device, case.half, case.half is not None):
-                for model in models:
-                    model(image)
-
-        return once
-
-    runs = {"network": run([network], fast == "triton")}
-    for last, layout in ((False, ""), (True, ", channels_last")):
-        runs["two plain" + layout] = run([plain(case) for _ in range(2)], last)
-        runs["frozen" + layout] = run([freeze(network)], last)
-    return runs
 
 
 def inference(case: Case, rounds: int) -> list[str]:

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.interleaved import interleaved, machine, ratio
 from benchmarks.plain_network import PlainNetwork
+from benchmarks.timing import machine, ratio
 from sfg_fast import SFGHighResNet, backend
+from sfg_fast.gpu.timing import interleaved
 
 SHAPES = {  # batch, size, widths, blocks
     "demo": (4, 48, (8, 16, 16), 1),

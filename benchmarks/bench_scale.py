@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.interleaved import machine, resident
+from benchmarks.timing import machine, resident
 from sfg_fast import SFGHighResNet
 from sfg_fast.data import Cache, SliceSampler, make_case, preprocess, read_cohort, write_volume
 from sfg_fast.data.phantom import LABELS, phantom_grid

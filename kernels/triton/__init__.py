@@ -7,8 +7,10 @@ Sums are float32 (float64 for float64 tensors) and made in a fixed order: the sa
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -52,9 +54,17 @@ class Packed(NamedTuple):
 
 
 def missing() -> str | None:
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
+        # Its `range` of a tensor converts an array of one element to a number, which numpy refuses from 2.4 on.
+        if _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+            found = f"Triton {triton.__version__} with numpy {numpy.__version__}"
+            return f"{found}: Triton's interpreter needs Triton 3.7, or numpy before 2.4"
         return None
-    return "there is no GPU, and TRITON_INTERPRET=1 is not set"
+    return None if torch.cuda.is_available() else "there is no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
 
 
 def cannot(x: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import profile_networks
-from benchmarks.bench_networks import Case, contestant
+from benchmarks.networks import Case, contestant
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 

@@ -21,7 +21,7 @@ from sfg_fast.kernels.spec import RoutedConv
 from sfg_fast.kernels.triton import config
 from sfg_fast.kernels.triton.convolve import ranges_read
 
-from benchmarks import static_report
+from benchmarks import counted, static_report
 
 SCRIPT = Path(static_report.__file__)
 
@@ -55,7 +55,7 @@ def test_ranges_of_the_report_are_those_of_the_kernels(routing, sizes):
     groups = [
         FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(3), torch.tensor(side))) for side in sizes
     ]
-    spec = RoutedConv(*groups, routing, static_report.GEOMETRY)
+    spec = RoutedConv(*groups, routing, counted.GEOMETRY)
     for p, out, read in zip(
         config.passes(spec, (3, 3), torch.float16, config.Device(132, 90, 227 << 10))[:2],
         groups,
@@ -67,7 +67,7 @@ def test_ranges_of_the_report_are_those_of_the_kernels(routing, sizes):
         tiles = p.columns // p.block_n
         table = torch.full((tiles, 3), -1, dtype=torch.int32)
         _ranges[(tiles,)](out.offsets, read.offsets, table, p)
-        expected = static_report.tile_ranges(p, out, read)
+        expected = counted.tile_ranges(p, out, read)
         for found, wanted in zip(table.tolist(), expected, strict=True):
             assert found[2] == wanted[2]
             if wanted[2]:  # a tile that reads nothing may say anything of where
@@ -90,15 +90,15 @@ GOOD = static_report.Code(128, 0, 32768, 4, 16, 100, 16, 16, 16)
     ],
 )
 def test_a_broken_guarantee_is_found(change, message):
-    one = next(static_report.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
-    found = static_report.problems(one, GOOD._replace(**change), static_report.work(one))
+    one = next(counted.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
+    found = static_report.problems(one, GOOD._replace(**change), counted.work(one))
     assert found == [] if message is None else len(found) == 1 and message in found[0]
 
 
 def test_tiles_that_skip_nothing_are_found():
-    one = next(static_report.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
+    one = next(counted.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
     large = dataclasses.replace(one.what, block_n=128, block_k=128, columns=128)
-    done = static_report.work(one._replace(what=large))
+    done = counted.work(one._replace(what=large))
     assert done.executed / done.necessary == pytest.approx(1.8, abs=0.01)
     assert "1.797 times the necessary products" in static_report.problems(one, GOOD, done)[0]
 

@@ -1,30 +1,11 @@
-"""Compare things honestly on a noisy machine: in one process, taking turns, warmed up, medians of many rounds."""
+"""What an honest comparison on a noisy machine needs besides taking turns (`sfg_fast.gpu.timing.interleaved`): ratios
+round by round, where it ran, and memory."""
 
 import platform
-import random
 import statistics
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-
-
-def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each call, by name: every round runs all contestants, one after the other, in another order. (What ran
-    just before leaves its threads awake or asleep, and the caches full of its own.)"""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    order, shuffle = list(contestants), random.Random(0).shuffle
-    for turn in range(warmup + rounds):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            contestants[name]()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def ratio(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:

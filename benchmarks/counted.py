@@ -1,0 +1,225 @@
+"""The launches of a layer's passes, and the work that they do and that is needed: counted, not measured.
+
+What static_report.py compiles, and what gpu_suite.py predicts times from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from sfg_fast.kernels.spec import Geometry, RoutedConv
+from sfg_fast.kernels.triton import config
+from sfg_fast.kernels.triton.config import Gradient, Pass
+from triton.backends.compiler import GPUTarget
+
+from sfg_fast.groups import FilterGroups, Routing
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+GEOMETRY = Geometry((1, 1), (1, 1), (1, 1))
+
+
+class Architecture(NamedTuple):
+    """A GPU to compile for, and what its multiprocessor holds."""
+
+    name: str
+    target: GPUTarget
+    device: config.Device
+    registers: int
+    shared: int
+    threads: int
+    matrix: str  # regular expression of matrix instructions
+
+
+class Configuration(NamedTuple):
+    """One kernel for one layer, dtype and architecture."""
+
+    direction: str
+    channels: int
+    kernels: int
+    dtype: str
+    architecture: Architecture
+    kernel: str
+    what: Pass | Gradient
+    launch: config.Launch | None  # None: a small launch around the convolutions, with Triton's defaults
+    constants: dict[str, Any]  # what the kernel is compiled for
+
+    @property
+    def warps(self) -> int:
+        return 4 if self.launch is None else self.launch.options["num_warps"]
+
+
+def even_split(width: int, groups: int = 3) -> FilterGroups:
+    """`width` channels, as evenly as can be over shared and two tasks."""
+    sizes = [width // groups + (g < width % groups) for g in range(groups)]
+    return FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes)), groups - 1)
+
+
+def layer(channels: int, width: int, kind: str = "packed") -> RoutedConv:
+    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: packed; others, where all gates of rows
+    and columns want a gradient; or soft (relaxed)."""
+    rows = even_split(width)
+    if channels == 1:
+        return RoutedConv(rows, FilterGroups.blocks([1], ("image",)), Routing.ALL, GEOMETRY)
+    columns = even_split(channels)
+    if kind == "soft":
+        rows, columns = FilterGroups.relaxed(rows.gates, 2), FilterGroups.streams(channels, 2)
+    if kind == "others":
+        rows, columns = (dataclasses.replace(side, all_gates=True) for side in (rows, columns))
+    return RoutedConv(rows, columns, Routing.ARROW, GEOMETRY)
+
+
+def layer_configurations(
+    c: int, k: int, dtype: str, architecture: Architecture, image: tuple[int, int, int], spec: RoutedConv | None = None
+) -> Iterator[Configuration]:
+    """`spec`: an even split, if not given."""
+    batch, height, width = image
+    bits, device, size = DTYPES[dtype].itemsize * 8, architecture.device, (height, width)
+
+    def one(direction: str, p: Pass, bias: bool, kernel: str = "", **constants: Any) -> Configuration:
+        launch = config.plan(p, bits, batch, size, device, True, False, bias)
+        constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
+        return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
+
+    forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), DTYPES[dtype], device)
+    yield one("forward", forward, True)
+    yield one("input gradient", adjoint, False)
+    launch = config.plan_gradient(gradient, bits, batch, size, device, True, True)
+    constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
+    yield Configuration(
+        "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
+    )  # fmt: skip
+    if c > 1:
+        for kind in ("others", "soft"):
+            other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), DTYPES[dtype], device)
+            yield one(f"forward, {kind}", other_forward, True)
+            yield one(f"input gradient, {kind}", other_adjoint, False)
+            if kind == "others":
+                yield one(f"gates' gradient, {kind}", other_forward, True, "gate_gradient", KEPT=True, AFFINE=True)
+    sizes = {"G": gradient, "K": k, "C": c, "BIAS": True}
+    small = {
+        "pack": {"F": forward, "B": adjoint, **sizes, "GATES": False, "BLOCK": 1024, "PLACES": 64},
+        "reduce": {**sizes, "ACC": tl.float32, "BLOCK": 256},
+        "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
+    }
+    if c == 1:  # the normalisation behind any layer of k kernels
+        norm = config.norm(batch * height * width, k, device)
+        usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
+        usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": True, "ADD": True}
+        few = {**usual, "BLOCK_C": norm.block_few}
+        small |= dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
+        small |= dict.fromkeys(("statistics", "slopes"), few)
+        small["keep_statistics"] = {"MOMENTUM": 0.1, "K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k)}
+    for kernel, constants in small.items():
+        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants)
+
+
+class Work(NamedTuple):
+    """Products and bytes, executed by the tiles and necessary; `masked`: products of one masked convolution. Of one
+    pixel and one tap (bytes: all taps)."""
+
+    executed: int
+    necessary: int
+    masked: int
+    bytes_executed: float
+    bytes_necessary: int
+
+
+def tile_ranges(p: Pass, out: FilterGroups, read: FilterGroups) -> list[tuple[int, int, int]]:
+    """For every tile of output channels: prefix, start and chunks, as `ranges_read` in convolve.py finds them on the
+    device (a test compares both)."""
+    out_offsets, offsets = out.offsets.tolist(), read.offsets.tolist()
+    table = []
+    for n0 in range(0, p.columns, p.block_n):
+        here = [g for g in range(p.out_groups) if out_offsets[g] < min(n0 + p.block_n, out_offsets[g + 1])]
+        here = [g for g in here if out_offsets[g + 1] > n0 and out_offsets[g + 1] > out_offsets[g]]
+        everything = p.routing == "all" or (p.routing == "arrow" and p.adjoint and 0 in here)
+        own = [g for g in here if g < p.in_groups and offsets[g + 1] > offsets[g]]
+        low = 0 if everything and here else min((offsets[g] for g in own), default=p.channels)
+        high = p.channels if everything and here else max((offsets[g + 1] for g in own), default=0)
+        prefix = config.cdiv(offsets[1], p.block_k) if p.routing == "arrow" and not p.adjoint and here else 0
+        start = max(low // 8 * 8, prefix * p.block_k)
+        table.append((prefix, start, prefix + config.cdiv(max(high - start, 0), p.block_k)))
+    return table
+
+
+def work(one: Configuration) -> Work | None:
+    """Of a configuration; None for small launches, and relaxed draws: these repeat nothing."""
+    if one.launch is None or one.direction.endswith("soft"):
+        return None
+    spec, itemsize = layer(one.channels, one.kernels), DTYPES[one.dtype].itemsize
+    rows, columns = (torch.repeat_interleave(torch.arange(3), side.offsets.diff()) if len(side.names) > 1 else None
+                     for side in (spec.rows, spec.columns))  # fmt: skip
+    masked = one.channels * one.kernels
+    necessary = masked if columns is None else int(((columns == 0) | (columns == rows[:, None])).sum())
+    once = (one.channels + one.kernels) * itemsize
+    if isinstance(one.what, Gradient):
+        g = one.what
+        taps = 9 * g.channels if g.flat else g.channels
+        live = 0
+        tiles = [(c, k) for c in range(0, taps, g.block_c) for k in range(0, g.out_channels, g.block_k)]
+        for c, k in tiles:
+            part = None if columns is None else columns[c : c + g.block_c]
+            live += part is None or bool(((part == 0) | (part == rows[k : k + g.block_k, None])).any())
+        executed = live * g.block_c * g.block_k
+        loaded = live * (9 / g.taps) * (g.taps * g.block_c + 2 * g.block_k) * itemsize
+        return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once + one.kernels * itemsize)
+    p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)
+    relu = 2 if p.adjoint else 1  # the ReLU's output is read beside its gradient
+    once += one.kernels * itemsize if p.adjoint else 0
+    pixels = one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
+    if one.launch.kernel == "rowwalk":
+        chunk = 16 if p.channels <= 16 else 32 if p.channels <= 32 else 64
+        tiles_n, steps = p.columns // p.block_n, one.launch.steps
+        halo = (steps + 2) / steps
+        loaded = tiles_n * (halo * 3 * chunk * relu + 9 * chunk * p.block_n / pixels / steps)
+        return Work(round(halo * p.columns * chunk), necessary, masked, (loaded + p.out_channels) * itemsize, once)
+    if p.flat:
+        depth = config.cdiv(9 * p.channels, p.block_k) * p.block_k
+        loaded = p.columns // p.block_n * depth * (relu + p.block_n / pixels)
+        return Work(p.columns * depth // 9, necessary, masked, (loaded + p.out_channels) * itemsize, once)
+    written = p.out_channels
+    if one.direction.endswith("others"):
+        chunks = other_chunks(one, p, out, read)
+        if p.adjoint:
+            necessary, written = masked, 3 * p.out_channels
+            once += 2 * p.out_channels * itemsize
+        elif one.kernel == "gate_gradient":
+            necessary = int(((columns > 0) & (columns != rows[:, None])).sum())
+            written = 3 * p.out_channels  # or read: what was kept, and the gradient of the others
+            once += 2 * p.out_channels * itemsize
+        else:
+            written = 2 * p.out_channels
+            once += p.out_channels * itemsize
+    else:
+        chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
+    executed = sum(chunks) * p.block_k * p.block_n
+    loaded = 9 * sum(chunks) * p.block_k * (relu + p.block_n / pixels)
+    return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
+
+
+def other_chunks(one: Configuration, p: Pass, out: FilterGroups, read: FilterGroups) -> list[int]:
+    """For every tile of output channels: chunks of all the ranges that everything.py goes through."""
+    ends, offsets, table = out.offsets.tolist(), read.offsets.tolist(), []
+
+    def chunks(low: int, high: int) -> int:
+        return config.cdiv(high - low // 8 * 8, p.block_k) if high > low else 0
+
+    for n0 in range(0, p.columns, p.block_n):
+        n1 = n0 + p.block_n
+        if p.adjoint:
+            ranges = [(offsets[g], offsets[g + 1]) for g in range(p.in_groups)]
+        elif one.kernel == "gate_gradient":
+            alone = [ends[g] <= n0 and ends[g + 1] >= n1 for g in range(p.out_groups)]
+            ranges = [(offsets[g], offsets[g + 1]) for g in range(1, p.in_groups) if not alone[g]]
+        else:
+            here = [g for g in range(1, p.out_groups) if max(ends[g], n0) < min(ends[g + 1], n1)]
+            here = [g for g in here if offsets[g + 1] > offsets[g]]
+            ranges = [(0, offsets[1]), (min(map(offsets.__getitem__, here), default=0),
+                                        max((offsets[g + 1] for g in here), default=0))]  # fmt: skip
+        table.append(sum(chunks(low, high) for low, high in ranges))
+    return table

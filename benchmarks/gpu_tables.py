@@ -1,0 +1,121 @@
+"""What gpu_suite.py found, as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sfg_fast.gpu.isolated import Outcome
+
+
+def report(outcomes: list[Outcome]) -> str:
+    """Markdown of all that is there so far."""
+    found = {one.name: one.value for one in outcomes if one.error is None}
+    where = found["where"]
+    lines = [f"# The Triton kernels on {where['device']}", "", ", ".join(f"{k} {v}" for k, v in where.items()), ""]
+    lines += checks(outcomes)
+    layers = {name: value for name, value in found.items() if name.startswith("layer ")}
+    if layers:
+        lines += passes(layers)
+    for what in ("network", "inference"):
+        cases = {name: value for name, value in found.items() if name.startswith(what + " ")}
+        lines += networks(cases) if cases else []
+    varied = {name: value for name, value in found.items() if name.startswith("variant of ")}
+    lines += variants(varied) if varied else []
+    if "host" in found:
+        lines += ["", "## The host", "", "Microseconds of the host for a call of three layers:", ""]
+        lines += [f"- {name}: {us:.0f}" for name, us in found["host"].items()]
+    return "\n".join([*lines, ""])
+
+
+def checks(outcomes: list[Outcome]) -> list[str]:
+    """How many were right, the largest error of each precision, and every job that failed."""
+    lines = ["## Checks", ""]
+    precisions: dict[str, list[float]] = {}
+    for one in outcomes:
+        if one.error is None and isinstance(one.value, dict) and one.name.split()[0] in PRECISIONS:
+            precisions.setdefault(one.name.split()[0], []).append(max(one.value.values()))
+    for name, errors in precisions.items():
+        lines.append(f"- {name}: {len(errors)} right, largest relative error {max(errors):.1e}")
+    lines += [
+        f"- {one.name}: {one.value}" for one in outcomes if one.name.startswith(("memory", "graph")) and one.value
+    ]
+    left = [one.name for one in outcomes if one.error is not None and "the time was up" in one.error]
+    lines += [f"- not done in time: {len(left)} ({', '.join(left[:5])} ..)"] if left else []
+    failed = [one for one in outcomes if one.error is not None and one.name not in left]
+    return [*lines, *(f"- WRONG {one.name}: {one.error}" for one in failed)]
+
+
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+
+
+def passes(layers: dict[str, Any]) -> list[str]:
+    roof = next(iter(layers.values()))["roofs"]
+    lines = ["", "## Passes of a layer", "", f"Roofs: {', '.join(f'{k} {v:.0f}' for k, v in roof.items())}.", ""]
+    rows = []
+    for layer, value in layers.items():
+        for name, row in value["passes"].items():
+            others = {who: us[1] for who, us in row.items() if isinstance(us, list) and who != "ours"}
+            ours, best = row["ours"][1], min(others.values(), default=None)
+            counted = [row.get("floor"), row.get("predicted")]
+            rows.append([
+                layer, name, *counted, ours, f"{row['ours'][0]:.0f}-{row['ours'][2]:.0f}",
+                ours / row["predicted"] if "predicted" in row else None, best, best / ours if best else None,
+            ])  # fmt: skip
+    head = [
+        "layer",
+        "pass",
+        "floor",
+        "predicted",
+        "measured",
+        "quartiles",
+        "measured / predicted",
+        "cuDNN",
+        "cuDNN / ours",
+    ]
+    return [*lines, *table(head, rows), "", "Microseconds."]
+
+
+def networks(cases: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, case in cases.items():
+        graph, eager = case["graph_us"], case["eager_us"]
+        ours = graph.get("straight_through", graph.get("network"))
+        rows = [
+            [who, us[1] / 1e3, f"{us[0] / 1e3:.2f}-{us[2] / 1e3:.2f}", eager[who][1] / 1e3, case["batch"] * 1e6 / us[1],
+             us[1] / ours[1] if ours else None, case["memory_MiB"].get(who)]
+            for who, us in graph.items()
+        ]  # fmt: skip
+        head = ["", "graph, ms", "quartiles", "eager, ms", "slices/s in a graph", "time / ours", "MiB"]
+        lines += ["", f"## {name[0].upper()}{name[1:]}, batch {case['batch']}", "", *table(head, rows)]
+        lines += [f"- {who}: {error}" for who, error in case["failed"].items()]
+    return lines
+
+
+def variants(varied: dict[str, Any]) -> list[str]:
+    """One table for each width: time over that of what is chosen now."""
+    lines = ["", "## Variants", "", "Microseconds as chosen, and the time of each variant over it.", ""]
+    widths = sorted({int(name.split()[2].rstrip(":")) for name in varied})
+    for k in widths:
+        here = {name.split(": ", 1)[1]: value for name, value in varied.items() if name.startswith(f"variant of {k}:")}
+        usual = here.get("as chosen")
+        if usual is None:
+            continue
+        rows = [["as chosen", *(us[1] for us in usual.values())]]
+        rows += [
+            [name, *(value[one][1] / usual[one][1] for one in usual)]
+            for name, value in here.items()
+            if value is not usual
+        ]
+        lines += [*table([f"{k} kernels", *usual], rows), ""]
+    return lines
+
+
+def table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+        return "" if value is None else str(value)
+
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)]

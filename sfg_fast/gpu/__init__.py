@@ -1,0 +1,1 @@
+"""Is a GPU's arithmetic right, and fast? Checks, timing, and what is decided from them."""

@@ -1,0 +1,285 @@
+"""The Triton kernels against float64 convolutions with all groups side by side, written plainly: on the GPU that is here.
+
+On a CPU they run in Triton's interpreter, on tiny images (`device` says where).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import backend, load
+from ..groups import FilterGroups, Routing
+from ..kernels.spec import Geometry, RoutedConv
+from ..routed_conv import Others, convolve, routed_conv
+
+
+class Precision(NamedTuple):
+    """A dtype, how its products are made, and the largest |error| / |exact| that is right."""
+
+    dtype: torch.dtype
+    tf32: bool
+    bound: float
+
+
+# Half precision: two units in the last place, results being rounded once (and the gradients of ReLUs' outputs twice).
+# TF32: as many of its factors. float32: 16 units, for sums of thousands of products.
+PRECISIONS = {
+    "bfloat16": Precision(torch.bfloat16, False, 2**-7),
+    "float16": Precision(torch.float16, False, 2**-10),
+    "tf32": Precision(torch.float32, True, 2**-9),
+    "float32": Precision(torch.float32, False, 2**-19),
+}
+INTERPRETED = ("float16", "float32")  # Triton's interpreter multiplies no bfloat16, and has no TF32
+
+
+class Case(NamedTuple):
+    """A layer to check."""
+
+    rows: tuple[int, ...]  # kernels of each group, shared first
+    columns: tuple[int, ...]  # input channels of each group; of an image that all read: one number
+    kind: str = "packed"  # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams
+    routing: str = "arrow"
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    image: tuple[int, int] = (37, 70)
+
+    def __str__(self) -> str:
+        sides = [str(sum(self.columns)), str(sum(self.rows))]
+        more = [self.kind, self.routing, "{}x{}".format(*self.kernel)]
+        more += [f"stride {self.stride[0]}"] * (self.stride != (1, 1))
+        more += [f"dilation {self.dilation[0]}"] * (self.dilation != (1, 1))
+        return f"{'->'.join(sides)} in {len(self.rows)} groups, {', '.join(more)}"
+
+
+IMAGE = Case((5, 6, 5), (1,), routing="all")
+# One for each kernel that convolves; together they launch every kernel that layers need.
+ONE_FOR_EACH_KERNEL = {
+    "image": IMAGE,
+    "rowwalk": Case((5, 6, 5), (5, 6, 5)),
+    "convolve": Case((7, 0, 10), (0, 9, 12), kernel=(5, 3), stride=(2, 3), padding=(3, 0), dilation=(3, 2)),
+    "others": Case((5, 6, 5), (5, 6, 5), kind="others"),
+    "relaxed": Case((5, 6, 5), (5, 6, 5), kind="relaxed"),
+}
+CASES = [
+    *ONE_FOR_EACH_KERNEL.values(),
+    Case((11, 10, 11), (11, 10, 11)),
+    Case((21, 22, 21), (21, 22, 21), dilation=(4, 4), padding=(4, 4)),
+    Case((43, 42, 43), (43, 42, 43)),
+    Case((43, 42, 43), (11, 10, 11), stride=(2, 2)),
+    Case((3, 4, 5, 6), (6, 0, 7, 4), kernel=(1, 1), padding=(0, 0)),
+    Case((64, 64, 64), (64, 64, 64), routing="own"),
+    Case((150, 3, 3), (2, 120, 31)),
+    Case((21, 22, 21), (21, 22, 21), kind="others"),
+    Case((43, 42, 43), (21, 22, 21), kind="others", stride=(2, 2)),
+    Case((20, 22, 21), (33, 0, 7), kind="relaxed", dilation=(2, 1), padding=(2, 1)),
+]
+NORMS = (16, 100)  # channels
+
+
+def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Callable[[], dict[str, float]]]:
+    """Every check by name ("bfloat16 16->16 .."): a function that returns relative errors by result, and raises
+    AssertionError for other bits in a second run or an error above the precision's bound. The precisions that most
+    people use come first. `widths`: only layers of these, evenly split, as they are in networks."""
+    found: dict[str, Callable[[], dict[str, float]]] = {}
+    interpreted = device.type == "cpu"
+    cases = [case._replace(image=(9, 11)) for case in ONE_FOR_EACH_KERNEL.values()] if interpreted else CASES
+    if widths:
+        image = cases[0].image
+        splits = [(k - k // 3 * 2, k // 3, k // 3) for k in widths]
+        cases = [Case(s, s, kind, image=image) for s in splits for kind in ("packed", "others")]
+        cases = [IMAGE._replace(rows=splits[0], image=image), *cases]
+    for name in INTERPRETED if interpreted else PRECISIONS:
+        for case in cases:
+            for relu in (False,) if case.kind == "relaxed" or interpreted else (True, False):
+                label = f"{name} {case}{', ReLU' if relu else ''}"
+                found[label] = partial(within, name, partial(check_layer, case, name, relu, device))
+        for channels in NORMS[: 1 if interpreted else None]:
+            label = f"{name} normalisation of {channels} channels"
+            found[label] = partial(within, name, partial(check_norm, channels, name, device))
+    found["draw of 100 kernels"] = partial(check_draw, 100, device)
+    return found
+
+
+def within(precision: str, check: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The check's errors. AssertionError if one is above the bound, or none at all (NaN)."""
+    with _uninitialised_memory_poisoned(), _tf32(PRECISIONS[precision].tf32):
+        errors = check()
+    bound = PRECISIONS[precision].bound
+    wrong = {name: error for name, error in errors.items() if not error <= bound}
+    assert not wrong, f"relative errors {wrong}, at most {bound:.1e} is right"
+    return errors
+
+
+def check_layer(case: Case, precision: str, relu: bool, device: torch.device) -> dict[str, float]:
+    """Relative errors of all results of a layer against float64."""
+    torch.manual_seed(0)
+    dtype, groups = PRECISIONS[precision].dtype, len(case.rows)
+    out, into = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (case.rows, case.columns))
+    out = out[torch.randperm(len(out))].to(device)
+    k, c = len(out), len(into)
+    geometry, learns = Geometry(case.stride, case.padding, case.dilation), case.kind == "others"
+    if case.routing == "all":
+        columns = FilterGroups.blocks([c], ("image",), device)
+    elif case.kind == "relaxed":
+        columns = FilterGroups.streams(c, groups - 1, device)
+    else:
+        columns = FilterGroups.from_assignment(into[torch.randperm(c)].to(device), groups - 1, all_gates=learns)
+    rows = FilterGroups.from_assignment(out, groups - 1, all_gates=learns)
+    if case.kind == "relaxed":
+        rows = FilterGroups.relaxed(F.one_hot(out, groups).float(), groups - 1)
+    spec = RoutedConv(rows, columns, Routing(case.routing), geometry)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x = random(2, len(columns.order), *case.image).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = random(k, c, *case.kernel).requires_grad_(), random(k).requires_grad_()
+    leaves = [x, weight, bias]
+    if learns:  # the gradient of the columns in the groups that are not theirs
+        leaves.append(x.new_zeros(()).expand(2, (groups - 1) * c, *case.image).requires_grad_())
+
+    def run() -> tuple[Tensor, Others | None, tuple[Tensor, ...]]:
+        recipe = None
+        with backend("triton"):
+            if learns:
+                y, recipe, *_ = convolve(x, weight, bias, spec, relu, others=leaves[3], keep=True)
+            else:
+                y = routed_conv(x, weight, bias, spec, relu)
+        torch.manual_seed(1)
+        return y, recipe, torch.autograd.grad(y, leaves, random(*y.shape))
+
+    y, recipe, gradients = run()
+    again = run()
+    _same_bits((y, *gradients), (again[0], *again[2]))
+
+    # Every channel in every group: its own as it is, zero elsewhere.
+    exact_weight, exact_bias = (leaf.detach().double().requires_grad_() for leaf in (weight, bias))
+    exact_x = x.detach().double()
+    if case.routing != "all":
+        exact_x = exact_x.new_zeros(2, groups * c, *case.image).index_copy(1, columns.rows_in_streams, exact_x)
+    exact_x.requires_grad_()
+    dense = [exact_x] * groups if case.routing == "all" else list(exact_x.split(c, 1))
+    if case.routing == "arrow":
+        dense = [dense[0], *(task + dense[0] for task in dense[1:])]
+    everything = torch.cat([F.conv2d(read, exact_weight, exact_bias, *geometry) for read in dense], 1)
+    own = everything[:, rows.rows_in_streams]
+    torch.manual_seed(1)
+    exact_dy = random(*y.shape).double()
+    # Both through the same ReLU: rounding flips signs near zero.
+    exact_leaves = [exact_x, exact_weight, exact_bias]
+    dx, dw, db = torch.autograd.grad(own, exact_leaves, exact_dy * (y > 0) if relu else exact_dy)
+    live_dx = dx if case.routing == "all" else dx[:, columns.rows_in_streams]
+    pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw),
+             "db": (gradients[2], db)}  # fmt: skip
+    if recipe is not None:
+        pairs["dx of others"] = (gradients[3], dx[:, (columns.others * c + columns.order).flatten()])
+        u = everything.detach()[:, (rows.others * k + rows.order).flatten()].unflatten(1, rows.others.shape)
+        df = random(2, (groups - 1) * k, *u.shape[3:])
+        scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
+        if scale is not None and shift is not None:
+            u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
+        learnt = recipe.recipe(scale, shift, "relu")
+        dz, dz_again = (load("triton").gate_gradient(learnt, df) for _ in range(2))
+        _same_bits([dz], [dz_again])
+        pairs["gates"] = (dz, (df.double().unflatten(1, rows.others.shape) * u.relu()).sum((0, 3, 4)))
+    return _errors(pairs)
+
+
+def check_norm(channels: int, precision: str, device: torch.device) -> dict[str, float]:
+    """Batch normalisation, ReLU and shortcut in one go, and back, against torch's own in float64."""
+    torch.manual_seed(0)
+    size = (9, 7) if device.type == "cpu" else (37, 70)
+    dtype, kernels = PRECISIONS[precision].dtype, load("triton")
+    order = torch.randperm(channels, device=device)
+    u, residual, dy, add = (
+        torch.randn(3, channels, *size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(4)
+    )
+    u = u + torch.linspace(-3, 3, channels, device=device).to(dtype)[:, None, None]
+    weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+
+    def run() -> list[Tensor]:
+        y, mean, var, _ = kernels.normalise(u, weight, bias, order, 1e-5, "relu", residual)
+        gradients = kernels.normalise_gradient(dy, u, weight, bias, order, mean, var, 1e-5, "relu", add)
+        return [y, mean, var, *gradients]
+
+    found, again = run(), run()
+    _same_bits(found, again)
+    exact_u, exact_weight, exact_bias = (t.double().requires_grad_() for t in (u, weight, bias))
+    h = F.batch_norm(exact_u, None, None, exact_weight[order], exact_bias[order], True, 0.0, 1e-5).relu()
+    du, dweight, dbias = torch.autograd.grad(h, (exact_u, exact_weight, exact_bias), dy.double())
+    var, mean = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+    inverse = torch.argsort(order)
+    exact = [h + residual.double(), mean[inverse], var[inverse], du + add.double(), dweight, dbias]
+    names = ("forward", "mean", "variance", "dx", "dweight", "dbias")
+    return _errors(dict(zip(names, zip(found, exact, strict=True), strict=True)))
+
+
+def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
+    """A draw is torch's argmax of the sum, and its order torch's stable sort; running statistics as defined."""
+    torch.manual_seed(0)
+    triton, groups = load("triton"), 3
+    log_p, noise = (torch.randn(kernels, groups, device=device) for _ in range(2))
+    assignment, order, offsets, _ = triton.sample(log_p, noise)
+    expected = (log_p + noise).argmax(1)
+    assert torch.equal(assignment, expected), "the draw is not argmax(log p + noise)"
+    assert torch.equal(order, torch.argsort(expected, stable=True)), "the kernels are not sorted by group"
+    counts = [0, *torch.bincount(expected.cpu(), minlength=groups).cumsum(0).tolist()]
+    assert offsets.tolist() == counts, "the groups' offsets are not their sizes added up"
+    mean, var = torch.randn(kernels, device=device), torch.rand(kernels, device=device)
+    running = [torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device)]
+    draws = torch.randint(5, (groups, kernels), device=device)
+    pooled = [torch.zeros(kernels, device=device), torch.ones(kernels, device=device)]
+    exact = [t.double().cpu().clone() for t in (*running, *pooled)]
+    counted = draws.cpu().clone()
+    triton.keep_statistics(mean, var, assignment, 50, 0.1, *running, draws, *pooled)
+    for kernel, group in enumerate(expected.tolist()):
+        counted[group, kernel] += 1
+        values = mean[kernel].double().cpu(), var[kernel].double().cpu() * 50 / 49
+        for value, own, all_groups in zip(values, exact[:2], exact[2:], strict=True):
+            own[group, kernel] += max(1 / int(counted[group, kernel]), 0.1) * (value - own[group, kernel])
+            all_groups[kernel] += max(1 / int(counted[:, kernel].sum()), 0.1) * (value - all_groups[kernel])
+    assert torch.equal(draws.cpu(), counted), "the draws are miscounted"
+    names = ("running mean", "running variance", "pooled mean", "pooled variance")
+    errors = _errors(dict(zip(names, zip([t.cpu() for t in (*running, *pooled)], exact, strict=True), strict=True)))
+    assert max(errors.values()) < 1e-6, f"relative errors {errors}"
+    return errors
+
+
+def _errors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    return {name: ((a.double() - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
+
+
+def _same_bits(results: Any, again: Any) -> None:
+    for a, b in zip(results, again, strict=True):
+        assert torch.equal(a, b), "a second run gave other bits"
+
+
+@contextlib.contextmanager
+def _uninitialised_memory_poisoned() -> Iterator[None]:
+    """New memory is NaN: what a kernel leaves out, or reads too early, is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before

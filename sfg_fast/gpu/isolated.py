@@ -1,0 +1,137 @@
+"""Jobs in processes of their own: one that crashes, hangs or spoils its GPU context costs its own result, no other.
+
+Processes are forked, so the one that calls `run` must not have touched a GPU. A job that failed takes its process with
+it: after an illegal access nothing that a CUDA context says is true.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    """A function without arguments, which returns what can be pickled; killed after `patience` seconds."""
+
+    call: Callable[[], Any]
+    patience: float = 30.0
+
+
+class Outcome(NamedTuple):
+    """What became of a job."""
+
+    name: str
+    value: Any = None  # what it returned, if `error` is None
+    error: str | None = None  # in one line
+    seconds: float = 0.0
+
+
+class _Worker(NamedTuple):
+    process: Any
+    connection: Connection
+
+
+def run(
+    jobs: Mapping[str, Job],
+    processes: int,
+    until: float = math.inf,
+    begin: Callable[[str], None] = lambda name: None,
+    log: Path | None = None,
+) -> Iterator[Outcome]:
+    """Run jobs (by name) in the order given, `processes` at a time; yields an outcome for each as it ends.
+
+    At `until` (time.monotonic) those that still run are killed, and the others left out. `begin` is told each job's
+    name before it starts; `log` gets what the processes print.
+    """
+    waiting, idle = list(jobs), []
+    busy: dict[Connection, tuple[_Worker, str, float]] = {}
+    try:
+        while waiting or busy:
+            now = time.monotonic()
+            while waiting and len(busy) < processes and now < until:
+                worker = idle.pop() if idle else _start(jobs, [*busy, *(one.connection for one in idle)], log)
+                name = waiting.pop(0)
+                begin(name)
+                busy[worker.connection] = worker, name, now
+                worker.connection.send(name)
+            if now >= until and not busy:
+                for name in waiting:
+                    yield Outcome(name, error="left out: the time was up")
+                return
+            ends = [started + jobs[name].patience for _, name, started in busy.values()]
+            ready = wait(list(busy), max(0.0, min([*ends, until]) - now))
+            now = time.monotonic()
+            for connection in list(busy):
+                worker, name, started = busy[connection]
+                patience = jobs[name].patience
+                late = now >= min(started + patience, until)
+                if connection not in ready and not late:
+                    continue
+                value, error = _answer(worker) if connection in ready else (None, None)
+                if connection not in ready:
+                    limit = "the time was up" if now >= until else f"no answer in {patience:.0f} s"
+                    error = f"{limit}: killed"
+                del busy[connection]
+                if error is None:
+                    idle.append(worker)
+                else:
+                    _kill(worker)
+                yield Outcome(name, value, error, now - started)
+    finally:
+        for worker in [*idle, *(worker for worker, _, _ in busy.values())]:
+            _kill(worker)
+
+
+def _start(jobs: Mapping[str, Job], others: list[Connection], log: Path | None) -> _Worker:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, jobs, [here, *others], log), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
+
+
+def _work(connection: Connection, jobs: Mapping[str, Job], others: list[Connection], log: Any) -> None:
+    """A worker's life: the name of a job comes, (value, error) goes; it ends with an error, or with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for other in others:  # while these copies are open nobody would be told that the parent is gone
+        other.close()
+    output = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    while True:
+        try:
+            name = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = jobs[name].call(), None
+        except BaseException as error:
+            text = " ".join(str(error).split())
+            answer = None, f"{type(error).__name__}: {text}"[:500]
+        connection.send(answer)
+        if answer[1] is not None:
+            return
+
+
+def _answer(worker: _Worker) -> tuple[Any, str | None]:
+    try:
+        return worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        code = worker.process.exitcode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return None, f"the process died ({how})"
+
+
+def _kill(worker: _Worker) -> None:
+    worker.connection.close()
+    worker.process.kill()
+    worker.process.join()
