@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -116,6 +117,7 @@ def _work(connection: Connection, jobs: Mapping[str, Job], others: list[Connecti
         except BaseException as error:
             text = " ".join(str(error).split())
             answer = None, f"{type(error).__name__}: {text}"[:500]
+            traceback.print_exc()
         connection.send(answer)
         if answer[1] is not None:
             return
