@@ -2,18 +2,9 @@
 
     python -m benchmarks.bench_networks [FILE.md] [--networks routed separate vgg] [--sizes 96 160] [--rounds 9]
 
-The paper's widths (16, 32, 64; three blocks a stage; VGG-11 of width 32), two tasks, batches of 4, mean squares as
-loss, no optimiser. Ratios are medians (quartiles) of interleaved rounds. Each is taken in its faster memory format.
-
-    dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG, which runs
-                    as fast as a plain script (results/reference.md); eager, and compiled by torch.compile
-    masked          ours on `backend("masked")`: one torch convolution on the packed tensor
-    ours            straight_through (default), selected, straight_through with every=4
-    one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
-    MONAI           its HighResNet of these widths; it has no layers between the stages and two fewer at the end
-
-Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6), and itself, against two plain ones.
-Memory: the most that a process of its own has resident in a training step, less what it has before.
+Batches of 4; networks and contestants: networks.py. Ratios are medians (quartiles) of interleaved rounds. Each is taken in
+its faster memory format. Memory: the most that a process of its own has resident in a training step, less what it has
+before.
 """
 
 from __future__ import annotations
@@ -24,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from benchmarks.networks import EVERY, Case, contestant, faster, inferences, names
 from benchmarks.timing import machine, ratio, resident
 from sfg_fast.gpu.timing import interleaved
 

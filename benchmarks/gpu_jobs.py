@@ -43,7 +43,7 @@ LAST = torch.channels_last
 SANITIZED = ("bfloat16 16->16", "bfloat16 21->17", "bfloat16 normalisation of 100", "draw")
 
 
-def checking() -> dict[str, Job]:
+def checking(variants_too: bool = True) -> dict[str, Job]:
     """Every kernel and precision against float64; the first ones, each in a process of its own, launch every kernel.
     And the work of all later parts once, so that Triton's kernels lie compiled on the disk."""
     found = {name: Job(check) for name, check in checks.checks(DEVICE).items()}
@@ -57,9 +57,14 @@ def checking() -> dict[str, Job]:
         for name in ("straight_through", "selected"):
             job = functools.partial(_network_once, case._replace(batch=1), name)
             compiling[f"compile network {case}, {name}"] = Job(job, 60)
-    for k, variant in variant_cases():
-        job = functools.partial(_variant_once, k, variant)
-        compiling[f"compile {variant} at {k}"] = Job(job, 60)
+    for case in network_cases():
+        job = functools.partial(_inference_once, case._replace(batch=1))
+        compiling[f"compile inference {case}"] = Job(job, 60)
+    compiling |= variants_once() if variants_too else {}
+    compiling |= {
+        f"compile what the host calls, {work}": Job(functools.partial(_host_once, work), 60) for work in WORKS
+    }
+    compiling["graph equals eager"] = Job(graph_equals_eager, 60)
     jobs = {name: found[name] for name in first} | compiling | {name: found[name] for name in order}
     if not DRY:
         for name in found:
@@ -182,11 +187,15 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
         "weight gradient": {
             "ours": lambda: kernels.weight_gradient(x, dy, packed, spec),
             "cuDNN": lambda: backward(dy, x, plain, output_mask=(False, True, False)),
+            "cuDNN, deterministic": lambda: _deterministic(
+                lambda: backward(dy, x, plain, output_mask=(False, True, False))
+            ),
         },
         "weight gradient through ReLU": {"ours": lambda: kernels.weight_gradient(x, dy, packed, spec, y)},
         "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, True, keep=True)},
-        "input gradient, others": {
-            "ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:], y),
+        "input gradient, others": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
+        "input gradient, others, through ReLU": {
+            "ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:], y)
         },
         "gates' gradient": {
             "ours": lambda: kernels.gate_gradient(Recipe(x, a, gates, all_specs, scale, shift, "relu"), dothers)
@@ -202,10 +211,15 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
+def _deterministic(call: Callable[[], Any]) -> Any:
+    with torch.backends.cudnn.flags(benchmark=torch.backends.cudnn.benchmark, deterministic=True):
+        return call()
+
+
 COUNTED = {  # pass -> its name in counted.py
     "forward + ReLU": "forward", "input gradient through ReLU": "input gradient",
     "weight gradient through ReLU": "weight gradient", "forward, kept": "forward, others",
-    "input gradient, others": "input gradient, others", "gates' gradient": "gates' gradient, others",
+    "input gradient, others, through ReLU": "input gradient, others", "gates' gradient": "gates' gradient, others",
 }  # fmt: skip
 
 
@@ -232,8 +246,7 @@ def measured_layer(k: int) -> dict[str, Any]:
     """Microseconds [lower quartile, median, upper quartile] of every pass and contestant, in turns, inputs rotated so
     that none is found in the L2 cache; and what was predicted."""
     torch.backends.cudnn.benchmark = True
-    tensor = IMAGE[0] * k * IMAGE[1] ** 2 * 2
-    sets = 1 if DRY else max(2, -(-256_000_000 // tensor))
+    sets = input_sets(k)
     works = [passes(k, IMAGE[0]) for _ in range(sets)]
     result: dict[str, Any] = {}
     for name in works[0]:
@@ -243,6 +256,11 @@ def measured_layer(k: int) -> dict[str, Any]:
     for name, row in predictions(k, roof).items():
         result[name] |= row
     return {"roofs": roof, "passes": result, "input_sets": sets}
+
+
+def input_sets(k: int) -> int:
+    """How many sets of tensors are several times what the L2 cache holds."""
+    return 1 if DRY else max(2, -(-256_000_000 // (IMAGE[0] * k * IMAGE[1] ** 2 * 2)))
 
 
 def timed(calls: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:
@@ -267,33 +285,60 @@ def _once(make: Callable[[], dict[str, dict[str, Callable[[], Any]]]]) -> None:
 
 # --- variants ---------------------------------------------------------------------------------------------------------
 
-
-def variant_cases() -> list[tuple[int, str]]:
-    names = list(variants.VARIANTS)
-    return [(k, name) for k in ((16,) if DRY else (64, 32, 128, 16)) for name in (names[:2] if DRY else names)]
-
-
-VARIED = [
-    "forward + ReLU", "input gradient", "input gradient through ReLU", "weight gradient", "forward, kept",
-    "input gradient, others", "gates' gradient",
+CONVOLVED = [
+    "forward + ReLU", "input gradient", "input gradient through ReLU", "forward, kept", "input gradient, others",
+    "gates' gradient",
 ]  # fmt: skip
+FAMILIES = {
+    "convolutions": (variants.CONVOLUTIONS, CONVOLVED),
+    "weight gradient": (variants.GRADIENTS, ["weight gradient"]),
+}
 
 
-def _variant_once(k: int, variant: str) -> None:
-    with variants.forced(variant):
+def varied(family: str, k: int) -> dict[str, Any]:
+    """Of each variant, and as it is: microseconds (quartiles) of the family's passes, or why it can't be."""
+    table, names = FAMILIES[family]
+    sets = input_sets(k)
+    found: dict[str, Any] = {}
+    some = {"as chosen": {}, **table[k]}
+    for variant in list(some)[: 2 if DRY else None]:
+        try:
+            with variants.forced(some[variant]):
+                works = [passes(k, IMAGE[0]) for _ in range(sets)]
+                times = timed({name: [work[name]["ours"] for work in works] for name in names})
+                found[variant] = {name: quartiles(one) for name, one in times.items()}
+        except Exception as error:  # shared memory or registers don't suffice: that is a finding, too
+            if "illegal" in str(error):
+                raise
+            found[variant] = f"{type(error).__name__}: {error}"[:100]
+    return found
+
+
+def _variant_once(family: str, k: int, variant: str) -> None:
+    table, names = FAMILIES[family]
+    with variants.forced(table[k][variant]):
         work = passes(k, 1)
-        for name in VARIED:
+        for name in names:
             work[name]["ours"]()
         synchronize()
 
 
-def measured_variant(k: int, variant: str) -> dict[str, list[float]]:
-    """Microseconds of the passes of a layer under this variant."""
-    sets = 1 if DRY else max(2, -(-256_000_000 // (IMAGE[0] * k * IMAGE[1] ** 2 * 2)))
-    with variants.forced(variant):
-        works = [passes(k, IMAGE[0]) for _ in range(sets)]
-        times = timed({name: [work[name]["ours"] for work in works] for name in VARIED})
-    return {name: quartiles(one) for name, one in times.items()}
+def varied_jobs() -> dict[str, Job]:
+    return {
+        f"variants of the {family}, {k} kernels": Job(functools.partial(varied, family, k), 60)
+        for k in ((16,) if DRY else (64, 32, 128, 16))
+        for family in FAMILIES
+    }
+
+
+def variants_once() -> dict[str, Job]:
+    """Jobs that compile every variant."""
+    return {
+        f"compile {variant} at {k}": Job(functools.partial(_variant_once, family, k, variant), 60)
+        for family, (table, _) in FAMILIES.items()
+        for k in WIDTHS
+        for variant in list(table[k])[: 1 if DRY else None]
+    }
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -308,6 +353,11 @@ def network_cases() -> list[networks.Case]:
 
 def _network_once(case: networks.Case, name: str) -> None:
     networks.contestant(case, name, "triton")()
+    synchronize()
+
+
+def _inference_once(case: networks.Case) -> None:
+    networks.inferences(case, "triton")["network"]()
     synchronize()
 
 
@@ -383,6 +433,11 @@ def host() -> dict[str, float]:
     return result
 
 
+def _host_once(work: str) -> None:
+    layers_at_work(work, 16, "triton", DEVICE, HALF, 1, 8 if DRY else 16)()
+    synchronize()
+
+
 def _host_us(call: Callable[[], object], calls: int) -> float:
     call()
     times = []
@@ -417,7 +472,7 @@ def parts(compiled: bool) -> list[Part]:
     baselines instead of variants; compiling takes minutes."""
     cores = len(os.sched_getaffinity(0))
     found = [
-        Part("checks", checking(), 2 if DRY else min(12, cores), 0.35),
+        Part("checks", checking(not compiled), 2 if DRY else min(12, cores), 0.35),
         Part("layers", {f"layer {k}": Job(functools.partial(measured_layer, k), 60) for k in WIDTHS}, 1, 0.55),
     ]
     names = [
@@ -428,7 +483,7 @@ def parts(compiled: bool) -> list[Part]:
         "dense, channels_last",
     ]
     names = ["straight_through"] if DRY else names
-    jobs = {"graph equals eager": Job(graph_equals_eager, 60)}
+    jobs = {}
     for case in network_cases():
         jobs[f"network {case}"] = Job(functools.partial(measured_network, case, names), 60)
         jobs[f"inference {case}"] = Job(functools.partial(measured_inference, case), 60)
@@ -441,7 +496,4 @@ def parts(compiled: bool) -> list[Part]:
             if case.kind != "vgg"
         }
         return [*found, Part("compiled", jobs, 1, 1.0)]
-    jobs = {"host": Job(host, 60)}
-    for k, variant in variant_cases():
-        jobs[f"variant of {k}: {variant}"] = Job(functools.partial(measured_variant, k, variant))
-    return [*found, Part("variants", jobs, 1, 1.0)]
+    return [*found, Part("variants", {"host": Job(host, 60), **varied_jobs()}, 1, 1.0)]

@@ -20,7 +20,7 @@ def report(outcomes: list[Outcome]) -> str:
     for what in ("network", "inference"):
         cases = {name: value for name, value in found.items() if name.startswith(what + " ")}
         lines += networks(cases) if cases else []
-    varied = {name: value for name, value in found.items() if name.startswith("variant of ")}
+    varied = {name: value for name, value in found.items() if name.startswith("variants of ")}
     lines += variants(varied) if varied else []
     if "host" in found:
         lines += ["", "## The host", "", "Microseconds of the host for a call of three layers:", ""]
@@ -94,20 +94,17 @@ def networks(cases: dict[str, Any]) -> list[str]:
 
 def variants(varied: dict[str, Any]) -> list[str]:
     """One table for each width: time over that of what is chosen now."""
-    lines = ["", "## Variants", "", "Microseconds as chosen, and the time of each variant over it.", ""]
-    widths = sorted({int(name.split()[2].rstrip(":")) for name in varied})
-    for k in widths:
-        here = {name.split(": ", 1)[1]: value for name, value in varied.items() if name.startswith(f"variant of {k}:")}
-        usual = here.get("as chosen")
-        if usual is None:
+    lines = ["", "## Variants", "", "Microseconds as chosen, and the time of each variant over it."]
+    for title, found in varied.items():
+        usual = found.get("as chosen")
+        if not isinstance(usual, dict):
             continue
         rows = [["as chosen", *(us[1] for us in usual.values())]]
-        rows += [
-            [name, *(value[one][1] / usual[one][1] for one in usual)]
-            for name, value in here.items()
-            if value is not usual
-        ]
-        lines += [*table([f"{k} kernels", *usual], rows), ""]
+        for name, value in found.items():
+            if isinstance(value, dict) and value is not usual:
+                rows.append([name, *(value[one][1] / usual[one][1] for one in usual)])
+        lines += ["", *table([title, *usual], rows), ""]
+        lines += [f"- {name}: {value}" for name, value in found.items() if isinstance(value, str)]
     return lines
 
 

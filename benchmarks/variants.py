@@ -18,31 +18,28 @@ from sfg_fast.kernels.triton import config
 from sfg_fast.kernels.triton.config import Launch
 from sfg_fast.kernels.triton.rowwalk import input_tile, weight_tile
 
-_plan, _plan_gradient, _options, _walks, _blocks = (
-    getattr(config, name) for name in ("plan", "plan_gradient", "launch_options", "walks", "_blocks")
-)
+SIDE = 256  # of the images that the suite measures with
+_plan, _plan_gradient, _of = config.plan, config.plan_gradient, config.Gradient.of
 
 
 @contextlib.contextmanager
-def forced(variant: str) -> Iterator[None]:
-    """The kernels as in this variant (a key of VARIANTS) for a while."""
-    replaced = [
-        (module, name, getattr(module, name)) for module in (config, kernels) for name in VARIANTS[variant]
-        if hasattr(module, name)
-    ]  # fmt: skip
+def forced(replaced: dict[str, Any]) -> Iterator[None]:
+    """The kernels under a variant, for a while."""
+    before = [
+        (where, name, vars(where)[name])
+        for where in (config, kernels, config.Gradient)
+        for name in replaced
+        if name in vars(where)
+    ]
     try:
-        for module, name, _ in replaced:
-            setattr(module, name, VARIANTS[variant][name])
+        for where, name, _ in before:
+            setattr(where, name, staticmethod(replaced[name]) if where is config.Gradient else replaced[name])
         config.forget()
         yield
     finally:
-        for module, name, before in replaced:
-            setattr(module, name, before)
+        for where, name, old in before:
+            setattr(where, name, old)
         config.forget()
-
-
-def _stages(stages: int) -> dict[str, Any]:
-    return {"launch_options": lambda *a: _options(*a) | {"num_stages": stages}}
 
 
 def _changed(change: Callable[[Launch], Launch], plan: Callable[..., Launch] = _plan) -> Callable[..., Launch]:
@@ -55,34 +52,56 @@ def _changed(change: Callable[[Launch], Launch], plan: Callable[..., Launch] = _
     return changed
 
 
-def _pixels(pixels: int, warps: int) -> Callable[[Launch], Launch]:
-    """Tiles of so many pixels, side by side."""
-
-    def change(launch: Launch) -> Launch:
-        tiles = launch.tiles
-        before = tiles.pixels_h * tiles.pixels_w
-        wide = dataclasses.replace(tiles, pixels_h=1, pixels_w=pixels)
-        options = launch.options | {"num_warps": warps}
-        return launch._replace(tiles=wide, options=options, programs=-(-launch.programs * before // pixels))
-
-    return change
+def _options(warps: int, stages: int) -> dict[str, int]:
+    return {"num_warps": warps, "num_stages": stages}
 
 
-def _walk(warps: int | None = None, stages: int | None = None) -> Callable[[Launch], Launch]:
+def walk(warps: int, stages: int, rows: int | None = None, unrolled: bool = False) -> dict[str, Any]:
+    """rowwalk.py with these options; `rows`: output rows of a program."""
+
     def change(launch: Launch) -> Launch:
         if launch.kernel != "rowwalk":
             return launch
-        options = dict(launch.options)
-        options |= {} if warps is None else {"num_warps": warps}
-        options |= {} if stages is None else {"num_stages": stages}
-        return launch._replace(options=options)
+        steps = launch.steps if rows is None else rows
+        strips = launch.programs // config.cdiv(SIDE, launch.steps)
+        programs = strips * config.cdiv(SIDE, steps)
+        return launch._replace(options=_options(warps, stages), steps=steps, programs=programs)
 
-    return change
+    replaced: dict[str, Any] = {"plan": _changed(change)}
+    return replaced | ({"rowwalk_kernel": unrolled_rowwalk_kernel} if unrolled else {})
 
 
-def _splits(times: int) -> Callable[[Launch], Launch]:
-    """A weight gradient in so many times as many parts."""
-    return lambda launch: launch._replace(second=launch.second * times, steps=config.cdiv(launch.steps, times))
+def tiles(n: int, k: int, pixels: int, warps: int, stages: int) -> dict[str, Any]:
+    """Tiles of n output channels, k channels of a chunk and so many pixels, side by side, for all that convolves."""
+
+    def change(launch: Launch) -> Launch:
+        old = launch.tiles
+        new = dataclasses.replace(old, pixels_h=1, pixels_w=pixels)
+        programs = -(-launch.programs * old.pixels_h * old.pixels_w // pixels)
+        return launch._replace(tiles=new, options=_options(warps, stages), programs=programs)
+
+    def blocks(channels: int, out: int, *_: Any) -> tuple[int, int]:
+        return min(config._power_of_two(out), n), min(config._power_of_two(channels), k)
+
+    return {"walks": lambda *_: False, "_blocks": blocks, "plan": _changed(change)}
+
+
+def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
+    """A weight gradient in tiles of c x k channels and so many pixels, in `times` as many parts."""
+
+    def change(launch: Launch) -> Launch:
+        old = launch.tiles
+        new = dataclasses.replace(old, pixels_h=1, pixels_w=pixels)
+        pixel_tiles = launch.second * launch.steps * old.pixels_h * old.pixels_w // pixels
+        parts = max(1, int(launch.second * times))
+        steps = config.cdiv(pixel_tiles, parts)
+        return launch._replace(tiles=new, options=_options(warps, stages), second=parts, steps=steps)
+
+    def of(*arguments: Any) -> config.Gradient:
+        found = _of(*arguments)
+        return dataclasses.replace(found, block_c=min(c, found.channels), block_k=min(k, found.out_channels))
+
+    return {"of": of, "plan_gradient": _changed(change, _plan_gradient)}
 
 
 @triton.jit
@@ -175,32 +194,47 @@ def unrolled_rowwalk_kernel(
                 _store_row(three, residual, y, image_out, row, j, n, inside, OH, OW, valid, P, T)
 
 
-NO_WALK = {"walks": lambda *_: False}
-UNROLLED = {"rowwalk_kernel": unrolled_rowwalk_kernel}
-
-
-def _large_blocks(n: int, k: int) -> dict[str, Any]:
-    power = config._power_of_two
-    blocks = lambda channels, out, *_: (min(power(out), n), min(power(channels), k))  # noqa: E731
-    return {**NO_WALK, "_blocks": blocks}
-
-
-# Name -> what is replaced in config.py or the kernels. They are compiled beforehand, and each costs a second or two.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as chosen": {},
-    "1 stage": _stages(1),
-    "2 stages": _stages(2),
-    "weight gradient in twice as many parts": {"plan_gradient": _changed(_splits(2), _plan_gradient)},
-    "weight gradient in four times as many parts": {"plan_gradient": _changed(_splits(4), _plan_gradient)},
-    "rowwalk, 8 warps": {"plan": _changed(_walk(warps=8))},
-    "unrolled rowwalk": UNROLLED,
-    "unrolled rowwalk, 2 stages": {**UNROLLED, "plan": _changed(_walk(stages=2))},
-    "unrolled rowwalk, 1 stage": {**UNROLLED, "plan": _changed(_walk(stages=1))},
-    "no rowwalk": NO_WALK,
-    "no rowwalk, 1 stage": {**NO_WALK, **_stages(1)},
-    "no rowwalk, 128 pixels": {**NO_WALK, "plan": _changed(_pixels(128, 4))},
-    "no rowwalk, 128 pixels, 8 warps": {**NO_WALK, "plan": _changed(_pixels(128, 8))},
-    "tiles of 64 x 64": _large_blocks(64, 64),
-    "tiles of 128 x 64, 128 pixels, 8 warps": {**_large_blocks(128, 64), "plan": _changed(_pixels(128, 8))},
-    "tiles of 128 x 32, 128 pixels, 8 warps": {**_large_blocks(128, 32), "plan": _changed(_pixels(128, 8))},
-}
+# What is measured, by width: replaced names in config.py, in the kernels, or of config.Gradient.
+CONVOLUTIONS: dict[int, dict[str, dict[str, Any]]] = {
+    16: {
+        **{f"walk {a}": walk(*a) for a in ((4, 3, 8), (4, 3, 16), (4, 3, 64), (2, 3), (4, 4))},
+        **{f"tiles {a}": tiles(*a) for a in (
+            (16, 16, 128, 4, 3), (16, 16, 64, 2, 3), (16, 16, 64, 4, 3), (16, 16, 256, 4, 3), (16, 16, 64, 1, 4),
+        )},
+    },
+    32: {
+        **{f"walk {a}": walk(*a) for a in ((4, 2), (4, 2, 8), (4, 2, 16), (4, 2, 64), (2, 2), (4, 4))},
+        **{f"tiles {a}": tiles(*a) for a in (
+            (32, 32, 128, 4, 3), (32, 32, 128, 2, 3), (32, 32, 256, 4, 3), (32, 32, 256, 8, 3), (32, 16, 128, 4, 3),
+            (32, 32, 128, 4, 4), (16, 32, 128, 4, 3), (32, 32, 64, 2, 3),
+        )},
+    },
+    64: {
+        **{f"unrolled walk {a}": walk(*a, unrolled=True) for a in ((4, 1), (4, 2), (8, 1), (8, 2), (4, 1, 16), (4, 1, 64))},
+        "walk (4, 1)": walk(4, 1),
+        **{f"tiles {a}": tiles(*a) for a in (
+            (64, 32, 128, 4, 3), (64, 32, 128, 4, 2), (64, 32, 128, 4, 4), (64, 64, 128, 4, 2), (64, 64, 128, 4, 3),
+            (64, 64, 128, 8, 3), (64, 32, 256, 8, 3), (64, 64, 256, 8, 2), (32, 32, 128, 4, 3), (64, 16, 128, 4, 4),
+            (64, 16, 128, 4, 3),
+        )},
+    },
+    128: {
+        **{f"tiles {a}": tiles(*a) for a in (
+            (128, 64, 128, 8, 3), (128, 64, 128, 8, 2), (128, 64, 128, 8, 4), (128, 32, 128, 8, 4), (128, 32, 128, 8, 3),
+            (128, 64, 256, 8, 2), (64, 64, 128, 4, 3), (64, 64, 256, 8, 3), (64, 32, 128, 4, 3), (64, 32, 128, 4, 4),
+        )},
+    },
+}  # fmt: skip
+GRADIENTS: dict[int, dict[str, dict[str, Any]]] = {
+    width: {f"gradient {a}": gradient(*a) for a in some}
+    for width, some in {
+        16: [(16, 16, 128, 4, 3), (16, 16, 128, 2, 3), (16, 16, 256, 4, 2), (16, 16, 64, 2, 3), (16, 16, 64, 4, 1),
+             (16, 16, 64, 1, 3), (16, 16, 128, 4, 1), (16, 16, 64, 4, 3, 0.5)],
+        32: [(32, 32, 64, 4, 1), (32, 32, 64, 4, 2), (32, 32, 64, 4, 3), (32, 32, 32, 4, 1), (32, 32, 32, 2, 2),
+             (32, 32, 128, 4, 1), (32, 32, 64, 2, 1), (32, 32, 64, 8, 2), (32, 32, 64, 4, 1, 2)],
+        64: [(64, 64, 64, 4, 2), (64, 64, 32, 4, 3), (64, 64, 64, 8, 3), (64, 64, 128, 8, 2), (64, 32, 64, 4, 3),
+             (64, 64, 64, 4, 3, 0.5), (32, 64, 64, 4, 3)],
+        128: [(64, 64, 64, 4, 3), (64, 64, 64, 4, 3, 2), (64, 64, 64, 4, 3, 0.5), (64, 64, 64, 4, 2), (128, 64, 64, 8, 2),
+              (64, 128, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 128, 8, 2), (128, 128, 64, 8, 2), (64, 64, 32, 4, 3)],
+    }.items()
+}  # fmt: skip

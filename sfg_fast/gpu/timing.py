@@ -83,7 +83,7 @@ def captured(call: Call, device: torch.device) -> Call:
         generator.graphsafe_set_state(generator.clone_state())
         raise
 
-    def replay() -> object:
+    def replay(call: Call = call) -> object:  # which holds the memory that the graph reads
         graph.replay()
         return kept
 
