@@ -1,7 +1,7 @@
 """The layer suite: SFG layers by every means, forward and training step.
 
-python -m pytest benchmarks/bench_layers.py       pytest-benchmark's groups; the ratios are in extra_info
-python -m benchmarks.bench_layers [FILE.md [ISA]] the table of interleaved comparisons; also writes it to the file
+python -m pytest benchmarks/bench_layers.py       on the CPU or a GPU: rows of the table that conftest.py prints
+python -m benchmarks.bench_layers [FILE.md [ISA]] the CPU's table of all layers; also writes it to the file
 
 ISA: use native's kernels for this instruction set. To have all of torch on AVX2, too, set ONEDNN_MAX_CPU_ISA=AVX2,
 ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2 before.
@@ -19,15 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layers import COMPILED, LAYERS, STREAMS, WIDTHS, Layer, Work, contestants, stream_contestants
-from benchmarks.timing import machine, ratio
-from sfg_fast.backends import available
+from benchmarks.layers import LAYERS, STREAMS, WIDTHS, Layer, Work, fastest, layers, works
+from benchmarks.timing import Spread, cell, finished, machine, ratio, timed
 from sfg_fast.gpu.timing import interleaved
 from sfg_fast.groups import FilterGroups, Routing
 
-pytestmark = pytest.mark.skipif(not available("native"), reason="native is not built")
 PHASES = ("forward", "forward+backward")
 ROUNDS = 15
+CALLS = 20  # that a CUDA graph holds: one takes as long as launching a graph
 SGEMM = 1024  # the size of the square matrices of the roof
 
 
@@ -42,16 +41,15 @@ def faster(times: dict[str, list[float]], name: str) -> str:
     return min((key for key in times if key.split(",")[0] == name), key=lambda key: statistics.median(times[key]))
 
 
-def works(layer: Layer) -> dict[str, Work]:
-    return stream_contestants(layer) if layer in STREAMS else contestants(layer)
+def over(times: dict[str, list[float]], ours: str) -> dict[str, Spread]:
+    """Of each other contestant, in its faster form: its time over that of ours."""
+    names = dict.fromkeys(key.split(",")[0] for key in times)
+    return {name: ratio(times, faster(times, name), ours) for name in names if name != ours}
 
 
 @functools.cache
-def compare(layer: Layer, phase: str) -> dict[str, Any]:
-    """{contestant: (median, quartiles) of its time over native's}, each in its faster form."""
-    times = interleaved(calls(works(layer), phase), ROUNDS)
-    names = dict.fromkeys(key.split(",")[0] for key in times)
-    return {name: ratio(times, faster(times, name), "native") for name in names if name != "native"}
+def compare(layer: Layer, phase: str) -> dict[str, Spread]:
+    return over(interleaved(calls(works(layer), phase), ROUNDS), "native")
 
 
 def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
@@ -104,43 +102,26 @@ def kernel_rates(layer: Layer) -> dict[str, float]:
     }
 
 
-TIMED = [layer for layer in LAYERS if layer.name in ("1->16", "16", "64", "128")] + [STREAMS[0], STREAMS[3]]
-
-
-def cases() -> list[Any]:
-    return [
-        pytest.param(layer, phase, name, id=f"{layer.name}-{phase}-{name}")
-        for layer in TIMED
+def pytest_generate_tests(metafunc: Any) -> None:
+    cases = [
+        pytest.param(layer, phase, id=f"{layer.name}-{phase}")
+        for layer in layers(metafunc.config.getoption("full"))
         for phase in PHASES
-        for name in _names(layer)
     ]
+    metafunc.parametrize(("layer", "phase"), cases)
 
 
-def _names(layer: Layer) -> list[str]:
-    if layer in STREAMS:
-        return ["native", "masked", "torch, separately", "torch, separately, channels_last"]
-    names = ["native", "masked", "one plain convolution", "dense masking"]
-    names += ["T+1 sliced convolutions"] * (layer.routing != "all")
-    names += ["dense masking, compiled"] * (layer.name in COMPILED)
-    formats = {name: ("",) if name in names[:2] else ("", ", channels_last") for name in names}
-    return [name + suffix for name in names for suffix in formats[name]]
-
-
-@functools.lru_cache(maxsize=1)
-def _works_of(layer: Layer) -> dict[str, Work]:
-    return works(layer)
-
-
-@pytest.mark.parametrize(("layer", "phase", "name"), cases())
-def test_layer(benchmark: Any, layer: Layer, phase: str, name: str) -> None:
-    benchmark.group = f"{layer.name}, {phase}"
-    benchmark.pedantic(calls(_works_of(layer), phase)[name], rounds=5, warmup_rounds=2)
-    if name == "native":
-        for other, (median, low, high) in compare(layer, phase).items():
-            benchmark.extra_info[f"{other} / native"] = f"{median:.2f} ({low:.2f}-{high:.2f})"
-        benchmark.extra_info |= {key: round(value, 2) for key, value in kernel_rates(layer).items()}
-
-
+def test_layer(benchmark: Any, record: Any, device: str, full: bool, layer: Layer, phase: str) -> None:
+    """Ours as it is called, by pytest-benchmark; against all others in turns, by the device's time."""
+    benchmark.group = f"layers, {phase}"
+    work, ours = works(layer, device), fastest(device)
+    if device == "cpu" and not full:  # compiling takes minutes
+        work = {name: entry for name, entry in work.items() if "compiled" not in name}
+    run = calls(work, phase)
+    times, left_out = timed(run, device, ROUNDS, times=CALLS)
+    benchmark.pedantic(finished(run[ours], device), rounds=5, warmup_rounds=2)
+    ratios = {COLUMNS[name]: value for name, value in over(times, ours).items() if name in COLUMNS}
+    if "one plain convolution" ...
 # ------------------------------------------------------------------------------------------------------------ the table
 
 

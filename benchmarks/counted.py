@@ -81,14 +81,14 @@ def layer_configurations(
     bits, device, size = DTYPES[dtype].itemsize * 8, architecture.device, (height, width)
 
     def one(direction: str, p: Pass, bias: bool, kernel: str = "", **constants: Any) -> Configuration:
-        launch = config.plan(p, bits, batch, size, device, True, False, bias)
+        launch = config.plan(p, bits, batch, size, device, bias, False, bias)  # a bias, and the ReLU behind it
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
         return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
 
     forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), DTYPES[dtype], device)
     yield one("forward", forward, True)
     yield one("input gradient", adjoint, False)
-    launch = config.plan_gradient(gradient, bits, batch, size, device, True, True)
+    launch = config.plan_gradient(gradient, bits, batch, size, device, True)
     constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
     yield Configuration(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
@@ -166,21 +166,19 @@ def work(one: Configuration) -> Work | None:
             part = None if columns is None else columns[c : c + g.block_c]
             live += part is None or bool(((part == 0) | (part == rows[k : k + g.block_k, None])).any())
         executed = live * g.block_c * g.block_k
-        loaded = live * (9 / g.taps) * (g.taps * g.block_c + 2 * g.block_k) * itemsize
-        return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once + one.kernels * itemsize)
+        loaded = live * (9 / g.taps) * (g.taps * g.block_c + g.block_k) * itemsize
+        return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once)
     p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)
-    relu = 2 if p.adjoint else 1  # the ReLU's output is read beside its gradient
-    once += one.kernels * itemsize if p.adjoint else 0
     pixels = one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
     if one.launch.kernel == "rowwalk":
         chunk = 16 if p.channels <= 16 else 32 if p.channels <= 32 else 64
         tiles_n, steps = p.columns // p.block_n, one.launch.steps
         halo = (steps + 2) / steps
-        loaded = tiles_n * (halo * 3 * chunk * relu + 9 * chunk * p.block_n / pixels / steps)
+        loaded = tiles_n * (halo * 3 * chunk + 9 * chunk * p.block_n / pixels / steps)
         return Work(round(halo * p.columns * chunk), necessary, masked, (loaded + p.out_channels) * itemsize, once)
     if p.flat:
         depth = config.cdiv(9 * p.channels, p.block_k) * p.block_k
-        loaded = p.columns // p.block_n * depth * (relu + p.block_n / pixels)
+        loaded = p.columns // p.block_n * depth * (1 + p.block_n / pixels)
         return Work(p.columns * depth // 9, necessary, masked, (loaded + p.out_channels) * itemsize, once)
     written = p.out_channels
     if one.direction.endswith("others"):
@@ -198,7 +196,7 @@ def work(one: Configuration) -> Work | None:
     else:
         chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
     executed = sum(chunks) * p.block_k * p.block_n
-    loaded = 9 * sum(chunks) * p.block_k * (relu + p.block_n / pixels)
+    loaded = 9 * sum(chunks) * p.block_k * (1 + p.block_n / pixels)
     return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
 
 

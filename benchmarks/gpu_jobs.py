@@ -29,8 +29,9 @@ from benchmarks import counted, networks, variants
 from sfg_fast import SFGHighResNet, assign, backend
 from sfg_fast.gpu import checks
 from sfg_fast.gpu.isolated import Job
-from sfg_fast.gpu.timing import WORKS, captured, elapsed, interleaved, layers_at_work
+from sfg_fast.gpu.timing import captured, elapsed, interleaved, layers_at_work, synchronize
 from sfg_fast.groups import FilterGroups, Routing
+from sfg_fast.kernel_choice import WORKS
 from sfg_fast.networks.controls import sfg_layers
 
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
@@ -153,7 +154,6 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     packed = kernels.pack(plain.contiguous(), bias, spec, HALF)
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
     gates = kernels.pack(plain.contiguous(), bias, all_specs, HALF, gates=True)
-    y = kernels.forward(x, packed, spec, True)[0]
     a, dothers = kernels.forward(x, everything, all_specs, True, keep=True)[1], torch.cat([dy, dy], 1)
     scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)
     norm = [torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)]
@@ -178,12 +178,6 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
             "ours": lambda: kernels.input_gradient(dy, packed, spec, shape[2:]),
             "cuDNN": lambda: backward(dy, x, plain, output_mask=(True, False, False)),
         },
-        "input gradient through ReLU": {
-            "ours": lambda: kernels.input_gradient(dy, packed, spec, shape[2:], y),
-            "cuDNN": lambda: backward(
-                torch.ops.aten.threshold_backward(dy, y, 0), x, plain, output_mask=(True, False, False)
-            ),
-        },
         "weight gradient": {
             "ours": lambda: kernels.weight_gradient(x, dy, packed, spec),
             "cuDNN": lambda: backward(dy, x, plain, output_mask=(False, True, False)),
@@ -191,12 +185,8 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
                 lambda: backward(dy, x, plain, output_mask=(False, True, False))
             ),
         },
-        "weight gradient through ReLU": {"ours": lambda: kernels.weight_gradient(x, dy, packed, spec, y)},
         "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, True, keep=True)},
         "input gradient, others": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
-        "input gradient, others, through ReLU": {
-            "ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:], y)
-        },
         "gates' gradient": {
             "ours": lambda: kernels.gate_gradient(Recipe(x, a, gates, all_specs, scale, shift, "relu"), dothers)
         },
@@ -217,9 +207,9 @@ def _deterministic(call: Callable[[], Any]) -> Any:
 
 
 COUNTED = {  # pass -> its name in counted.py
-    "forward + ReLU": "forward", "input gradient through ReLU": "input gradient",
-    "weight gradient through ReLU": "weight gradient", "forward, kept": "forward, others",
-    "input gradient, others, through ReLU": "input gradient, others", "gates' gradient": "gates' gradient, others",
+    "forward + ReLU": "forward", "input gradient": "input gradient",
+    "weight gradient": "weight gradient", "forward, kept": "forward, others",
+    "input gradient, others": "input gradient, others", "gates' gradient": "gates' gradient, others",
 }  # fmt: skip
 
 
@@ -280,14 +270,13 @@ def quartiles(seconds: list[float]) -> list[float]:
 def _once(make: Callable[[], dict[str, dict[str, Callable[[], Any]]]]) -> None:
     for one in make().values():
         one["ours"]()
-    synchronize()
+    synchronize(DEVICE)
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 CONVOLVED = [
-    "forward + ReLU", "input gradient", "input gradient through ReLU", "forward, kept", "input gradient, others",
-    "gates' gradient",
+    "forward + ReLU", "input gradient", "forward, kept", "input gradient, others", "gates' gradient",
 ]  # fmt: skip
 FAMILIES = {
     "convolutions": (variants.CONVOLUTIONS, CONVOLVED),
@@ -320,7 +309,7 @@ def _variant_once(family: str, k: int, variant: str) -> None:
         work = passes(k, 1)
         for name in names:
             work[name]["ours"]()
-        synchronize()
+        synchronize(DEVICE)
 
 
 def varied_jobs() -> dict[str, Job]:
@@ -353,12 +342,12 @@ def network_cases() -> list[networks.Case]:
 
 def _network_once(case: networks.Case, name: str) -> None:
     networks.contestant(case, name, "triton")()
-    synchronize()
+    synchronize(DEVICE)
 
 
 def _inference_once(case: networks.Case) -> None:
     networks.inferences(case, "triton")["network"]()
-    synchronize()
+    synchronize(DEVICE)
 
 
 def measured_network(case: networks.Case, names: list[str]) -> dict[str, Any]:
@@ -435,24 +424,19 @@ def host() -> dict[str, float]:
 
 def _host_once(work: str) -> None:
     layers_at_work(work, 16, "triton", DEVICE, HALF, 1, 8 if DRY else 16)()
-    synchronize()
+    synchronize(DEVICE)
 
 
 def _host_us(call: Callable[[], object], calls: int) -> float:
     call()
     times = []
     for _ in range(1 if DRY else 5):
-        synchronize()
+        synchronize(DEVICE)
         start = time.perf_counter()
         for _ in range(calls):
             call()
         times.append((time.perf_counter() - start) / calls * 1e6)
     return round(statistics.median(times), 1)
-
-
-def synchronize() -> None:
-    if not DRY:
-        torch.cuda.synchronize()
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

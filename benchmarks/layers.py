@@ -1,6 +1,8 @@
-"""The layers of the layer suite: for each, the same work done by every contestant.
+"""The layers of the layer suite: for each, the same work done by every contestant, on the CPU or a GPU.
 
-Everything is timed on torch tensors of the caller's making; parameters, inputs and incoming gradients exist before.
+Everything is timed on torch tensors of the caller's making; parameters, inputs, incoming gradients and the drawn groups
+exist before. Every contestant has leaves of its own: a step is captured in a CUDA graph, which fails if another stream's
+autograd graph still holds one of them. On a GPU everything is channels_last, the layout that cuDNN and Triton are fast in.
 """
 
 from __future__ import annotations
@@ -17,10 +19,16 @@ from sfg_fast.kernels.spec import Geometry
 from torch import Tensor
 
 from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend
+from sfg_fast.backends import available
 from sfg_fast.groups import Routing
 from sfg_fast.routed_conv import RoutedConv, routed_conv
 
-FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
+FORMATS = {
+    "cpu": {"": torch.contiguous_format, ", channels_last": torch.channels_last},
+    "cuda": {", channels_last": torch.channels_last},
+}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+KERNELS = {"cpu": "native", "cuda": "triton"}  # the backend that is made for a device
 Call = Callable[[], Tensor | Sequence[Tensor]]
 
 
@@ -68,8 +76,20 @@ STREAMS = [
     *(Layer(f"own, 3 x {k}", (k, k, k), routing="own") for k in (16, 32, 64)),
     *(Layer(f"1x1 merge, {k}", (k, k, k), kernel=1) for k in (16, 32, 64)),
 ]
-COMPILED = ("16", "64")  # where torch.compile's form of dense masking takes part: compiling takes longer than timing
 WIDTHS = [Layer(f"32, width {w}", (11, 10, 11), (128, w)) for w in (128, 1, 7, 100, 130)]
+COMPILED = ("16", "64")  # where torch.compile's form of dense masking takes part: compiling takes longer than timing
+QUICK = ("1->16", "16", "64", "128", "own, 3 x 16", "1x1 merge, 16")
+
+
+def layers(full: bool) -> list[Layer]:
+    """Every layer, or a quick choice of them."""
+    every = [*LAYERS, *STREAMS, *WIDTHS]
+    return every if full else [layer for layer in every if layer.name in QUICK]
+
+
+def fastest(device: str) -> str:
+    """Our backend for a device: the one made for it, or `masked` where that is not there."""
+    return KERNELS[device] if available(KERNELS[device]) else "masked"
 
 
 class Work(NamedTuple):
@@ -89,8 +109,8 @@ def _leaf(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_
     return tensor.detach().clone(memory_format=memory_format).requires_grad_()
 
 
-def _gradient(shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=memory_format)
+def _gradient(shape: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype, device=like.device).contiguous(memory_format=memory_format)
 
 
 def _on(name: str, call: Call) -> Call:
@@ -101,59 +121,75 @@ def _on(name: str, call: Call) -> Call:
     return forward
 
 
-def contestants(layer: Layer) -> dict[str, Work]:
+def _packed_by(device: str) -> tuple[list[str], torch.memory_format]:
+    """The backends that work on packed tensors there, and the layout they are given."""
+    names = list(dict.fromkeys([fastest(device), "masked"]))
+    return names, next(iter(FORMATS[device].values()))
+
+
+def contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Work]:
     """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name."""
     torch.manual_seed(0)
-    assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups))
-    channels = 1 if layer.routing == "all" else layer.width
-    conv = SFGConv2d(channels, layer.width, 3, padding=layer.dilation, dilation=layer.dilation, activation="relu")
-    conv.assign(assignment)
+    assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups)).to(device)
     groups = FilterGroups.from_assignment(assignment)
-    x = torch.randn(layer.batch, channels, *layer.size)
-    masks = groups.gates.t()[:, :, None, None]
-    shape = torch.Size((layer.batch, layer.width, *layer.size))
     image = layer.routing == "all"
+    channels = 1 if image else layer.width
+    options = {"padding": layer.dilation, "dilation": layer.dilation, "device": device, "dtype": dtype}
+    conv = SFGConv2d(channels, layer.width, 3, activation="relu", **options)  # type: ignore[arg-type]
+    weight, bias = conv.weight.detach(), conv.bias.detach()  # type: ignore[union-attr]
+    x = torch.randn(layer.batch, channels, *layer.size, dtype=dtype, device=device)
+    masks = groups.gates.t()[:, :, None, None].to(dtype)  # type: ignore[union-attr]
+    shape = (layer.batch, layer.width, *layer.size)
     work: dict[str, Work] = {}
 
-    def packed(features: Tensor) -> Tensor:
-        return conv(features if image else SFGFeatures(features, groups)).packed
+    def packed(own: SFGConv2d, leaf: Tensor) -> Tensor:
+        return own(leaf if image else SFGFeatures(leaf, groups), groups).packed
 
-    for name in ("native", "masked"):
-        leaf, gradient = _leaf(x), torch.randn(shape)
-        call = _on(name, functools.partial(packed, leaf))
-        work[name] = Work(call, (leaf, conv.weight, conv.bias), [gradient])
+    names, memory_format = _packed_by(device)
+    for name in names:
+        own = copy.deepcopy(conv).to(memory_format=memory_format)  # type: ignore[call-overload]
+        leaf = _leaf(x, memory_format)
+        call = _on(name, functools.partial(packed, own, leaf))
+        work[name] = Work(call, (leaf, own.weight, own.bias), [_gradient(shape, x, memory_format)])
 
-    for suffix, memory_format in FORMATS.items():
-        leaf, weight = _leaf(x, memory_format), _leaf(conv.weight, memory_format)
-        bias = _leaf(conv.bias)
-        gradient = _gradient(shape, memory_format)
+    for suffix, memory_format in FORMATS[device].items():
 
-        def plain(leaf: Tensor = leaf, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-            return F.relu(F.conv2d(leaf, weight, bias, 1, layer.dilation, layer.dilation))
+        def parameters(layout: torch.memory_format = memory_format) -> tuple[Tensor, Tensor]:
+            return _leaf(weight, layout), _leaf(bias)
 
-        work["one plain convolution" + suffix] = Work(plain, (leaf, weight, bias), [gradient])
+        def inputs(layout: torch.memory_format = memory_format) -> list[Tensor]:
+            return [_leaf(x, layout)] if image else [_leaf(x * mask, layout) for mask in masks]
 
-        dense = [leaf] if image else [_leaf(x * mask, memory_format) for mask in masks]
-        three = [_gradient(shape, memory_format) for _ in masks]
+        leaves = (_leaf(x, memory_format), *parameters())
+        call = functools.partial(_plain, *leaves, layer.dilation)
+        work["one plain convolution" + suffix] = Work(call, leaves, [_gradient(shape, x, memory_format)])
+
+        dense = inputs()
+        three = [_gradient(shape, x, memory_format) for _ in masks]
         masking = copy.deepcopy(conv).to(memory_format=memory_format)  # type: ignore[call-overload]
-
-        def reference(dense: list[Tensor] = dense, masking: SFGConv2d = masking) -> Sequence[Tensor]:
-            return list(masking(dense[0] if image else dense))
-
-        leaves = (*dense, masking.weight, masking.bias)
-        work["dense masking" + suffix] = Work(_on("reference", reference), leaves, three)
+        call = _on("reference", functools.partial(_reference, masking, dense[0] if image else dense, groups))
+        work["dense masking" + suffix] = Work(call, (*dense, masking.weight, masking.bias), three)
         if layer.name in COMPILED:
             script = torch.compile(_dense_masking, dynamic=False)
-            call = functools.partial(script, dense, weight, bias, masks, layer.dilation)
-            work["dense masking, compiled" + suffix] = Work(call, (*dense, weight, bias), three)
+            dense, own_parameters = inputs(), parameters()
+            call = functools.partial(script, dense, *own_parameters, masks, layer.dilation)
+            work["dense masking, compiled" + suffix] = Work(call, (*dense, *own_parameters), three)
         if not image:
             pieces = [_leaf(piece, memory_format) for piece in x.split(layer.groups, 1)]
-            rows = [_leaf(rows, memory_format) for rows in _read_weights(conv.weight, layer)]
-            biases = [_leaf(piece) for piece in conv.bias.split(layer.groups)]  # type: ignore[union-attr]
+            rows = [_leaf(rows, memory_format) for rows in _read_weights(weight, layer)]
+            biases = [_leaf(piece) for piece in bias.split(layer.groups)]
             call = functools.partial(_sliced, pieces, rows, biases, layer)
-            gradients = [_gradient(piece.shape, memory_format) for piece in pieces]
+            gradients = [_gradient(piece.shape, x, memory_format) for piece in pieces]
             work["T+1 sliced convolutions" + suffix] = Work(call, (*pieces, *rows, *biases), gradients)
     return work
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, 1, dilation, dilation))
+
+
+def _reference(conv: SFGConv2d, x: Tensor | list[Tensor], groups: FilterGroups) -> list[Tensor]:
+    return list(conv(x, groups))
 
 
 def _dense_masking(
@@ -188,27 +224,37 @@ def _sliced(pieces: list[Tensor], rows: list[Tensor], biases: list[Tensor], laye
     ]
 
 
-def stream_contestants(layer: Layer) -> dict[str, Work]:
+def stream_contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Work]:
     """Contestants of a convolution between streams (`own` 3x3, or the 1x1 `arrow` merge), bias, no activation. The
     torch convolutions run one after the other on tensors of their own, concatenated beforehand."""
     torch.manual_seed(0)
     k, names = layer.groups[0], ("shared", "task1", "task2")
     own = layer.routing == "own"
     tasks = 3 if own else 2
-    columns = FilterGroups.streams(k, 2) if own else FilterGroups.concatenated(k, 2)
-    rows = FilterGroups.blocks([k] * 3 if own else [0, k, k], names)
+    where = torch.device(device)
+    columns = FilterGroups.streams(k, 2, where) if own else FilterGroups.concatenated(k, 2, where)
+    rows = FilterGroups.blocks([k] * 3 if own else [0, k, k], names, where)
     reads = k if own else 2 * k
     padding = layer.kernel // 2
     routing = Routing.OWN if own else Routing.ARROW
     spec = RoutedConv(rows, columns, routing, Geometry((1, 1), (padding, padding), (1, 1)))
-    x = torch.randn(layer.batch, 3 * k, *layer.size)
-    weight, bias = torch.randn(tasks * k, reads, layer.kernel, layer.kernel), torch.randn(tasks * k)
-    shape = torch.Size((layer.batch, tasks * k, *layer.size))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    x, weight, bias = (
+        random(layer.batch, 3 * k, *layer.size),
+        random(tasks * k, reads, *[layer.kernel] * 2),
+        random(tasks * k),
+    )
+    shape = (layer.batch, tasks * k, *layer.size)
     work: dict[str, Work] = {}
-    for name in ("native", "masked"):
-        leaves = [_leaf(t) for t in (x, weight, bias)]
-        work[name] = Work(_on(name, functools.partial(routed_conv, *leaves, spec)), leaves, [torch.randn(shape)])
-    for suffix, memory_format in FORMATS.items():
+    packed_by, memory_format = _packed_by(device)
+    for name in packed_by:
+        leaves = [_leaf(x, memory_format), _leaf(weight, memory_format), _leaf(bias)]
+        call = _on(name, functools.partial(routed_conv, *leaves, spec))
+        work[name] = Work(call, leaves, [_gradient(shape, x, memory_format)])
+    for suffix, memory_format in FORMATS[device].items():
         streams = x.split(k, 1)
         inputs = streams if own else [torch.cat([streams[t], streams[0]], 1) for t in (1, 2)]
         leaves = [_leaf(t, memory_format) for t in (*inputs, *weight.split(k))] + [_leaf(t) for t in bias.split(k)]
@@ -216,7 +262,12 @@ def stream_contestants(layer: Layer) -> dict[str, Work]:
         def separate(leaves: list[Tensor] = leaves) -> list[Tensor]:
             return [F.conv2d(leaves[t], leaves[tasks + t], leaves[2 * tasks + t], 1, padding) for t in range(tasks)]
 
-        one = torch.Size((layer.batch, k, *layer.size))
-        gradients = [_gradient(one, memory_format) for _ in range(tasks)]
+        gradients = [_gradient((layer.batch, k, *layer.size), x, memory_format) for _ in range(tasks)]
         work["torch, separately" + suffix] = Work(separate, leaves, gradients)
     return work
+
+
+def works(layer: Layer, device: str = "cpu") -> dict[str, Work]:
+    """The contestants of any layer, in the device's precision."""
+    make = stream_contestants if layer in STREAMS else contestants
+    return make(layer, device, DTYPES[device])

@@ -10,11 +10,13 @@ optimiser:
     one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
     MONAI           its HighResNet of these widths; it has no layers between the stages and two fewer at the end
 
-Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6), and itself, against two plain ones.
+Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6), and itself, against dense masking, two
+plain networks and one.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +31,8 @@ from sfg_fast.networks.vgg import VGG11
 
 EVERY = 4
 OUTPUTS = {"ct": 1, "organs": 6}
+LAST = ", channels_last"  # ends the name of what works in that memory format
+HALF = {"cpu": None, "cuda": torch.bfloat16}  # of autocast
 Step = Callable[[], None]
 
 
@@ -48,6 +52,23 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.size}x{self.size}"
+
+
+CASES = {  # of each kind the smallest comes first
+    "cpu": [Case(kind, size) for kind in ("routed", "separate", "vgg") for size in (96, 160)],
+    "cuda": [
+        Case(kind, size, batch, device="cuda", half=HALF["cuda"])
+        for kind, size, batch in (("routed", 128, 10), ("routed", 256, 16), ("separate", 128, 10), ("vgg", 256, 16))
+    ],
+}
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    """All that are measured on a device, or of each kind the smallest."""
+    smallest: dict[str, Case] = {}
+    for case in CASES[device]:
+        smallest.setdefault(case.kind, case)
+    return CASES[device] if full else list(smallest.values())
 
 
 class PlainBlock(nn.Module):
@@ -149,18 +170,23 @@ def contestant(case: Case, name: str, fast: str = "auto") -> Step:
     return step(network, case, fast, fast == "triton", int(every or 1))
 
 
-def names(kind: str) -> list[str]:
-    every = ["dense", "masked", "one plain", "one plain compiled"]
-    every += [] if kind == "vgg" else ["dense compiled", "MONAI"]
-    both = [name + layout for name in every for layout in ("", ", channels_last")]
-    return [*both, "straight_through", "selected", f"straight_through={EVERY}"]
+def names(kind: str, device: str = "cpu", full: bool = True) -> list[str]:
+    """The contestants of a training step; on a GPU in channels_last alone. Not `full`: without those that have to be
+    compiled, other estimators than the default, and MONAI."""
+    every = ["dense", "masked", "one plain"]
+    own = ["straight_through"]
+    if full:
+        every += ["one plain compiled"] if kind == "vgg" else ["one plain compiled", "dense compiled", "MONAI"]
+        own += ["selected", f"straight_through={EVERY}"]
+    return [*(name + layout for name in every for layout in (("", LAST) if device == "cpu" else (LAST,))), *own]
 
 
 def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
     """Each in its faster memory format; the faster of eager and compiled ones; `every` for one step."""
     found = dict(times)
-    for name in [name for name in found if ", " not in name and name + ", channels_last" in found]:
-        found[name] = min(found[name], found.pop(name + ", channels_last"), key=statistics.median)
+    for name in [name for name in found if name.endswith(LAST)]:
+        last, what = found.pop(name), name.removesuffix(LAST)
+        found[what] = min(found.get(what, last), last, key=statistics.median)
     for name in ("dense", "one plain"):
         both = [found[one] for one in (name, f"{name} compiled") if one in found]
         if both:
@@ -172,7 +198,8 @@ def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
-    """Contestants of inference: the frozen network, the network itself, two plain ones ("two plain")."""
+    """Contestants of inference: the frozen network, the network itself (on the backend `fast`), dense masking, and two
+    plain networks, or one."""
     torch.manual_seed(0)
     network, x, side = ours(case).to(case.device), case.image(), min(case.size, 64)
     p = torch.tensor([0.6, 0.2, 0.2])
@@ -180,21 +207,23 @@ def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
     recalibrate(network, [torch.randn(2, 1, side, side, device=case.device)])
     network.eval()
 
-    def run(models: list[nn.Module], last: bool) -> Step:
+    def run(models: list[nn.Module], last: bool, name: str = fast) -> Step:
         layout = torch.channels_last if last else torch.contiguous_format
         image = x.to(memory_format=layout)
         models = [model.eval().to(case.device).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
 
         @torch.no_grad()
         def once() -> None:
-            with backend(fast), torch.autocast(case.device, case.half, case.half is not None):
+            with backend(name), torch.autocast(case.device, case.half, case.half is not None):
                 for model in models:
                     model(image)
 
         return once
 
     runs = {"network": run([network], fast == "triton")}
-    for last, layout in ((False, ""), (True, ", channels_last")):
+    for last, layout in ((False, ""), (True, LAST)):
         runs["two plain" + layout] = run([plain(case) for _ in range(2)], last)
+        runs["one plain" + layout] = run([plain(case)], last)
+        runs["dense" + layout] = run([copy.deepcopy(network)], last, "reference")
         runs["frozen" + layout] = run([freeze(network)], last)
     return runs

@@ -77,7 +77,7 @@ ARCHITECTURES = [
 def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
-    """Of every layer: forward with bias and ReLU, input gradient through the ReLU, weight and bias gradient; the same
+    """Of every layer: forward with bias and ReLU, input gradient, weight and bias gradient; the same
     two where all gates want a gradient, and this, behind a norm and a ReLU; of a relaxed draw; the normalisation; and
     the small launches.
     """
@@ -89,7 +89,7 @@ def configurations(
 
 
 TYPES = {
-    **dict.fromkeys(("x", "passed", "w", "residual", "y", "kept", "others", "dy", "df"), None),
+    **dict.fromkeys(("x", "w", "residual", "y", "kept", "others", "dy", "df"), None),
     **dict.fromkeys(("weight", "forward", "backward"), None),
     **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),

@@ -3,20 +3,74 @@ round by round, where it ran, and memory."""
 
 import platform
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from sfg_fast.gpu.timing import captured, interleaved, synchronize
 
-def ratio(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
+Spread = tuple[float, float, float]  # median, lower and upper quartile
+
+
+def ratio(times: Mapping[str, list[float]], of: str, to: str) -> Spread:
     """Median, lower and upper quartile of time(of) / time(to), round by round."""
     ratios = [a / b for a, b in zip(times[of], times[to], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high
 
 
-def machine() -> str:
+def cell(value: Spread | None) -> str:
+    """A ratio in a table."""
+    return "-" if value is None else "{:.2f} ({:.2f}-{:.2f})".format(*value)
+
+
+class Timed(NamedTuple):
+    """Seconds of one call of each contestant in every round, and why the others took no part."""
+
+    times: dict[str, list[float]]
+    left_out: dict[str, str]
+
+
+def timed(calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, warmup: int = 2, times: int = 1) -> Timed:
+    """All contestants in turns. On a GPU device time: of CUDA graphs that hold so many `times` each call, so that what it
+    takes to launch one counts for little."""
+    if device == "cpu":
+        return Timed(interleaved(calls, rounds, warmup), {})
+    where, graphs, left_out = torch.device(device), {}, {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = captured(_repeated(call, times), where)
+        except RuntimeError as error:  # it waits for the device, or the memory doesn't suffice: it takes no part
+            left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+    found = interleaved(graphs, rounds, warmup, where)
+    return Timed({name: [seconds / times for seconds in one] for name, one in found.items()}, left_out)
+
+
+def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(times):
+            call()
+
+    return several
+
+
+def finished(call: Callable[[], Any], device: str) -> Callable[[], None]:
+    """The call, and waiting until the device is done."""
+
+    def run() -> None:
+        call()
+        synchronize(torch.device(device))
+
+    return run
+
+
+def machine(device: str = "cpu") -> str:
     """One line about where this ran."""
+    if device == "cuda":
+        model = torch.cuda.get_device_name()
+        return f"{model}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -34,3 +88,18 @@ def resident(what: str, pid: int | str = "self") -> float:
         return int(lines[what].split()[0]) / 1024
     except (OSError, KeyError):
         return 0.0
+
+
+def forget_most_resident() -> None:
+    """From now on the most that this process had resident (VmHWM) starts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def allocated(call: Callable[[], Any]) -> float:
+    """MiB that a call has allocated on the GPU at the most, less what there is before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

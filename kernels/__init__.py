@@ -39,9 +39,10 @@ in the order tasks, then shared (`FilterGroups.others`). The features of others 
 Every module says of itself:
 
     MEMORY_FORMAT    of the images that it returns; None: that of x
-    FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual, and the gradients take
-                     relu=y, the output of the ReLU that dy has yet to go back through; input_gradient also takes
+    FUSES            forward(..., relu=False, residual=None) gives relu(conv + bias) + residual; input_gradient takes
                      around=(dx | None, dothers | None), gradients by a shortcut around the convolution, and adds them
+    FUSES_BACK       the gradients take relu=y, the output of the ReLU that dy has yet to go back through; without it dy
+                     has gone through already
     FUSES_GATES      input_and_gate_gradient(dy, packed, spec, features, recipe | None, relu=y | None, own=True,
                      around=(None, None)) -> dx, dz: what the features dx belongs to contribute to the gradient of
                      their gates, [1,columns], the gates of the groups drawn (not `own`: zeros); with their recipe also

@@ -19,7 +19,7 @@ from ..groups import FilterGroups, Routing, sort_by_group
 from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
 from .spec import Recipe, RoutedConv
 
-FUSES = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
+FUSES = FUSES_BACK = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = None, (None, *ACTIVATIONS)
 
 
@@ -82,6 +82,7 @@ def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int
 def weight_gradient(
     x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    dy = dy.contiguous(memory_format=memory_format(x))  # the bits of the sums don't depend on dy's strides
     dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(read(spec), 0)
     return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from . import kernel_choice
 from . import kernels as _kernels
 
 BACKENDS = ("reference", "masked", "native", "triton")
@@ -46,13 +47,14 @@ def current() -> str:
     return _forced.get() or _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
 
 
-def kernels(x: Tensor) -> tuple[ModuleType, torch.dtype]:
-    """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x`, and the dtype
-    that it is to be done in: under autocast autocast's own, or float32 for kernels that don't know that."""
+def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[ModuleType, torch.dtype]:
+    """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x` in a layer of
+    `width` kernels, and the dtype that it is to be done in: under autocast autocast's own, or float32 for kernels that
+    don't know that. `learns`: the gates of groups that kernels were not drawn into want a gradient, too."""
     name = current()
     if name == "reference":
         raise BackendError("backend 'reference' can't run this: it is a packed operation, call a layer or a network")
-    module = _fastest(x) if name == "auto" else load(name)
+    module = _fastest(x, width, learns) if name == "auto" else load(name)
     dtype = autocast_dtype(x)
     if dtype is not None and module.cannot(x.new_empty(0, dtype=dtype)):
         dtype = torch.float32
@@ -70,7 +72,8 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
     if current() == "triton" and compiling:
         assignment, *by_group = _sample(log_p, noise)
         return assignment, (*by_group, {})
-    name = "triton" if current() == "triton" else "masked"
+    on_gpu = log_p.is_cuda and current() == "auto" and not compiling and bool(kernel_choice.chosen(log_p.device).taken)
+    name = "triton" if current() == "triton" or on_gpu else "masked"
     if current() in ("auto", "native") and not compiling and available("native"):
         name = "masked" if load("native").cannot(log_p) else "native"
     assignment, *by_group = load(name).sample(log_p, noise)
@@ -91,11 +94,18 @@ def _(log_p: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(log_p.new_empty(size, dtype=torch.int64) for size in sizes)  # type: ignore[return-value]
 
 
-def _fastest(x: Tensor) -> ModuleType:
-    """Measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2 to 0.85 of the
-    time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2). Other instruction sets were not
-    measured, and `triton` on no GPU yet: it has to be asked for."""
+def _fastest(x: Tensor, width: int, learns: bool) -> ModuleType:
+    """On a CPU measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2 to 0.85
+    of the time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2); other instruction sets were
+    not measured. On a GPU what a check of this very device found (kernel_choice.py)."""
     masked = load("masked")
+    if x.device.type == "cuda":
+        work = "inference" if not torch.is_grad_enabled() else "straight_through" if learns else "selected"
+        dtype = autocast_dtype(x) or x.dtype
+        if not _takes_triton(x.device, dtype, width, work):
+            return masked
+        triton = load("triton")
+        return masked if triton.cannot(x.new_empty(0, dtype=dtype)) else triton
     if x.device.type != "cpu" or not available("native"):
         return masked
     native = load("native")
@@ -103,6 +113,11 @@ def _fastest(x: Tensor) -> ModuleType:
         return masked
     probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
     return masked if native.cannot(probe) else native
+
+
+@torch.compiler.assume_constant_result
+def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, work: str) -> bool:
+    return kernel_choice.chosen(device).takes(kernel_choice.precision_of(dtype), width, work)
 
 
 def module(folder: str) -> ModuleType:

@@ -53,7 +53,7 @@ class KernelNorm(nn.Module):
         """The kernels for `normalise_and_gate` on these rows, or None."""
         if not self.training or groups.full or self.synchronised:
             return None
-        kernels = in_one_go(rows)
+        kernels = in_one_go(rows, groups.width, groups.all_gates)
         return kernels if kernels is not None and activation in kernels.KNOWS else None
 
     def normalise_and_gate(
@@ -212,17 +212,17 @@ class _BatchNorm(torch.autograd.Function):
         return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 4
 
 
-def in_one_go(x: Tensor) -> Any:
-    """The kernels that normalise and activate a tensor like x in one go, or None."""
+def in_one_go(x: Tensor, width: int, learns: bool = False) -> Any:
+    """The kernels that normalise and activate a tensor like x in one go, or None (`backends.kernels`)."""
     if torch.compiler.is_compiling():
         return None
-    kernels, dtype = backends.kernels(x)
+    kernels, dtype = backends.kernels(x, width, learns)
     return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None
 
 
 def relu_in_one_go(norm: nn.BatchNorm2d | None, x: Tensor) -> Any:
     """The kernels for this norm and a ReLU behind it, or None."""
-    return in_one_go(x) if type(norm) is nn.BatchNorm2d and norm.training else None
+    return in_one_go(x, x.shape[1]) if type(norm) is nn.BatchNorm2d and norm.training else None
 
 
 def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,20 +66,22 @@ def backward(
     and dothers."""
     wants_x, wants_weight, wants_bias = wants
     packed = kept.packed
+    if passed is not None and not kernels.FUSES_BACK:  # once for both gradients
+        dy, passed = torch.ops.aten.threshold_backward(dy, passed, 0), None
+    relu = {"relu": passed} if kernels.FUSES_BACK else {}
     dx = dothers = dw = db = None
     if wants_x:
         around = around[0], around[1] if spec.columns.all_gates else None
-        fused = {"relu": passed, "around": around} if kernels.FUSES else {}
-        dx, dothers = kernels.input_gradient(dy, packed, spec, tuple(x.shape[2:]), **fused)
+        fused = {"around": around} if kernels.FUSES else {}
+        dx, dothers = kernels.input_gradient(dy, packed, spec, tuple(x.shape[2:]), **relu, **fused)
         if not kernels.FUSES:
             dx, dothers = (d if more is None else d + more for d, more in zip((dx, dothers), around, strict=True))
     if wants_weight:
         if kept.alike is not None:  # the groups folded into the batch: one weight gradient for all
             x, dy = fold(x, spec), fold_rows(dy, spec)
-            passed = None if passed is None else fold_rows(passed, spec)
+            relu = {name: y if y is None else fold_rows(y, spec) for name, y in relu.items()}
             spec, packed = kept.alike
-        fused = {"relu": passed} if kernels.FUSES else {}
-        dw, db = kernels.weight_gradient(x, dy, packed, spec, **fused, bias=wants_bias)
+        dw, db = kernels.weight_gradient(x, dy, packed, spec, **relu, bias=wants_bias)
     elif wants_bias:
         db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
         db = unpack_dim(db, 0, spec.rows)

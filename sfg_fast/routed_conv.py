@@ -64,7 +64,8 @@ def convolve(
     from, if that is known. `keep`: for rows all of whose gates want a gradient (`spec.rows.all_gates`).
     """
     assert residual is None or not relu, "the gradient would need the ReLU's output alone"
-    kernels, dtype = backends.kernels(x)
+    width = weight.shape[0] // (len(spec.rows.names) if spec.rows.alike else 1)
+    kernels, dtype = backends.kernels(x, width, spec.rows.all_gates or spec.columns.all_gates)
     if x.dtype != weight.dtype and backends.autocast_dtype(x) is None:
         raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}, expected the same (or torch.autocast)")
     given, x = (x, others), x.to(dtype)

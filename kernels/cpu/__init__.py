@@ -20,6 +20,7 @@ from . import _native
 
 __all__ = [
     "FUSES",
+    "FUSES_BACK",
     "FUSES_GATES",
     "KNOWS",
     "MEMORY_FORMAT",
@@ -41,7 +42,8 @@ __all__ = [
     "weight_gradient",
 ]
 
-FUSES, FUSES_GATES, SHARES_PRODUCTS, NORMALISES, READS_NORMALISED = True, True, False, True, True
+FUSES = FUSES_BACK = FUSES_GATES = NORMALISES = READS_NORMALISED = True
+SHARES_PRODUCTS = False
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
 
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system

@@ -36,7 +36,7 @@ from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
 FUSES = SHARES_PRODUCTS = NORMALISES = True
-FUSES_GATES = READS_NORMALISED = False
+FUSES_BACK = FUSES_GATES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,7 +146,6 @@ def input_gradient(
     packed: Packed,
     spec: RoutedConv,
     size: tuple[int, int],
-    relu: Tensor | None = None,
     around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
@@ -154,9 +153,7 @@ def input_gradient(
     # The kernels add to all that they write, or to nothing.
     adds = not p.shares_products and around[0] is not None and (around[1] is not None) == p.others
     residual = around if adds else (None, None)
-    found = _convolve(
-        dy, packed.backward, p, offsets, size, relu is not None, passed=relu, residual=residual, keep=p.others
-    )
+    found = _convolve(dy, packed.backward, p, offsets, size, residual=residual, keep=p.others)
     if adds:
         return found
     dx, dothers = (d if d is None or more is None else d + more for d, more in zip(found, around, strict=True))
@@ -194,21 +191,14 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
 
 
 def weight_gradient(
-    x: Tensor,
-    dy: Tensor,
-    packed: Packed,
-    spec: RoutedConv,
-    relu: Tensor | None = None,
-    bias: bool = True,
+    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     g = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[2]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     _check(x, "the input", (dy.shape[0], g.channels, *x.shape[2:]))
     _check(dy, "the gradient", (dy.shape[0], g.out_channels, *size))
-    _check(relu, "the ReLU's output", tuple(dy.shape))
     x, dy = _nhwc(x), _nhwc(dy)
-    passed = dy if relu is None else _nhwc(relu)
-    fused = relu is not None, bias, _wide(x, dy)
+    fused = bias, _wide(x, dy)
     launch = config.plan_gradient(g, x.element_size() * 8, dy.shape[0], size, config.device_of(x.device), *fused)
     torch_sum, sum_type = _sums(x.dtype)
     new = {"dtype": torch_sum, "device": x.device}
@@ -223,7 +213,7 @@ def weight_gradient(
         dy.shape[0] * config.cdiv(size[0], launch.tiles.pixels_h) * config.cdiv(size[1], launch.tiles.pixels_w)
     )
     _launch(
-        weight_gradient_kernel, launch, x, dy, passed, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size,
+        weight_gradient_kernel, launch, x, dy, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size,
         pixel_tiles, launch.steps, g, launch.tiles, sum_type,
     )  # fmt: skip
     block = 256
@@ -328,8 +318,7 @@ def _convolve(
     p: Pass,
     offsets: tuple[Tensor, Tensor],
     size: tuple[int, int],
-    relu: bool,
-    passed: Tensor | None = None,
+    relu: bool = False,
     residual: tuple[Tensor | None, Tensor | None] = (None, None),
     bias: Tensor | None = None,
     keep: bool = False,
@@ -339,11 +328,9 @@ def _convolve(
     and to the gradient of the others (both, where there is one)."""
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
-    _check(passed, "the ReLU's output", tuple(x.shape))
     _check(residual[0], "the residual", (x.shape[0], channels, *size))
     _check(residual[1], "the residual of the others", (x.shape[0], channels * (p.out_groups - 1), *size))
     x = _nhwc(x)
-    passed = x if passed is None else _nhwc(passed)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     beside = None
     if keep:
@@ -359,16 +346,16 @@ def _convolve(
     grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
-        _launch(rowwalk_kernel, launch, x, passed, weight, bias, added, y, *sizes, launch.steps, *constants)
+        _launch(rowwalk_kernel, launch, x, weight, bias, added, y, *sizes, launch.steps, *constants)
     elif launch.kernel == "convolve_others":
-        tensors = x, passed, weight, added, added_others, y, beside
+        tensors = x, weight, added, added_others, y, beside
         _launch(convolve_others_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_kept":
         _launch(convolve_kept_kernel, launch, x, weight, bias, y, beside, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_all":
-        _launch(convolve_all_kernel, launch, x, passed, weight, bias, y, offsets[1], *sizes, *grid, *constants)
+        _launch(convolve_all_kernel, launch, x, weight, bias, y, offsets[1], *sizes, *grid, *constants)
     else:
-        _launch(convolve_kernel, launch, x, passed, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
+        _launch(convolve_kernel, launch, x, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
     return y, beside
 
 

@@ -1,6 +1,9 @@
 """Which tiles, by formula: from sizes, dtype and the device, never by timing and never from a drawn grouping.
 
 So there is one compiled kernel for each combination of sizes and dtype, and the same bits on every run.
+The formulas for half precision on Hopper were measured on an H200 (benchmarks/results/gpu/); those for other GPUs and for
+float32 are counted only.
+
 The dataclasses are what the kernels are compiled for. They are made once for each combination (the functions that make
 them are cached) and compared by identity: Triton looks its compiled kernels up by them at every launch.
 """
@@ -17,6 +20,7 @@ import torch
 from ..spec import Geometry, RoutedConv
 
 FEW_CHANNELS = 16  # below this a matrix instruction over the channels of one tap would mostly multiply padding
+WALKED = 32  # up to so many channels rowwalk.py is faster than tiles: above, its nine weight tiles leave no room
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +64,7 @@ class Pass:
     @staticmethod
     def of(
         geometry: Geometry, kernel: tuple[int, int], adjoint: bool, channels: int, out_channels: int, in_groups: int,
-        out_groups: int, routing: str, shares_products: bool, own_rows: bool, others: bool, bits: int,
+        out_groups: int, routing: str, shares_products: bool, own_rows: bool, others: bool, bits: int, large: bool,
     ) -> Pass:  # fmt: skip
         taps = kernel[0] * kernel[1]
         (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = geometry
@@ -72,8 +76,11 @@ class Pass:
             steps, offsets = [1, 1], list(dilations)
         flat = channels < FEW_CHANNELS and not shares_products and not others and (not adjoint or strides == (1, 1))
         width = channels // in_groups if own_rows else channels
-        everything = shares_products or (others and adjoint)
-        block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
+        if large and not others and not shares_products:
+            block_n, block_k = _large_blocks(channels, out_channels, out_groups if routing == "own" else 1)
+        else:
+            everything = shares_products or (others and (adjoint or large))
+            block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
         if others and adjoint and width >= 128:  # a chunk holds one group's channels only: small ones waste less
             block_k = 16
         columns = _up(out_channels, block_n)
@@ -82,7 +89,7 @@ class Pass:
             rows, size = channels, _up(taps * channels, block_k) * columns
         else:
             # A range starts at a multiple of 8 and may reach beyond the last channel; a walk takes a power of two.
-            rows = max(_up(width, 8) + block_k, _power_of_two(width) if width <= 64 else 0)
+            rows = max(_up(width, 8) + block_k, _power_of_two(width) if width <= WALKED else 0)
             size = taps * rows * columns
         one = (1, 1)
         return Pass(
@@ -132,13 +139,13 @@ class Gradient:
         geometry: Geometry, kernel: tuple[int, int], channels: int, out_channels: int, column_groups: int,
         row_groups: int, routing: str, largest: int,
     ) -> Gradient:  # fmt: skip
-        """`largest`: tile of rows or columns that fits."""
+        """`largest`: tile of rows or columns that fits. Tiles of 64 x 64 skip little, but load far less."""
         flat = channels < FEW_CHANNELS
         columns = kernel[0] * kernel[1] * channels if flat else channels
         block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
         if block_c == 32:  # both factors come from registers: the sums of a wider tile don't fit beside them
             block_k = min(block_k, 32)
-        if not flat and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
+        if not flat and largest < 64 and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
         taps = 1 if flat or kernel[1] > 3 else kernel[1]
         (stride, padding, dilation) = geometry
@@ -161,14 +168,21 @@ def _blocks(
 ) -> tuple[int, int]:
     """Output channels of a tile, and channels of a chunk. `everything`: every output channel has every group's product.
 
-    Large tiles read the input fewer times, small ones skip more of what is not read. From 128 channels on arithmetic
-    is the limit: the largest tile that executes at most 1.4 times the necessary products for an even split.
+    Large tiles read the input fewer times, small ones skip more of what is not read: from 128 channels on, the largest
+    tile that executes at most 1.4 times the necessary products for an even split.
     """
     block_n = min(_power_of_two(out_channels), 64 if bits == 16 else 32)
     block_k = min(_power_of_two(channels), 32 if bits == 16 else 16)
     if everything or groups == 1 or min(channels, out_channels) < 128:
         return block_n, block_k
     return (16, 32) if adjoint else (32, 16)
+
+
+def _large_blocks(channels: int, out_channels: int, streams: int) -> tuple[int, int]:
+    """The same where a matrix instruction reads from shared memory: bytes are the limit, not products. A tile belongs
+    to one of the `streams`, which read nothing of each other."""
+    block_n, block_k = (_power_of_two(size // streams) for size in (out_channels, channels))
+    return min(block_n, 128), min(block_k, 64)
 
 
 class Device(NamedTuple):
@@ -213,9 +227,7 @@ def passes(
         for groups in (spec.rows, spec.columns)
     ]
     bits = dtype.itemsize * 8
-    # Three sums of a 64 x 64 tile and both factors don't fit into registers.
-    largest = 64 if bits == 16 and device.multiplies_from_shared_memory else 32
-    return _passes(spec.geometry, kernel, spec.routing.value, sides[0], sides[1], bits, largest)
+    return _passes(spec.geometry, kernel, spec.routing.value, sides[0], sides[1], bits, _large(bits, device))
 
 
 @functools.cache
@@ -226,7 +238,7 @@ def _passes(
     rows: Side,
     columns: Side,
     bits: int,
-    largest: int,
+    large: bool,
 ) -> tuple[Pass, Pass, Gradient]:
     def one(adjoint: bool, out: Side, read: Side) -> Pass:
         shares = out.groups > 1 and out.channels == out.groups * out.width and routing != "all"
@@ -234,13 +246,18 @@ def _passes(
         written = out.width if shares else out.channels
         return Pass.of(
             geometry, kernel, adjoint, read.channels, written, read.groups, out.groups, routing, shares, own_rows,
-            out.others and routing != "all", bits,
+            out.others and routing != "all", bits, large,
         )  # fmt: skip
 
-    gradient = Gradient.of(
-        geometry, kernel, columns.channels, rows.channels, columns.groups, rows.groups, routing, largest
-    )
+    # Where both factors come from registers, three sums of a 64 x 64 tile don't fit beside them.
+    sizes = columns.channels, rows.channels, columns.groups, rows.groups
+    gradient = Gradient.of(geometry, kernel, *sizes, routing, 64 if large else 32)
     return one(False, rows, columns), one(True, columns, rows), gradient
+
+
+def _large(bits: int, device: Device) -> bool:
+    """Do large tiles fit?"""
+    return bits == 16 and device.multiplies_from_shared_memory
 
 
 class Launch(NamedTuple):
@@ -266,16 +283,23 @@ def plan(
 def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
     """`fused`: the last fields of Tiles."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    if walks(p, bits, device):
+    if walks(p, bits):
         strip = min(_power_of_two(size[1]), 64)
         tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
         strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
         options = launch_options(strip, p.block_n, 2048, device)
+        if _large(bits, device):
+            options = {"num_warps": 2, "num_stages": 3 if p.channels <= 16 else 2}
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
-    pixels = 128 if bits == 16 and p.block_n < 64 and not (p.shares_products or p.others) else 64
+    large = _large(bits, device)
+    if p.others:  # four sums of 128 x 64 don't fit into the registers
+        many = large and (p.block_n == 32 or (p.block_n == 64 and not p.adjoint))
+    else:
+        many = (large or p.block_n < 64) and not p.shares_products
+    pixels = 128 if bits == 16 and many else 64
     if p.own_rows:  # a sum for each group: they have to fit into the registers
         pixels = 16 if p.in_groups > 4 else 64 if bits == 16 else 32
     tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
@@ -292,21 +316,27 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
 
 
 def plan_gradient(
-    g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, bias: bool = False,
-    wide: bool = False,
+    g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, bias: bool = False, wide: bool = False
 ) -> Launch:  # fmt: skip
     """Of a weight gradient; `size` is that of dy. The pixels are split so that there are about four programs for each
-    multiprocessor."""
-    return _plan_gradient(g, bits, images, size, device, relu, False, bias, precision(bits), wide)
+    multiprocessor, or two of the largest."""
+    return _plan_gradient(g, bits, images, size, device, False, False, bias, precision(bits), wide)
 
 
 @functools.cache
 def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
+    options, programs = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device), 4
+    if _large(bits, device) and not g.flat:
+        largest, smallest = max(g.block_c, g.block_k), min(g.block_c, g.block_k)
+        pixels = 128 if largest <= 16 else 64
+        if smallest <= 32:
+            options = {"num_warps": 2, "num_stages": 3 if largest <= 16 else 1}
+        else:
+            programs = 2
     tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
-    splits = max(1, min(pixel_tiles, cdiv(4 * device.multiprocessors, g.programs)))
-    options = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device)
+    splits = max(1, min(pixel_tiles, cdiv(programs * device.multiprocessors, g.programs)))
     return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
 
 
@@ -316,9 +346,8 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def walks(p: Pass, bits: int, device: Device) -> bool:
-    """Is rowwalk.py the way? Where the nine weight tiles have to be in registers, those of more than 32 channels don't
-    fit."""
+def walks(p: Pass, bits: int) -> bool:
+    """Is rowwalk.py the way?"""
     fits = (
         p.taps_h == p.taps_w == 3
         and p.stride_h == p.stride_w == 1
@@ -326,7 +355,7 @@ def walks(p: Pass, bits: int, device: Device) -> bool:
         and not p.shares_products
         and not p.others
     )
-    return fits and bits == 16 and p.channels <= (64 if device.multiplies_from_shared_memory else 32)
+    return fits and bits == 16 and p.channels <= WALKED
 
 
 def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:

@@ -100,14 +100,13 @@ def ranges_read(out_offsets, in_offsets, n0, P: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    acc, x, passed, w, i, j, n, H, W, phase, prefix, start, chunks, low, high,
+    acc, x, w, i, j, n, H, W, phase, prefix, start, chunks, low, high,
     P: tl.constexpr, T: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, BN] + the product over all taps and over the chunks of channels. Taps are innermost: a chunk's shifted
     reads follow one another and hit the cache.
 
     EXACT: only channels low .. high count (everything.py). Otherwise the weight is zero where it is not read.
-    An adjoint pass with T.relu: x is a gradient that has yet to go back through the ReLU whose output is `passed`.
     """
     BLOCK_K: tl.constexpr = P.block_k
     first_r, count_r, offset_h, first_s, count_s, offset_w = taps_of(phase, P)
@@ -127,8 +126,6 @@ def accumulate(
         at = ((h * W + v) * P.channels)[:, None] + c[None, :]
         mask = inside[:, None] & (c < P.channels)[None, :]
         a = tl.load(x + at, mask=mask, other=0.0)  # [BM, BK]
-        if P.adjoint and T.relu:
-            a = tl.where(tl.load(passed + at, mask=mask, other=1.0) <= 0, 0.0, a)  # a NaN passes, as in torch
         row = ((first_r + r * P.tap_step_h) * P.taps_w + first_s + s * P.tap_step_w) * P.rows + c
         if EXACT:
             wanted = (c >= low) & (c < high)
@@ -140,7 +137,7 @@ def accumulate(
 
 
 @triton.jit
-def accumulate_flat(acc, x, passed, w, i, j, n, H, W, P: tl.constexpr, T: tl.constexpr):
+def accumulate_flat(acc, x, w, i, j, n, H, W, P: tl.constexpr, T: tl.constexpr):
     """The same for few channels (an image): taps and channels together are the summed dimension, so that a matrix
     instruction is not filled up with zeros. Skips nothing."""
     BLOCK_K: tl.constexpr = P.block_k
@@ -155,8 +152,6 @@ def accumulate_flat(acc, x, passed, w, i, j, n, H, W, P: tl.constexpr, T: tl.con
         mask = (h >= 0) & (h < H) & (v >= 0) & (v < W) & (q < products)[None, :]
         at = (h * W + v) * P.channels + (q % P.channels)[None, :]
         a = tl.load(x + at, mask=mask, other=0.0)
-        if P.adjoint and T.relu:
-            a = tl.where(tl.load(passed + at, mask=mask, other=1.0) <= 0, 0.0, a)
         b = tl.load(w + q[:, None] * P.columns + n[None, :])
         acc = tl.dot(a, b, acc, input_precision=T.precision, out_dtype=acc.dtype)
     return acc
@@ -171,7 +166,7 @@ def store_tile(
     v = j * P.out_step_w + phase % P.out_step_w
     at = image_out + ((h * OW + v) * CHANNELS)[:, None] + c[None, :]
     mask = ((h < OH) & (v < OW))[:, None] & valid[None, :]
-    if T.relu and not P.adjoint:
+    if T.relu:
         acc = tl.where(acc <= 0, 0.0, acc)
     if T.residual:
         acc += tl.load(residual + at, mask=mask, other=0.0).to(acc.dtype)
@@ -180,7 +175,7 @@ def store_tile(
 
 @triton.jit
 def convolve_kernel(
-    x, passed, w, bias, residual, y, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
+    x, w, bias, residual, y, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of pixels x one tile of output channels; (IH, IW) is the grid of pixels."""
@@ -195,12 +190,10 @@ def convolve_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     if P.flat:
-        acc = accumulate_flat(acc, x + image_in, passed + image_in, w, i, j, n, H, W, P, T)
+        acc = accumulate_flat(acc, x + image_in, w, i, j, n, H, W, P, T)
     else:
         prefix, start, chunks = ranges_read(out_offsets, in_offsets, n0, P)
-        acc = accumulate(
-            acc, x + image_in, passed + image_in, w, i, j, n, H, W, phase, prefix, start, chunks, 0, 0, P, T, False
-        )
+        acc = accumulate(acc, x + image_in, w, i, j, n, H, W, phase, prefix, start, chunks, 0, 0, P, T, False)
     valid = n < P.out_channels
     if T.bias:
         acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]

@@ -25,7 +25,7 @@ from .pack import group_of
 
 @triton.jit
 def group_product(
-    g: tl.constexpr, acc, x, passed, w, in_offsets, i, j, n, H, W, phase, wanted, P: tl.constexpr, T: tl.constexpr
+    g: tl.constexpr, acc, x, w, in_offsets, i, j, n, H, W, phase, wanted, P: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """acc + P_g, if it is `wanted`."""
     if g < P.in_groups:
@@ -33,12 +33,12 @@ def group_product(
         high = tl.load(in_offsets + g + 1).to(tl.int32)
         start = low // 8 * 8
         chunks = tl.where((high > low) & wanted, tl.cdiv(high - start, P.block_k), 0)
-        acc = accumulate(acc, x, passed, w, i, j, n, H, W, phase, 0, start, chunks, low, high, P, T, True)
+        acc = accumulate(acc, x, w, i, j, n, H, W, phase, 0, start, chunks, low, high, P, T, True)
     return acc
 
 
 @triton.jit
-def all_products(x, passed, w, i, j, n, H, W, phase, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr):
+def all_products(x, w, i, j, n, H, W, phase, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr):
     """P_g of every group, as a tuple, where all groups share the weight: one weight tile for all groups."""
     GROUPS: tl.constexpr = P.in_groups
     WIDTH: tl.constexpr = P.channels // P.in_groups
@@ -65,8 +65,6 @@ def all_products(x, passed, w, i, j, n, H, W, phase, P: tl.constexpr, T: tl.cons
         added = ()
         for g in tl.static_range(GROUPS):
             a = tl.load(x + at + g * WIDTH, mask=mask, other=0.0)
-            if P.adjoint and T.relu:
-                a = tl.where(tl.load(passed + at + g * WIDTH, mask=mask, other=1.0) <= 0, 0.0, a)
             added = added + (  # noqa: RUF005
                 tl.dot(a, b, products[g], input_precision=T.precision, out_dtype=ACC),
             )
@@ -76,7 +74,7 @@ def all_products(x, passed, w, i, j, n, H, W, phase, P: tl.constexpr, T: tl.cons
 
 @triton.jit
 def convolve_all_kernel(
-    x, passed, w, bias, y, in_offsets, H, W, OH, OW, IH, IW, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
+    x, w, bias, y, in_offsets, H, W, OH, OW, IH, IW, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
 ):
     """A relaxed draw: one tile of pixels x one tile of kernels (adjoint: of input channels), for every group."""
     BLOCK_N: tl.constexpr = P.block_n
@@ -90,13 +88,12 @@ def convolve_all_kernel(
     image_out = tl.cast(OH, tl.int64) * OW * ALL
     image_in, image_out, i, j = pixels(tl.program_id(0) // TILES_N, IH, IW, image_in, image_out, T)
     x += image_in
-    passed += image_in
     valid = n < P.out_channels
     start = tl.zeros((PIXELS, BLOCK_N), ACC)
     if T.bias:
         start += tl.load(bias + n, mask=valid, other=0.0)[None, :]
     if P.own_rows:
-        products = all_products(x, passed, w, i, j, n, H, W, phase, P, T, ACC)
+        products = all_products(x, w, i, j, n, H, W, phase, P, T, ACC)
         shared = start + products[0]
         for g in tl.static_range(1, GROUPS):
             if P.routing == "arrow" and P.adjoint:
@@ -111,17 +108,17 @@ def convolve_all_kernel(
     elif P.routing == "arrow" and P.adjoint:
         shared = start
         for g in tl.static_range(1, GROUPS):
-            out = group_product(g, start, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T)
+            out = group_product(g, start, x, w, in_offsets, i, j, n, H, W, phase, True, P, T)
             shared += out
             store_tile(out, y, y, image_out, i, j, g * P.out_channels + n, valid, OH, OW, phase, ALL, P, T)
-        shared = group_product(0, shared, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T)
+        shared = group_product(0, shared, x, w, in_offsets, i, j, n, H, W, phase, True, P, T)
         store_tile(shared, y, y, image_out, i, j, n, valid, OH, OW, phase, ALL, P, T)
     else:
-        shared = group_product(0, start, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T)
+        shared = group_product(0, start, x, w, in_offsets, i, j, n, H, W, phase, True, P, T)
         store_tile(shared, y, y, image_out, i, j, n, valid, OH, OW, phase, ALL, P, T)
         for g in tl.static_range(1, GROUPS):
             begin = shared if P.routing == "arrow" else start
-            out = group_product(g, begin, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T)
+            out = group_product(g, begin, x, w, in_offsets, i, j, n, H, W, phase, True, P, T)
             store_tile(out, y, y, image_out, i, j, g * P.out_channels + n, valid, OH, OW, phase, ALL, P, T)
 
 
@@ -145,7 +142,7 @@ def convolve_kept_kernel(
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     if T.bias:
         acc += tl.load(bias + n, mask=valid, other=0.0)[None, :]
-    acc = group_product(0, acc, x, x, w, in_offsets, i, j, n, H, W, 0, True, P, T)
+    acc = group_product(0, acc, x, w, in_offsets, i, j, n, H, W, 0, True, P, T)
     h = i * P.out_step_h
     v = j * P.out_step_w
     at = image_out + ((h * OW + v) * P.out_channels)[:, None] + n[None, :]
@@ -161,7 +158,7 @@ def convolve_kept_kernel(
         high = tl.where(here, tl.maximum(high, own_end), high)
     start = low // 8 * 8
     chunks = tl.cdiv(tl.maximum(high - start, 0), P.block_k)
-    acc = accumulate(acc, x, x, w, i, j, n, H, W, 0, 0, start, chunks, low, high, P, T, True)
+    acc = accumulate(acc, x, w, i, j, n, H, W, 0, 0, start, chunks, low, high, P, T, True)
     store_tile(acc, y, y, image_out, i, j, n, valid, OH, OW, 0, P.out_channels, P, T)
 
 
@@ -180,7 +177,7 @@ def is_all(g: tl.constexpr, n0, offsets, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def convolve_others_kernel(
-    x, passed, w, residual, residual_others, y, others, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
+    x, w, residual, residual_others, y, others, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The adjoint to a one-hot draw and its others, each with its residual."""
@@ -196,7 +193,6 @@ def convolve_others_kernel(
     image = tl.cast(OH, tl.int64) * OW
     image_in, image, i, j = pixels(tl.program_id(0) // TILES_N, IH, IW, image_in, image, T)
     x += image_in
-    passed += image_in
     valid = n < P.out_channels
     place = place_of(n, out_offsets, GROUPS)[None, :]
     zero = tl.zeros((PIXELS, BLOCK_N), ACC)
@@ -206,7 +202,7 @@ def convolve_others_kernel(
     for step in tl.static_range(GROUPS):  # the last one is shared
         begin = total if P.routing == "arrow" and step == GROUPS - 1 else zero
         now = group_product(
-            (step + 1) % GROUPS, begin, x, passed, w, in_offsets, i, j, n, H, W, phase, True, P, T
+            (step + 1) % GROUPS, begin, x, w, in_offsets, i, j, n, H, W, phase, True, P, T
         )  # fmt: skip
         total += now
         own = tl.where(place == step, now, own)
@@ -256,7 +252,7 @@ def gate_gradient_kernel(
         if P.routing != "all" and not (KEPT and step == GROUPS - 1):
             wanted = is_all((step + 1) % GROUPS, n0, out_offsets, BLOCK_N) == 0
             now = group_product(
-                (step + 1) % GROUPS, begin, x, x, w, in_offsets, i, j, n, H, W, 0, wanted, P, T
+                (step + 1) % GROUPS, begin, x, w, in_offsets, i, j, n, H, W, 0, wanted, P, T
             )  # fmt: skip
         if step > 0:
             u = tl.where(place > step - 1, before, now)

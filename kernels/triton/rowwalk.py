@@ -4,7 +4,7 @@ A program walks down the rows of a strip of the image. The nine weight tiles sta
 is read three times (shifted) instead of nine, and adds to the three output rows that it touches. With dilation d the
 program walks over every d-th row, so that these three are always the last three of the walk.
 
-Nothing is skipped: up to 64 channels that costs less than reading the input once for each group would.
+Nothing is skipped: up to 32 channels (measured on an H200) that costs less than reading the input nine times.
 """
 
 import triton
@@ -19,20 +19,15 @@ def weight_tile(w, t, s, c, n, P: tl.constexpr):
 
 
 @triton.jit
-def input_tile(x, passed, h, v, c, H, W, P: tl.constexpr, T: tl.constexpr):
+def input_tile(x, h, v, c, H, W, P: tl.constexpr):
     """Pixels (h, v), h one row and v [strip], all channels."""
     mask = ((h >= 0) & (h < H) & (v >= 0) & (v < W))[:, None] & (c < P.channels)[None, :]
     at = ((h * W + v) * P.channels)[:, None] + c[None, :]
-    a = tl.load(x + at, mask=mask, other=0.0)
-    if P.adjoint and T.relu:
-        a = tl.where(tl.load(passed + at, mask=mask, other=1.0) <= 0, 0.0, a)
-    return a
+    return tl.load(x + at, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["steps"])
-def rowwalk_kernel(
-    x, passed, w, bias, residual, y, H, W, OH, OW, steps, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr
-):
+def rowwalk_kernel(x, w, bias, residual, y, H, W, OH, OW, steps, P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr):
     """One strip, `steps` output rows, one tile of output channels."""
     BLOCK_N: tl.constexpr = P.block_n
     STRIP: tl.constexpr = T.pixels_w
@@ -50,7 +45,6 @@ def rowwalk_kernel(
     residue = program % P.dilation_h
     image = (program // P.dilation_h).to(tl.int64)
     x += image * H * W * P.channels
-    passed += image * H * W * P.channels
     image_out = image * OH * OW * P.out_channels
     if T.wide:
         j = j.to(tl.int64)
@@ -76,9 +70,9 @@ def rowwalk_kernel(
     middle = start
     for m in range(m0, m0 + steps + 2):
         h = first_h + m * P.dilation_h
-        a0 = input_tile(x, passed, h, first_w, c, H, W, P, T)
-        a1 = input_tile(x, passed, h, first_w + P.dilation_w, c, H, W, P, T)
-        a2 = input_tile(x, passed, h, first_w + 2 * P.dilation_w, c, H, W, P, T)
+        a0 = input_tile(x, h, first_w, c, H, W, P)
+        a1 = input_tile(x, h, first_w + P.dilation_w, c, H, W, P)
+        a2 = input_tile(x, h, first_w + 2 * P.dilation_w, c, H, W, P)
         last = tl.dot(a0, w20, last, input_precision=T.precision, out_dtype=ACC)
         last = tl.dot(a1, w21, last, input_precision=T.precision, out_dtype=ACC)
         last = tl.dot(a2, w22, last, input_precision=T.precision, out_dtype=ACC)
@@ -92,7 +86,7 @@ def rowwalk_kernel(
         at = image_out + ((row * OW + j) * P.out_channels)[:, None] + n[None, :]
         mask = ((m >= m0 + 2) & (row < OH) & (j < OW))[:, None] & valid[None, :]
         out = last
-        if T.relu and not P.adjoint:
+        if T.relu:
             out = tl.where(out <= 0, 0.0, out)
         if T.residual:
             out += tl.load(residual + at, mask=mask, other=0.0).to(ACC)

@@ -30,7 +30,7 @@ def reads_any(rows, columns, k0, c0, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_split"])
 def weight_gradient_kernel(
-    x, dy, passed, partial, partial_bias, rows, columns, H, W, OH, OW, tiles, tiles_per_split,
+    x, dy, partial, partial_bias, rows, columns, H, W, OH, OW, tiles, tiles_per_split,
     G: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows x columns, G.taps neighbouring taps, one split of the pixels -> partial[split, tap, c, k].
@@ -66,8 +66,6 @@ def weight_gradient_kernel(
         at = ((i * OW + j) * G.out_channels)[:, None] + k[None, :]
         mask = valid[:, None] & (k < G.out_channels)[None, :]
         d = tl.load(dy + in_y + at, mask=mask, other=0.0)  # [pixels, BLOCK_K]
-        if T.relu:
-            d = tl.where(tl.load(passed + in_y + at, mask=mask, other=1.0) <= 0, 0.0, d)
         if T.bias:
             bias += tl.sum(d.to(ACC), 0)
         new = ()

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 convolutions with all groups side by side, written plainly: on the GPU that is here.
+"""The Triton kernels of this GPU against float64 convolutions with all groups side by side, written plainly.
 
 On a CPU they run in Triton's interpreter, on tiny images (`device` says where).
 """
@@ -44,7 +44,9 @@ class Case(NamedTuple):
 
     rows: tuple[int, ...]  # kernels of each group, shared first
     columns: tuple[int, ...]  # input channels of each group; of an image that all read: one number
-    kind: str = "packed"  # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams
+    # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams; streams: from streams to
+    # streams, with weights of their own
+    kind: str = "packed"
     routing: str = "arrow"
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
@@ -81,6 +83,9 @@ CASES = [
     Case((21, 22, 21), (21, 22, 21), kind="others"),
     Case((43, 42, 43), (21, 22, 21), kind="others", stride=(2, 2)),
     Case((20, 22, 21), (33, 0, 7), kind="relaxed", dilation=(2, 1), padding=(2, 1)),
+    Case((16, 16, 16), (5, 5, 6), kind="streams", routing="own", dilation=(2, 2), padding=(2, 2)),
+    Case((64, 64, 64), (21, 22, 21), kind="streams", routing="own"),
+    Case((32, 32, 32), (11, 10, 11), kind="streams", kernel=(1, 1), padding=(0, 0)),
 ]
 NORMS = (16, 100)  # channels
 
@@ -111,7 +116,7 @@ def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Call
 
 def within(precision: str, check: Callable[[], dict[str, float]]) -> dict[str, float]:
     """The check's errors. AssertionError if one is above the bound, or none at all (NaN)."""
-    with _uninitialised_memory_poisoned(), _tf32(PRECISIONS[precision].tf32):
+    with _uninitialised_memory_poisoned(), products(precision):
         errors = check()
     bound = PRECISIONS[precision].bound
     wrong = {name: error for name, error in errors.items() if not error <= bound}
@@ -129,13 +134,15 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     geometry, learns = Geometry(case.stride, case.padding, case.dilation), case.kind == "others"
     if case.routing == "all":
         columns = FilterGroups.blocks([c], ("image",), device)
-    elif case.kind == "relaxed":
+    elif case.kind in ("relaxed", "streams"):
         columns = FilterGroups.streams(c, groups - 1, device)
     else:
         columns = FilterGroups.from_assignment(into[torch.randperm(c)].to(device), groups - 1, all_gates=learns)
     rows = FilterGroups.from_assignment(out, groups - 1, all_gates=learns)
     if case.kind == "relaxed":
         rows = FilterGroups.relaxed(F.one_hot(out, groups).float(), groups - 1)
+    elif case.kind == "streams":
+        rows = FilterGroups.blocks(case.rows, columns.names, device)
     spec = RoutedConv(rows, columns, Routing(case.routing), geometry)
 
     def random(*shape: int) -> Tensor:
@@ -171,7 +178,10 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     if case.routing == "arrow":
         dense = [dense[0], *(task + dense[0] for task in dense[1:])]
     everything = torch.cat([F.conv2d(read, exact_weight, exact_bias, *geometry) for read in dense], 1)
-    own = everything[:, rows.rows_in_streams]
+    if case.kind == "streams":
+        own = torch.cat([u.chunk(groups, 1)[g] for g, u in enumerate(everything.chunk(groups, 1))], 1)
+    else:
+        own = everything[:, rows.rows_in_streams]
     torch.manual_seed(1)
     exact_dy = random(*y.shape).double()
     # Both through the same ReLU: rounding flips signs near zero.
@@ -276,10 +286,12 @@ def _uninitialised_memory_poisoned() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+def products(precision: str) -> Iterator[None]:
+    """float32 products are made as this precision says (a key of PRECISIONS)."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "tf32" if PRECISIONS[precision].tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        cudnn.conv.fp32_precision = before

@@ -51,7 +51,8 @@ def run(
     At `until` (time.monotonic) those that still run are killed, and the others left out. `begin` is told each job's
     name before it starts; `log` gets what the processes print.
     """
-    waiting, idle = list(jobs), []
+    waiting: list[str] = list(jobs)
+    idle: list[_Worker] = []
     busy: dict[Connection, tuple[_Worker, str, float]] = {}
     try:
         while waiting or busy:
@@ -112,6 +113,7 @@ def _work(connection: Connection, jobs: Mapping[str, Job], others: list[Connecti
             name = connection.recv()
         except EOFError:
             return
+        answer: tuple[Any, str | None]
         try:
             answer = jobs[name].call(), None
         except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads
 
 Call = Callable[[], object]
-WORKS = ("straight_through", "selected", "inference")
 
 
 def layers_at_work(
@@ -23,7 +23,7 @@ def layers_at_work(
     """A training step with the estimator `work`, or inference, of three SFG layers of `width` kernels with norm and
     ReLU, and heads of two tasks, on the backend `name`; half precision by autocast."""
     torch.manual_seed(0)
-    options = {"padding": 1, "norm": "batch", "activation": "relu", "bias": False}
+    options: dict[str, Any] = {"padding": 1, "norm": "batch", "activation": "relu", "bias": False}
     estimator = "straight_through" if work == "inference" else work
     layers = [SFGConv2d(c, width, 3, estimator=estimator, **options) for c in (1, width, width)]
     model = nn.Sequential(*layers, Heads(width, {"task1": 1, "task2": 1}))
@@ -57,6 +57,12 @@ def elapsed(call: Call, device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def captured(call: Call, device: torch.device) -> Call:

@@ -7,6 +7,7 @@ in a graph, torch does one after the other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -73,8 +74,8 @@ class GroupTensors:
             return self[group]
         live = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
         place = {kernel: row for row, kernel in enumerate(kernels)}
-        rows = [place.get(kernel, len(kernels)) for kernel in range(self.width)]
-        return live.index_select(1, torch.tensor(rows, device=live.device))
+        rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
+        return live.index_select(1, _indices(rows, live.device))
 
     def merged(self, task: int | str) -> Tensor:
         group = self.names.index(task) if isinstance(task, str) else task
@@ -161,13 +162,24 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     return conv.requires_grad_(False)
 
 
+def _indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """As a tensor. Kept, because a copy to a GPU would wait for it, and can't be captured in a CUDA graph."""
+    return torch.tensor(rows, device=device) if torch.compiler.is_compiling() else _kept_indices(rows, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
+
+
 def _by_kernels(conv: nn.Module, x: Tensor) -> bool:
     """Shall `native` convolve? In a graph (export, compile) and on GPUs torch does, but on the CPU it is slow for few
     and odd numbers of channels."""
     assert isinstance(conv, nn.Conv2d)
     plain = torch.compiler.is_compiling() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
     plain = plain or x.device.type != "cpu" or x.dtype != conv.weight.dtype or backends.current() == "reference"
-    return not (plain or x.requires_grad or backends.kernels(x)[0] is backends.load("masked"))
+    return not (plain or x.requires_grad or backends.kernels(x, conv.weight.shape[0])[0] is backends.load("masked"))
 
 
 def _run(conv: Any, x: Tensor, relu: bool = False) -> Tensor:

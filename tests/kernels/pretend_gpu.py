@@ -82,8 +82,8 @@ def main() -> None:
                     packed = kernels.pack(weight, bias, spec, torch.float16)
                     live_x = x if columns is groups else torch.cat([x] * 3, 1)
                     y, a = kernels.forward(live_x, packed, spec, relu=True, keep=keep)
-                    kernels.input_gradient(y, packed, spec, (16, 16), relu=y)
-                    kernels.weight_gradient(live_x, y, packed, spec, relu=y)
+                    kernels.input_gradient(y, packed, spec, (16, 16))
+                    kernels.weight_gradient(live_x, y, packed, spec)
                     if keep:
                         packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
                         df = y.new_empty(2, 128, *y.shape[2:])

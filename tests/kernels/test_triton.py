@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
 
+from sfg_fast import passes
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 from tests.oracle import check_statistics
@@ -22,6 +23,7 @@ if not available("triton"):
 
 from sfg_fast.kernels import masked
 from sfg_fast.kernels import triton as kernels
+from sfg_fast.kernels.packing import unpack_dim
 from sfg_fast.kernels.triton import config
 
 FORCED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # the fixtures are to hold for all examples
@@ -44,7 +46,7 @@ def path(request, monkeypatch):
     """Both ways to convolve, whatever the dtype and the number of channels."""
     if request.param == "rowwalk":
         monkeypatch.setattr(config, "FEW_CHANNELS", 0)
-        monkeypatch.setattr(config, "walks", lambda p, bits, device, walks=config.walks: walks(p, 16, device))
+        monkeypatch.setattr(config, "walks", lambda p, bits, walks=config.walks: walks(p, 16))
     else:
         monkeypatch.setattr(config, "walks", lambda *_: False)
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90, 227 << 10))  # several walks and splits
@@ -134,39 +136,38 @@ def check(p):
     passed = kernels.forward(px, given, spec, True)[0]
     dy = random(*exact.shape)
     inverse = sides[0].inverse
-    exact.backward(dy * (passed > 0)[:, inverse] if p["relu"] else dy)
+    dy = dy * (passed > 0)[:, inverse] if p["relu"] else dy
+    exact.backward(dy)
     dy = packed(dy, sides[0])
-    relu = passed if p["relu"] else None
-    dx = kernels.input_gradient(dy, given, spec, p["image"], relu)[0]
+    dx = kernels.input_gradient(dy, given, spec, p["image"])[0]
     close(dx, leaves[0].grad[:, sides[1].order], eps, max(int(mask.sum(0).max()) * taps, 1), "input gradient")
-    dw, db = kernels.weight_gradient(px, dy, given, spec, relu)
+    dw, db = kernels.weight_gradient(px, dy, given, spec)
     positions = exact.numel() // max(k, 1)
     assert dw.dtype == db.dtype == torch.float32
     assert not dw[~mask].any(), "zero where not read"
     eps = torch.finfo(torch.float32).eps  # never rounded to half precision
     close(dw, leaves[1].grad * mask[:, :, None, None], eps, positions, "weight gradient")
     close(db, leaves[2].grad, eps, positions, "bias gradient")
-    for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec, relu), strict=True):
+    for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"], relu)[0])
+    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"])[0])
     assert torch.equal(passed, kernels.forward(px, given, spec, True)[0])
-    check_others(p, spec, x, weight, bias, dy.double(), None if relu is None else relu.double(), random)
+    check_others(p, spec, x, weight, bias, dy.double(), random)
 
 
-def check_others(p, spec, x, weight, bias, dy, relu, random):
+def check_others(p, spec, x, weight, bias, dy, random):
     """What the gates of the groups that a kernel was not drawn into get. x and weight in the layer's own order."""
     rows, columns = (dataclasses.replace(side, all_gates=True) for side in (spec.rows, spec.columns))
     spec = spec._replace(rows=rows, columns=columns)
     arrow, into, dtype, eps = p["routing"] == "arrow", columns.assignment, p["dtype"], torch.finfo(p["dtype"]).eps
     everywhere, gets = [], []  # u of every kernel in every group, and what every channel gets from every group's rows
-    masked_dy = dy if relu is None else dy * (relu > 0)
     for group in range(len(rows.names)):
         read = (into == group) | ((into == 0) & arrow)
         everywhere.append(F.conv2d(x * read[:, None, None], weight, bias, *spec.geometry)[:, rows.order])
         by = (rows.assignment == group) | torch.tensor(arrow and group == 0)
         zeros = torch.zeros_like(x).requires_grad_()
         y = F.conv2d(zeros, weight * by[:, None, None, None], None, *spec.geometry)[:, rows.order]
-        gets.append(torch.autograd.grad(y, zeros, masked_dy)[0][:, columns.order])
+        gets.append(torch.autograd.grad(y, zeros, dy)[0][:, columns.order])
 
     def others(tensors, groups):
         """[N, T, channels, H, W]"""
@@ -182,12 +183,11 @@ def check_others(p, spec, x, weight, bias, dy, relu, random):
     if arrow:
         close(a, everywhere[0], eps, terms, "kept")
     back = max(sum(p["rows"]) * p["kernel"][0] * p["kernel"][1], 1)
-    passed = None if relu is None else relu.to(dtype)
-    dx, dothers = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], passed)
+    dx, dothers = kernels.input_gradient(dy.to(dtype), given, spec, p["image"])
     close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
     close(dothers, others(gets, columns).flatten(1, 2), eps, back, "gradient of the others")
     past = random(*dx.shape).to(dtype), random(*dothers.shape).to(dtype)  # by a shortcut
-    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], passed, past)
+    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], past)
     for found, alone, more in zip(both, (dx, dothers), past, strict=True):
         close(found, alone.double() + more.double(), eps, back, "gradient and what came by a shortcut")
 
@@ -255,7 +255,7 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
             forced.setattr(config, "plan_gradient", lambda *a, plan=plan_gradient, wide=wide: plan(*a[:-1], wide))
             packed = kernels.pack(weight, None, spec, x.dtype)
             y = kernels.forward(x, packed, spec)[0]
-            dx = kernels.input_gradient(y, packed, spec, (6, 5), y)[0]
+            dx = kernels.input_gradient(y, packed, spec, (6, 5))[0]
             results.append([y, dx, *kernels.weight_gradient(x, y, packed, spec)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -290,10 +290,10 @@ def test_nan_goes_where_torch_lets_it_go():
     assert y[0, :, 2:5, 2:5].isnan().all()
     assert not y[1].isnan().any()
     dy = torch.ones_like(y)
-    assert (
-        kernels.weight_gradient(x, dy, packed, spec, relu=y)[1].isfinite().all()
-    )  # NaN has passed the ReLU: dy counts
-    assert kernels.input_gradient(dy, packed, spec, (6, 5), relu=y)[0].isfinite().all()
+    kept = passes.prepare(weight, None, kernels, spec, x.dtype)
+    dx, _, _, db = passes.backward(dy, x, y, kept, kernels, spec, [True, True, True])
+    assert dx.isfinite().all()  # NaN has passed the ReLU: dy counts
+    assert torch.equal(db, unpack_dim((dy * ~(y <= 0)).sum((0, 2, 3)), 0, spec.rows))
 
 
 def test_weights_that_are_not_read_may_hold_anything(poisoned):

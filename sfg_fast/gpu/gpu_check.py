@@ -1,0 +1,176 @@
+"""Are the Triton kernels right on this GPU, and are they faster than `masked`? `sfg-fast gpu-check`, about a minute.
+
+The check runs in a process of its own (`python -m sfg_fast.gpu.gpu_check DEVICE`), which forks one for every job: a GPU
+without memory, a kernel that crashes or hangs, and whatever it leaves behind, touch nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .. import kernel_choice
+from ..kernel_choice import PRECISIONS, WIDTHS, WORKS, Choice, entry
+from . import checks, timing
+from .isolated import Job, run
+
+MINUTES = 10.0  # after which it has failed
+BATCH, SIDE, ROUNDS = 8, 128, 9
+COMMAND = [sys.executable, "-m", "sfg_fast.gpu.gpu_check"]
+
+
+def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choice:
+    """Check the Triton kernels on this GPU, time them against `masked`, and keep the result for the user's later
+    processes; from now on `auto` goes by it. With a result that is there already nothing is done, unless `again`.
+
+    Whatever goes wrong (out of memory, a crash, a folder that can't be written, another process that checks at the same
+    time) is told in one line on stderr, and leaves CUDA tensors with `masked`.
+
+    Returns what was chosen. RuntimeError if there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("gpu_check: there is no CUDA device, expected one")
+    device = torch.device(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        choice = _checked(torch.device("cuda", index), again)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"gpu-check: {text}; CUDA tensors take `masked`", file=sys.stderr)
+        choice = Choice(why=f"gpu-check failed: {text}")
+    kernel_choice.choose(torch.device("cuda", index), choice)
+    return choice
+
+
+def _checked(device: torch.device, again: bool) -> Choice:
+    of = kernel_choice.describe(device)
+    file = kernel_choice.file_of(of)
+    result = None if again else kernel_choice.read(file, of)
+    if result is None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file.with_suffix(".lock")):
+            result = {"of": of, **_in_a_process(device)}
+            temporary = file.with_suffix(f".{os.getpid()}.part")
+            try:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return kernel_choice.decide(result)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"{lock}: another process is checking this GPU") from None
+        yield
+
+
+def _in_a_process(device: torch.device) -> dict[str, Any]:
+    """What `measure` returns, from a process apart, with a progress bar."""
+    from tqdm import tqdm
+
+    process = subprocess.Popen([*COMMAND, str(device)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    result = None
+    try:
+        with tqdm(desc="gpu-check", unit="job", disable=None) as bar:
+            for line in process.stdout:
+                said = json.loads(line)
+                if "total" in said:
+                    bar.total = said["total"]
+                result = said.get("result")
+                bar.update("done" in said)
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if result is None:
+        raise RuntimeError(f"the check of {device} ended with exit code {code} and without a result")
+    return result
+
+
+# --- in the process apart ---------------------------------------------------------------------------------------------
+
+
+def measure(
+    device: torch.device,
+    say: Callable[[dict[str, Any]], None],
+    precisions: Sequence[str] = PRECISIONS,
+    widths: Sequence[int] = WIDTHS,
+) -> dict[str, Any]:
+    """Every check, and the time of Triton over that of `masked` for every entry: {"wrong": {name: why}, "ratios": {..}}.
+
+    The checks run side by side; they and one run of all that is timed afterwards fill Triton's cache on the disk.
+    """
+    until = time.monotonic() + 60 * MINUTES
+    found = {
+        name: Job(check, 60)
+        for name, check in checks.checks(device, tuple(widths)).items()
+        if name.split()[0] in precisions or name.startswith("draw")
+    }
+    kinds = [(precision, width, work) for precision in precisions for width in widths for work in WORKS]
+    ahead = {f"compile {entry(*kind)}": Job(partial(once, device, *kind), 120) for kind in kinds}
+    timed = {entry(*kind): Job(partial(ratio, device, *kind), 60) for kind in kinds}
+    say({"total": len(found) + len(ahead) + len(timed)})
+    wrong, ratios = {}, {}
+    processes = min(12, len(os.sched_getaffinity(0)))
+    for jobs, count in ((ahead | found, processes), (timed, 1)):
+        for outcome in run(jobs, count, until):
+            say({"done": outcome.name})
+            if outcome.error is not None and outcome.name in found:
+                wrong[outcome.name] = outcome.error
+            elif outcome.error is not None and "OutOfMemory" in outcome.error:
+                raise RuntimeError(f"{outcome.name}: {outcome.error}")
+            elif outcome.error is None and outcome.name in timed:
+                ratios[outcome.name] = outcome.value
+    if any("OutOfMemory" in why for why in wrong.values()):
+        raise RuntimeError(next(f"{name}: {why}" for name, why in wrong.items() if "OutOfMemory" in why))
+    return {"wrong": wrong, "ratios": ratios}
+
+
+def once(device: torch.device, precision: str, width: int, work: str) -> None:
+    """Run what will be timed."""
+    with checks.products(precision):
+        timing.layers_at_work(work, width, "triton", device, checks.PRECISIONS[precision].dtype, 1, SIDE)()
+        timing.synchronize(device)
+
+
+def ratio(device: torch.device, precision: str, width: int, work: str) -> float:
+    """The time of three layers on `triton` over that on `masked`: medians of interleaved replays of CUDA graphs."""
+    dtype = checks.PRECISIONS[precision].dtype
+    with checks.products(precision):
+        calls = {
+            name: timing.captured(timing.layers_at_work(work, width, name, device, dtype, BATCH, SIDE), device)
+            for name in ("triton", "masked")
+        }
+        times = timing.interleaved(calls, ROUNDS, device=device)
+    return sorted(a / b for a, b in zip(times["triton"], times["masked"], strict=True))[ROUNDS // 2]
+
+
+def main(arguments: Sequence[str], output: TextIO) -> int:
+    """What `_in_a_process` starts. Says how far it is and what it found, a line of JSON each."""
+
+    def say(line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=output, flush=True)
+
+    say({"result": measure(torch.device(arguments[0]), say)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], sys.stdout))

@@ -1,0 +1,178 @@
+"""Which kernels `auto` gives to CUDA tensors: what a check of this very GPU has found (gpu/gpu_check.py).
+
+A result lies in the user's cache folder, in a file of its own for each GPU, driver, versions and kernels. What it says
+comes down to a `Choice`: where the Triton kernels are right and at least 5 % faster than `masked`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+WIDTHS = (16, 32, 64, 128)  # kernels of the layers that are timed
+WORKS = ("straight_through", "selected", "inference")
+FASTER = 0.95  # of the time of `masked`: less difference than that is noise, and `masked` is simpler
+FOLDER = "SFG_FAST_CACHE"  # environment variable: another folder than the user's cache
+
+
+class Choice(NamedTuple):
+    """For what layers the Triton kernels are taken, and why (one sentence)."""
+
+    taken: frozenset[str] = frozenset()  # "bfloat16/64/selected", see `entry`
+    why: str = ""
+
+    def takes(self, precision: str, width: int, work: str) -> bool:
+        return entry(precision, width, work) in self.taken
+
+
+def entry(precision: str, width: int, work: str) -> str:
+    """The name of what was timed for layers of about so many kernels: of the next larger width, or the largest."""
+    return f"{precision}/{next((w for w in WIDTHS if w >= width), WIDTHS[-1])}/{work}"
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of this dtype are made now: a name of PRECISIONS, or torch's for dtypes that have no kernels."""
+    cudnn: Any = torch.backends.cudnn
+    if dtype == torch.float32:
+        return "tf32" if cudnn.conv.fp32_precision == "tf32" else "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def decide(result: dict[str, Any]) -> Choice:
+    """From a result: {"wrong": {check: what was wrong}, "ratios": {entry: time of Triton / time of `masked`}}. One wrong
+    result rules out its precision; one that belongs to none, everything."""
+    wrong = {name.split()[0] for name in result["wrong"]}
+    ruled_out = set(PRECISIONS) if wrong - set(PRECISIONS) else wrong
+    ratios = {name: ratio for name, ratio in result["ratios"].items() if name.split("/")[0] not in ruled_out}
+    taken = frozenset(name for name, ratio in ratios.items() if ratio <= FASTER)
+    why = f"gpu-check found triton right and faster than masked for {len(taken)} of {len(result['ratios'])} kinds of layers"
+    if result["wrong"]:
+        why += f", and {len(result['wrong'])} wrong results, first: {next(iter(result['wrong'].items()))}"
+    return Choice(taken, why)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a result belongs to: another GPU, driver, version or kernel needs a check of its own."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    kernels = Path(__file__).parents[1] / "kernels"
+    kernels = kernels if kernels.is_dir() else Path(__file__).parent / "kernels"
+    content = hashlib.sha256()
+    for path in sorted([*kernels.glob("triton/*.py"), kernels / "masked.py"]):
+        content.update(path.read_bytes())
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "kernels": content.hexdigest()[:16],
+    }
+
+
+@functools.cache
+def driver() -> str:
+    """The version of NVIDIA's driver, or "unknown"."""
+    try:
+        found = re.search(r"Module\D+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        if found:
+            return found[1]
+    except OSError:
+        pass
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+            return lines[0] if lines else "unknown"
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    return "unknown"
+
+
+def folder() -> Path:
+    """Where results lie: the user's cache folder, or what SFG_FAST_CACHE names."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER])
+    from platformdirs import user_cache_path
+
+    return user_cache_path("sfg_fast")
+
+
+def file_of(description: dict[str, Any]) -> Path:
+    """Where the result of a check of this device lies, or would lie."""
+    name = re.sub(r"\W+", "_", description["device"]).strip("_")
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    return folder() / "gpu_check" / f"{name}_{digest}.json"
+
+
+def read(path: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """A result, or None if there is none of this device that can be read."""
+    try:
+        result = json.loads(path.read_text())
+        valid = result["of"] == description and set(result) == {"of", "wrong", "ratios"}
+        return result if valid and all(ratio > 0 for ratio in result["ratios"].values()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+_chosen: dict[int, Choice] = {}
+
+
+def choose(device: torch.device, choice: Choice) -> None:
+    """From now on this holds on the device, in this process."""
+    _chosen[_index(device)] = choice
+
+
+def chosen(device: torch.device) -> Choice:
+    """What holds on the device: what was chosen, or the result in the cache folder; otherwise `masked` for all, with a
+    warning that names the command, once."""
+    index = _index(device)
+    if index not in _chosen:
+        _chosen[index] = _from_cache(torch.device(device.type, index))
+    return _chosen[index]
+
+
+def forget() -> None:
+    """Look into the cache folder again."""
+    _chosen.clear()
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _from_cache(device: torch.device) -> Choice:
+    try:
+        description = describe(device)
+        result = read(file_of(description), description)
+    except Exception as error:  # no Triton, no home folder, a device that can't be asked: `masked` needs none of them
+        return Choice(why=f"{type(error).__name__}: {error}")
+    if result is not None:
+        return decide(result)
+    why = f"the Triton kernels are not checked on this {description['device']} yet: `sfg-fast gpu-check` (about a minute)"
+    warnings.warn(f"{why}; until then CUDA tensors take `masked`, which is right but slower", stacklevel=2)
+    return Choice(why=why)
+
+
+def as_lists(choice: Choice) -> list[Any]:
+    """For a checkpoint."""
+    return [sorted(choice.taken), choice.why]
+
+
+def from_lists(lists: Iterable[Any]) -> Choice:
+    taken, why = lists
+    return Choice(frozenset(taken), why)
