@@ -68,10 +68,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     import triton
 
     properties = torch.cuda.get_device_properties(device)
-    kernels = Path(__file__).parents[1] / "kernels"
-    kernels = kernels if kernels.is_dir() else Path(__file__).parent / "kernels"
-    content = hashlib.sha256()
-    for path in sorted([*kernels.glob("triton/*.py"), kernels / "masked.py"]):
+    from . import kernels
+
+    folder_of_kernels, content = Path(next(iter(kernels.__path__))), hashlib.sha256()
+    for path in sorted([*folder_of_kernels.glob("triton/*.py"), folder_of_kernels / "masked.py"]):
         content.update(path.read_bytes())
     return {
         "device": properties.name,
