@@ -1,23 +1,32 @@
 """Whole networks: a training step, inference and memory, against everything one could use instead.
 
+    python -m pytest benchmarks/bench_networks.py    on the CPU or a GPU: rows of the table that conftest.py prints
     python -m benchmarks.bench_networks [FILE.md] [--networks routed separate vgg] [--sizes 96 160] [--rounds 9]
 
-Batches of 4; networks and contestants: networks.py. Ratios are medians (quartiles) of interleaved rounds. Each is taken in
-its faster memory format. Memory: the most that a process of its own has resident in a training step, less what it has
-before.
+Cases and contestants: networks.py. Ratios are medians (quartiles) of interleaved rounds. Each is taken in its faster
+memory format. Memory: the most that a process of its own has resident in a training step (or inference), less what it
+has before; on a GPU what a step allocates there at the most.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.networks import EVERY, Case, contestant, faster, inferences, names
-from benchmarks.timing import machine, ratio, resident
+import pytest
+
+from benchmarks.layers import fastest
+from benchmarks.networks import CASES, EVERY, LAST, Case, Step, cases, contestant, faster, inferences, names
+from benchmarks.timing import allocated, finished, forget_most_resident, machine, ratio, ratios, resident, timed
 from sfg_fast.gpu.timing import interleaved
+
+OURS = {"training": "straight_through", "inference": "network"}
 
 
 def training(case: Case, rounds: int) -> list[str]:
@@ -41,15 +50,21 @@ def inference(case: Case, rounds: int) -> list[str]:
     return [str(case), *cells]
 
 
-def peak(case: Case, name: str) -> float:
+def peak(case: Case, name: str, phase: str = "training") -> float:
     """MiB, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", case.kind, str(case.size), name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", phase, case.kind, str(case.size), name]
+    root = Path(__file__).parents[1]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
 
 
-def peak_here(case: Case, name: str) -> float:
-    contestant(case._replace(size=32), name)()  # what is loaded at first use
-    run = contestant(case, name)
+def peak_here(case: Case, name: str, phase: str) -> float:
+    def make(case: Case) -> Step:
+        fast = fastest(case.device)
+        return contestant(case, name, fast) if phase == "training" else inferences(case, fast)[name]
+
+    make(case._replace(size=32))()  # what is loaded at first use
+    run = make(case)
+    forget_most_resident()
     before = resident("VmRSS")
     for _ in range(2):
         run()
@@ -62,6 +77,65 @@ def memory(case: Case) -> list[str]:
     cells += [f"{found[name] / found['dense']:.2f}" for name in ("straight_through", "selected", "masked", "one plain")]
     return [str(case), *cells]
 
+
+# ---------------------------------------------------------------------------------------------------------- with pytest
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    some = [
+        pytest.param(case, phase, id=f"{case.kind}-{case.size}-{phase}")
+        for case in cases(metafunc.config.getoption("device"), metafunc.config.getoption("full"))
+        for phase in OURS
+    ]
+    metafunc.parametrize(("case", "phase"), some)
+
+
+def test_network(benchmark: Any, record: Any, device: str, full: bool, case: Case, phase: str) -> None:
+    """Everything in turns, in device time; pytest-benchmark times ours alone, as Python calls it."""
+    benchmark.group = f"networks, {phase}"
+    ours, fast = OURS[phase], fastest(device)
+    if phase == "training":
+        run = {name: contestant(case, name, fast) for name in names(case.kind, device, full)}
+    else:
+        run = inferences(case, fast)
+    times, left_out = timed(run, device, 9 if full else 5)
+    assert ours in times, left_out[ours]
+    benchmark.pedantic(finished(run[ours], device), rounds=3, warmup_rounds=1)
+    times = faster(times)
+    if "dense compiled" in times:
+        times["eager dense"] = times["dense"]
+    pairs = {
+        "dense masking / ours": ("dense faster", ours),
+        "eager dense masking / ours": ("eager dense", ours),
+        "ours / one plain": (ours, "one plain faster"),
+        "masked / ours": ("masked", ours),
+        "dense masking / selected": ("dense faster", "selected"),
+        f"dense masking / every={EVERY}": ("dense faster", f"straight_through={EVERY}"),
+        "ours / MONAI": (ours, "MONAI"),
+        "frozen / ours": ("frozen", ours),
+    }
+    slices = case.batch / statistics.median(times[ours])
+    most = most_memory(case, phase, run)
+    record(
+        f"{case}: {phase}",
+        f"{ours} ({fast}), {slices:.1f} slices/s",
+        ratios(times, pairs),
+        f"{most[ours]:.0f} MiB, {most[ours] / most['dense']:.2f} of dense" if most["dense"] else "",
+        left_out,
+        slices_per_s=slices,
+        memory_MiB=most,
+    )
+
+
+def most_memory(case: Case, phase: str, run: Mapping[str, Step]) -> dict[str, float]:
+    """MiB of dense masking and of ours."""
+    both = ("dense", OURS[phase])
+    if case.device == "cpu":
+        return {name: peak(case, name, phase) for name in both}
+    return {name: allocated(run[name + LAST if name + LAST in run else name]) for name in both}
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
 
 TABLES = {
     "Training step": (
@@ -84,11 +158,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[96, 160])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tables", nargs="+", default=list(TABLES))
-    parser.add_argument("--peak", nargs=3, metavar=("KIND", "SIZE", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=4, metavar=("PHASE", "KIND", "SIZE", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        kind, size, name = options.peak
-        print(peak_here(Case(kind, int(size)), name))
+        phase, kind, size, name = options.peak
+        print(peak_here(Case(kind, int(size)), name, phase))
         return
     lines = [
         "# Whole networks\n",
@@ -98,9 +172,9 @@ def main() -> None:
     for title in options.tables:
         make, header = TABLES[title]
         lines += [f"\n## {title}\n", f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
-        for kind in options.networks:
-            for size in options.sizes:
-                lines.append("| " + " | ".join(make(Case(kind, size), options.rounds)) + " |")
+        for case in CASES["cpu"]:
+            if case.kind in options.networks and case.size in options.sizes:
+                lines.append("| " + " | ".join(make(case, options.rounds)) + " |")
                 print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     print(text)

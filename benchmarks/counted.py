@@ -17,9 +17,10 @@ from sfg_fast.kernels.triton import config
 from sfg_fast.kernels.triton.config import Gradient, Pass
 from triton.backends.compiler import GPUTarget
 
+from sfg_fast.gpu.checks import PRECISIONS, products
 from sfg_fast.groups import FilterGroups, Routing
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "tf32": "tf32", "ieee": "float32"}  # short for checks.PRECISIONS
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1))
 
 
@@ -78,24 +79,27 @@ def layer_configurations(
 ) -> Iterator[Configuration]:
     """`spec`: an even split, if not given."""
     batch, height, width = image
-    bits, device, size = DTYPES[dtype].itemsize * 8, architecture.device, (height, width)
+    precision = PRECISIONS[DTYPES[dtype]].dtype
+    bits, device, size = precision.itemsize * 8, architecture.device, (height, width)
 
     def one(direction: str, p: Pass, bias: bool, kernel: str = "", **constants: Any) -> Configuration:
-        launch = config.plan(p, bits, batch, size, device, bias, False, bias)  # a bias, and the ReLU behind it
+        with products(DTYPES[dtype]):
+            launch = config.plan(p, bits, batch, size, device, bias, False, bias)  # a bias, and the ReLU behind it
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
         return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
 
-    forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), DTYPES[dtype], device)
+    forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), precision, device)
     yield one("forward", forward, True)
     yield one("input gradient", adjoint, False)
-    launch = config.plan_gradient(gradient, bits, batch, size, device, True)
+    with products(DTYPES[dtype]):
+        launch = config.plan_gradient(gradient, bits, batch, size, device, True)
     constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
     yield Configuration(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
     )  # fmt: skip
     if c > 1:
         for kind in ("others", "soft"):
-            other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), DTYPES[dtype], device)
+            other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
             yield one(f"forward, {kind}", other_forward, True)
             yield one(f"input gradient, {kind}", other_adjoint, False)
             if kind == "others":
@@ -151,7 +155,7 @@ def work(one: Configuration) -> Work | None:
     """Of a configuration; None for small launches, and relaxed draws: these repeat nothing."""
     if one.launch is None or one.direction.endswith("soft"):
         return None
-    spec, itemsize = layer(one.channels, one.kernels), DTYPES[one.dtype].itemsize
+    spec, itemsize = layer(one.channels, one.kernels), PRECISIONS[DTYPES[one.dtype]].dtype.itemsize
     rows, columns = (torch.repeat_interleave(torch.arange(3), side.offsets.diff()) if len(side.names) > 1 else None
                      for side in (spec.rows, spec.columns))  # fmt: skip
     masked = one.channels * one.kernels

@@ -1,8 +1,8 @@
 """The layers of the layer suite: for each, the same work done by every contestant, on the CPU or a GPU.
 
 Everything is timed on torch tensors of the caller's making; parameters, inputs, incoming gradients and the drawn groups
-exist before. Every contestant has leaves of its own: a step is captured in a CUDA graph, which fails if another stream's
-autograd graph still holds one of them. On a GPU everything is channels_last, the layout that cuDNN and Triton are fast in.
+exist before. Every contestant has leaves of its own: a step is captured in a CUDA graph, which fails if the autograd
+graph of another stream still holds one of them. On a GPU everything is channels_last, as cuDNN and Triton want it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def _packed_by(device: str) -> tuple[list[str], torch.memory_format]:
     return names, next(iter(FORMATS[device].values()))
 
 
-def contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Work]:
-    """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name."""
+def contestants(
+    layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = True
+) -> dict[str, Work]:
+    """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name. `compiled`: torch.compile's, too."""
     torch.manual_seed(0)
     assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups)).to(device)
     groups = FilterGroups.from_assignment(assignment)
@@ -169,7 +171,7 @@ def contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.fl
         masking = copy.deepcopy(conv).to(memory_format=memory_format)  # type: ignore[call-overload]
         call = _on("reference", functools.partial(_reference, masking, dense[0] if image else dense, groups))
         work["dense masking" + suffix] = Work(call, (*dense, masking.weight, masking.bias), three)
-        if layer.name in COMPILED:
+        if compiled and layer.name in COMPILED:
             script = torch.compile(_dense_masking, dynamic=False)
             dense, own_parameters = inputs(), parameters()
             call = functools.partial(script, dense, *own_parameters, masks, layer.dilation)
@@ -267,7 +269,8 @@ def stream_contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = t
     return work
 
 
-def works(layer: Layer, device: str = "cpu") -> dict[str, Work]:
+def works(layer: Layer, device: str = "cpu", compiled: bool = True) -> dict[str, Work]:
     """The contestants of any layer, in the device's precision."""
-    make = stream_contestants if layer in STREAMS else contestants
-    return make(layer, device, DTYPES[device])
+    if layer in STREAMS:
+        return stream_contestants(layer, device, DTYPES[device])
+    return contestants(layer, device, DTYPES[device], compiled)

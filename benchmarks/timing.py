@@ -1,6 +1,8 @@
 """What an honest comparison on a noisy machine needs besides taking turns (`sfg_fast.gpu.timing.interleaved`): ratios
 round by round, where it ran, and memory."""
 
+import contextlib
+import ctypes
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -21,6 +23,13 @@ def ratio(times: Mapping[str, list[float]], of: str, to: str) -> Spread:
     return middle, low, high
 
 
+def ratios(times: Mapping[str, list[float]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Spread]:
+    """By title, of the pairs that were timed: two contestants each, not the same."""
+    return {
+        title: ratio(times, *pair) for title, pair in pairs.items() if set(pair) <= set(times) and len(set(pair)) > 1
+    }
+
+
 def cell(value: Spread | None) -> str:
     """A ratio in a table."""
     return "-" if value is None else "{:.2f} ({:.2f}-{:.2f})".format(*value)
@@ -33,19 +42,19 @@ class Timed(NamedTuple):
     left_out: dict[str, str]
 
 
-def timed(calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, warmup: int = 2, times: int = 1) -> Timed:
-    """All contestants in turns. On a GPU device time: of CUDA graphs that hold so many `times` each call, so that what it
-    takes to launch one counts for little."""
+def timed(calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, repeat: int = 1) -> Timed:
+    """All contestants in turns. On a GPU in device time: of CUDA graphs that `repeat` the call, so that what it takes
+    to launch one counts for little."""
     if device == "cpu":
-        return Timed(interleaved(calls, rounds, warmup), {})
+        return Timed(interleaved(calls, rounds), {})
     where, graphs, left_out = torch.device(device), {}, {}
     for name, call in calls.items():
         try:
-            graphs[name] = captured(_repeated(call, times), where)
+            graphs[name] = captured(_repeated(call, repeat), where)
         except RuntimeError as error:  # it waits for the device, or the memory doesn't suffice: it takes no part
             left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0]
-    found = interleaved(graphs, rounds, warmup, where)
-    return Timed({name: [seconds / times for seconds in one] for name, one in found.items()}, left_out)
+    found = interleaved(graphs, rounds, device=where)
+    return Timed({name: [seconds / repeat for seconds in one] for name, one in found.items()}, left_out)
 
 
 def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
@@ -91,8 +100,11 @@ def resident(what: str, pid: int | str = "self") -> float:
 
 
 def forget_most_resident() -> None:
-    """From now on the most that this process had resident (VmHWM) starts anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """The most that this process has resident (VmHWM) counts from now on. What lies idle in malloc's heap is given
+    back, or it would be used again without being seen."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def allocated(call: Callable[[], Any]) -> float:

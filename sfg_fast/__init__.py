@@ -3,6 +3,7 @@
 from . import reference
 from .backends import backend
 from .features import SFGFeatures
+from .gpu.gpu_check import gpu_check
 from .groups import FilterGroups
 from .layers.conv import SFGConv2d
 from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
@@ -11,6 +12,7 @@ from .networks.freeze import freeze
 from .networks.highresnet import SFGHighResNet
 from .networks.transfer import transfer
 from .networks.vgg import SFGVGG
+from .show_config import show_config
 
 __all__ = [
     "SFGVGG",
@@ -22,6 +24,7 @@ __all__ = [
     "backend",
     "convert",
     "freeze",
+    "gpu_check",
     "penalties",
     "predict",
     "recalibrate",
@@ -29,5 +32,6 @@ __all__ = [
     "sampling",
     "set_estimator",
     "set_temperature",
+    "show_config",
     "transfer",
 ]

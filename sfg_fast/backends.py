@@ -102,17 +102,22 @@ def _fastest(x: Tensor, width: int, learns: bool) -> ModuleType:
     if x.device.type == "cuda":
         work = "inference" if not torch.is_grad_enabled() else "straight_through" if learns else "selected"
         dtype = autocast_dtype(x) or x.dtype
-        if not _takes_triton(x.device, dtype, width, work):
+        if not _takes_triton(x.device, dtype, width, work) or not available("triton"):
             return masked
         triton = load("triton")
         return masked if triton.cannot(x.new_empty(0, dtype=dtype)) else triton
-    if x.device.type != "cpu" or not available("native"):
+    if x.device.type != "cpu" or fastest_on_cpu() != "native":
         return masked
     native = load("native")
-    if native.INSTRUCTION_SET not in ("avx2", "avx512"):
-        return masked
     probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
     return masked if native.cannot(probe) else native
+
+
+def fastest_on_cpu() -> str:
+    """The backend that `auto` gives to tensors in memory, if it can do what they want."""
+    if available("native") and load("native").INSTRUCTION_SET in ("avx2", "avx512"):
+        return "native"
+    return "masked"
 
 
 @torch.compiler.assume_constant_result

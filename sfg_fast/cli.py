@@ -1,4 +1,5 @@
-"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | experiment | demo.
+"""The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | experiment | demo |
+gpu-check.
 
 Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line;
 130 interrupted; 143 asked to stop by SIGTERM, and saved.
@@ -252,6 +253,30 @@ def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
     run_demo(Path(out), seed, steps)
 
 
+def gpu_check(device: str = "cuda", again: bool = False) -> None:
+    """Check the Triton kernels on this GPU, and time them: training then uses them where they are faster. A minute.
+
+    Args:
+        device: cuda, or cuda:1 for the second GPU.
+        again: also where there is a result already.
+    """
+    import torch
+
+    from . import kernel_choice
+    from .gpu.gpu_check import gpu_check as check
+
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InputError(f"device={device!r}: expected cuda, or cuda:1 for the second GPU")
+    if torch.cuda.device_count() <= (torch.device(device).index or 0):
+        found = torch.cuda.device_count()
+        raise InputError(f"device={device!r}: there are {found} CUDA devices here, expected this one")
+    choice = check(device, again)
+    if choice.failed:
+        raise OSError(choice.why)
+    result = kernel_choice.result_of(torch.device(device))
+    print("\n".join(kernel_choice.table(result) if result else [choice.why]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     try:
@@ -284,9 +309,8 @@ def _run(arguments: list[str]) -> int:
 
     if arguments[:1] == ["experiment"] and not (arguments[1:] or ["-"])[0].startswith("-"):
         arguments.insert(1, "--config")  # jsonargparse takes a configuration file as an option only
-    commands = {
-        function.__name__: function for function in (phantom, preprocess, predict, evaluate, report, freeze, demo)
-    }
+    plain = (phantom, preprocess, predict, evaluate, report, freeze, demo, gpu_check)
+    commands = {function.__name__.replace("_", "-"): function for function in plain}
     parser = ArgumentParser(
         prog="sfg-fast",
         description="Multi-task CNNs with stochastic filter groups: from MR to synthetic CT and organ labels.",
@@ -294,7 +318,8 @@ def _run(arguments: list[str]) -> int:
     )
     subcommands = parser.add_subcommands(required=True)
     configured = {"train": train, "experiment": experiment}
-    for name in ("phantom", "preprocess", "train", "predict", "evaluate", "report", "freeze", "experiment", "demo"):
+    names = ("phantom", "preprocess", "train", "predict", "evaluate", "report", "freeze", "experiment", "demo")
+    for name in (*names, "gpu-check"):
         function = configured.get(name) or commands[name]
         summary = (function.__doc__ or "").split("\n\n")[0]
         sub = ArgumentParser(description=summary, exit_on_error=False)
@@ -307,7 +332,9 @@ def _run(arguments: list[str]) -> int:
             sub.add_argument("--config", action="config", help=text)
             add_arguments(sub)
         else:
-            sub.add_function_arguments(function, as_positional=True, skip={"allow_outside"})
+            sub.add_function_arguments(function, as_positional=True, skip={"allow_outside", "again"})
+            if "again" in inspect.signature(function).parameters:
+                sub.add_argument("--again", action="store_true", help="also where there is a result already")
             if "allow_outside" in inspect.signature(function).parameters:
                 text = "let a CSV/JSON list name files outside its own folder"
                 sub.add_argument("--allow_outside", action="store_true", help=text)

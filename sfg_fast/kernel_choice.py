@@ -32,6 +32,7 @@ class Choice(NamedTuple):
 
     taken: frozenset[str] = frozenset()  # "bfloat16/64/selected", see `entry`
     why: str = ""
+    failed: bool = False  # was a check begun that came to no result?
 
     def takes(self, precision: str, width: int, work: str) -> bool:
         return entry(precision, width, work) in self.taken
@@ -51,13 +52,14 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def decide(result: dict[str, Any]) -> Choice:
-    """From a result: {"wrong": {check: what was wrong}, "ratios": {entry: time of Triton / time of `masked`}}. One wrong
-    result rules out its precision; one that belongs to none, everything."""
+    """From a result: {"wrong": {check: why}, "ratios": {entry: time of Triton / time of `masked`}}. One wrong check
+    rules out its precision; one that belongs to none, everything."""
     wrong = {name.split()[0] for name in result["wrong"]}
     ruled_out = set(PRECISIONS) if wrong - set(PRECISIONS) else wrong
     ratios = {name: ratio for name, ratio in result["ratios"].items() if name.split("/")[0] not in ruled_out}
     taken = frozenset(name for name, ratio in ratios.items() if ratio <= FASTER)
-    why = f"gpu-check found triton right and faster than masked for {len(taken)} of {len(result['ratios'])} kinds of layers"
+    of = len(result["ratios"])
+    why = f"gpu-check found triton right and faster than masked for {len(taken)} of {of} kinds of layers"
     if result["wrong"]:
         why += f", and {len(result['wrong'])} wrong results, first: {next(iter(result['wrong'].items()))}"
     return Choice(taken, why)
@@ -88,9 +90,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 def driver() -> str:
     """The version of NVIDIA's driver, or "unknown"."""
     try:
-        found = re.search(r"Module\D+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", Path("/proc/driver/nvidia/version").read_text())
         if found:
-            return found[1]
+            return found[0]
     except OSError:
         pass
     if shutil.which("nvidia-smi"):
@@ -157,15 +159,29 @@ def _index(device: torch.device) -> int:
 
 def _from_cache(device: torch.device) -> Choice:
     try:
-        description = describe(device)
-        result = read(file_of(description), description)
+        result = result_of(device)
     except Exception as error:  # no Triton, no home folder, a device that can't be asked: `masked` needs none of them
         return Choice(why=f"{type(error).__name__}: {error}")
     if result is not None:
         return decide(result)
-    why = f"the Triton kernels are not checked on this {description['device']} yet: `sfg-fast gpu-check` (about a minute)"
+    why = f"the Triton kernels are not checked on {device} yet: `sfg-fast gpu-check` (about a minute)"
     warnings.warn(f"{why}; until then CUDA tensors take `masked`, which is right but slower", stacklevel=2)
     return Choice(why=why)
+
+
+def result_of(device: torch.device) -> dict[str, Any] | None:
+    """The result of a check of this device, if there is one."""
+    description = describe(device)
+    return read(file_of(description), description)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """A result, for people."""
+    choice = decide(result)
+    lines = [f"{'kind of layer':30} time of triton / masked   auto takes"]
+    for name, ratio in sorted(result["ratios"].items()):
+        lines.append(f"{name:30} {ratio:23.2f}   {'triton' if name in choice.taken else 'masked'}")
+    return [*lines, *(f"WRONG {name}: {why}" for name, why in result["wrong"].items()), choice.why]
 
 
 def as_lists(choice: Choice) -> list[Any]:

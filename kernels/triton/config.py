@@ -182,7 +182,7 @@ def _large_blocks(channels: int, out_channels: int, streams: int) -> tuple[int, 
     """The same where a matrix instruction reads from shared memory: bytes are the limit, not products. A tile belongs
     to one of the `streams`, which read nothing of each other."""
     block_n, block_k = (_power_of_two(size // streams) for size in (out_channels, channels))
-    return min(block_n, 128), min(block_k, 64)
+    return min(block_n, 64 if channels <= WALKED else 128), min(block_k, 64)
 
 
 class Device(NamedTuple):
@@ -290,8 +290,8 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
         options = launch_options(strip, p.block_n, 2048, device)
-        if _large(bits, device):
-            options = {"num_warps": 2, "num_stages": 3 if p.channels <= 16 else 2}
+        if _large(bits, device) and p.block_n <= 32:
+            options = {"num_warps": 2, "num_stages": 3}
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)
@@ -328,11 +328,9 @@ def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], d
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
     options, programs = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device), 4
     if _large(bits, device) and not g.flat:
-        largest, smallest = max(g.block_c, g.block_k), min(g.block_c, g.block_k)
-        pixels = 128 if largest <= 16 else 64
-        if smallest <= 32:
-            options = {"num_warps": 2, "num_stages": 3 if largest <= 16 else 1}
-        else:
+        if max(g.block_c, g.block_k) <= 32:
+            pixels, options = 128, {"num_warps": 2, "num_stages": 3 if max(g.block_c, g.block_k) <= 16 else 1}
+        elif min(g.block_c, g.block_k) == 64:
             programs = 2
     tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)

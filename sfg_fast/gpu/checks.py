@@ -44,8 +44,8 @@ class Case(NamedTuple):
 
     rows: tuple[int, ...]  # kernels of each group, shared first
     columns: tuple[int, ...]  # input channels of each group; of an image that all read: one number
-    # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams; streams: from streams to
-    # streams, with weights of their own
+    # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams; streams: both sides,
+    # with weights of their own
     kind: str = "packed"
     routing: str = "arrow"
     kernel: tuple[int, int] = (3, 3)

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -48,7 +49,7 @@ def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choic
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"gpu-check: {text}; CUDA tensors take `masked`", file=sys.stderr)
-        choice = Choice(why=f"gpu-check failed: {text}")
+        choice = Choice(why=f"gpu-check failed: {text}", failed=True)
     kernel_choice.choose(torch.device("cuda", index), choice)
     return choice
 
@@ -84,24 +85,26 @@ def _in_a_process(device: torch.device) -> dict[str, Any]:
     """What `measure` returns, from a process apart, with a progress bar."""
     from tqdm import tqdm
 
-    process = subprocess.Popen([*COMMAND, str(device)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    result = None
-    try:
-        with tqdm(desc="gpu-check", unit="job", disable=None) as bar:
-            for line in process.stdout:
-                said = json.loads(line)
-                if "total" in said:
-                    bar.total = said["total"]
-                result = said.get("result")
-                bar.update("done" in said)
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-    if result is None:
-        raise RuntimeError(f"the check of {device} ended with exit code {code} and without a result")
-    return result
+    said: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([*COMMAND, str(device)], stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        try:
+            with tqdm(desc="gpu-check", unit="job", disable=None) as bar:
+                for line in process.stdout:
+                    said = json.loads(line)
+                    if "total" in said:
+                        bar.total = said["total"]
+                    bar.update("done" in said)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [""])[-1]
+    if "result" not in said:
+        raise RuntimeError(f"the check of {device} ended with exit code {code} and without a result {last}".strip())
+    return said["result"]
 
 
 # --- in the process apart ---------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def measure(
     precisions: Sequence[str] = PRECISIONS,
     widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Any]:
-    """Every check, and the time of Triton over that of `masked` for every entry: {"wrong": {name: why}, "ratios": {..}}.
+    """Every check, and the time of Triton over that of `masked` for every entry: {"wrong": {name: why}, "ratios": ..}.
 
     The checks run side by side; they and one run of all that is timed afterwards fill Triton's cache on the disk.
     """

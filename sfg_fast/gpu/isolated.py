@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,7 @@ def run(
                     continue
                 value, error = _answer(worker) if connection in ready else (None, None)
                 if connection not in ready:
-                    limit = "the time was up" if now >= until else f"no answer in {patience:.0f} s"
+                    limit = "the time was up" if now >= until else f"no answer in {patience:g} s"
                     error = f"{limit}: killed"
                 del busy[connection]
                 if error is None:
@@ -108,20 +109,18 @@ def _work(connection: Connection, jobs: Mapping[str, Job], others: list[Connecti
     output = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
+    sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
     while True:
         try:
             name = connection.recv()
         except EOFError:
             return
-        answer: tuple[Any, str | None]
         try:
-            answer = jobs[name].call(), None
+            connection.send((jobs[name].call(), None))
         except BaseException as error:
-            text = " ".join(str(error).split())
-            answer = None, f"{type(error).__name__}: {text}"[:500]
             traceback.print_exc()
-        connection.send(answer)
-        if answer[1] is not None:
+            text = " ".join(str(error).split())
+            connection.send((None, f"{type(error).__name__}: {text}"[:500]))
             return
 
 

@@ -131,6 +131,8 @@ class TrainConfig:
         bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none.
         seed: of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        gpu_check: "on": a GPU that was not checked yet is, before the first step (about a minute), so that the fastest
+            kernels that are right are taken; "off": without a result of `sfg-fast gpu-check` it takes torch's.
         precision: "float32", or "bfloat16" where autocast allows it.
         workers: processes that read slices ahead; 0: none.
         same_assignment: one draw for all processes, and batch statistics over all of them (as one process with the
@@ -152,6 +154,7 @@ class TrainConfig:
     bias: float = 0.1
     seed: int = 0
     device: str = "auto"
+    gpu_check: str = "on"
     precision: str = "float32"
     workers: int = 0
     same_assignment: bool = False
@@ -226,6 +229,7 @@ def check(config: TrainConfig) -> None:
             refuse(key, share, "a share, 0 to 1")
     for key, value, choices in (
         ("precision", config.precision, PRECISIONS),
+        ("gpu_check", config.gpu_check, ("on", "off")),
         ("schedule.decay", schedule.decay, DECAYS),
     ):
         if value not in choices:

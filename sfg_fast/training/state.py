@@ -13,11 +13,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from .. import backends, kernel_choice
 from ..data.cache import Cache
 from ..data.cohort import SPLITS
 from ..data.sampler import SliceSampler
 from ..errors import InputError
 from ..files import make_folder, read_json, replacing, write_json
+from ..gpu.gpu_check import gpu_check
 from ..norm import synchronise
 from . import checkpoint
 from .config import TrainConfig, check
@@ -31,7 +33,7 @@ from .validation import held_out_slice
 
 TARGETS = {"ct": "ct", "organs": "labels"}  # what each task learns from
 # What may differ in a run that is resumed: it moves nothing but files and time.
-OPERATIONAL = {"out", "data", "device", "workers", "keep", "max_bad_steps"}
+OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad_steps"}
 
 
 class TrainingState:
@@ -66,6 +68,9 @@ class TrainingState:
             if not cache.has(TARGETS[task]):
                 raise InputError(f"{config.data}: task {task!r} needs {TARGETS[task]}, and no training case has any")
 
+        resumes = resume and any(self.checkpoints.glob("*.pt"))
+        if not resumes:  # a resumed run takes the kernels that it had
+            self._choose_kernels()
         torch.manual_seed(config.seed)
         self.model = starting_network(config, cache)
         if config.same_assignment and self.processes.count > 1:
@@ -84,7 +89,7 @@ class TrainingState:
             "cases": {split: cache.names(split) for split in SPLITS},
             "fingerprint": cache.fingerprint(),
         }
-        if resume and any(self.checkpoints.glob("*.pt")):
+        if resumes:
             self._resume()
         else:
             self._draw_apart(0)
@@ -105,6 +110,18 @@ class TrainingState:
             raise InputError(
                 f"schedule.patience={config.schedule.patience!r}: {config.data} has no case of split val, expected one"
             )
+
+    def _choose_kernels(self) -> None:
+        """Which kernels CUDA tensors get, alike in all processes: the main one checks its GPU, if none did before."""
+        if self.device.type != "cuda":
+            return
+        lists: list[Any] = []
+        if self.processes.main:
+            check = self.config.gpu_check == "on" and backends.current() == "auto"
+            choice = gpu_check(self.device) if check else kernel_choice.chosen(self.device)
+            lists = kernel_choice.as_lists(choice)
+        lists = self.processes.gathered(lists)[0]
+        kernel_choice.choose(self.device, kernel_choice.from_lists(lists))
 
     def _claim(self, resume: bool) -> None:
         """A resumed run without a checkpoint was killed before it had any: it starts."""
@@ -150,7 +167,11 @@ class TrainingState:
             "stale": self.stale,
             "history": self.history,
             "config": dataclasses.asdict(self.config),
+            "kernels": kernel_choice.as_lists(self._kernels()),
         }
+
+    def _kernels(self) -> kernel_choice.Choice:
+        return kernel_choice.chosen(self.device) if self.device.type == "cuda" else kernel_choice.Choice()
 
     def _save(self) -> None:
         """Write a checkpoint to resume from."""
@@ -180,6 +201,8 @@ class TrainingState:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
         _check_same(self.config, state["config"], self.about_data["fingerprint"])
+        if self.device.type == "cuda":
+            kernel_choice.choose(self.device, kernel_choice.from_lists(state.get("kernels", [[], "an older run"])))
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
         processes = state["processes"]
