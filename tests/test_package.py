@@ -16,10 +16,11 @@ from sfg_fast.backends import BackendError, backend
 ROOT = Path(sfg_fast.__file__).parent
 
 FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
-    {"activations", "errors", "files", "groups", "kernels", "data"},
+    {"activations", "errors", "files", "groups", "kernels", "kernel_choice", "data"},
     {"backends", "estimators", "features", "gates", "norm", "plain_ops"},
     {"reference", "passes", "operators", "routed_conv", "normalised_conv"},
     {"layers"},
+    {"gpu", "show_config"},
     {"networks"},
     {"training"},
     {"evaluation"},

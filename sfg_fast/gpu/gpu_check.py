@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,13 +99,22 @@ def _in_a_process(device: torch.device) -> dict[str, Any]:
                     bar.update("done" in said)
             code = process.wait()
         finally:
-            process.kill()
-            process.wait()
+            _end(process)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
     if "result" not in said:
         raise RuntimeError(f"the check of {device} ended with exit code {code} and without a result {last}".strip())
     return said["result"]
+
+
+def _end(process: Any) -> None:
+    """Ask first: it ends its own processes, too."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    process.kill()
+    process.wait()
 
 
 # --- in the process apart ---------------------------------------------------------------------------------------------

@@ -173,6 +173,12 @@ class TrainingState:
     def _kernels(self) -> kernel_choice.Choice:
         return kernel_choice.chosen(self.device) if self.device.type == "cuda" else kernel_choice.Choice()
 
+    def _take_kernels(self, state: dict[str, Any]) -> None:
+        """Those that a checkpoint was made with, whatever a check says by now: others would give other bits."""
+        if self.device.type == "cuda":
+            before = state.get("kernels", [[], "the run is older than checks of GPUs"])
+            kernel_choice.choose(self.device, kernel_choice.from_lists(before))
+
     def _save(self) -> None:
         """Write a checkpoint to resume from."""
         state = self._state()
@@ -201,8 +207,7 @@ class TrainingState:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
         _check_same(self.config, state["config"], self.about_data["fingerprint"])
-        if self.device.type == "cuda":
-            kernel_choice.choose(self.device, kernel_choice.from_lists(state.get("kernels", [[], "an older run"])))
+        self._take_kernels(state)
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
         processes = state["processes"]

@@ -87,6 +87,7 @@ GOOD = static_report.Code(128, 0, 32768, 4, 16, 100, 16, 16, 16)
         ({"matrix": 0}, "no matrix instruction"),
         ({"load": 8}, "accesses of 8 bytes"),
         ({"store": 2}, "accesses of 2 bytes"),
+        ({"warnings": ("C7514",)}, "ptxas says C7514, which KNOWN does not explain"),
     ],
 )
 def test_a_broken_guarantee_is_found(change, message):
@@ -95,8 +96,42 @@ def test_a_broken_guarantee_is_found(change, message):
     assert found == [] if message is None else len(found) == 1 and message in found[0]
 
 
-def test_tiles_that_skip_nothing_are_found():
+def test_a_warning_that_is_explained_is_no_problem(monkeypatch):
     one = next(counted.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
+    monkeypatch.setitem(static_report.KNOWN, (one.kernel, "C7514"), "because")
+    assert static_report.problems(one, GOOD._replace(warnings=("C7514",)), counted.work(one)) == []
+
+
+SERIALISED = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 p) {
+    .reg .b64 %d<3>;
+    .reg .f32 %f<5>;
+    ld.param.u64 %d1, [p];
+    wgmma.fence.sync.aligned;
+    { .reg .pred q; setp.ne.b32 q, 0, 0;
+      wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %d1, %d1, q, 1, 1, 0, 0; }
+    add.f32 %f1, %f1, %f2;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.f32 [%d1], %f1;
+    ret;
+}
+"""
+
+
+def test_what_ptxas_remarks_is_read():
+    """Sums that are looked at while a matrix instruction may still write them: it has to wait for each."""
+    (code,) = static_report.warnings(SERIALISED, 90)
+    assert code.startswith("C75")
+    assert static_report.warnings(SERIALISED.replace("add.f32 %f1, %f1, %f2;", ""), 90) == ()
+
+
+def test_tiles_that_skip_nothing_are_found():
+    """Where tiles are chosen by count."""
+    one = next(counted.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[0], (1, 64, 64)))
     large = dataclasses.replace(one.what, block_n=128, block_k=128, columns=128)
     done = counted.work(one._replace(what=large))
     assert done.executed / done.necessary == pytest.approx(1.8, abs=0.01)

@@ -262,9 +262,14 @@ def test_gpu_check_off(monkeypatch, gpu):
     assert not kernel_choice.chosen(DEVICE).failed
 
 
-def test_choices_survive_a_checkpoint():
-    choice = Choice(ALL, "because")
-    assert kernel_choice.from_lists(kernel_choice.as_lists(choice)) == choice
+def test_a_resumed_run_takes_the_kernels_it_had(gpu):
+    """Although a check says something else by now."""
+    put(gpu, float32_16_selected=0.5)
+    for before in (Choice(ALL, "because"), Choice()):
+        training_state(True)._take_kernels({"kernels": kernel_choice.as_lists(before)})
+        assert kernel_choice.chosen(DEVICE) == before
+    training_state(True)._take_kernels({})  # a run of before there were checks
+    assert kernel_choice.chosen(DEVICE).taken == frozenset()
 
 
 # --- what is pasted into a bug report ---------------------------------------------------------------------------------

@@ -56,23 +56,23 @@ class Driver:
 
 def main() -> None:
     driver.set_active(Driver())
-    x = torch.randn(2, 64, 16, 16).half().contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(64, 64, 3, 3), torch.randn(64)
-    relaxed, streams = FilterGroups.relaxed(torch.zeros(64, 3), 2), FilterGroups.streams(64, 2)
+    x = torch.randn(2, 32, 16, 16).half().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(32, 32, 3, 3), torch.randn(32)
+    relaxed, streams = FilterGroups.relaxed(torch.zeros(32, 3), 2), FilterGroups.streams(32, 2)
     names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_others", "convolve_all",
              "gate_gradient", "weight_gradient", "reduce", "moments", "statistics", "affine", "gradient_sums", "slopes",
              "affine_gradient", "keep_statistics")  # fmt: skip
-    affine = torch.ones(64), torch.zeros(64)
+    affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
-        how = torch.randperm(64), 1e-5, "relu"
+        how = torch.randperm(32), 1e-5, "relu"
         y, mean, var, _ = kernels.normalise(x, *affine, *how, x)
         kernels.normalise_gradient(y, x, *affine, how[0], mean, var, *how[1:], x)
-        running = torch.zeros(3, 64), torch.ones(3, 64), torch.zeros(3, 64, dtype=torch.int64), *affine
-        kernels.keep_statistics(mean, var, torch.zeros(64, dtype=torch.int64), 512, 0.1, *running)
+        running = torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32, dtype=torch.int64), *affine
+        kernels.keep_statistics(mean, var, torch.zeros(32, dtype=torch.int64), 512, 0.1, *running)
     for stride in (1, 2):
         for _ in range(50):
-            kernels.sample(torch.randn(64, 3), torch.randn(64, 3))
-            drawn = torch.randint(3, (64,))  # nothing was run
+            kernels.sample(torch.randn(32, 3), torch.randn(32, 3))
+            drawn = torch.randint(3, (32,))  # nothing was run
             for learns in (False, True):
                 groups = FilterGroups.from_assignment(drawn, all_gates=learns)
                 for rows, columns in ((groups, groups), (relaxed, streams)):
@@ -86,7 +86,7 @@ def main() -> None:
                     kernels.weight_gradient(live_x, y, packed, spec)
                     if keep:
                         packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
-                        df = y.new_empty(2, 128, *y.shape[2:])
+                        df = y.new_empty(2, 64, *y.shape[2:])
                         kernels.gate_gradient(Recipe(live_x, a, packed, spec, None, None, "relu"), df)
     found = {}
     for name in names:

@@ -18,7 +18,7 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    # 6 layers: stride 1 or 2; 64 drawn channels to 64 drawn kernels, whose other groups count or don't, or 192 of
+    # 6 layers: stride 1 or 2; 32 drawn channels to 32 drawn kernels, whose other groups count or don't, or 96 of
     # streams to a relaxed draw. What is compiled for one layer serves another of the same sizes.
     assert found["compiled"] == {
         "sample": 1,

@@ -576,6 +576,7 @@ def test_without_torchrun_there_is_one_process(cache, tmp_path):
         ({"schedule": {"temperature_end": 2.0}}, "schedule.temperature_end=2.0"),
         ({"bias": -0.1}, "bias=-0.1"),
         ({"foreground": 1.5}, "foreground=1.5"),
+        ({"gpu_check": "maybe"}, "gpu_check='maybe'"),
         ({"precision": "float16"}, "precision='float16'"),
         ({"workers": -1}, "workers=-1"),
         ({"keep": 0}, "keep=0"),
