@@ -26,12 +26,11 @@ from sfg_fast.kernels.triton import config
 from torch import Tensor
 
 from benchmarks import counted, networks, variants
-from sfg_fast import SFGHighResNet, assign, backend
+from sfg_fast import SFGHighResNet, assign, backend, kernel_choice
 from sfg_fast.gpu import checks
 from sfg_fast.gpu.isolated import Job
 from sfg_fast.gpu.timing import captured, elapsed, interleaved, layers_at_work, synchronize
 from sfg_fast.groups import FilterGroups, Routing
-from sfg_fast.kernel_choice import WORKS
 from sfg_fast.networks.controls import sfg_layers
 
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,7 +62,8 @@ def checking(variants_too: bool = True) -> dict[str, Job]:
         compiling[f"compile inference {case}"] = Job(job, 60)
     compiling |= variants_once() if variants_too else {}
     compiling |= {
-        f"compile what the host calls, {work}": Job(functools.partial(_host_once, work), 60) for work in WORKS
+        f"compile what the host calls, {work}": Job(functools.partial(_host_once, work), 60)
+        for work in kernel_choice.WORKS
     }
     compiling["graph equals eager"] = Job(graph_equals_eager, 60)
     jobs = {name: found[name] for name in first} | compiling | {name: found[name] for name in order}
@@ -90,24 +90,16 @@ def sanitized(name: str) -> str:
 
 
 def where() -> dict[str, Any]:
+    """The device, versions, and which code: the commit, and a hash of the kernels as they are."""
     import numpy
     import triton
 
     root = Path(__file__).parents[1]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    found = {
-        "device": "dry run in Triton's interpreter", "torch": torch.__version__, "triton": triton.__version__,
-        "numpy": numpy.__version__, "python": platform.python_version(), "commit": commit or "unknown",
-        "dtype": str(HALF)[6:], "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    if not DRY:
-        properties = torch.cuda.get_device_properties(DEVICE)
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout
-        found |= {"device": properties.name, "driver": driver.split("\n")[0], "multiprocessors": properties.multi_processor_count,
-                  "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda}  # fmt: skip
-    return found
+    found = {"device": "dry run in Triton's interpreter", "torch": torch.__version__, "triton": triton.__version__}
+    found |= {} if DRY else kernel_choice.describe(DEVICE)
+    found |= {"numpy": numpy.__version__, "python": platform.python_version(), "commit": commit or "unknown"}
+    return found | {"dtype": str(HALF)[6:], "date": time.strftime("%Y-%m-%d")}
 
 
 def roofs() -> dict[str, float]:
@@ -303,13 +295,20 @@ def varied(family: str, k: int) -> dict[str, Any]:
     return found
 
 
-def _variant_once(family: str, k: int, variant: str) -> None:
+def _variant_once(family: str, k: int, variant: str) -> str | None:
+    """Compile it. Returns why a variant does not fit the GPU: that is no fault."""
+    from triton.runtime.errors import OutOfResources
+
     table, names = FAMILIES[family]
-    with variants.forced(table[k][variant]):
-        work = passes(k, 1)
-        for name in names:
-            work[name]["ours"]()
-        synchronize(DEVICE)
+    try:
+        with variants.forced(table[k][variant]):
+            work = passes(k, 1)
+            for name in names:
+                work[name]["ours"]()
+            synchronize(DEVICE)
+    except OutOfResources as error:
+        return str(error)
+    return None
 
 
 def varied_jobs() -> dict[str, Job]:
@@ -415,7 +414,7 @@ def graph_equals_eager() -> str:
 def host() -> dict[str, float]:
     """Microseconds that the host takes for a call of three layers, at a size where the device is done at once."""
     result = {}
-    for work in WORKS:
+    for work in kernel_choice.WORKS:
         for name in ("triton", "masked"):
             call = layers_at_work(work, 16, name, DEVICE, HALF, 1, 8 if DRY else 16)
             result[f"{work}, {name}"] = _host_us(call, 1 if DRY else 30)

@@ -52,8 +52,8 @@ from benchmarks.counted import (
 from sfg_fast.groups import FilterGroups, Routing
 
 CHANNELS = (16, 32, 64, 128, 256)
-# Of executed / necessary products, from 128 channels on, where tiles are chosen by count. (On Hopper they were measured:
-# larger ones, which skip little, were 2 to 5 times faster, benchmarks/results/gpu/.)
+# Of executed / necessary products, from 128 channels on, where tiles are chosen by count. (On an H200 larger ones, which
+# skip little, were measured to be 2 to 5 times faster: results/gpu/.)
 LIMITS = {
     "forward": 1.4, "input gradient": 1.4, "weight gradient": 1.45,
     "forward, others": 1.4, "input gradient, others": 1.4,
@@ -335,7 +335,9 @@ def trade_off() -> str:
         chunks = sum(chunks for _, _, chunks in tile_ranges(p, spec.rows, spec.columns))
         lines.append(f"  tiles of {n:2} x {k:2}: {chunks * k * n / usual.necessary:.2f}, 9 x {chunks * k:3}")
     lines.append("  rowwalk     : 1.80 and its halo, 3 x  64")
-    lines.append("An H200 took 208 us with tiles of 64 x 64 and 332 with rowwalk (results/gpu/): tiles are taken there.")
+    lines.append(
+        "An H200 took 208 us with tiles of 64 x 64 and 332 with rowwalk (results/gpu/): tiles are taken there."
+    )
     return "\n".join(lines)
 
 
