@@ -34,7 +34,9 @@ CASES = {  # the smallest of each file
 def run(*arguments):
     """pytest in a process of its own, as people call it, but with one thread: two would wait for each other where
     other tests run beside this one."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    # (In a process of pytest-xdist's pytest-benchmark would measure nothing.)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
