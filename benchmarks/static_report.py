@@ -2,8 +2,8 @@
 
     python benchmarks/static_report.py [--json FILE] [--markdown FILE] [--quick]
 
-Compiles the configurations that the formulas of kernels/triton/config.py choose for 16 to 256 channels and all dtypes, for
-sm_80, sm_90, sm_100 and gfx942, and tabulates: registers, stack, shared memory, programs (CTAs) that fit on a
+Compiles the configurations that the formulas of kernels/triton/config.py choose for 16 to 256 channels and all dtypes,
+for sm_80, sm_90, sm_100 and gfx942, and tabulates: registers, stack, shared memory, programs (CTAs) that fit on a
 multiprocessor; and of the main loop its instructions, the matrix instructions among them (issue ratio), and the
 narrowest access to global memory. For every pass: executed / necessary products and bytes, from the tiles' real ranges.
 

@@ -1,8 +1,8 @@
 """Which tiles, by formula: from sizes, dtype and the device, never by timing and never from a drawn grouping.
 
 So there is one compiled kernel for each combination of sizes and dtype, and the same bits on every run.
-The formulas for half precision on Hopper were measured on an H200 (benchmarks/results/gpu/); those for other GPUs and for
-float32 are counted only.
+The formulas for half precision on Hopper were measured on an H200 (benchmarks/results/gpu/); those for other GPUs and
+for float32 are counted only.
 
 The dataclasses are what the kernels are compiled for. They are made once for each combination (the functions that make
 them are cached) and compared by identity: Triton looks its compiled kernels up by them at every launch.
