@@ -75,7 +75,7 @@ class GroupTensors:
         live = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
         place = {kernel: row for row, kernel in enumerate(kernels)}
         rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
-        return live.index_select(1, _indices(rows, live.device))
+        return live.index_select(1, _indices(rows, live))
 
     def merged(self, task: int | str) -> Tensor:
         group = self.names.index(task) if isinstance(task, str) else task
@@ -162,9 +162,12 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     return conv.requires_grad_(False)
 
 
-def _indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """As a tensor. Kept, because a copy to a GPU would wait for it, and can't be captured in a CUDA graph."""
-    return torch.tensor(rows, device=device) if torch.compiler.is_compiling() else _kept_indices(rows, device)
+def _indices(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """As a tensor on the device of `like`. Kept, because a copy to a GPU would wait for it, and can't be captured in a
+    CUDA graph; but not in a compiled graph or among fake tensors, which would be kept for the real ones."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return torch.tensor(rows, device=like.device)
+    return _kept_indices(rows, like.device)
 
 
 @functools.lru_cache(maxsize=1024)

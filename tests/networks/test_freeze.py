@@ -227,3 +227,17 @@ def test_a_layer_that_takes_another_s_draw(norm):
     with torch.no_grad():
         for task, y in net(x).items():
             torch.testing.assert_close(frozen(x)[task], y, rtol=1e-5, atol=1e-5)
+
+
+def test_indices_are_kept_but_not_those_of_fake_tensors():
+    """A frozen network on a GPU copies nothing from the host in its second call."""
+    from torch._subclasses import FakeTensorMode
+
+    from sfg_fast.networks.frozen import _indices
+
+    rows, image = (2, 0, 1, 2), torch.empty(1, 3, 2, 2)
+    with FakeTensorMode():
+        assert type(_indices(rows, torch.empty(1, 3, 2, 2))) is not torch.Tensor
+    first = _indices(rows, image)
+    assert first.tolist() == list(rows)
+    assert _indices(rows, image) is first
