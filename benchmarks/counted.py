@@ -175,7 +175,7 @@ def work(one: Configuration) -> Work | None:
     p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)
     pixels = one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
     if one.launch.kernel == "rowwalk":
-        chunk = 16 if p.channels <= 16 else 32 if p.channels <= 32 else 64
+        chunk = 16 if p.channels <= 16 else 32
         tiles_n, steps = p.columns // p.block_n, one.launch.steps
         halo = (steps + 2) / steps
         loaded = tiles_n * (halo * 3 * chunk + 9 * chunk * p.block_n / pixels / steps)

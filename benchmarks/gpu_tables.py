@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sfg_fast.gpu.isolated import Outcome
+from sfg_fast.kernel_choice import PRECISIONS
 
 
 def report(outcomes: list[Outcome]) -> str:
@@ -44,9 +45,6 @@ def checks(outcomes: list[Outcome]) -> list[str]:
     lines += [f"- not done in time: {len(left)} ({', '.join(left[:5])} ..)"] if left else []
     failed = [one for one in outcomes if one.error is not None and one.name not in left]
     return [*lines, *(f"- WRONG {one.name}: {one.error}" for one in failed)]
-
-
-PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 
 
 def passes(layers: dict[str, Any]) -> list[str]:

@@ -72,12 +72,18 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
     if current() == "triton" and compiling:
         assignment, *by_group = _sample(log_p, noise)
         return assignment, (*by_group, {})
-    on_gpu = log_p.is_cuda and current() == "auto" and not compiling and bool(kernel_choice.chosen(log_p.device).taken)
+    on_gpu = log_p.is_cuda and current() == "auto" and not compiling and _draws_on(log_p)
     name = "triton" if current() == "triton" or on_gpu else "masked"
     if current() in ("auto", "native") and not compiling and available("native"):
         name = "masked" if load("native").cannot(log_p) else "native"
     assignment, *by_group = load(name).sample(log_p, noise)
     return assignment, tuple(by_group)
+
+
+def _draws_on(log_p: Tensor) -> bool:
+    """Does Triton draw there, because it is taken for some layers?"""
+    taken = kernel_choice.chosen(log_p.device).taken
+    return bool(taken) and available("triton") and not load("triton").cannot(log_p)
 
 
 @library.custom_op("sfg_fast::sample", mutates_args=())

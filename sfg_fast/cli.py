@@ -263,18 +263,18 @@ def gpu_check(device: str = "cuda", again: bool = False) -> None:
     import torch
 
     from . import kernel_choice
-    from .gpu.gpu_check import gpu_check as check
+    from .gpu.gpu_check import checked
 
     if not re.fullmatch(r"cuda(:\d+)?", device):
         raise InputError(f"device={device!r}: expected cuda, or cuda:1 for the second GPU")
     if torch.cuda.device_count() <= (torch.device(device).index or 0):
         found = torch.cuda.device_count()
         raise InputError(f"device={device!r}: there are {found} CUDA devices here, expected this one")
-    choice = check(device, again)
-    if choice.failed:
-        raise OSError(choice.why)
-    result = kernel_choice.result_of(torch.device(device))
-    print("\n".join(kernel_choice.table(result) if result else [choice.why]))
+    try:
+        result = checked(torch.device("cuda", torch.device(device).index or 0), again)
+    except Exception as error:
+        raise OSError(f"gpu-check: {one_line(error)}; CUDA tensors take `masked`") from error
+    print("\n".join(kernel_choice.table(result)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,6 @@ class Choice(NamedTuple):
 
     taken: frozenset[str] = frozenset()  # "bfloat16/64/selected", see `entry`
     why: str = ""
-    failed: bool = False  # was a check begun that came to no result?
 
     def takes(self, precision: str, width: int, work: str) -> bool:
         return entry(precision, width, work) in self.taken
@@ -52,13 +51,13 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def decide(result: dict[str, Any]) -> Choice:
-    """From a result: {"wrong": {check: why}, "ratios": {entry: time of Triton / time of `masked`}}. One wrong check
-    rules out its precision; one that belongs to none, everything."""
+    """From a result (`gpu_check.measure`). One wrong check rules out its precision; one that belongs to none,
+    everything. What could not be timed takes `masked`."""
     wrong = {name.split()[0] for name in result["wrong"]}
     ruled_out = set(PRECISIONS) if wrong - set(PRECISIONS) else wrong
     ratios = {name: ratio for name, ratio in result["ratios"].items() if name.split("/")[0] not in ruled_out}
     taken = frozenset(name for name, ratio in ratios.items() if ratio <= FASTER)
-    of = len(result["ratios"])
+    of = len(result["ratios"]) + len(result["untimed"])
     why = f"gpu-check found triton right and faster than masked for {len(taken)} of {of} kinds of layers"
     if result["wrong"]:
         why += f", and {len(result['wrong'])} wrong results, first: {next(iter(result['wrong'].items()))}"
@@ -72,9 +71,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     from . import kernels
 
-    folder_of_kernels, content = Path(next(iter(kernels.__path__))), hashlib.sha256()
-    for path in sorted([*folder_of_kernels.glob("triton/*.py"), folder_of_kernels / "masked.py"]):
-        content.update(path.read_bytes())
+    folder_of_kernels, here = Path(next(iter(kernels.__path__))), Path(__file__).parent
+    content = hashlib.sha256()
+    for path in sorted([*folder_of_kernels.glob("*.py"), *folder_of_kernels.glob("triton/*.py"), *here.glob("gpu/*.py"),
+                 *(here / f"{name}.py" for name in ("passes", "routed_conv", "norm"))]):  # fmt: skip
+        content.update(hashlib.sha256(path.read_bytes()).digest())
     return {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -84,6 +85,14 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "kernels": content.hexdigest()[:16],
     }
+
+
+def known(device: torch.device) -> dict[str, Any] | None:
+    """What `describe` says, or None where it can't."""
+    try:
+        return describe(device)
+    except Exception:  # Triton is not installed, or the device can't be asked
+        return None
 
 
 @functools.cache
@@ -125,12 +134,14 @@ def read(path: Path, description: dict[str, Any]) -> dict[str, Any] | None:
     """A result, or None if there is none of this device that can be read."""
     try:
         result = json.loads(path.read_text())
-        valid = result["of"] == description and set(result) == {"of", "wrong", "ratios"}
+        parts = [result[name] for name in ("wrong", "ratios", "untimed")]
+        valid = result["of"] == description and all(isinstance(part, dict) for part in parts)
         return result if valid and all(ratio > 0 for ratio in result["ratios"].values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+UNCHECKED = "the Triton kernels are not checked on"
 _chosen: dict[int, Choice] = {}
 
 
@@ -144,8 +155,25 @@ def chosen(device: torch.device) -> Choice:
     warning that names the command, once."""
     index = _index(device)
     if index not in _chosen:
-        _chosen[index] = _from_cache(torch.device(device.type, index))
+        _chosen[index] = choice = look_up(torch.device(device.type, index))
+        if choice.why.startswith(UNCHECKED):
+            warnings.warn(f"{choice.why}; until then CUDA tensors take `masked`: right, but slower", stacklevel=2)
     return _chosen[index]
+
+
+def look_up(device: torch.device) -> Choice:
+    """What was chosen, or what the cache folder says."""
+    index = _index(device)
+    if index in _chosen:
+        return _chosen[index]
+    try:
+        description = describe(device)
+        result = read(file_of(description), description)
+        if result is not None:
+            return decide(result)
+    except Exception as error:  # no Triton, no home folder, a device that can't be asked: `masked` needs none of them
+        return Choice(why=f"{type(error).__name__}: {error}")
+    return Choice(why=f"{UNCHECKED} {device} yet: `sfg-fast gpu-check` (about a minute)")
 
 
 def forget() -> None:
@@ -157,30 +185,13 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _from_cache(device: torch.device) -> Choice:
-    try:
-        result = result_of(device)
-    except Exception as error:  # no Triton, no home folder, a device that can't be asked: `masked` needs none of them
-        return Choice(why=f"{type(error).__name__}: {error}")
-    if result is not None:
-        return decide(result)
-    why = f"the Triton kernels are not checked on {device} yet: `sfg-fast gpu-check` (about a minute)"
-    warnings.warn(f"{why}; until then CUDA tensors take `masked`, which is right but slower", stacklevel=2)
-    return Choice(why=why)
-
-
-def result_of(device: torch.device) -> dict[str, Any] | None:
-    """The result of a check of this device, if there is one."""
-    description = describe(device)
-    return read(file_of(description), description)
-
-
 def table(result: dict[str, Any]) -> list[str]:
     """A result, for people."""
     choice = decide(result)
     lines = [f"{'kind of layer':30} time of triton / masked   auto takes"]
     for name, ratio in sorted(result["ratios"].items()):
         lines.append(f"{name:30} {ratio:23.2f}   {'triton' if name in choice.taken else 'masked'}")
+    lines += [f"not timed, so it takes masked: {name}: {why}" for name, why in result["untimed"].items()]
     return [*lines, *(f"WRONG {name}: {why}" for name, why in result["wrong"].items()), choice.why]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import warnings
 
 import numpy
 import torch
@@ -27,15 +26,13 @@ def lines() -> list[str]:
     found = [
         f"sfg_fast {_version('sfg_fast')}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__} ({cuda}), Triton {_version('triton')}, numpy {numpy.__version__}",
-        f"backend asked for: {backends.current()}" + (f" ({backends.ENVIRONMENT})" if forced else ""),
+        f"backend asked for: {forced or 'none'} ({backends.ENVIRONMENT})",
         f"cpu: {_processor()}, {torch.get_num_threads()} threads; {_on_cpu()}",
     ]
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would say is in the line
-            choice = kernel_choice.chosen(device)
+        choice = kernel_choice.look_up(device)
         takes = "triton where that was faster, else masked" if choice.taken else "masked"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         found.append(

@@ -31,7 +31,7 @@ def rowwalk_kernel(x, w, bias, residual, y, H, W, OH, OW, steps, P: tl.constexpr
     """One strip, `steps` output rows, one tile of output channels."""
     BLOCK_N: tl.constexpr = P.block_n
     STRIP: tl.constexpr = T.pixels_w
-    CHUNK: tl.constexpr = 16 if P.channels <= 16 else (32 if P.channels <= 32 else 64)
+    CHUNK: tl.constexpr = 16 if P.channels <= 16 else 32
     TILES_N: tl.constexpr = P.columns // P.block_n
     strips = tl.cdiv(OW, STRIP)
     walks = tl.cdiv(tl.cdiv(OH, P.dilation_h), steps)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 
+from .. import backends
 from ..data.cache import Cache
 from ..data.cohort import Case, load_case, read_cohort
 from ..data.preprocessing import preprocess
@@ -35,6 +36,7 @@ from ..evaluation.evaluate import mask_of
 from ..evaluation.metrics import case_metrics, metrics_document
 from ..evaluation.predict import Predictor
 from ..files import check_vacant, locked, make_folder, read_json, replacing, write_json
+from ..gpu.gpu_check import gpu_check
 from ..training.parallel import choose_device
 from ..training.run import build_network
 from ..training.state import OPERATIONAL
@@ -73,7 +75,10 @@ def run_experiment(config: ExperimentConfig) -> None:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         work = functools.partial(_complete, test=test, label_names=cache.label_names, draws=config.draws)
         try:
-            _do([job for job in every if not _scores(job).exists()], work, len(every), _places(config))
+            left, places = [job for job in every if not _scores(job).exists()], _places(config)
+            if left and places[0] is not None and config.train.gpu_check == "on" and backends.current() == "auto":
+                gpu_check(torch.device("cuda", places[0]))  # once, before all runs would want to at the same time
+            _do(left, work, len(every), places)
         except Preempted as error:
             raise Preempted(f"{out}: stopped by SIGTERM, everything is saved; the same command goes on") from error
         documents: dict[str, dict[int, Any]] = {name: {} for name in config.methods}

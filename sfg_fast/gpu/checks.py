@@ -20,6 +20,10 @@ from ..kernels.spec import Geometry, RoutedConv
 from ..routed_conv import Others, convolve, routed_conv
 
 
+class WrongResult(Exception):
+    """A kernel computed something else than it should. (No AssertionError: `python -O` leaves assertions out.)"""
+
+
 class Precision(NamedTuple):
     """A dtype, how its products are made, and the largest |error| / |exact| that is right."""
 
@@ -92,19 +96,18 @@ NORMS = (16, 100)  # channels
 
 def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Callable[[], dict[str, float]]]:
     """Every check by name ("bfloat16 16->16 .."): a function that returns relative errors by result, and raises
-    AssertionError for other bits in a second run or an error above the precision's bound. The precisions that most
-    people use come first. `widths`: only layers of these, evenly split, as they are in networks."""
+    WrongResult for other bits in a second run or an error above the precision's bound. The precisions that most
+    people use come first. `widths`: layers of these, evenly split as they are in networks, too; and then every case
+    once, with or without a ReLU, instead of both."""
     found: dict[str, Callable[[], dict[str, float]]] = {}
     interpreted = device.type == "cpu"
     cases = [case._replace(image=(9, 11)) for case in ONE_FOR_EACH_KERNEL.values()] if interpreted else CASES
-    if widths:
-        image = cases[0].image
-        splits = [(k - k // 3 * 2, k // 3, k // 3) for k in widths]
-        cases = [Case(s, s, kind, image=image) for s in splits for kind in ("packed", "others")]
-        cases = [IMAGE._replace(rows=splits[0], image=image), *cases]
+    splits = [(k - k // 3 * 2, k // 3, k // 3) for k in widths]
+    cases = [*cases, *(Case(s, s, kind, image=cases[0].image) for s in splits for kind in ("packed", "others"))]
     for name in INTERPRETED if interpreted else PRECISIONS:
         for case in cases:
-            for relu in (False,) if case.kind == "relaxed" or interpreted else (True, False):
+            both = (case.kind == "packed",) if widths else (True, False)
+            for relu in (False,) if case.kind == "relaxed" or interpreted else both:
                 label = f"{name} {case}{', ReLU' if relu else ''}"
                 found[label] = partial(within, name, partial(check_layer, case, name, relu, device))
         for channels in NORMS[: 1 if interpreted else None]:
@@ -115,12 +118,12 @@ def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Call
 
 
 def within(precision: str, check: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The check's errors. AssertionError if one is above the bound, or none at all (NaN)."""
+    """The check's errors. WrongResult if one is above the bound, or none at all (NaN)."""
     with _uninitialised_memory_poisoned(), products(precision):
         errors = check()
     bound = PRECISIONS[precision].bound
     wrong = {name: error for name, error in errors.items() if not error <= bound}
-    assert not wrong, f"relative errors {wrong}, at most {bound:.1e} is right"
+    _right(not wrong, f"relative errors {wrong}, at most {bound:.1e} is right")
     return errors
 
 
@@ -241,10 +244,10 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     log_p, noise = (torch.randn(kernels, groups, device=device) for _ in range(2))
     assignment, order, offsets, _ = triton.sample(log_p, noise)
     expected = (log_p + noise).argmax(1)
-    assert torch.equal(assignment, expected), "the draw is not argmax(log p + noise)"
-    assert torch.equal(order, torch.argsort(expected, stable=True)), "the kernels are not sorted by group"
+    _right(torch.equal(assignment, expected), "the draw is not argmax(log p + noise)")
+    _right(torch.equal(order, torch.argsort(expected, stable=True)), "the kernels are not sorted by group")
     counts = [0, *torch.bincount(expected.cpu(), minlength=groups).cumsum(0).tolist()]
-    assert offsets.tolist() == counts, "the groups' offsets are not their sizes added up"
+    _right(offsets.tolist() == counts, "the groups' offsets are not their sizes added up")
     mean, var = torch.randn(kernels, device=device), torch.rand(kernels, device=device)
     running = [torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device)]
     draws = torch.randint(5, (groups, kernels), device=device)
@@ -258,10 +261,10 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
         for value, own, all_groups in zip(values, exact[:2], exact[2:], strict=True):
             own[group, kernel] += max(1 / int(counted[group, kernel]), 0.1) * (value - own[group, kernel])
             all_groups[kernel] += max(1 / int(counted[:, kernel].sum()), 0.1) * (value - all_groups[kernel])
-    assert torch.equal(draws.cpu(), counted), "the draws are miscounted"
+    _right(torch.equal(draws.cpu(), counted), "the draws are miscounted")
     names = ("running mean", "running variance", "pooled mean", "pooled variance")
     errors = _errors(dict(zip(names, zip([t.cpu() for t in (*running, *pooled)], exact, strict=True), strict=True)))
-    assert max(errors.values()) < 1e-6, f"relative errors {errors}"
+    _right(max(errors.values()) < 1e-6, f"relative errors {errors}")
     return errors
 
 
@@ -269,9 +272,14 @@ def _errors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
 
 
+def _right(holds: bool, what: str) -> None:
+    if not holds:
+        raise WrongResult(what)
+
+
 def _same_bits(results: Any, again: Any) -> None:
     for a, b in zip(results, again, strict=True):
-        assert torch.equal(a, b), "a second run gave other bits"
+        _right(torch.equal(a, b), "a second run gave other bits")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Are the Triton kernels right on this GPU, and are they faster than `masked`? `sfg-fast gpu-check`, about a minute.
 
-The check runs in a process of its own (`python -m sfg_fast.gpu.gpu_check DEVICE`), which forks one for every job: a GPU
-without memory, a kernel that crashes or hangs, and whatever it leaves behind, touch nobody else.
+The check runs in a process of its own, which forks one for every job: a GPU without memory, a kernel that crashes or
+hangs, and whatever it leaves behind, touch nobody else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,9 +28,10 @@ from ..kernel_choice import PRECISIONS, WIDTHS, WORKS, Choice, entry
 from . import checks, timing
 from .isolated import Job, run
 
-MINUTES = 10.0  # after which it has failed
+MINUTES = 10.0  # after which a check has failed
 BATCH, SIDE, ROUNDS = 8, 128, 9
-COMMAND = [sys.executable, "-m", "sfg_fast.gpu.gpu_check"]
+# (Not `-m`: the package imports this module, and Python would warn that it is there twice.)
+COMMAND = [sys.executable, "-c", "import sys; from sfg_fast.gpu.gpu_check import main; main(sys.argv[1:], sys.stdout)"]
 
 
 def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choice:
@@ -44,24 +46,31 @@ def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choic
     if not torch.cuda.is_available():
         raise RuntimeError("gpu_check: there is no CUDA device, expected one")
     device = torch.device(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     try:
-        choice = _checked(torch.device("cuda", index), again)
+        choice = kernel_choice.decide(checked(device, again))
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"gpu-check: {text}; CUDA tensors take `masked`", file=sys.stderr)
-        choice = Choice(why=f"gpu-check failed: {text}", failed=True)
-    kernel_choice.choose(torch.device("cuda", index), choice)
+        choice = Choice(why=f"gpu-check failed: {text}")
+    kernel_choice.choose(device, choice)
     return choice
 
 
-def _checked(device: torch.device, again: bool) -> Choice:
+def checked(device: torch.device, again: bool = False) -> dict[str, Any]:
+    """The result of a check of this device, one that is there or (`again`, or if there is none) a new one.
+
+    RuntimeError or OSError if the check could not be done, and why.
+    """
     of = kernel_choice.describe(device)
     file = kernel_choice.file_of(of)
     result = None if again else kernel_choice.read(file, of)
-    if result is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file.with_suffix(".lock")):
+    if result is not None:
+        return result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file.with_suffix(".lock")):
+        result = None if again else kernel_choice.read(file, of)  # somebody else may just have been ready
+        if result is None:
             result = {"of": of, **_in_a_process(device)}
             temporary = file.with_suffix(f".{os.getpid()}.part")
             try:
@@ -69,7 +78,7 @@ def _checked(device: torch.device, again: bool) -> Choice:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-    return kernel_choice.decide(result)
+    return result
 
 
 @contextlib.contextmanager
@@ -77,8 +86,8 @@ def _alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"{lock}: another process is checking this GPU") from None
+        except BlockingIOError:
+            raise RuntimeError(f"{lock}: another process is checking a GPU of this kind") from None
         yield
 
 
@@ -90,8 +99,10 @@ def _in_a_process(device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([*COMMAND, str(device)], stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
+        deadline = threading.Timer(60 * (MINUTES + 1), process.kill)  # a driver that hangs can't be waited for
+        deadline.start()
         try:
-            with tqdm(desc="gpu-check", unit="job", disable=None) as bar:
+            with tqdm(desc="gpu-check", unit="job") as bar:
                 for line in process.stdout:
                     said = json.loads(line)
                     if "total" in said:
@@ -99,6 +110,7 @@ def _in_a_process(device: torch.device) -> dict[str, Any]:
                     bar.update("done" in said)
             code = process.wait()
         finally:
+            deadline.cancel()
             _end(process)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
@@ -126,34 +138,45 @@ def measure(
     precisions: Sequence[str] = PRECISIONS,
     widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Any]:
-    """Every check, and the time of Triton over that of `masked` for every entry: {"wrong": {name: why}, "ratios": ..}.
+    """{"wrong": {check: why}, "ratios": {entry: time of Triton / time of `masked`}, "untimed": {entry: why}}.
 
     The checks run side by side; they and one run of all that is timed afterwards fill Triton's cache on the disk.
+    RuntimeError if a check came to no verdict: out of memory, a crash, a hang say nothing of the kernels' arithmetic.
     """
     until = time.monotonic() + 60 * MINUTES
     found = {
-        name: Job(check, 60)
+        name: Job(partial(on, device, check), 120)
         for name, check in checks.checks(device, tuple(widths)).items()
         if name.split()[0] in precisions or name.startswith("draw")
     }
     kinds = [(precision, width, work) for precision in precisions for width in widths for work in WORKS]
-    ahead = {f"compile {entry(*kind)}": Job(partial(once, device, *kind), 120) for kind in kinds}
-    timed = {entry(*kind): Job(partial(ratio, device, *kind), 60) for kind in kinds}
+    ahead = {f"first run of {entry(*kind)}": Job(partial(on, device, once, device, *kind), 120) for kind in kinds}
+    timed = {entry(*kind): Job(partial(on, device, ratio, device, *kind), 60) for kind in kinds}
     say({"total": len(found) + len(ahead) + len(timed)})
-    wrong, ratios = {}, {}
+    wrong, ratios, untimed = {}, {}, {}
     processes = min(12, len(os.sched_getaffinity(0)))
     for jobs, count in ((ahead | found, processes), (timed, 1)):
         for outcome in run(jobs, count, until):
             say({"done": outcome.name})
-            if outcome.error is not None and outcome.name in found:
+            if outcome.name in timed:
+                if outcome.error is None:
+                    ratios[outcome.name] = outcome.value
+                else:
+                    untimed[outcome.name] = outcome.error
+            elif outcome.name in found and outcome.error is not None:
+                if not outcome.error.startswith(checks.WrongResult.__name__):
+                    raise RuntimeError(f"{outcome.name}: {outcome.error}")
                 wrong[outcome.name] = outcome.error
-            elif outcome.error is not None and "OutOfMemory" in outcome.error:
-                raise RuntimeError(f"{outcome.name}: {outcome.error}")
-            elif outcome.error is None and outcome.name in timed:
-                ratios[outcome.name] = outcome.value
-    if any("OutOfMemory" in why for why in wrong.values()):
-        raise RuntimeError(next(f"{name}: {why}" for name, why in wrong.items() if "OutOfMemory" in why))
-    return {"wrong": wrong, "ratios": ratios}
+    if not ratios:
+        raise RuntimeError(f"nothing could be timed: {next(iter(untimed.items()))}")
+    return {"wrong": wrong, "ratios": ratios, "untimed": untimed}
+
+
+def on(device: torch.device, call: Callable[..., Any], *arguments: Any) -> Any:
+    """call(*arguments), this device being the current one: streams, events and graphs belong to that."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return call(*arguments)
 
 
 def once(device: torch.device, precision: str, width: int, work: str) -> None:
@@ -175,15 +198,10 @@ def ratio(device: torch.device, precision: str, width: int, work: str) -> float:
     return sorted(a / b for a, b in zip(times["triton"], times["masked"], strict=True))[ROUNDS // 2]
 
 
-def main(arguments: Sequence[str], output: TextIO) -> int:
+def main(arguments: Sequence[str], output: TextIO) -> None:
     """What `_in_a_process` starts. Says how far it is and what it found, a line of JSON each."""
 
     def say(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=output, flush=True)
 
     say({"result": measure(torch.device(arguments[0]), say)})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], sys.stdout))

@@ -50,7 +50,7 @@ def run(
     """Run jobs (by name) in the order given, `processes` at a time; yields an outcome for each as it ends.
 
     At `until` (time.monotonic) those that still run are killed, and the others left out. `begin` is told each job's
-    name before it starts; `log` gets what the processes print.
+    name as it starts; `log` gets what the processes print.
     """
     waiting: list[str] = list(jobs)
     idle: list[_Worker] = []
@@ -60,10 +60,14 @@ def run(
             now = time.monotonic()
             while waiting and len(busy) < processes and now < until:
                 worker = idle.pop() if idle else _start(jobs, [*busy, *(one.connection for one in idle)], log)
+                try:
+                    worker.connection.send(waiting[0])
+                except OSError:  # it died while it had nothing to do: another one takes the job
+                    _kill(worker)
+                    continue
                 name = waiting.pop(0)
                 begin(name)
                 busy[worker.connection] = worker, name, now
-                worker.connection.send(name)
             if now >= until and not busy:
                 for name in waiting:
                     yield Outcome(name, error="left out: the time was up")
@@ -128,13 +132,13 @@ def _answer(worker: _Worker) -> tuple[Any, str | None]:
     try:
         return worker.connection.recv()
     except (EOFError, ConnectionResetError):
-        worker.process.join()
+        worker.process.join(5)
         code = worker.process.exitcode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return None, f"the process died ({how})"
 
 
 def _kill(worker: _Worker) -> None:
     worker.connection.close()
     worker.process.kill()
-    worker.process.join()
+    worker.process.join(5)  # a driver that hangs may not let it go

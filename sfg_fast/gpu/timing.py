@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,8 +82,9 @@ def captured(call: Call, device: torch.device) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            kept = call()
+        with warnings.catch_warnings(), torch.cuda.graph(graph, stream=stream):
+            warnings.filterwarnings("error", "The CUDA Graph is empty")  # the call went to another device
+            results = call()
     except Exception:
         # A capture that failed leaves the generator waiting for its end: every later draw would raise.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -91,7 +93,7 @@ def captured(call: Call, device: torch.device) -> Call:
 
     def replay(call: Call = call) -> object:  # which holds the memory that the graph reads
         graph.replay()
-        return kept
+        return results
 
     return replay
 

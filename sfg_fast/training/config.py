@@ -131,8 +131,8 @@ class TrainConfig:
         bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none.
         seed: of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        gpu_check: "on": a GPU that was not checked yet is, before the first step (about a minute), so that the fastest
-            kernels that are right are taken; "off": without a result of `sfg-fast gpu-check` it takes torch's.
+        gpu_check: "on": if this GPU was never checked, `sfg-fast gpu-check` runs before the first step (a minute), so
+            that the fastest kernels that are right are taken; "off": it does not, and such a GPU takes `masked`.
         precision: "float32", or "bfloat16" where autocast allows it.
         workers: processes that read slices ahead; 0: none.
         same_assignment: one draw for all processes, and batch statistics over all of them (as one process with the

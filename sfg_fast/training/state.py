@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ class TrainingState:
                 raise InputError(f"{config.data}: task {task!r} needs {TARGETS[task]}, and no training case has any")
 
         resumes = resume and any(self.checkpoints.glob("*.pt"))
-        if not resumes:  # a resumed run takes the kernels that it had
+        if not resumes:
             self._choose_kernels()
         torch.manual_seed(config.seed)
         self.model = starting_network(config, cache)
@@ -113,15 +114,18 @@ class TrainingState:
 
     def _choose_kernels(self) -> None:
         """Which kernels CUDA tensors get, alike in all processes: the main one checks its GPU, if none did before."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or backends.current() != "auto":
             return
+        kernel_choice.forget()
         lists: list[Any] = []
         if self.processes.main:
-            check = self.config.gpu_check == "on" and backends.current() == "auto"
-            choice = gpu_check(self.device) if check else kernel_choice.chosen(self.device)
+            choice = gpu_check(self.device) if self.config.gpu_check == "on" else kernel_choice.chosen(self.device)
             lists = kernel_choice.as_lists(choice)
-        lists = self.processes.gathered(lists)[0]
-        kernel_choice.choose(self.device, kernel_choice.from_lists(lists))
+        every = self.processes.gathered((lists, kernel_choice.known(self.device)))
+        choice = kernel_choice.from_lists(every[0][0])
+        if any(gpu != every[0][1] for _, gpu in every):
+            choice = kernel_choice.Choice(why="the processes have different GPUs, drivers or versions")
+        kernel_choice.choose(self.device, choice)
 
     def _claim(self, resume: bool) -> None:
         """A resumed run without a checkpoint was killed before it had any: it starts."""
@@ -167,17 +171,26 @@ class TrainingState:
             "stale": self.stale,
             "history": self.history,
             "config": dataclasses.asdict(self.config),
-            "kernels": kernel_choice.as_lists(self._kernels()),
+            "kernels": self._kernels(),
         }
 
-    def _kernels(self) -> kernel_choice.Choice:
-        return kernel_choice.chosen(self.device) if self.device.type == "cuda" else kernel_choice.Choice()
+    def _kernels(self) -> list[Any]:
+        """What was chosen, and for which GPU, driver and versions; a CPU needs no choice."""
+        if self.device.type != "cuda" or backends.current() != "auto":
+            return []
+        return [*kernel_choice.as_lists(kernel_choice.chosen(self.device)), kernel_choice.known(self.device)]
 
-    def _take_kernels(self, state: dict[str, Any]) -> None:
-        """Those that a checkpoint was made with, whatever a check says by now: others would give other bits."""
-        if self.device.type == "cuda":
-            before = state.get("kernels", [[], "the run is older than checks of GPUs"])
-            kernel_choice.choose(self.device, kernel_choice.from_lists(before))
+    def _take_kernels(self, kernels: list[Any]) -> None:
+        """Those that a checkpoint was made with, whatever a check says by now, because others would give other bits.
+        On another GPU, driver or version the bits are others anyway: there they are chosen anew."""
+        if self.device.type != "cuda" or backends.current() != "auto":
+            return
+        if kernels and kernels[2] is not None and kernels[2] == kernel_choice.known(self.device):
+            kernel_choice.choose(self.device, kernel_choice.from_lists(kernels[:2]))
+            return
+        if self.processes.main:
+            print(f"{self.out}: the run began elsewhere; its kernels are chosen anew: not to the bit", file=sys.stderr)
+        self._choose_kernels()
 
     def _save(self) -> None:
         """Write a checkpoint to resume from."""
@@ -207,7 +220,7 @@ class TrainingState:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
         _check_same(self.config, state["config"], self.about_data["fingerprint"])
-        self._take_kernels(state)
+        self._take_kernels(state.get("kernels", []))
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
         processes = state["processes"]

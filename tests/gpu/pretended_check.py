@@ -4,6 +4,7 @@ python -m tests.gpu.pretended_check MODE DEVICE
 """
 
 import os
+import signal
 import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -24,7 +25,15 @@ def wrong_on_purpose():
 
 
 def no_memory(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    raise torch.AcceleratorError("CUDA error: out of memory")
+
+
+def illegal_access(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def not_captured(*_):
+    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def main(mode):
@@ -37,10 +46,16 @@ def main(mode):
         wrong_on_purpose()
     if mode == "no memory":
         checks.check_layer = no_memory
+    if mode == "a kernel crashes":
+        checks.check_norm = illegal_access
+    every, names = checks.checks, ("16->16 in 3 groups, packed", "normalisation", "draw")
+    checks.checks = lambda device, widths: {
+        name: check for name, check in every(device).items() if any(part in name for part in names)
+    }
     measure = gpu_check.measure
     gpu_check.measure = lambda device, say: measure(torch.device("cpu"), say, ("float32",), (16,))
     gpu_check.once = lambda *_: None
-    gpu_check.ratio = lambda *_: RATIOS.get(mode, 0.5)
+    gpu_check.ratio = not_captured if mode == "not captured" else lambda *_: RATIOS.get(mode, 0.5)
     gpu_check.main(sys.argv[2:], sys.stdout)
 
 

@@ -57,7 +57,7 @@ def put(of, wrong=(), **ratios):
     file = file_of(of)
     file.parent.mkdir(parents=True, exist_ok=True)
     ratios = {name.replace("_", "/", 2): ratio for name, ratio in ratios.items()}
-    file.write_text(json.dumps({"of": dict(of), "wrong": dict(wrong), "ratios": ratios}))
+    file.write_text(json.dumps({"of": dict(of), "wrong": dict(wrong), "ratios": ratios, "untimed": {}}))
     return file
 
 
@@ -69,13 +69,12 @@ def test_right_and_faster_is_taken_and_remembered(gpu, pretend, monkeypatch):
     pretend("faster")
     choice = gpu_check()
     assert choice.taken == ALL
-    assert not choice.failed
     assert kernel_choice.chosen(DEVICE) == choice
     kernel_choice.forget()
     assert kernel_choice.chosen(DEVICE) == choice  # from the file
     monkeypatch.setattr(checking, "COMMAND", ["false"])
     assert gpu_check() == choice  # nothing is checked twice
-    assert gpu_check(again=True).failed
+    assert gpu_check(again=True).why.startswith("gpu-check failed")
 
 
 @needs_triton
@@ -111,14 +110,16 @@ def test_a_few_per_cent_are_not_enough(pretend):
     [
         ("crash", "ended with exit code 9 and without a result"),
         ("silent", "ended with exit code 0 and without a result"),
-        ("no memory", "CUDA out of memory"),
+        ("no memory", "CUDA error: out of memory"),
+        ("a kernel crashes", "the process died (SIGKILL)"),
+        ("not captured", "nothing could be timed"),
     ],
 )
 def test_a_check_that_fails_leaves_masked_and_one_line(gpu, pretend, capfd, mode, said):
     pretend(mode)
     choice = gpu_check()
-    assert choice.failed
     assert choice.taken == frozenset()
+    assert choice.why.startswith("gpu-check failed: ")
     assert said in choice.why
     lines = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith("gpu-check: ") and "job" not in line
@@ -133,8 +134,7 @@ def test_a_check_that_fails_leaves_masked_and_one_line(gpu, pretend, capfd, mode
 def test_a_folder_that_cannot_be_written(gpu, pretend, tmp_path, capsys):
     pretend("faster")
     (tmp_path / "cache").write_text("a file")
-    choice = gpu_check()
-    assert choice.failed
+    assert gpu_check().why.startswith("gpu-check failed: ")
     assert str(tmp_path / "cache") in capsys.readouterr().err
 
 
@@ -144,8 +144,8 @@ def test_two_at_once(gpu, pretend, capsys):
     file_of(gpu).parent.mkdir(parents=True)
     with file_of(gpu).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert gpu_check().failed
-    assert "another process is checking this GPU; CUDA tensors take `masked`" in capsys.readouterr().err
+        assert gpu_check().taken == frozenset()
+    assert "another process is checking a GPU of this kind; CUDA tensors take `masked`" in capsys.readouterr().err
     assert gpu_check().taken == ALL
 
 
@@ -169,7 +169,7 @@ def test_command(gpu, pretend, monkeypatch, capsys):
     pretend("crash")
     assert cli.main(["gpu-check"]) == 0  # the result is there
     assert cli.main(["gpu-check", "--again"]) == 1
-    assert "sfg-fast: gpu-check failed: " in capsys.readouterr().err
+    assert "sfg-fast: gpu-check: the check of cuda:0 ended with exit code 9" in capsys.readouterr().err
 
 
 # --- what follows from a result ---------------------------------------------------------------------------------------
@@ -177,7 +177,16 @@ def test_command(gpu, pretend, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[]", "null", '{"of": 1}', '{"of": OF, "wrong": {}, "ratios": {"a": "b"}}', '{"of": OF, "ratios": {}}'],
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"of": 1}',
+        '{"of": OF, "ratios": {}, "untimed": {}}',
+        '{"of": OF, "wrong": {}, "ratios": {"a": "b"}, "untimed": {}}',
+        '{"of": OF, "wrong": null, "ratios": {}, "untimed": {}}',
+    ],
 )
 def test_a_damaged_result_is_none(gpu, content):
     put(gpu).write_text(content.replace("OF", json.dumps(gpu)))
@@ -187,9 +196,10 @@ def test_a_damaged_result_is_none(gpu, content):
 
 def test_a_wrong_check_rules_out_its_precision_alone():
     ratios = {"float16/16/selected": 0.2, "bfloat16/16/selected": 0.3, "bfloat16/64/selected": 0.951}
-    choice = kernel_choice.decide({"wrong": {"float16 16->16, ReLU": "off"}, "ratios": ratios})
+    choice = kernel_choice.decide({"wrong": {"float16 16->16, ReLU": "off"}, "ratios": ratios, "untimed": {}})
     assert choice.taken == {"bfloat16/16/selected"}
-    assert kernel_choice.decide({"wrong": {"draw of 100 kernels": "off"}, "ratios": ratios}).taken == frozenset()
+    everything = {"wrong": {"draw of 100 kernels": "off"}, "ratios": ratios, "untimed": {}}
+    assert kernel_choice.decide(everything).taken == frozenset()
 
 
 @pytest.mark.parametrize(("width", "entry"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1000, 128)])
@@ -234,11 +244,15 @@ def test_auto_goes_by_precision_width_and_work(monkeypatch):
 # --- a training -------------------------------------------------------------------------------------------------------
 
 
-def training_state(main, lists=None, check="on"):
-    """Just what chooses kernels: a process, main or not, and what the main one says."""
+def training_state(main, lists=None, check="on", gpu=None):
+    """Just what chooses kernels: a process, main or not, and what the main one says, of its own GPU."""
     state = TrainingState.__new__(TrainingState)
-    state.device, state.config = DEVICE, SimpleNamespace(gpu_check=check)
-    state.processes = SimpleNamespace(main=main, gathered=lambda here: [here if main else lists])
+    state.device, state.config, state.out = DEVICE, SimpleNamespace(gpu_check=check), "RUN"
+
+    def gathered(here):
+        return [here] if main else [(lists, gpu or kernel_choice.describe(DEVICE)), here]
+
+    state.processes = SimpleNamespace(main=main, gathered=gathered)
     return state
 
 
@@ -248,28 +262,61 @@ def test_the_main_process_checks_and_all_take_what_it_found(pretend, monkeypatch
     main = training_state(True)
     main._choose_kernels()
     assert kernel_choice.chosen(DEVICE).taken == ALL
-    said = kernel_choice.as_lists(main._kernels())
-    kernel_choice.forget()
+    said = main._kernels()[:2]
     monkeypatch.setattr(checking, "COMMAND", ["false"])
     training_state(False, said)._choose_kernels()
     assert kernel_choice.chosen(DEVICE).taken == ALL
+    training_state(False, said, gpu={"device": "another"})._choose_kernels()
+    assert kernel_choice.chosen(DEVICE) == Choice(why="the processes have different GPUs, drivers or versions")
 
 
-def test_gpu_check_off(monkeypatch, gpu):
+def test_gpu_check_off(monkeypatch):
     monkeypatch.setattr(checking, "COMMAND", ["false"])
     with pytest.warns(UserWarning, match="not checked"):
         training_state(True, check="off")._choose_kernels()
-    assert not kernel_choice.chosen(DEVICE).failed
+    assert kernel_choice.chosen(DEVICE).why.startswith(kernel_choice.UNCHECKED)
 
 
-def test_a_resumed_run_takes_the_kernels_it_had(gpu):
-    """Although a check says something else by now."""
+def test_a_forced_backend_asks_for_no_check(monkeypatch, recwarn):
+    monkeypatch.setattr(checking, "COMMAND", ["false"])
+    with backends.backend("masked"):
+        training_state(True)._choose_kernels()
+        assert training_state(True)._kernels() == []
+    assert not recwarn
+
+
+@needs_triton
+def test_a_resumed_run_takes_the_kernels_it_had(gpu, capsys):
+    """Although a check says something else by now; but not on another GPU, driver or version."""
     put(gpu, float32_16_selected=0.5)
+    state = training_state(True)
     for before in (Choice(ALL, "because"), Choice()):
-        training_state(True)._take_kernels({"kernels": kernel_choice.as_lists(before)})
+        state._take_kernels([*kernel_choice.as_lists(before), dict(gpu)])
         assert kernel_choice.chosen(DEVICE) == before
-    training_state(True)._take_kernels({})  # a run of before there were checks
-    assert kernel_choice.chosen(DEVICE).taken == frozenset()
+    assert not capsys.readouterr().err
+    for saved in ([], [sorted(ALL), "because", {**gpu, "driver": "another"}], [[], "", None]):
+        state._take_kernels(saved)
+        assert kernel_choice.chosen(DEVICE).taken == {"float32/16/selected"}
+        assert "its kernels are chosen anew" in capsys.readouterr().err
+
+
+def test_what_a_trainer_asks_for(tmp_path, monkeypatch):
+    """A new run chooses, a resumed one takes what its checkpoint holds."""
+    from sfg_fast.training import checkpoint
+    from sfg_fast.training.trainer import Trainer
+    from tests.training.small_run import config, make_cache
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = []
+    monkeypatch.setattr(TrainingState, "_choose_kernels", lambda self: asked.append("new"))
+    monkeypatch.setattr(TrainingState, "_take_kernels", lambda self, kernels: asked.append(kernels))
+    monkeypatch.setattr(TrainingState, "_kernels", lambda self: [["a"], "why", {"device": "b"}])
+    run = config(make_cache(tmp_path), tmp_path / "run")
+    Trainer(run)
+    assert asked == ["new"]
+    assert checkpoint.newest(tmp_path / "run/checkpoints")[1]["kernels"] == [["a"], "why", {"device": "b"}]
+    Trainer(run, resume=True)
+    assert asked == ["new", [["a"], "why", {"device": "b"}]]
 
 
 # --- what is pasted into a bug report ---------------------------------------------------------------------------------

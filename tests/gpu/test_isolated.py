@@ -94,3 +94,13 @@ def test_what_processes_print_goes_to_the_log(tmp_path):
     list(run({"prints": Job(lambda: os.write(1, b"hello")), "raises": Job(broken)}, 1, log=log))
     assert "hello" in log.read_text()
     assert "ValueError: the tensor" in log.read_text()
+
+
+def test_a_process_that_dies_with_nothing_to_do_is_replaced():
+    running = run({"first": Job(os.getpid), "second": Job(os.getpid)}, 1)
+    first = next(running)
+    os.kill(first.value, signal.SIGKILL)
+    os.waitid(os.P_PID, first.value, os.WEXITED | os.WNOWAIT)
+    (second,) = running
+    assert second.error is None
+    assert second.value != first.value
