@@ -333,10 +333,7 @@ def variants_once() -> dict[str, Job]:
 
 
 def network_cases() -> list[networks.Case]:
-    if DRY:
-        return [networks.Case("routed", 6, 1, (3, 3, 3), 1)]
-    shapes = [("routed", 256, 16), ("routed", 128, 10), ("separate", 128, 10), ("vgg", 256, 16)]
-    return [networks.Case(kind, size, batch, device=DEVICE.type, half=HALF) for kind, size, batch in shapes]
+    return [networks.Case("routed", 6, 1, (3, 3, 3), 1)] if DRY else networks.cases("cuda", full=True)
 
 
 def _network_once(case: networks.Case, name: str) -> None:

@@ -266,7 +266,8 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
     nvidia, half = one.architecture.target.backend == "cuda", one.dtype not in FLOATS
     name = f"{one.architecture.name} {one.dtype} {one.channels}->{one.kernels} {one.direction}"
     found = []
-    if code.stack and one.architecture.name in ("sm_90", "sm_100"):
+    # (float32 without TF32 has no matrix instruction to feed: what little it spills was no hindrance on an H200.)
+    if code.stack and one.architecture.name in ("sm_90", "sm_100") and one.dtype != "ieee":
         found.append(f"{name}: {code.stack} bytes of stack")
     if code.shared > one.architecture.device.shared:
         found.append(f"{name}: {code.shared} bytes of shared memory, there are {one.architecture.device.shared}")

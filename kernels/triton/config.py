@@ -182,7 +182,7 @@ def _large_blocks(channels: int, out_channels: int, streams: int) -> tuple[int, 
     """The same where a matrix instruction reads from shared memory: bytes are the limit, not products. A tile belongs
     to one of the `streams`, which read nothing of each other."""
     block_n, block_k = (_power_of_two(size // streams) for size in (out_channels, channels))
-    return min(block_n, 64 if channels <= WALKED else 128), min(block_k, 64)
+    return min(block_n, 128), min(block_k, 64)
 
 
 class Device(NamedTuple):
@@ -196,6 +196,11 @@ class Device(NamedTuple):
     def multiplies_from_shared_memory(self) -> bool:
         """Hopper and data-centre Blackwell; others hold both factors of a matrix instruction in registers."""
         return 90 <= self.capability < 120
+
+    @property
+    def hopper(self) -> bool:
+        """What was measured there and can't be told of others: warps, stages, and how many pixels fit."""
+        return self.capability == 90
 
 
 @functools.cache
@@ -283,20 +288,20 @@ def plan(
 def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
     """`fused`: the last fields of Tiles."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    if walks(p, bits):
+    if walks(p, bits, device):
         strip = min(_power_of_two(size[1]), 64)
         tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
         strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
         options = launch_options(strip, p.block_n, 2048, device)
-        if _large(bits, device) and p.block_n <= 32:
+        if device.hopper:
             options = {"num_warps": 2, "num_stages": 3}
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)
     if p.others:  # four sums of 128 x 64 don't fit into the registers
-        many = large and (p.block_n == 32 or (p.block_n == 64 and not p.adjoint))
+        many = device.hopper and p.block_k == 32 and (p.block_n == 32 or (p.block_n == 64 and not p.adjoint))
     else:
         many = (large or p.block_n < 64) and not p.shares_products
     pixels = 128 if bits == 16 and many else 64
@@ -328,10 +333,10 @@ def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], d
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
     options, programs = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device), 4
     if _large(bits, device) and not g.flat:
-        if max(g.block_c, g.block_k) <= 32:
-            pixels, options = 128, {"num_warps": 2, "num_stages": 3 if max(g.block_c, g.block_k) <= 16 else 1}
-        elif min(g.block_c, g.block_k) == 64:
+        if min(g.block_c, g.block_k) == 64:
             programs = 2
+        elif device.hopper and g.block_c == g.block_k == g.channels == g.out_channels:  # one tile, of 16 or 32
+            pixels, options = 128, {"num_warps": 2, "num_stages": 3 if g.block_c == 16 else 1}
     tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(programs * device.multiprocessors, g.programs)))
@@ -344,8 +349,9 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def walks(p: Pass, bits: int) -> bool:
-    """Is rowwalk.py the way?"""
+def walks(p: Pass, bits: int, device: Device) -> bool:
+    """Is rowwalk.py the way? Where matrix instructions read from shared memory, those of a wider output would wait for
+    each other (ptxas' C7514)."""
     fits = (
         p.taps_h == p.taps_w == 3
         and p.stride_h == p.stride_w == 1
@@ -353,7 +359,8 @@ def walks(p: Pass, bits: int) -> bool:
         and not p.shares_products
         and not p.others
     )
-    return fits and bits == 16 and p.channels <= WALKED
+    narrow = p.out_channels <= WALKED or not _large(bits, device)
+    return fits and bits == 16 and p.channels <= WALKED and narrow
 
 
 def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:

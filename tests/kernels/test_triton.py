@@ -46,7 +46,7 @@ def path(request, monkeypatch):
     """Both ways to convolve, whatever the dtype and the number of channels."""
     if request.param == "rowwalk":
         monkeypatch.setattr(config, "FEW_CHANNELS", 0)
-        monkeypatch.setattr(config, "walks", lambda p, bits, walks=config.walks: walks(p, 16))
+        monkeypatch.setattr(config, "walks", lambda p, bits, device, walks=config.walks: walks(p, 16, device))
     else:
         monkeypatch.setattr(config, "walks", lambda *_: False)
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90, 227 << 10))  # several walks and splits
