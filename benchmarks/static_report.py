@@ -131,6 +131,7 @@ def source(one: Configuration) -> ASTSource:
 KNOWN: dict[tuple[str, str], str] = {
     ("convolve", "C7517"): "the first layer gathers its factor in registers: one wait, not one for each product",
     ("convolve", "C7519"): "the first layer gathers its factor in registers",
+    ("weight_gradient", "C7515"): "64 -> 32 kernels alone, where the layer changes its width: not measured yet",
 }
 
 
