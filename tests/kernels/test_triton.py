@@ -5,6 +5,7 @@ path forced, NaN in all memory that a kernel should write.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,17 @@ def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
         found = [launch.tiles.wide for launch in launches if isinstance(launch, config.Launch)]
         assert found == [False, wide, wide, False]
         launches.clear()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.7.1", "2.5.2", True), ("3.10.0", "3.0", True)],
+)
+def test_a_numpy_that_the_interpreter_can_not_do_with_is_told(monkeypatch, triton, numpy, works):
+    monkeypatch.setattr(kernels, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setattr(kernels, "numpy", SimpleNamespace(__version__=numpy))
+    expected = f"Triton {triton} with numpy {numpy}: Triton's interpreter needs Triton 3.7, or numpy before 2.4"
+    assert kernels.missing() == (None if works else expected)
 
 
 def test_nan_goes_where_torch_lets_it_go():
