@@ -69,13 +69,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     import triton
 
     properties = torch.cuda.get_device_properties(device)
-    from . import kernels
-
-    folder_of_kernels, here = Path(next(iter(kernels.__path__))), Path(__file__).parent
-    content = hashlib.sha256()
-    for path in sorted([*folder_of_kernels.glob("*.py"), *folder_of_kernels.glob("triton/*.py"), *here.glob("gpu/*.py"),
-                 *(here / f"{name}.py" for name in ("passes", "routed_conv", "norm"))]):  # fmt: skip
-        content.update(hashlib.sha256(path.read_bytes()).digest())
     return {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -83,8 +76,25 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "kernels": content.hexdigest()[:16],
+        "kernels": hash_of(files_that_decide()),
     }
+
+
+def files_that_decide() -> list[Path]:
+    """The kernels, what stands between them and a layer, and the checks."""
+    from . import kernels
+
+    assert kernels.__file__ is not None
+    theirs, here = Path(kernels.__file__).parent, Path(__file__).parent
+    between = [here / f"{name}.py" for name in ("passes", "routed_conv", "norm")]
+    return sorted([*theirs.glob("*.py"), *theirs.glob("triton/*.py"), *here.glob("gpu/*.py"), *between])
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    content = hashlib.sha256()
+    for path in files:
+        content.update(hashlib.sha256(path.read_bytes()).digest())
+    return content.hexdigest()[:16]
 
 
 def known(device: torch.device) -> dict[str, Any] | None:

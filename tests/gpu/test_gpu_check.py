@@ -88,6 +88,19 @@ def test_a_result_belongs_to_one_gpu_driver_and_version(gpu, key):
         assert not kernel_choice.chosen(DEVICE).taken
 
 
+def test_another_kernel_asks_for_another_check(tmp_path):
+    files = kernel_choice.files_that_decide()
+    names = {file.name for file in files}
+    assert names >= {"rowwalk.py", "config.py", "masked.py", "packing.py", "passes.py", "checks.py", "timing.py"}
+    copies = [tmp_path / f"{n}.py" for n in range(len(files))]
+    for file, copy in zip(files, copies, strict=True):
+        copy.write_bytes(file.read_bytes())
+    before = kernel_choice.hash_of(files)
+    assert kernel_choice.hash_of(copies) == before
+    copies[-1].write_text("# changed\n")
+    assert kernel_choice.hash_of(copies) != before
+
+
 @needs_triton
 def test_a_kernel_that_is_wrong_is_never_taken(pretend):
     """Although it is twice as fast."""
