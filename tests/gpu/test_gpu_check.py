@@ -164,6 +164,7 @@ def test_two_at_once(gpu, pretend, capsys):
 
 def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RuntimeError, match="there is no CUDA device"):
         gpu_check()
     assert cli.main(["gpu-check"]) == 2
