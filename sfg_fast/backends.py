@@ -72,18 +72,19 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
     if current() == "triton" and compiling:
         assignment, *by_group = _sample(log_p, noise)
         return assignment, (*by_group, {})
-    on_gpu = log_p.is_cuda and current() == "auto" and not compiling and _draws_on(log_p)
-    name = "triton" if current() == "triton" or on_gpu else "masked"
-    if current() in ("auto", "native") and not compiling and available("native"):
-        name = "masked" if load("native").cannot(log_p) else "native"
-    assignment, *by_group = load(name).sample(log_p, noise)
+    assignment, *by_group = load(_sampler(log_p, compiling)).sample(log_p, noise)
     return assignment, tuple(by_group)
 
 
-def _draws_on(log_p: Tensor) -> bool:
-    """Does Triton draw there, because it is taken for some layers?"""
-    taken = kernel_choice.chosen(log_p.device).taken
-    return bool(taken) and available("triton") and not load("triton").cannot(log_p)
+def _sampler(log_p: Tensor, compiling: bool) -> str:
+    """The backend that draws: on a GPU `triton`, if it is taken for some layers there."""
+    name = current()
+    if name == "triton":
+        return name
+    wanted = {"auto": "triton" if log_p.is_cuda else "native", "native": "native"}.get(name)
+    if wanted is None or compiling or (wanted == "triton" and not kernel_choice.chosen(log_p.device).taken):
+        return "masked"
+    return wanted if available(wanted) and not load(wanted).cannot(log_p) else "masked"
 
 
 @library.custom_op("sfg_fast::sample", mutates_args=())
@@ -111,7 +112,7 @@ def _fastest(x: Tensor, width: int, learns: bool) -> ModuleType:
         if not _takes_triton(x.device, dtype, width, work) or not available("triton"):
             return masked
         triton = load("triton")
-        return masked if triton.cannot(x.new_empty(0, dtype=dtype)) else triton
+        return masked if triton.cannot(x if dtype == x.dtype else x.new_empty(0, dtype=dtype)) else triton
     if x.device.type != "cpu" or fastest_on_cpu() != "native":
         return masked
     native = load("native")

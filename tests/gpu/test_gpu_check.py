@@ -255,6 +255,21 @@ def test_auto_goes_by_precision_width_and_work(monkeypatch):
             assert backends.kernels(x, 16)[0] is triton
 
 
+@needs_triton
+def test_triton_draws_where_it_is_taken(monkeypatch):
+    log_p = SimpleNamespace(is_cuda=True, device=DEVICE)
+    monkeypatch.setattr(backends.load("triton"), "cannot", lambda x: None)
+    kernel_choice.choose(DEVICE, Choice())
+    assert backends._sampler(log_p, False) == "masked"
+    kernel_choice.choose(DEVICE, Choice(ALL))
+    assert backends._sampler(log_p, False) == "triton"
+    assert backends._sampler(log_p, True) == "masked"  # a compiled graph has plain operations
+    with backends.backend("masked"):
+        assert backends._sampler(log_p, False) == "masked"
+    monkeypatch.setattr(backends, "available", lambda name: name != "triton")  # a choice of another machine
+    assert backends._sampler(log_p, False) == "masked"
+
+
 # --- a training -------------------------------------------------------------------------------------------------------
 
 
