@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sfg_fast.gpu.timing import captured, interleaved, synchronize
+from sfg_fast.show_config import processor
 
 Spread = tuple[float, float, float]  # median, lower and upper quartile
 
@@ -80,12 +81,7 @@ def machine(device: str = "cpu") -> str:
     if device == "cuda":
         model = torch.cuda.get_device_name()
         return f"{model}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    model = processor()
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 

@@ -27,7 +27,7 @@ def lines() -> list[str]:
         f"sfg_fast {_version('sfg_fast')}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__} ({cuda}), Triton {_version('triton')}, numpy {numpy.__version__}",
         f"backend asked for: {forced or 'none'} ({backends.ENVIRONMENT})",
-        f"cpu: {_processor()}, {torch.get_num_threads()} threads; {_on_cpu()}",
+        f"cpu: {processor()}, {torch.get_num_threads()} threads; {_on_cpu()}",
     ]
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
@@ -59,7 +59,8 @@ def _version(package: str) -> str:
         return "from a checkout" if package == "sfg_fast" else "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

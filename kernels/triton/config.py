@@ -199,7 +199,7 @@ class Device(NamedTuple):
 
     @property
     def hopper(self) -> bool:
-        """What was measured there and can't be told of others: warps, stages, and how many pixels fit."""
+        """Is it a GPU like the H200, on which numbers of warps, stages and pixels were measured?"""
         return self.capability == 90
 
 
