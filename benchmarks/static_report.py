@@ -100,7 +100,7 @@ TYPES = {
     **dict.fromkeys(("log_p", "noise"), "fp32"),
     **dict.fromkeys(("u", "du", "add"), None),
     **dict.fromkeys(("mean", "var", "slope", "offset", "dweight", "dbias"), "fp32"),
-    **dict.fromkeys(("running_mean", "running_var", "pooled_mean", "pooled_var"), "fp32"),
+    **dict.fromkeys(("running_mean", "running_var", "draws", "pooled_mean", "pooled_var"), "fp32"),
     **dict.fromkeys(("row_places", "column_places"), "i32"),
 }
 
@@ -110,7 +110,7 @@ def source(one: Configuration) -> ASTSource:
     kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "draws")
+        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment")
         if name in one.constants:
             signature[name] = "constexpr"
         elif name == "eps":

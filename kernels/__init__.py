@@ -18,7 +18,8 @@ Every module here offers the same functions; `spec` (spec.py) says who reads who
                                                   -> None: running statistics of (group, kernel) pairs go towards those
                                                   of a batch, var the biased one of `count` values, at a rate of
                                                   max(1/n, momentum), n the pair's draws, this one too; the pooled ones
-                                                  of all groups as well
+                                                  of all groups as well (draws: in their dtype,
+                                                  for averages of models are averages of counts, too)
     missing() -> what this machine lacks for them, or None
     cannot(x) -> why a tensor like x can't be used, or None
 
@@ -61,6 +62,7 @@ Every module says of itself:
                      those of the batch at this rate.
                      forward(..., affine=) convolves relu(scale * x + shift), which is never stored, and
                      normalise_gradient(..., again=True) returns it as well, in the memory of dy: for weight_gradient
+    OF_TORCH         made of torch's own operations, each of which a counter of FLOPs sees
     SHARES_PRODUCTS  if all groups have the same kernels (full rows or columns), the product of an input group with
                      them is computed once and added to all outputs that read it
 """

@@ -19,6 +19,7 @@ from ..groups import FilterGroups, Routing, sort_by_group
 from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
 from .spec import Recipe, RoutedConv
 
+OF_TORCH = True
 FUSES = FUSES_BACK = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = None, (None, *ACTIVATIONS)
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .activations import Activation
 from .groups import FilterGroups
 from .kernels import masked
+from .once import once_differentiable
+from .tracing import in_graph
 
 
 class KernelNorm(nn.Module):
@@ -41,13 +42,29 @@ class KernelNorm(nn.Module):
     def __init__(self, kernels: int, groups: int, eps: float = 1e-5, momentum: float = 0.1, **factory: Any) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(kernels, **factory))
-        self.bias = nn.Parameter(torch.zeros(kernels, **factory))
-        self.register_buffer("running_mean", torch.zeros(groups, kernels, **factory))
-        self.register_buffer("running_var", torch.ones(groups, kernels, **factory))
-        self.register_buffer("draws", torch.zeros(groups, kernels, dtype=torch.int64, device=factory.get("device")))
-        self.register_buffer("pooled_mean", torch.zeros(kernels, **factory))
-        self.register_buffer("pooled_var", torch.ones(kernels, **factory))
+        self.weight = nn.Parameter(torch.empty(kernels, **factory))
+        self.bias = nn.Parameter(torch.empty(kernels, **factory))
+        self.register_buffer("running_mean", torch.empty(groups, kernels, **factory))
+        self.register_buffer("running_var", torch.empty(groups, kernels, **factory))
+        # No whole numbers: an average of models averages them, too, and would cut off what is behind the point.
+        self.register_buffer("draws", torch.empty(groups, kernels, **factory))
+        self.register_buffer("pooled_mean", torch.empty(kernels, **factory))
+        self.register_buffer("pooled_var", torch.empty(kernels, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As it is made: scale 1, shift 0, no running statistics."""
+        self.weight.fill_(1)
+        self.bias.zero_()
+        self.reset_running_stats()
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        for value, buffers in ((0, (self.running_mean, self.draws, self.pooled_mean)),
+                               (1, (self.running_var, self.pooled_var))):  # fmt: skip
+            for buffer in buffers:
+                buffer.fill_(value)
 
     def in_one_go(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> Any:
         """The kernels for `normalise_and_gate` on these rows, or None."""
@@ -214,7 +231,7 @@ class _BatchNorm(torch.autograd.Function):
 
 def in_one_go(x: Tensor, width: int, learns: bool = False) -> Any:
     """The kernels that normalise and activate a tensor like x in one go, or None (`backends.kernels`)."""
-    if torch.compiler.is_compiling():
+    if in_graph():
         return None
     kernels, dtype = backends.kernels(x, width, learns)
     return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None

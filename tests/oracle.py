@@ -76,7 +76,6 @@ def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.
     running = [torch.randn(groups, kernels, generator=generator) for _ in range(2)]
     pooled, draws = [torch.randn(kernels, generator=generator) for _ in range(2)], torch.zeros(groups, kernels)
     expected = [t.double() for t in (*running, *pooled)]
-    draws = draws.long()
     times = [[0] * kernels for _ in range(groups)]
     for step in range(steps):
         count = (2, 50)[step % 2]

@@ -25,6 +25,7 @@ __all__ = [
     "KNOWS",
     "MEMORY_FORMAT",
     "NORMALISES",
+    "OF_TORCH",
     "READS_NORMALISED",
     "SHARES_PRODUCTS",
     "cannot",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 FUSES = FUSES_BACK = FUSES_GATES = NORMALISES = READS_NORMALISED = True
-SHARES_PRODUCTS = False
+OF_TORCH = SHARES_PRODUCTS = False
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
 
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system

@@ -327,7 +327,7 @@ void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> w
 
 template <typename T>
 void keep_statistics(Vector<const T> mean, Vector<const T> var, Array<const int64_t, 1> assignment, int64_t count,
-                     double momentum, Array<T, 2> running_mean, Array<T, 2> running_var, Array<int64_t, 2> draws,
+                     double momentum, Array<T, 2> running_mean, Array<T, 2> running_var, Array<T, 2> draws,
                      Vector<T> pooled_mean, Vector<T> pooled_var) {
     const int64_t groups = draws.shape(0), kernels = draws.shape(1);
     for (const auto* table : {&running_mean, &running_var})

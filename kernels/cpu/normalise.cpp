@@ -122,29 +122,27 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
 
 template <typename T>
 void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
-                     T* running_mean, T* running_var, int64_t* draws, T* pooled_mean, T* pooled_var, int64_t groups,
+                     T* running_mean, T* running_var, T* draws, T* pooled_mean, T* pooled_var, int64_t groups,
                      int64_t kernels) {
     const T unbiased = T(double(count) / double(std::max<int64_t>(count - 1, 1)));
-    const auto towards = [&](T& old, T now, int64_t times) {
-        old += std::max(T(1) / T(times), T(momentum)) * (now - old);
-    };
+    const auto towards = [&](T& old, T now, T times) { old += std::max(T(1) / times, T(momentum)) * (now - old); };
     for (int64_t k = 0; k < kernels; k++) {
         const int64_t at = assignment[k] * kernels + k;
-        draws[at]++;
-        int64_t of_all = 0;
+        draws[at] += 1;
+        T of_all = 0;
         for (int64_t g = 0; g < groups; g++) of_all += draws[g * kernels + k];
         towards(running_mean[at], mean[k], draws[at]), towards(running_var[at], var[k] * unbiased, draws[at]);
         towards(pooled_mean[k], mean[k], of_all), towards(pooled_var[k], var[k] * unbiased, of_all);
     }
 }
 
-#define SFG_NORMALISE(T)                                                                                              \
-    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, T*, T*, const Running<T>&, \
-                               int);                                                                                  \
-    template void normalise_gradient<T>(const InnerLoops<T>&, const Norm<T>&, const T*, const T*, const T*, const T*, \
-                                        T*, T*, T*, T*, int);                                                         \
-    template void keep_statistics<T>(const T*, const T*, const int64_t*, int64_t, double, T*, T*, int64_t*, T*, T*,   \
-                                     int64_t, int64_t);
+#define SFG_NORMALISE(T)                                                                                               \
+    template void normalise<T>(const InnerLoops<T>&, const Norm<T>&, const T*, T*, T*, T*, T*, T*, const Running<T>&,  \
+                               int);                                                                                   \
+    template void normalise_gradient<T>(const InnerLoops<T>&, const Norm<T>&, const T*, const T*, const T*, const T*,  \
+                                        T*, T*, T*, T*, int);                                                          \
+    template void keep_statistics<T>(const T*, const T*, const int64_t*, int64_t, double, T*, T*, T*, T*, T*, int64_t, \
+                                     int64_t);
 SFG_NORMALISE(float)
 SFG_NORMALISE(double)
 

@@ -113,7 +113,7 @@ void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const
 // Running statistics, see kernels/__init__.py: [groups][kernels], or [kernels].
 template <typename T>
 void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
-                     T* running_mean, T* running_var, int64_t* draws, T* pooled_mean, T* pooled_var, int64_t groups,
+                     T* running_mean, T* running_var, T* draws, T* pooled_mean, T* pooled_var, int64_t groups,
                      int64_t kernels);
 
 // argmax of log_p + noise [kernels][groups] for each kernel (noise: or null), and the kernels sorted by it, stably:

@@ -36,7 +36,7 @@ from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
 FUSES = SHARES_PRODUCTS = NORMALISES = True
-FUSES_BACK = FUSES_GATES = READS_NORMALISED = False
+OF_TORCH = FUSES_BACK = FUSES_GATES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -185,7 +185,7 @@ def keep_statistics_kernel(
     valid = k < K
     at = tl.load(assignment + k, mask=valid, other=0) * K + k
     times = tl.load(draws + at, mask=valid, other=0) + 1
-    of_all = tl.full((BLOCK,), 1, tl.int64)
+    of_all = tl.full((BLOCK,), 1, draws.dtype.element_ty)
     for g in tl.static_range(GROUPS):
         of_all += tl.load(draws + g * K + k, mask=valid, other=0)
     tl.store(draws + at, times, mask=valid)

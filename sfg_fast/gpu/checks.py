@@ -250,7 +250,7 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     _right(offsets.tolist() == counts, "the groups' offsets are not their sizes added up")
     mean, var = torch.randn(kernels, device=device), torch.rand(kernels, device=device)
     running = [torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device)]
-    draws = torch.randint(5, (groups, kernels), device=device)
+    draws = torch.randint(5, (groups, kernels), device=device).float()
     pooled = [torch.zeros(kernels, device=device), torch.ones(kernels, device=device)]
     exact = [t.double().cpu().clone() for t in (*running, *pooled)]
     counted = draws.cpu().clone()

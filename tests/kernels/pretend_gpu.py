@@ -67,7 +67,7 @@ def main() -> None:
         how = torch.randperm(32), 1e-5, "relu"
         y, mean, var, _ = kernels.normalise(x, *affine, *how, x)
         kernels.normalise_gradient(y, x, *affine, how[0], mean, var, *how[1:], x)
-        running = torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32, dtype=torch.int64), *affine
+        running = torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine
         kernels.keep_statistics(mean, var, torch.zeros(32, dtype=torch.int64), 512, 0.1, *running)
     for stride in (1, 2):
         for _ in range(50):
