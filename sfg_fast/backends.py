@@ -15,6 +15,7 @@ from torch import Tensor, library
 
 from . import kernel_choice
 from . import kernels as _kernels
+from .tracing import in_graph
 
 BACKENDS = ("reference", "masked", "native", "triton")
 ENVIRONMENT = "SFG_FAST_BACKEND"
@@ -68,7 +69,7 @@ def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[ModuleType, to
 def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Any]]]:
     """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: order, offsets, and what
     else is known of the groups (`FilterGroups`). The same on every backend."""
-    log_p, compiling = log_p.detach(), torch.compiler.is_compiling()
+    log_p, compiling = log_p.detach(), in_graph()
     if current() == "triton" and compiling:
         assignment, *by_group = _sample(log_p, noise)
         return assignment, (*by_group, {})
@@ -150,7 +151,9 @@ def available(name: str) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the device of `x`, or None outside autocast."""
-    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 
 from .groups import FilterGroups, Routing
 from .kernels.packing import select_channels
-from .plain_ops import act_on_features, no_attribute
+from .plain_ops import TensorLike
+from .tracing import in_graph
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SFGFeatures:
+class SFGFeatures(TensorLike):
     """The features of all groups in one packed tensor. Immutable.
 
     Attributes:
@@ -85,12 +86,6 @@ class SFGFeatures:
                 f"(conv(x, groups=features.groups)); got {self.groups} and {groups}"
             )
 
-    def __mul__(self, factor: float) -> SFGFeatures:
-        """Times a number."""
-        return self.channelwise(lambda x: x * factor) if isinstance(factor, int | float) else NotImplemented
-
-    __rmul__ = __mul__
-
     def concatenate(self, *more: SFGFeatures) -> SFGFeatures:
         """[F | F' | ..] along the channels: the kernels of all, each in its own group (`torch.cat` does this)."""
         every = (self, *more)
@@ -114,8 +109,7 @@ class SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
         others = self.others
         if others is not None:  # in a graph the plain operation does, zeros and all
-            compiling = torch.compiler.is_compiling()
-            others = operation(others) if compiling else _OnZeros.apply(others, operation)
+            others = operation(others) if in_graph() else _OnZeros.apply(others, operation)
         return SFGFeatures(operation(self.packed), self.groups, self.routing, others)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
@@ -138,22 +132,6 @@ class SFGFeatures:
     def _map(self, fn) -> SFGFeatures:  # type: ignore[no-untyped-def]
         others = None if self.others is None else fn(self.others)
         return SFGFeatures(fn(self.packed), self.groups.map(fn), self.routing, others)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return act_on_features(function, args, dict(kwargs or {}))
-
-    def __getattr__(self, name: str) -> Any:
-        raise no_attribute(self, name)
-
-    def dim(self) -> int:
-        return self.packed.dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        """As `Tensor.size`, of `shape`."""
-        return self.shape if dim is None else self.shape[dim]
 
     @property
     def dtype(self) -> torch.dtype:

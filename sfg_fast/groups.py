@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .tracing import in_graph
+
 SHARED = "shared"
 
 
@@ -38,7 +40,7 @@ class Routing(enum.Enum):
 
 class _kept:
     """A property that is computed once. (`functools.cached_property` holds a lock in Python 3.11, which a compiled
-    graph can't; there it is computed where it is used, and the compiler finds out that it is the same.)"""
+    graph can't; there, and of fake tensors, it is computed where it is used.)"""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self.compute, self.__doc__ = compute, compute.__doc__
@@ -46,7 +48,7 @@ class _kept:
     def __get__(self, groups: Any, owner: type) -> Any:
         if groups is None:
             return self
-        if torch.compiler.is_compiling():
+        if in_graph():
             return self.compute(groups)
         with torch.inference_mode(False):  # the groups may outlive the mode
             return groups.__dict__.setdefault(self.compute.__name__, self.compute(groups))
@@ -62,7 +64,7 @@ def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]
         size: int | Sequence[int], names: int | Iterable[str], device: torch.device | None = None
     ) -> FilterGroups:
         names = names if isinstance(names, int | str) else tuple(names)  # (a text is refused by `group_names`)
-        if torch.compiler.is_compiling() or device is None or device.type != "cpu":
+        if in_graph() or device is None or device.type != "cpu":
             return make(size, names, device)
         with torch.inference_mode(False):
             return kept(size if isinstance(size, int) else tuple(size), names, device)

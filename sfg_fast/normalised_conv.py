@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import passes
 from .kernels.spec import RoutedConv
 from .norm import batch_norm_relu, count_batch, relu_in_one_go
+from .once import once_differentiable
 from .routed_conv import routed_conv
+from .tracing import through_operators
 
 
 def normalised_conv(
@@ -29,7 +30,7 @@ def normalised_conv(
     """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`); and u, for a shortcut
     around it: the gradients of both ways are added where the first is made."""
     kernels = relu_in_one_go(norm, u)
-    if norm is None or kernels is None or not kernels.READS_NORMALISED or relu:
+    if norm is None or kernels is None or not kernels.READS_NORMALISED or relu or through_operators(kernels):
         h, around = batch_norm_relu(norm, u)
         return routed_conv(h, weight, bias, spec, relu, residual), around
     residual = None if residual is None else residual.to(u.dtype)

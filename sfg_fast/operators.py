@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import flop_counter
 
 from . import backends, passes
 from .groups import FilterGroups, Routing
@@ -248,6 +250,60 @@ def _gradient(ctx: Any, dy: Tensor, _: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_keep)
+
+
+# --- FLOPs, for torch.utils.flop_counter.FlopCounterMode: of what is computed, not of what is skipped -----------------
+
+
+@flop_counter.register_flop_formula(torch.ops.sfg_fast.routed_conv, get_raw=True)
+def _flops(x: Tensor, others: Any, weight: Tensor, *rest: Any, out_val: Any, **_: Any) -> int:
+    sides, sizes, _, routing = rest[2:6]
+    rows, columns = _shares(sides, sizes)
+    pairs = [r * c for r, reads in zip(rows, _reads(rows, columns, routing), strict=True) for c in reads]
+    return _of_pairs(sum(pairs), weight, out_val[0])
+
+
+@flop_counter.register_flop_formula(torch.ops.sfg_fast.routed_conv_backward, get_raw=True)
+def _flops_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any, **_: Any) -> int:
+    """dothers: every row's gradient reaches every column, in some group."""
+    _, sides, sizes, _, routing, _, wants, wants_others = rest
+    rows, columns = _shares(sides, sizes)
+    pairs = sum(r * c for r, reads in zip(rows, _reads(rows, columns, routing), strict=True) for c in reads)
+    of_input = sum(rows) * sum(columns) if wants_others else pairs
+    return _of_pairs(of_input * wants[0] + pairs * wants[1], weight, dy)
+
+
+@flop_counter.register_flop_formula(torch.ops.sfg_fast.gate_gradient, get_raw=True)
+def _flops_gates(dothers: Tensor, x: Tensor, a: Any, weight: Tensor, *rest: Any, out_val: Any, **_: Any) -> int:
+    """Of the rows in the groups they were not drawn into; what they read of the shared group is kept (`a`)."""
+    sides, sizes, _, routing = rest[3:7]
+    rows, columns = _shares(sides, sizes)
+    kept = routing == Routing.ARROW.value
+    pairs = 0 if routing == Routing.ALL.value else sum((sum(rows) - r) * c for r, c in zip(rows, columns, strict=True))
+    pairs -= (sum(rows) - rows[0]) * columns[0] if kept else 0
+    return _of_pairs(pairs, weight, dothers)
+
+
+def _of_pairs(pairs: float, weight: Tensor, image: Tensor) -> int:
+    """Of a convolution that multiplies so many pairs of a row and a column, in an image of this size."""
+    return round(2 * pairs * weight.shape[2] * weight.shape[3] * image.shape[0] * image.shape[2] * image.shape[3])
+
+
+def _shares(sides: Sequence[Tensor], sizes: Sequence[int]) -> list[list[float]]:
+    """Rows of each group, and columns; of tensors without values as if all groups had as many."""
+    found: list[list[float]] = []
+    for order, offsets, groups in zip(sides[::2], sides[1::2], sizes[::2], strict=True):
+        if isinstance(offsets, FakeTensor) or offsets.is_meta:
+            found.append([order.shape[0] / groups] * groups)
+        else:
+            found.append(offsets.diff().tolist())
+    return found
+
+
+def _reads(rows: Sequence[float], columns: Sequence[float], routing: str) -> list[list[float]]:
+    """For each group of rows how many columns of each group it reads."""
+    table = Routing(routing).reads(len(rows), len(columns))
+    return [[c for c, read in zip(columns, reads, strict=True) if read] for reads in table]
 
 
 def _spec(

@@ -1,4 +1,4 @@
-"""What plain torch functions may do to features of SFG layers, packed or dense: `__torch_function__` of both.
+"""What plain torch code may do to features of SFG layers, packed, dense or frozen, as if they were a tensor.
 
 A function may act if it treats every channel alone and keeps zeros, because channels of other groups are zero and are
 not even there. Everything else raises, and says what to do instead: nothing is made dense silently.
@@ -6,9 +6,10 @@ not even there. Everything else raises, and says what to do instead: nothing is 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +33,65 @@ _REVIVES = {
 }  # fmt: skip
 
 _INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
+
+
+class TensorLike:
+    """The part of a tensor's interface that all features have."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of one dense tensor, [N, K, H, W]."""
+        raise NotImplementedError
+
+    def channelwise(self, operation: Callable[[Tensor], Tensor]) -> Self:
+        """`operation` on every channel: it must treat each alone, and keep zeros."""
+        raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `Tensor.to`, for the values (the groupings keep their dtype)."""
+        return self.channelwise(lambda x: x.to(*args, **kwargs))
+
+    def detach(self) -> Self:
+        return self.channelwise(Tensor.detach)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """As `Tensor.size`, of `shape`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __mul__(self, factor: float | Tensor) -> Self:
+        """Times a number, or a tensor of one number."""
+        return self._scaled(operator.mul, factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Self:
+        return self._scaled(operator.truediv, divisor)
+
+    def _scaled(self, operation: Callable[[Any, Any], Any], number: float | Tensor) -> Self:
+        if isinstance(number, Tensor) and number.numel() == 1:
+            number = number.reshape(())
+        elif not isinstance(number, int | float):
+            return NotImplemented
+        return self.channelwise(lambda x: operation(x, number))
+
+    def __getattr__(self, name: str) -> Any:
+        """What to raise for what features don't have."""
+        text = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f"{text}, because it is no tensor: {_INSTEAD}" if hasattr(Tensor, name) else text)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return act_on_features(function, args, dict(kwargs or {}))
+
+
+def crop(features: TensorLike, index: tuple[slice, ...]) -> TensorLike:
+    """features[:, :, from:to, from:to]"""
+    return features.channelwise(lambda x: x[index])
 
 
 def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,12 +133,6 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
     if function in _FLAT_AT_ZERO and getattr(features, "others", None) is not None:
         _warn_flat(name)
     return features.channelwise(lambda x: function(x, *rest, **kwargs))
-
-
-def no_attribute(features: Any, name: str) -> AttributeError:
-    """What to raise for an attribute that features don't have."""
-    text = f"{type(features).__name__!r} object has no attribute {name!r}"
-    return AttributeError(f"{text}, because it is no tensor: {_INSTEAD}" if hasattr(Tensor, name) else text)
 
 
 def _are_features(x: Any) -> bool:

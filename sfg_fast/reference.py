@@ -19,10 +19,10 @@ from .activations import ACTIVATIONS, Activation, activate
 from .gates import GroupGates
 from .groups import FilterGroups, Routing
 from .norm import KernelNorm
-from .plain_ops import act_on_features, no_attribute
+from .plain_ops import TensorLike
 
 
-class DenseFeatures(list[Tensor]):
+class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
     """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
 
     def __init__(self, tensors: Iterable[Tensor], groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
@@ -45,15 +45,6 @@ class DenseFeatures(list[Tensor]):
     def shape(self) -> torch.Size:
         return self[0].shape
 
-    def __getattr__(self, name: str) -> Any:
-        raise no_attribute(self, name)
-
-    def dim(self) -> int:
-        return self[0].dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
     @property
     def dtype(self) -> torch.dtype:
         return self[0].dtype
@@ -62,23 +53,12 @@ class DenseFeatures(list[Tensor]):
     def device(self) -> torch.device:
         return self[0].device
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return act_on_features(function, args, dict(kwargs or {}))
-
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> DenseFeatures:
         return DenseFeatures(map(operation, self), self.groups, self.routing)
 
     def concatenate(self, *more: DenseFeatures) -> DenseFeatures:
         tensors = [torch.cat(parts, 1) for parts in zip(self, *more, strict=True)]
         return DenseFeatures(tensors, FilterGroups.joined([one.groups for one in (self, *more)]), self.routing)
-
-    def __mul__(self, factor: float) -> DenseFeatures:  # type: ignore[override]
-        return self.channelwise(lambda x: x * factor) if isinstance(factor, int | float) else NotImplemented
-
-    __rmul__ = __mul__  # type: ignore[assignment]
 
     def __add__(self, other: DenseFeatures) -> DenseFeatures:  # type: ignore[override]
         if self.routing is not other.routing or not self.groups.same_as(other.groups):
@@ -151,6 +131,11 @@ class SFGConv2d(GroupGates):
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
+        if isinstance(activation, type):
+            name = activation.__name__
+            raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
         if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
             raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
@@ -173,6 +158,14 @@ class SFGConv2d(GroupGates):
         # torch's padding before the convolution ("same" may be uneven, other modes are not zeros).
         self.pad_before = list(plain._reversed_padding_repeated_twice)
         self._even = self.pad_before[0::2] == self.pad_before[1::2]
+
+    def reset_parameters(self) -> None:
+        """As it is made: weight and bias as `nn.Conv2d` draws them, p as `init` says, nothing fixed, no statistics."""
+        self.reset_grouping()
+        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
+        for part in (self.norm, self.activation):
+            if part is not None and hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     @property
     def zero_padding(self) -> tuple[int, int] | None:

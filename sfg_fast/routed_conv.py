@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import backends, operators, passes
 from .groups import FilterGroups, Routing
 from .kernels import masked
 from .kernels.spec import Recipe, RoutedConv
+from .once import once_differentiable
 from .passes import fold, one_image_for_every_group, plain, same_work_for_every_group, unfold
+from .tracing import in_graph, through_operators
 
 
 def routed_conv(*arguments: Any, **options: Any) -> Tensor:
@@ -83,7 +84,7 @@ def convolve(
         u = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
         u = F.relu(u) if relu else u
     else:
-        around = around and x is given[0] and not torch.compiler.is_compiling()
+        around = around and x is given[0] and not through_operators(kernels)
         arguments = x, others, producer, weight, bias, residual, kernels, spec, relu, keep, around
         u, a, *past = _by_kernels(*arguments)
         residual = None
@@ -115,13 +116,13 @@ class Others(NamedTuple):
         self, dothers: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None
     ) -> Tensor:
         """dz [G-1, rows] = <dL/dF, act(scale * u + shift)>, for an activation that the kernels know."""
-        if torch.compiler.is_compiling():
+        if through_operators(self.kernels):
             return operators.gate_gradient(dothers, *self[:4], scale, shift, self.spec, activation, self.kernels)
         return self.kernels.gate_gradient(self.recipe(scale, shift, activation), dothers)
 
     def values(self) -> Sequence[Tensor]:
         """u itself: G-1 tensors [N, rows, H', W']."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             return operators.others(*self[:4], self.spec).chunk(len(self.spec.rows.names) - 1, 1)
         return masked.others(self.recipe(None, None, None, masked))
 
@@ -177,7 +178,7 @@ def _by_kernels(
         tensors, rest = ((), None) if producer.others is None else producer.others.split()
         made = producer._replace(packed=None, h=None, gates=None, others=rest)  # type: ignore[arg-type]
         u, a, *past = _RoutedConv.apply(producer.h, None, producer.gates, *arguments, around, made, *tensors)
-    elif torch.compiler.is_compiling():
+    elif through_operators(kernels):
         u, a, *past = operators.routed_conv(x, others, *arguments)
     else:
         u, a, *past = _RoutedConv.apply(x, others, None, *arguments, around, None)
@@ -189,7 +190,7 @@ def _by_kernels(
 
 def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
     """Can the consumer of these features give their gates the gradient?"""
-    if not kernels.FUSES_GATES or torch.compiler.is_compiling() or spec.geometry.stride != (1, 1):
+    if not kernels.FUSES_GATES or through_operators(kernels) or spec.geometry.stride != (1, 1):
         return False
     if producer.packed is not x or x._backward_hooks or x.retains_grad:
         return False

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, fx
 
 from .. import backends, reference
 from ..activations import Activation, activate
@@ -17,8 +16,10 @@ from ..kernels import masked
 from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
 from ..norm import KernelNorm
+from ..once import once_differentiable
 from ..reference import DenseFeatures
 from ..routed_conv import Others, Producer, RoutedConv, convolve, routed_conv
+from ..tracing import in_graph
 
 Features = SFGFeatures | DenseFeatures
 
@@ -67,8 +68,10 @@ class SFGConv2d(reference.SFGConv2d):
         if backends.current() == "reference":
             dense = super().forward(x, groups)  # type: ignore[arg-type]
             return dense if residual is None else residual + dense  # type: ignore[operator]
+        if not torch.compiler.is_compiling():
+            self._refuse_tracers(x)
         image = isinstance(x, Tensor)
-        features = _image(x) if isinstance(x, Tensor) else self._features(x)
+        features = self._image(x) if isinstance(x, Tensor) else self._features(x)
         self._check_channels(features)
         groups = self.draw() if groups is None else self.check_groups(groups)
         if self.zero_padding is None:
@@ -132,7 +135,7 @@ class SFGConv2d(reference.SFGConv2d):
     ) -> Producer | None:
         assert groups.gates is not None
         # None in a graph: packed and h would both be its results, and of two views one loses its gradient.
-        if self.activation not in (None, "relu") or torch.compiler.is_compiling():
+        if self.activation not in (None, "relu") or in_graph():
             return None
         return Producer(packed, h, groups.gates, groups, others, scale, shift, self.activation, own)
 
@@ -156,6 +159,30 @@ class SFGConv2d(reference.SFGConv2d):
         packed, without_memory = _Gates.apply(h, gates, groups, others, scale, shift, self.activation, True)
         producer = self._producer(packed, h, groups, others, scale, shift, True)
         return SFGFeatures(packed, groups, others=without_memory, producer=producer)
+
+    def _refuse_tracers(self, x: Any) -> None:
+        """The kernels are no operations that torch's tracers and transforms know."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "SFG layers can't be traced, expected torch.compile, or sfg_fast.freeze and torch.export"
+            )
+        if isinstance(x, fx.Proxy):
+            raise TypeError("SFG layers can't be traced by torch.fx, expected torch.export, or sfg_fast.freeze before")
+        transformed = torch._C._functorch.is_functorch_wrapped_tensor  # there is no public way to ask
+        weight = self._parameters.get("weight")  # (the attribute of a parametrised one would compute it)
+        if any(isinstance(one, Tensor) and transformed(one) for one in (x, weight)):
+            raise RuntimeError(
+                "SFG layers don't know torch.func (vmap, grad, jvp), expected batches [N, C, H, W] and backward(); or "
+                "with sfg_fast.backend('reference')"
+            )
+
+    def _image(self, x: Tensor) -> SFGFeatures:
+        if x.dim() != 4:
+            hint = "; of one image: x[None]" if x.dim() == 3 else ""
+            raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, H, W]{hint}")
+        if x.is_complex():
+            raise ValueError(f"the input is {x.dtype}, expected real numbers (such as its real and imaginary part)")
+        return SFGFeatures(x, FilterGroups.blocks([x.shape[1]], ("image",), x.device), Routing.ALL)
 
     def _features(self, x: Features | Sequence[Tensor]) -> SFGFeatures:
         if isinstance(x, SFGFeatures):
@@ -194,11 +221,6 @@ def _side_by_side(x: Sequence[Tensor], tasks: tuple[str, ...]) -> SFGFeatures:
     routing = x.routing if isinstance(x, DenseFeatures) else Routing.ARROW
     streams = FilterGroups.streams(x[0].shape[1], tasks, x[0].device)
     return SFGFeatures(torch.cat(list(x), 1), streams, routing)
-
-
-def _image(x: Tensor) -> SFGFeatures:
-    channels = x.shape[1] if x.dim() == 4 else 0
-    return SFGFeatures(x, FilterGroups.blocks([channels], ("image",), x.device), Routing.ALL)
 
 
 class _Gates(torch.autograd.Function):

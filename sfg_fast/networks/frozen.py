@@ -23,12 +23,13 @@ from ..kernels.spec import Geometry
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import folded, running_affine
-from ..plain_ops import act_on_features, no_attribute
+from ..plain_ops import TensorLike
 from ..reference import SFGConv2d
 from ..routed_conv import RoutedConv, routed_conv
+from ..tracing import in_graph, watched
 
 
-class GroupTensors:
+class GroupTensors(TensorLike):
     """Features of a frozen network: for each group its live kernels alone, [N, K_g, H, W], computed when first read.
 
     `kernels`: for each group the indices of its kernels, [] for none. `width`: K. `zero`: one channel of zeros of the
@@ -87,21 +88,6 @@ class GroupTensors:
         n, _, height, width = self.zero().shape
         return torch.Size((n, self.width, height, width))
 
-    def dim(self) -> int:
-        return 4
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __getattr__(self, name: str) -> Any:
-        raise no_attribute(self, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return act_on_features(function, args, dict(kwargs or {}))
-
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> GroupTensors:
         return GroupTensors(
             lambda group: operation(self[group]), lambda: operation(self.zero()),
@@ -114,11 +100,6 @@ class GroupTensors:
         return GroupTensors(
             lambda group: self[group] + other[group], self.zero, self.kernels, self.width, self.names, self.routing
         )
-
-    def __mul__(self, factor: float) -> GroupTensors:
-        return self.channelwise(lambda x: x * factor)
-
-    __rmul__ = __mul__
 
     def concatenate(self, *more: GroupTensors) -> GroupTensors:
         every = (self, *more)
@@ -165,7 +146,7 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
 def _indices(rows: tuple[int, ...], like: Tensor) -> Tensor:
     """As a tensor on the device of `like`. Kept, because a copy to a GPU would wait for it, and can't be captured in a
     CUDA graph; but not in a compiled graph or among fake tensors, which would be kept for the real ones."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
+    if in_graph():
         return torch.tensor(rows, device=like.device)
     return _kept_indices(rows, like.device)
 
@@ -180,7 +161,7 @@ def _by_kernels(conv: nn.Module, x: Tensor) -> bool:
     """Shall `native` convolve? In a graph (export, compile) and on GPUs torch does, but on the CPU it is slow for few
     and odd numbers of channels."""
     assert isinstance(conv, nn.Conv2d)
-    plain = torch.compiler.is_compiling() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+    plain = in_graph() or watched() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
     plain = plain or x.device.type != "cpu" or x.dtype != conv.weight.dtype or backends.current() == "reference"
     return not (plain or x.requires_grad or backends.kernels(x, conv.weight.shape[0])[0] is backends.load("masked"))
 
