@@ -6,11 +6,14 @@ The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argma
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import backends
 from .estimators import ESTIMATORS, Estimator, straight_through
@@ -83,7 +86,10 @@ class GroupGates(nn.Module):
     """The K gates of a layer: the variational parameters of q(z), their draw, and a fixed assignment if there is one.
 
     Attributes:
-        logits: float [K, T+1], log-probabilities up to a constant, shared first. Never decayed.
+        logits: float [K, T+1], log-probabilities up to a constant, shared first. No optimiser may decay them
+            (`sfg_fast.parameter_groups`); of one that does a warning tells.
+        fixed_gates: [K, T+1], the gates of a fixed assignment: one in the group of each kernel; zeros: sampled. No
+            whole numbers, for averages of models (EMA, SWA) average them, too: a kernel is in its group of the most.
         estimator: a name of `estimators.ESTIMATORS`, or an `Estimator`; `none` freezes the logits.
         every: n > 1: only every n-th step looks at the groups that a kernel was not drawn into, and what it finds
             counts n times. The steps between are as cheap as `selected`, the mean over n steps is the same.
@@ -91,9 +97,9 @@ class GroupGates(nn.Module):
             argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
     """
 
-    _version = 1  # of the state_dict
+    _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
     _temperature: Tensor
-    fixed_assignment: Tensor
+    fixed_gates: Tensor
     learning_steps: Tensor
 
     def __init__(
@@ -106,23 +112,35 @@ class GroupGates(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.group_names = group_names(tasks)
-        p = initial_probabilities(init, kernels, len(self.group_names))
-        # p = 0 would be log 0; a thousandth of a percent can never be told from it in training.
-        log_p = p.clamp_min(1e-5).log().to(device=device, dtype=dtype or torch.get_default_dtype())
-        self.logits = nn.Parameter(log_p.contiguous())
-        self.register_buffer("_temperature", torch.ones((), device=device))
-        # -1: sampled. A buffer, so that a checkpoint of a constant mask is one.
-        self.register_buffer("fixed_assignment", torch.full((kernels,), -1, device=device))
+        self.group_names, self.init = group_names(tasks), init
+        groups = len(self.group_names)
+        self.logits = nn.Parameter(torch.empty(kernels, groups, device=device, dtype=dtype))
+        self.register_buffer("_temperature", torch.empty((), device=device))
+        # A buffer, so that a checkpoint of a constant mask is one.
+        self.register_buffer("fixed_gates", torch.empty(kernels, groups, device=device))
         # How many draws could be learnt from: a resumed run goes on with the right step of every n.
-        self.register_buffer("learning_steps", torch.zeros((), dtype=torch.int64, device=device))
-        self._phase = 0  # learning_steps % every, known to the host
+        self.register_buffer("learning_steps", torch.empty((), dtype=torch.int64, device=device))
         self._foreseen = False  # was the next step looked at already (`_looks_everywhere`)?
-        self.assigned = False
         self.sampling = False
         self._every = 1
         self.shares_grouping = False
+        self._sharing: list[GroupGates] = []  # the layers that share this one's grouping (a list: no submodules)
+        self.reset_grouping()
         self.estimator = estimator
+        _made.add(self)
+
+    @torch.no_grad()
+    def reset_grouping(self) -> None:
+        """As it is made: p as `init` says (drawn anew, where that is random), nothing fixed, temperature 1."""
+        if not self.shares_grouping and not self.logits.is_meta:
+            # p = 0 would be log 0; a thousandth of a percent can never be told from it in training.
+            p = initial_probabilities(self.init, *self.logits.shape).clamp_min(1e-5)
+            self.logits.copy_(p.log())
+        self._temperature.fill_(1)
+        self.fixed_gates.zero_()
+        self.learning_steps.zero_()
+        self._phase = 0  # learning_steps % every, known to the host
+        self._now_assigned(False)
 
     @property
     def estimator(self) -> str | Estimator:
@@ -182,13 +200,36 @@ class GroupGates(nn.Module):
         log_p = self.log_p().detach()
         return one_hot(self.fixed_assignment, log_p.shape[1], log_p.dtype) if self.assigned else log_p.exp()
 
+    @property
+    def assigned(self) -> bool:
+        """Is there a fixed assignment? `fixed_gates` says so, also where somebody else has written to it (an average of
+        models, a checkpoint, another process); a device is asked only then."""
+        fixed = self.fixed_gates
+        # A graph keeps what it was compiled for. Under DistributedDataParallel buffers are written to in every step.
+        if torch.compiler.is_compiling() or type(fixed) is not Tensor or (self.training and fixed.is_cuda):
+            return self._assigned
+        tensor, version = self._known
+        if fixed is not tensor or fixed.is_inference() or fixed._version != version:
+            self._now_assigned(not fixed.is_meta and bool((fixed.amax(1) > 0).all()))
+        return self._assigned
+
+    def _now_assigned(self, assigned: bool) -> None:
+        fixed = self.fixed_gates
+        self._assigned, self._known = assigned, (fixed, -1 if fixed.is_inference() else fixed._version)
+
+    @property
+    def fixed_assignment(self) -> Tensor:
+        """int64 [K], the fixed group of each kernel; -1: sampled."""
+        most, group = self.fixed_gates.max(1)
+        return group.where(most > 0, -1)
+
     def assign(self, assignment: Tensor | Sequence[int] | None) -> None:
         """Fix the assignment, int [K] of group numbers; None: sample again. The logits then get no gradient (zeros)."""
         if self.shares_grouping:
             raise ValueError("this layer shares another layer's grouping: assign that one")
         if assignment is None:
-            self.fixed_assignment.fill_(-1)
-            self.assigned = False
+            self.fixed_gates.zero_()
+            self._now_assigned(False)
             return
         wanted = torch.as_tensor(assignment)
         kernels, groups = self.logits.shape
@@ -198,8 +239,9 @@ class GroupGates(nn.Module):
             )
         if ((wanted < 0) | (wanted >= groups)).any():
             raise ValueError(f"assignment holds {wanted.tolist()}, expected groups 0 (shared) to {groups - 1}")
-        self.fixed_assignment.copy_(wanted)
-        self.assigned = True
+        fixed = self.fixed_gates
+        fixed.copy_(one_hot(wanted.to(fixed.device, torch.int64), groups, fixed.dtype))
+        self._now_assigned(True)
 
     def share_grouping(self, owner: GroupGates) -> None:
         """From now on this layer has no grouping of its own: it uses the owner's logits, and its input must bring the
@@ -212,6 +254,19 @@ class GroupGates(nn.Module):
         self.logits = owner.logits
         self.shares_grouping = True
         self._owner = (owner,)  # in a tuple: not a submodule
+        owner._sharing.append(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; but a move (`to_empty`, from the meta device) makes a new parameter in every module, and
+        the logits are one for all that share them."""
+        found = super()._apply(fn, recurse)
+        for layer in (self._owner[0] if self.shares_grouping else self)._sharing:
+            layer.logits = layer._owner[0].logits
+        return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _made.add(self)
 
     def draw(self) -> FilterGroups:
         """One draw for a mini-batch (the paper's objective draws per example; a convolution has one weight per batch).
@@ -222,7 +277,7 @@ class GroupGates(nn.Module):
             raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
         tasks, groups = self.group_names[1:], len(self.group_names)
         if self.assigned:
-            assignment = self.fixed_assignment.clone()  # which a later `assign` would write to
+            assignment = self.fixed_gates.argmax(1)
             return FilterGroups.from_assignment(assignment, tasks, one_hot(assignment, groups, self.gates_dtype))
         if self._draws_by_formula():
             return _draw_by_formula([self])[0]
@@ -283,11 +338,39 @@ class GroupGates(nn.Module):
                 f"{prefix or 'the state'}: version {version} of {type(self).__name__}, this is sfg_fast "
                 f"{importlib.metadata.version('sfg_fast')}, expected at most {self._version}: install a later sfg_fast"
             )
+        if version < 2 and f"{prefix}fixed_assignment" in state:
+            old = state.pop(f"{prefix}fixed_assignment")
+            state[f"{prefix}fixed_gates"] = one_hot(old, len(self.group_names), torch.float32)
         super()._load_from_state_dict(state, prefix, metadata, *args)
-        self.assigned = bool((self.fixed_assignment >= 0).all())
-        self._phase = int(self.learning_steps) % self.every
+        self._phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % self.every
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
+
+
+# All gates there are, for what an optimiser may not do to their logits.
+_made: weakref.WeakSet[GroupGates] = weakref.WeakSet()
+
+
+def _tell_decay(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    """Before an optimiser's first step: a warning, if it would decay logits. (Decay draws p towards uniform, whatever
+    is learnt, also under a fixed assignment.)"""
+    if torch.compiler.is_compiling() or optimiser in _looked_at:
+        return
+    _looked_at.add(optimiser)
+    logits = {id(layer.logits) for layer in _made if layer.logits.requires_grad}
+    for group in optimiser.param_groups:
+        decayed = [p for p in group["params"] if id(p) in logits] if group.get("weight_decay") else []
+        if decayed:
+            warnings.warn(
+                f"weight_decay={group['weight_decay']} is applied to the logits of {len(decayed)} SFG layers, and "
+                "draws their p towards uniform; expected none for them: pass the optimiser "
+                "sfg_fast.parameter_groups(model, weight_decay=..)",
+                stacklevel=3,
+            )
+
+
+_looked_at: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+register_optimizer_step_pre_hook(_tell_decay)
 
 
 def draw_together(layers: Sequence[GroupGates]) -> list[FilterGroups]:

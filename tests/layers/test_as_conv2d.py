@@ -388,9 +388,9 @@ def test_as_conv2d(name, behaviour):
 def test_a_state_of_a_later_version_is_refused():
     layer = SFGConv2d(3, 6, 3)
     state = layer.state_dict()
-    assert state._metadata[""]["version"] == layer._version == 1
+    assert state._metadata[""]["version"] == layer._version == 2
     state._metadata[""]["version"] = 99
-    with pytest.raises(RuntimeError, match=r"version 99 of SFGConv2d, this is sfg_fast .* expected at most 1"):
+    with pytest.raises(RuntimeError, match=r"version 99 of SFGConv2d, this is sfg_fast .* expected at most 2"):
         layer.load_state_dict(state)
 
 
