@@ -110,6 +110,40 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, *, lr: float | None = None, logits_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups of parameters for any optimiser of torch: `AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)`.
+
+    Nothing decays the logits of the groupings: decay would draw p towards uniform, whatever is learnt. Nor biases and
+    scales of normalisations, as is usual; `weight_decay` is for the rest. `lr`: a learning rate for all groups; the
+    logits' is `logits_factor` times as large (p learns slowly; the training command takes 10).
+
+    Returns groups named "weights", with a decay "not_decayed", and "logits", of the parameters that require a gradient;
+    none is empty. Raises ValueError for a `logits_factor` without `lr`.
+    """
+    if lr is None and logits_factor != 1:
+        raise ValueError(f"logits_factor={logits_factor}: expected lr, too, which it multiplies")
+    logits = {id(layer.logits): layer.logits for layer in sfg_layers(model).values()}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "not_decayed": [], "logits": []}
+    for parameter in model.parameters():
+        decays = parameter.dim() > 1 or not weight_decay
+        kind = "logits" if id(parameter) in logits else "weights" if decays else "not_decayed"
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
+    rates = {} if lr is None else dict.fromkeys(groups, lr) | {"logits": lr * logits_factor}
+    return [
+        {
+            "params": parameters,
+            "name": name,
+            "weight_decay": weight_decay if name == "weights" else 0.0,
+            **({"lr": rates[name]} if rates else {}),
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
 def penalties(model: nn.Module) -> tuple[Tensor, Tensor]:
     """The two sums of eq. 2 over SFG kernels: (sum of ||w||^2, sum of entropies H(p) in nats).
 
@@ -130,16 +164,22 @@ def entropy(layer: SFGConv2d) -> Tensor:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False) -> None:
+def recalibrate(
+    model: nn.Module, batches: Iterable[Any], drawn: bool = False, *, image: int | str | None = None
+) -> None:
     """Re-estimate all running statistics from images [N, C, H, W], all batches alike.
+
+    batches: a loader of images, or of tuples, lists or dicts that hold them: `image` says where (an index or a key; by
+    default the first of a tuple or list). Images are moved to where the model is.
 
     For argmax p (or the fixed assignment): running statistics of training are a mixture over draws, and the `map`
     evaluation and a freeze need those of the very assignment. With `drawn` for predictions by draws instead: every
     batch is one draw. A network with separate stacks holds one of the two: a stream that argmax p leaves without a
     kernel has no spread at all, and its statistics would blow up any draw that uses it.
-    If anything fails the statistics are as before. Raises ValueError if there is no batch.
+    If anything fails the statistics are as before. Raises ValueError if there is no batch, or no image in one.
     """
     layers = sfg_layers(model)
+    device = next((parameter.device for parameter in model.parameters()), None)
     free = [layer for layer in layers.values() if not layer.assigned]
     norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -166,7 +206,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False
             count = 0
             with sampling(model) if drawn else contextlib.nullcontext():
                 for count, batch in enumerate(batches, 1):  # noqa: B007
-                    model(batch)
+                    model(_image_in(batch, image, device))
         if not count:
             raise ValueError("recalibrate got no batch, expected at least one")
     except BaseException:
@@ -177,6 +217,25 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], drawn: bool = False
             norm.momentum = momentum
         for layer in free:
             layer.assign(None)
+
+
+def _image_in(batch: Any, where: int | str | None, device: torch.device | None) -> Tensor:
+    """The image of a batch, whatever a loader gives."""
+    found = batch
+    if isinstance(batch, Mapping) and where is None:
+        keys = ", ".join(map(repr, batch))
+        raise ValueError(f"recalibrate got a batch that is a dict of {keys}: expected image=<the key of the images>")
+    if isinstance(batch, Mapping | tuple | list):
+        try:
+            found = batch[0 if where is None else where]  # type: ignore[index]
+        except (LookupError, TypeError) as error:
+            raise ValueError(
+                f"recalibrate: image={where!r} is not in a batch that is a {type(batch).__name__}"
+            ) from error
+    if not isinstance(found, Tensor) or found.dim() != 4:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        raise ValueError(f"recalibrate got a batch whose images have {what}, expected a tensor [N, C, H, W]")
+    return found.to(device)
 
 
 def norm_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -1,17 +1,77 @@
 """What a network does to an image, as a graph: run once and written down. (Python in the forward pass runs as it is;
-symbolic tracing would stop at the first `if`.)"""
+symbolic tracing would stop at the first `if`.)
+
+Sizes of tensors, and what the forward pass computes from them, are nodes of the graph: `x.view(x.size(0), -1)` holds
+for any batch, `F.interpolate(y, size=x.shape[-2:])` for any image. Every other number is what it was.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+# What a node's `meta` says: the innermost module whose forward pass made it; is it a number, no tensor; the shape of
+# the tensor; was it made while gradients were on.
+WHERE, NUMBER, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_shape"
+WITH_GRADIENT = "sfg_fast_with_gradient"
+
+
+class _Size(int):
+    """A size of a recorded tensor, or a whole number made of sizes: `node` gives it in the graph."""
+
+    node: fx.Node
+
+
+class _Ratio(float):
+    """A number made of sizes that is no whole one."""
+
+    node: fx.Node
+
+
+def _number(value: float, node: fx.Node, where: str) -> Any:
+    node.meta |= {NUMBER: True, WHERE: where}
+    found = _Ratio(value) if isinstance(value, float) else _Size(value)
+    found.node = node
+    return found
+
+
+def _remembers(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
+    """A method of a number that does the operation and writes it down."""
+
+    def method(self: Any, *others: Any) -> Any:
+        values = [_plain(one) for one in (self, *others)]
+        nodes = [getattr(one, "node", one) for one in (self, *others)]
+        if not all(isinstance(value, int | float) for value in values):
+            return NotImplemented
+        if swapped:
+            values, nodes = values[::-1], nodes[::-1]
+        node = self.node.graph.call_function(operation, tuple(nodes))
+        return _number(operation(*values), node, self.node.meta[WHERE])
+
+    return method
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, _Size) else float(value) if isinstance(value, _Ratio) else value
+
+
+for _kind in (_Size, _Ratio):
+    for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+        setattr(_kind, f"__{_name}__", _remembers(getattr(operator, _name)))
+        setattr(_kind, f"__r{_name}__", _remembers(getattr(operator, _name), swapped=True))
+    _kind.__neg__ = _remembers(operator.neg)  # type: ignore[method-assign]
+    _kind.__ceil__ = _remembers(math.ceil)  # type: ignore[method-assign]
+    _kind.__floor__ = _remembers(math.floor)  # type: ignore[method-assign]
+    _kind.__round__ = _remembers(round)  # type: ignore[method-assign]
 
 
 class _Tape(TorchFunctionMode):
@@ -21,43 +81,88 @@ class _Tape(TorchFunctionMode):
         super().__init__()
         self.graph, self.inside, self.known = fx.Graph(), 0, {}  # type: ignore[var-annotated]
         self.kept: list[Any] = []  # so that no id is given twice
+        self.scopes = [""]  # the modules whose forward passes are under way
         self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
 
     def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
-        if not any(isinstance(leaf, Tensor) and id(leaf) in self.known for leaf in pytree.tree_leaves(arguments)):
+        leaves = pytree.tree_leaves(arguments)
+        if not any(isinstance(leaf, _Size | _Ratio) or id(leaf) in self.known for leaf in leaves):
             return
         if isinstance(out, Tensor):
-            self.tell(out, make(pytree.tree_map_only(Tensor, self.node, arguments)))
+            self.tell(out, make(pytree.tree_map(self.node, arguments)))
         elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
-            whole = make(pytree.tree_map_only(Tensor, self.node, arguments))
+            whole = self.marked(make(pytree.tree_map(self.node, arguments)))
             for index, one in enumerate(out):
                 self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
 
+    def marked(self, node: fx.Node) -> fx.Node:
+        node.meta |= {WHERE: self.scopes[-1], WITH_GRADIENT: torch.is_grad_enabled()}
+        return node
+
     def tell(self, tensor: Any, node: fx.Node) -> None:
-        self.known[id(tensor)] = node
+        self.known[id(tensor)] = self.marked(node)
+        node.meta[SHAPE] = tuple(map(int, tensor.shape))
         self.kept.append(tensor)
 
-    def node(self, tensor: Tensor) -> Any:
-        if id(tensor) not in self.known:
-            name = self.attributes.get(id(tensor))
+    def node(self, value: Any) -> Any:
+        """What stands for an argument in the graph."""
+        if isinstance(value, _Size | _Ratio):
+            return value.node
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self.known:
+            name = self.attributes.get(id(value))
             if name is None:
-                raise ValueError(f"convert: a tensor {tuple(tensor.shape)} made in the forward pass can't be recorded")
-            self.tell(tensor, self.graph.get_attr(name))
-        return self.known[id(tensor)]
+                raise ValueError(
+                    f"convert: {self.scopes[-1] or 'the module'!r} makes a tensor {tuple(value.shape)} in its forward "
+                    "pass, which can't be recorded, expected one made of the image, a parameter or a buffer"
+                )
+            self.tell(value, self.graph.get_attr(name))
+        return self.known[id(value)]
+
+    def sizes(self, tensor: Tensor, found: Any) -> Any:
+        """What `size` or `shape` of a recorded tensor gave, as numbers that remember where they come from."""
+        node = self.known[id(tensor)]
+
+        def one(dim: int, value: int) -> Any:
+            return _number(value, self.graph.call_method("size", (node, dim)), self.scopes[-1])
+
+        return torch.Size([one(dim, value) for dim, value in enumerate(found)])
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = (args, dict(kwargs or {}))
-        if self.inside:
-            return function(*args, **arguments[1])
         out = function(*args, **arguments[1])
+        if self.inside:
+            return out
+        if args and id(args[0]) in self.known:
+            if isinstance(out, torch.Size):
+                return self.sizes(args[0], out)
+            if function is Tensor.size:  # of one dimension
+                return self.sizes(args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
+            if function is Tensor.__setitem__:
+                whose = self.scopes[-1] or "the module"
+                raise ValueError(f"convert: {whose!r} writes to a part of a tensor, which can't be recorded")
+        if getattr(function, "__name__", "") == "__get__":  # a property
+            function, arguments = getattr, ((*args, function.__self__.__name__), {})
         self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
         return out
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (
-        type(module).__module__.startswith("torch.nn") or pads_channels(module)
-    )
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch.nn whose forward pass the module does, unchanged; None if it has one of its own."""
+    kind = type(module)
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.") and not base.__module__.startswith("torch.nn.utils"):
+            parts = ("forward", "_conv_forward", "__call__")
+            same = all(getattr(kind, part, None) is getattr(base, part, None) for part in parts)
+            return base if same and base is not nn.Module else None
+    return None
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Is the module one node of the graph?"""
+    base = base_of(module)
+    return pads_channels(module) or (base is not None and not issubclass(base, nn.Sequential | nn.ModuleList))
 
 
 def pads_channels(module: nn.Module) -> bool:
@@ -66,9 +171,8 @@ def pads_channels(module: nn.Module) -> bool:
 
 
 def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
-    """Run a network and write down what it does to the image. Leaves of the graph are modules of torch.nn, and
-    functions outside of them; numbers, also those made of the image's size, are what they were. Returns the graph and
-    the output.
+    """Run a network and write down what it does to the image. Leaves of the graph are modules that do what a class of
+    torch.nn does, and functions outside of them. Returns the graph and the output.
 
     Raises ValueError for outputs that are no tensor made of the image, and for tensors made on the way.
     """
@@ -76,26 +180,34 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
     hooks = []
     stack: list[Any] = []
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any, name: str, leaf: bool) -> None:
+        tape.scopes.append(name)
+        if not leaf:
+            return
         tape.inside += 1
-        known = any(isinstance(leaf, Tensor) and id(leaf) in tape.known for leaf in pytree.tree_leaves((args, kwargs)))
-        stack.append(pytree.tree_map_only(Tensor, tape.node, (args, kwargs)) if known and tape.inside == 1 else None)
+        known = any(
+            isinstance(value, Tensor) and id(value) in tape.known for value in pytree.tree_leaves((args, kwargs))
+        )
+        stack.append(pytree.tree_map(tape.node, (args, kwargs)) if known and tape.inside == 1 else None)
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str) -> None:
-        tape.inside -= 1
-        nodes = stack.pop()
-        if nodes is not None and not tape.inside:
-            if not isinstance(out, Tensor):
-                raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
-            tape.tell(out, tape.graph.call_module(name, *nodes))
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str, leaf: bool) -> None:
+        if leaf:
+            tape.inside -= 1
+            nodes = stack.pop()
+            if nodes is not None and not tape.inside:
+                if not isinstance(out, Tensor):
+                    raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
+                tape.tell(out, tape.graph.call_module(name, *nodes))
+        tape.scopes.pop()
 
     for name, child in network.named_modules():
-        if name and _is_leaf(child):
-            hooks.append(child.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.append(child.register_forward_hook(functools.partial(leave, name=name), with_kwargs=True))
+        if name:
+            which = {"name": name, "leaf": is_leaf(child)}
+            hooks.append(child.register_forward_pre_hook(functools.partial(enter, **which), with_kwargs=True))
+            hooks.append(child.register_forward_hook(functools.partial(leave, **which), with_kwargs=True))
     tape.tell(example, tape.graph.placeholder("x"))
     try:
-        with torch.no_grad(), tape:
+        with torch.enable_grad(), tape:
             out = network(example)
     finally:
         for hook in hooks:
@@ -103,4 +215,55 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
     if not isinstance(out, Tensor) or id(out) not in tape.known:
         raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
     tape.graph.output(tape.known[id(out)])
-    return tape.graph, out
+    tape.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # sizes that nobody used
+    return tape.graph, out.detach()
+
+
+def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of the graph recorded in `eval()` that are told by an argument, True or False, that it is `train()`.
+
+    Raises ValueError, naming the place, if the two graphs differ otherwise: in what is done in the two modes, or in
+    numbers that come from the image.
+    """
+    numbers: dict[fx.Node, int] = {}
+    for number, (one, other) in enumerate(itertools.zip_longest(evaluating.nodes, training.nodes)):
+        if one is None or other is None or (one.op, one.target) != (other.op, other.target):
+            both = [node for node in (other, one) if node is not None]
+            found = next((node for node in both if node.op.startswith(("call_f", "call_me"))), both[0])
+            raise ValueError(
+                f"convert: the forward pass of {_module_of(found)} does something else in train() than in eval() "
+                f"({called(other)} instead of {called(one)}), which one recording can't hold: make it a module that "
+                "acts on each channel alone, such as nn.Dropout, or switch it off (a drop path of rate 0)"
+            )
+        numbers[one] = numbers[other] = number
+        told = False
+        for a, b in itertools.zip_longest(*(_arguments(node, numbers) for node in (one, other))):
+            if type(a) is type(b) is bool and a is not b:
+                told = True
+            elif a is not b and (type(a) is not type(b) or a != b):
+                raise ValueError(
+                    f"convert: {called(one)}() in the forward pass of {_module_of(one)} is given {a!r} on one image "
+                    f"and {b!r} on another (or in train()), which one recording can't hold: numbers must not come from "
+                    "the image, but from its size"
+                )
+        if told:
+            yield one
+
+
+def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    return [("node", numbers.get(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+
+def _module_of(node: fx.Node | None) -> str:
+    name = node.meta.get(WHERE) if node is not None else None
+    return repr(name) if name else "the module"
+
+
+def called(node: fx.Node | None) -> str:
+    """What a node does, for a message."""
+    if node is None:
+        return "nothing"
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(node.target) if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..gates import temperature_at
-from ..networks.controls import assign, map_assignment, set_temperature, sfg_layers
+from ..networks.controls import assign, map_assignment, parameter_groups, set_temperature, sfg_layers
 from .config import ScheduleConfig
 
 
@@ -28,13 +27,7 @@ def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
 
 def build_optimiser(schedule: ScheduleConfig, model: nn.Module, objective: nn.Module) -> torch.optim.Optimizer:
     """Adam; the logits, the second group, have a rate of their own, and nothing decays them."""
-    logits = [layer.logits for layer in sfg_layers(model).values() if layer.logits.requires_grad]
-    known = {id(parameter) for parameter in logits}
-    weights = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad and id(p) not in known]
-    groups: list[dict[str, Any]] = [{"params": weights, "name": "weights"}]
-    if logits:
-        groups.append({"params": logits, "name": "logits"})
-    return torch.optim.Adam(groups, lr=schedule.learning_rate)
+    return torch.optim.Adam(parameter_groups(nn.ModuleList([model, objective])), lr=schedule.learning_rate)
 
 
 def apply_schedule(schedule: ScheduleConfig, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:

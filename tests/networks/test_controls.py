@@ -1,16 +1,19 @@
 """Controls of whole networks: penalties, assignments, temperature, sampling, prediction, recalibration."""
 
+import copy
 import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sfg_fast import (
     SFGConv2d,
     SFGHighResNet,
     assign,
+    parameter_groups,
     penalties,
     predict,
     recalibrate,
@@ -195,3 +198,132 @@ def test_recalibration_for_draws_keeps_drawn_predictions_sane(residual):
     mean, variance = predict(model, batches[0], draws=8)["ct"]
     assert variance.max() < 100
     assert mean.abs().max() < 100
+
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def three_layers():
+    torch.manual_seed(0)
+    first, second = SFGConv2d(1, 4, 3, norm="batch"), SFGConv2d(4, 4, 3, init=[0.8, 0.1, 0.1])
+    return nn.ModuleDict({"first": first, "second": second, "head": nn.Conv2d(4, 1, 1)})
+
+
+def step(net, optimiser):
+    optimiser.zero_grad()
+    net.head(net.second(net.first(torch.randn(2, 1, 9, 9))).merged(1)).sum().backward()
+    optimiser.step()
+
+
+def test_parameter_groups_decay_weights_alone():
+    net = three_layers()
+    groups = {group["name"]: group for group in parameter_groups(net, 0.5, lr=1e-2, logits_factor=10)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "weights": 0.5,
+        "not_decayed": 0.0,
+        "logits": 0.0,
+    }
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "weights": 0.01,
+        "not_decayed": 0.01,
+        "logits": 0.1,
+    }
+    named = {id(parameter): name for name, parameter in net.named_parameters()}
+    members = {name: sorted(named[id(p)] for p in group["params"]) for name, group in groups.items()}
+    assert members["logits"] == ["first.logits", "second.logits"]
+    assert members["weights"] == ["first.weight", "head.weight", "second.weight"]
+    assert sum(map(len, members.values())) == len(named)
+
+
+def test_parameter_groups_without_decay():
+    net = three_layers()
+    net.second.assign([0] * 4)
+    net.head.requires_grad_(False)
+    groups = parameter_groups(net)
+    assert [group["name"] for group in groups] == ["weights", "logits"]
+    assert all("lr" not in group for group in groups)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in net.parameters())
+    with pytest.raises(ValueError, match="logits_factor=10: expected lr"):
+        parameter_groups(net, logits_factor=10)
+
+
+@pytest.mark.parametrize("how", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1)])
+def test_an_optimiser_that_decays_logits_is_told_of_once(how):
+    net = three_layers()
+    optimiser = how(net.parameters())
+    with pytest.warns(
+        UserWarning, match=r"weight_decay=0.\d+ is applied to the logits of 2 SFG layers.*parameter_groups"
+    ):
+        step(net, optimiser)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimiser)
+
+
+def test_who_does_not_decay_logits_is_not_told():
+    for groups in (lambda net: parameter_groups(net, 0.1), lambda net: net.head.parameters()):
+        net = three_layers()
+        optimiser = torch.optim.AdamW(groups(net), lr=0.1, weight_decay=0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            net.second.assign([0] * 4)
+            before = net.second.log_p().detach().clone()
+            step(net, optimiser)
+        torch.testing.assert_close(net.second.log_p(), before)
+
+
+def test_copies_of_networks_are_known_too():
+    net = copy.deepcopy(three_layers())
+    with pytest.warns(UserWarning, match="the logits of 2 SFG layers"):
+        step(net, torch.optim.AdamW(net.parameters()))
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+def normalised():
+    torch.manual_seed(0)
+    net = nn.Sequential(SFGConv2d(1, 6, 3, norm="batch", init=[0.2, 0.5, 0.3]), SFGConv2d(6, 6, 3, norm="batch"))
+    for layer in net:
+        layer.assign([0, 1, 2, 0, 1, 2])
+    return net
+
+
+MR, CT, ORGANS = torch.randn(8, 1, 16, 16), 1000 * torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16)
+LOADERS = {
+    "triples": ([(MR, CT, ORGANS)], {}),
+    "lists": ([[MR, CT, ORGANS]], {}),
+    "a pair, the other way round": ([(CT, MR)], {"image": 1}),
+    "dicts": ([{"mr": MR, "ct": CT, "case": ["a"] * 8}], {"image": "mr"}),
+    "a DataLoader": (DataLoader(TensorDataset(MR, CT, ORGANS), 8), {}),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_recalibrate_takes_loaders_as_people_have_them(loader):
+    """Never a batch for the features of T+1 groups, which three tensors could be."""
+    expected, net = normalised(), normalised()
+    recalibrate(expected, [MR])
+    batches, options = LOADERS[loader]
+    recalibrate(net, batches, **options)
+    for a, b in zip(net.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "said"),
+    [
+        ([{"mr": MR, "ct": CT}], {}, "a dict of 'mr', 'ct': expected image=<the key of the images>"),
+        ([{"mr": MR}], {"image": "t1"}, "image='t1' is not in a batch that is a dict"),
+        ([(MR,)], {"image": 3}, "image=3 is not in a batch that is a tuple"),
+        ([(["a", "b"], MR)], {}, r"images have type list, expected a tensor \[N, C, H, W\]"),
+        ([MR[0]], {}, r"images have shape \(1, 16, 16\), expected a tensor \[N, C, H, W\]"),
+        ([], {}, "no batch"),
+    ],
+)
+def test_recalibrate_says_what_it_takes(batches, options, said):
+    net = normalised()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with pytest.raises(ValueError, match=said):
+        recalibrate(net, batches, **options)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())

@@ -1,0 +1,713 @@
+"""A recorded network with SFG layers in place of its convolutions, and a head for each task (`convert.py` calls it)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Mapping
+from types import MethodDescriptorType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ..layers.conv import SFGConv2d
+from ..layers.feature_norm import FeatureNorm
+from ..norm import KernelNorm
+from ..plain_ops import CHANNELWISE, crop
+from .controls import sfg_layers
+from .record import NUMBER, SHAPE, WHERE, WITH_GRADIENT, base_of, called, pads_channels
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.relu6, F.selu, F.celu, F.softplus,
+                     torch.sigmoid, torch.tanh)
+}  # fmt: skip
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}  # fmt: skip
+_NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
+_NOT_ELEMENTWISE = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
+
+# Functions of a weight that are modules, too: the names of their arguments in order.
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    F.conv2d: _CONV,
+    F.linear: ("input", "weight", "bias"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
+
+# What functions do to features of SFG layers, by their names without underscores.
+_SAME = {"contiguous", "as_tensor", "clone", "requires_grad"}
+_RESHAPES = {"view", "reshape", "view_as", "reshape_as", "expand", "expand_as"}
+_CASTS = {"to": None, "type": None, "float": torch.float32, "half": torch.float16, "double": torch.float64,
+          "bfloat16": torch.bfloat16}  # fmt: skip
+_SCALES = {"mul": operator.mul, "multiply": operator.mul, "div": operator.truediv, "divide": operator.truediv,
+           "truediv": operator.truediv, "true_divide": operator.truediv}  # fmt: skip
+_ADDS, _SUBTRACTS = {"add", "radd", "iadd"}, {"sub", "rsub", "subtract", "isub"}
+REMOVE_HOOKS = (
+    "remove it before (of weight_norm, spectral_norm or pruning: torch.nn.utils.remove_weight_norm, "
+    "remove_spectral_norm, prune.remove)"
+)
+
+
+class Row(NamedTuple):
+    """What became of a convolution."""
+
+    name: str
+    layer: str
+    becomes: str
+    why: str
+
+
+class Report(list[Row]):
+    """What became of every convolution, a row each; `str` gives a table."""
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """How many convolutions are SFG layers or heads, and how many there are."""
+        return sum(row.becomes in (SFG, HEAD) for row in self), len(self)
+
+    def __str__(self) -> str:
+        rows = [Row("name", "layer", "becomes", "why"), *self]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(Row._fields))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "{} of {} convolutions are SFG layers or heads".format(*self.coverage)])
+
+
+SFG, HEAD, COPIED, PLAIN, UNREACHED = "SFG layer", "head", "copied for each task", "left plain", "not reached"
+
+
+class Rewriting:
+    """Rewrites a recorded graph. Every node is plain (the image, and what skipped modules make of it), a number made of
+    sizes, features of SFG layers, or of the tail, which is done once for each task.
+
+    What stands in the way is collected in `obstacles`, a sentence each, and the rest is looked at as if it were not
+    there, so that everything can be told at once.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: fx.Graph,
+        told: set[fx.Node],
+        tasks: tuple[str, ...],
+        skip: set[str],
+        options: Mapping[str, Any],
+        modes: dict[nn.Module, bool],
+    ) -> None:
+        """`told`: the nodes that are told whether it is training. `modes`: of the modules, in training or not; what is
+        put in their place gets theirs."""
+        self.modes, self.told = modes, told
+        self.network, self.graph, self.tasks, self.options = network, graph, tasks, options
+        self.modules = dict(network.named_modules())
+        self.hooked = {name: hook for name, module in self.modules.items() if (hook := hook_of(module))}
+        if unknown := skip - self.modules.keys():
+            raise ValueError(f"skip: there is no module {', '.join(map(repr, sorted(unknown)))}")
+        self.skip = {name for name in self.modules if any(name == one or name.startswith(f"{one}.") for one in skip)}
+        self.kind: dict[fx.Node, str] = {}
+        self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
+        self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
+        self.ended: dict[fx.Node, str] = {}  # of the tail: what ended the SFG layers
+        self.sized: list[str] = []  # the layer of the tail that gives the output its size, and the norms behind it
+        self.obstacles: list[str] = []
+        self.report = Report()
+
+    def run(self) -> None:
+        """Rewrite the graph, unless `obstacles` are found."""
+        self._modules_of_functions()
+        self._dropouts()
+        convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        self.head = self._head(output.args[0])
+        for node in list(self.graph.nodes):
+            if node.op != "output":
+                self._node(node)
+        self._fill_report(convolutions)
+        self._hooks_and_gradients()
+        if not self.obstacles and (self.kind[output.args[0]] != "tail" or not sfg_layers(self.network)):
+            self.obstacles.append("nothing is left to be an SFG layer, or nothing behind them to be a head")
+        if not self.obstacles:
+            self._share_groupings()
+            self._tails(output)
+
+    # --- the recording, with modules where there can be ---------------------------------------------------------------
+
+    def _modules_of_functions(self) -> None:
+        """F.conv2d, F.linear and F.batch_norm with parameters of the network (a subclass of nn.Conv2d with a forward
+        pass of its own does that) as the modules that compute it."""
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or node.target not in _FUNCTIONS:
+                continue
+            given = dict(zip(_FUNCTIONS[node.target], node.args, strict=False)) | dict(node.kwargs)
+            x, parts = given.pop("input"), {}
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                value = given.pop(key, None)
+                parts[key] = self._held(value) if isinstance(value, fx.Node) else value
+                if isinstance(value, fx.Node) and parts[key] is None:
+                    break  # computed in the forward pass
+            else:
+                self._as_module(node, x, parts, given)
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # who read the parameters
+
+    def _held(self, node: fx.Node) -> Tensor | None:
+        """The parameter or buffer that a node reads."""
+        return operator.attrgetter(str(node.target))(self.network) if node.op == "get_attr" else None
+
+    def _as_module(self, node: fx.Node, x: fx.Node, parts: Mapping[str, Tensor | None], given: dict[str, Any]) -> None:
+        weight, bias = parts["weight"], parts["bias"]
+        if any(isinstance(value, fx.Node) for value in given.values()):
+            return
+        module: Any
+        if node.target in (F.batch_norm, torch.batch_norm):
+            module = self._batch_norm(node, parts, given)
+        elif weight is None:
+            return
+        elif node.target is F.linear:
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        else:
+            groups = given.get("groups", 1)
+            sizes = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
+            how = [given.get(key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+            how = [tuple(one) if isinstance(one, list) else one for one in how]
+            module = nn.Conv2d(*sizes, *how, groups, bias is not None, device="meta")  # type: ignore
+        if module is None:
+            return
+        if not isinstance(module, nn.BatchNorm2d):
+            module.weight, module.bias = weight, bias
+        name = self._place_for(module, _weight_name(node))
+        with self.graph.inserting_before(node):
+            made = self.graph.call_module(name, (x,))
+        made.meta |= node.meta
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+
+    def _place_for(self, module: nn.Module, weight: str) -> str:
+        """Puts a module of this weight where the weight is: in place of a subclass of it, if that has no modules of its
+        own, else beside the weight. Its name; what is there already for another use of the weight stays."""
+        owner, _, own = weight.rpartition(".")
+        before = self.modules[owner]
+        if owner and isinstance(before, type(module)) and not list(before.children()):
+            name = owner
+            if type(before) is not type(module):
+                self.network.set_submodule(name, module)
+        else:
+            name = f"{owner}.{own}_{type(module).__name__.lower()}".lstrip(".")
+            if name not in self.modules:
+                before.add_module(name.rpartition(".")[2], module)
+        if self.network.get_submodule(name) is module:
+            self.modules[name], self.modes[module] = module, self.modes[before]
+        return name
+
+    def _batch_norm(
+        self, node: fx.Node, parts: Mapping[str, Tensor | None], given: Mapping[str, Any]
+    ) -> nn.BatchNorm2d | None:
+        """None unless it does what nn.BatchNorm2d does in both modes."""
+        mean, var, weight, bias = (parts[key] for key in ("running_mean", "running_var", "weight", "bias"))
+        if node not in self.told or mean is None or var is None or weight is None or bias is None:
+            return None
+        norm = nn.BatchNorm2d(len(weight), given.get("eps", 1e-5), given.get("momentum", 0.1), device="meta")
+        norm.weight, norm.bias = weight, bias  # type: ignore[assignment]
+        norm.running_mean, norm.running_var = mean, var
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
+        return norm
+
+    def _dropouts(self) -> None:
+        """F.dropout(x, p, self.training) as a module: what was recorded never drops, because that was in `eval()`."""
+        for node in [one for one in self.graph.nodes if one in self.told and one.target in DROPOUTS]:
+            number = next(n for n in itertools.count() if not hasattr(self.network, f"dropout_{n}"))
+            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            name, dropout = f"dropout_{number}", DROPOUTS[node.target](p)
+            self.network.add_module(name, dropout)
+            owner = self.modules.get(node.meta[WHERE], self.network)
+            self.modules[name], self.modes[dropout] = dropout, self.modes[owner]
+            with self.graph.inserting_before(node):
+                made = self.graph.call_module(name, (node.kwargs.get("input", *node.args[:1]),))
+            made.meta |= node.meta
+            node.replace_all_uses_with(made)
+            self.graph.erase_node(node)
+
+    # --- node by node -------------------------------------------------------------------------------------------------
+
+    def _head(self, node: fx.Node) -> fx.Node | None:
+        """The last convolution, if nothing but modules and functions of one input follow it, and no linear layer; else
+        None: the tail starts later."""
+        while node.op != "placeholder":
+            module = self._module(node)
+            if isinstance(module, nn.modules.conv._ConvNd):
+                return node
+            if isinstance(module, nn.Linear) or len(_inputs(node)) != 1:
+                return None
+            node = _inputs(node)[0]
+        return None
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _uses(self, node: fx.Node) -> int:
+        return sum(other.op == "call_module" and other.target == node.target for other in self.graph.nodes)
+
+    def _node(self, node: fx.Node) -> None:
+        kinds = {self.kind[one] for one in node.all_input_nodes}
+        features = [one for one in _inputs(node) if self.kind[one] == "features"]
+        module = self._module(node)
+        if node in self.told and node.op == "call_function" and node.target not in DROPOUTS:
+            self.obstacles.append(f"{_place(node)} is told whether it is training, which one recording can't hold")
+        if "tail" in kinds or node is self.head:
+            self.kind[node] = "tail"
+            self.ended[node] = next((self.ended[one] for one in node.all_input_nodes if one in self.ended), "")
+        elif node.meta.get(NUMBER):
+            self.kind[node] = "number"
+        elif isinstance(module, nn.Conv2d) and node.target not in self.skip:
+            self._conv(node, module, bool(features))
+        elif not features:
+            self._plain(node, module)
+        else:
+            self._on_features(node, module, features)
+
+    def _plain(self, node: fx.Node, module: nn.Module | None) -> None:
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) and node.target not in self.skip:
+            self.obstacles.append(f"{node.target!r} is a transposed convolution, expected nn.Conv2d (or skip it)")
+        self.kind[node] = "plain"
+
+    def _conv(self, node: fx.Node, conv: nn.Conv2d, on_features: bool) -> None:
+        name = str(node.target)
+        self.kind[node], self.stream[node] = "features", node
+        if conv.groups != 1:
+            what = f"{name!r} is a convolution of {conv.groups} groups, expected 1"
+            behind = ": behind an SFG layer it can't be skipped; replace it by one of groups=1 before you convert"
+            self.obstacles.append(what + (behind if on_features else " (or skip it)"))
+        elif self._uses(node) > 1:
+            self.obstacles.append(f"{name!r} is used more than once, expected one place for each convolution")
+        elif nn.utils.parametrize.is_parametrized(conv):
+            self.obstacles.append(
+                f"{name!r} has a parametrised weight, which an SFG layer would not compute: call "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before"
+            )
+        elif not isinstance(conv.weight, nn.Parameter):  # the hook that makes it is told, too
+            pass
+        else:
+            norm, activation = self._followers(node)
+            self.network.set_submodule(name, self._sfg(conv, norm, activation))
+
+    def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
+        layer = SFGConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+            conv.dilation, 1, conv.bias is not None, conv.padding_mode, tasks=self.tasks,  # type: ignore[arg-type]
+            norm=None if norm is None else "batch", activation=activation, device=conv.weight.device,
+            dtype=conv.weight.dtype, **self.options,
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        self.modes[layer] = self.modes.get(conv, True)
+        if norm is not None and layer.norm is not None:
+            self._copy_norm(norm, layer.norm)
+            self.modes[layer.norm] = self.modes[norm]
+        return layer
+
+    def _copy_norm(self, norm: nn.BatchNorm2d, to: KernelNorm) -> None:
+        try:
+            copy_batch_norm(norm, to)
+        except ValueError as error:
+            name = next((name for name, module in self.modules.items() if module is norm), "")
+            self.obstacles.append(f"{name!r} {error}")
+
+    def _followers(self, node: fx.Node) -> tuple[nn.BatchNorm2d | None, Any]:
+        """The batch normalisation and the activation that read this convolution and nobody else does; they are taken
+        out of the graph."""
+        norm, activation = None, None
+        follower = _only_user(node)
+        found = None if follower is None else self._module(follower)
+        if follower is not None and isinstance(found, nn.BatchNorm2d) and self._uses(follower) == 1:
+            norm = found
+            self._take_out(follower, node)
+            follower = _only_user(node)
+        if follower is not None and (activation := self._activation(follower)) is not None:
+            self._take_out(follower, node)
+            follower = _only_user(node)
+            sized = any(user.meta.get(NUMBER) for user in node.users)  # somebody asks how large it is before
+            if activation == "relu" and follower is not None and not sized and _halves(self._module(follower)):
+                # Behind the gate the maximum would tell it nothing (see networks/vgg.py).
+                activation = "relu_pool"
+                self._take_out(follower, node)
+        return norm, activation
+
+    def _activation(self, node: fx.Node) -> Any:
+        module = self._module(node)
+        if module is not None:
+            base = base_of(module)
+            if base is nn.ReLU:
+                return "relu"
+            if base is nn.PReLU:
+                return module if module.num_parameters == 1 else None
+            elementwise = base is not None and base.__module__ == "torch.nn.modules.activation"
+            return copy.copy(module) if elementwise and not isinstance(module, _NOT_ELEMENTWISE) else None
+        if node.op != "call_function" or len(node.all_input_nodes) != 1:
+            return None
+        name = _name(node)
+        if name == "relu":
+            return "relu"
+        if name in _ACTIVATIONS:
+            kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
+            return functools.partial(_elementwise, name=name, args=tuple(node.args[1:]), kwargs=kwargs)
+        return None
+
+    def _take_out(self, node: fx.Node, before: fx.Node) -> None:
+        node.replace_all_uses_with(before)
+        self.graph.erase_node(node)
+        self.kind[node] = "gone"
+
+    def _on_features(self, node: fx.Node, module: nn.Module | None, features: list[fx.Node]) -> None:
+        self.kind[node], self.stream[node] = "features", self.stream[features[0]]
+        known = self._module_on_features(node, module) if module is not None else self._function(node, features)
+        if not known:
+            del self.stream[node]
+            self.kind[node] = "tail"
+            of = f" of {len(features)} features" if len(features) > 1 else ""
+            self.ended[node] = f"{_place(node)}{of}, which is not known to act on each channel alone and to keep zeros"
+
+    def _module_on_features(self, node: fx.Node, module: nn.Module) -> bool:
+        """Is it known what a module does to features? An obstacle is."""
+        name = repr(node.target)
+        if isinstance(module, nn.BatchNorm2d):
+            if self._uses(node) > 1:
+                self.obstacles.append(f"{name} is used more than once, expected one place for each normalisation")
+                return True
+            like = module.running_mean if module.weight is None else module.weight
+            factory: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+            norm = FeatureNorm(module.num_features, 1 + len(self.tasks), **factory)
+            self._copy_norm(module, norm.norm)
+            self.modes[norm] = self.modes[norm.norm] = self.modes[module]
+            self.network.set_submodule(str(node.target), norm)
+        elif isinstance(module, _NORMS):
+            self.obstacles.append(
+                f"{name} is {type(module).__name__}, which would give values to channels that the grouping zeroes, "
+                "expected nn.BatchNorm2d"
+            )
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            self.stream[node] = node
+            self.obstacles.append(
+                f"{name} ({type(module).__name__}) reads features of SFG layers and would mix what belongs to "
+                "different tasks: only nn.Conv2d becomes an SFG layer, and only what stands before all of them can be "
+                "skipped"
+            )
+        elif pads_channels(module):
+            self._channel_pad(node, module)
+        else:
+            return _acts_on_channels(module)
+        return True
+
+    def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
+        """Is it known what a function does to features? Then the node does it to them. An obstacle is known, too."""
+        name, rest = _name(node), _given(node)[1:]
+        alone = len(_inputs(node)) == 1
+        if name in ("cat", "concat", "concatenate"):
+            if len(features) < len(_inputs(node)):
+                self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
+            self.stream[node] = node
+        elif name in _ADDS | _SUBTRACTS:
+            self._add(node, features, name)
+        elif name in _SCALES and (scale := self._scale(node)) is not None:
+            node.target, node.args, node.kwargs = _SCALES[name], (features[0], scale), {}
+        elif not alone:
+            return False
+        elif name in ("neg", "negative"):
+            node.target, node.args, node.kwargs = operator.mul, (features[0], -1), {}
+        elif _changes_nothing(node, name, rest):
+            self._pass(node, features[0])
+        elif name in _CASTS:
+            self._cast(node, features[0], name, rest)
+        elif name in ("detach", "data"):
+            self._method(node, "detach", features[0])
+        elif name == "getitem" and _crops(rest[0]):
+            node.target, node.args = crop, (features[0], rest[0])
+        else:
+            method = isinstance(node.target, MethodDescriptorType)  # which tensors alone have
+            function = getattr(torch, name, None) if method or node.target not in CHANNELWISE else node.target
+            if function not in CHANNELWISE:
+                return False
+            node.target = function
+        return True
+
+    def _pass(self, node: fx.Node, before: fx.Node) -> None:
+        """Nothing happens to the values."""
+        node.op, node.target, node.args, node.kwargs = "call_function", same, (before,), {}
+
+    def _cast(self, node: fx.Node, before: fx.Node, name: str, rest: list[Any]) -> None:
+        """To a dtype; to a device or a memory format: features stay where they are."""
+        dtype = next((one for one in rest if isinstance(one, torch.dtype)), _CASTS[name])
+        if dtype is None:
+            self._pass(node, before)
+        else:
+            self._method(node, "to", before, dtype)
+
+    def _method(self, node: fx.Node, name: str, *arguments: Any) -> None:
+        node.op, node.target, node.args, node.kwargs = "call_method", name, arguments, {}
+
+    def _scale(self, node: fx.Node) -> Any:
+        """The number, or the one number of a parameter, that features are multiplied with or divided by; or None."""
+        values = _given(node)
+        if len(values) != 2:  # a rounding mode
+            return None
+        scales = [one for one in values if self.kind.get(one) != "features"]
+        if len(scales) != 1 or (_SCALES[_name(node)] is operator.truediv and scales[0] is values[0]):
+            return None
+        scale = scales[0]
+        if isinstance(scale, fx.Node) and not scale.meta.get(NUMBER):
+            held = self._held(scale)
+            return scale if held is not None and held.numel() == 1 else None
+        return scale if isinstance(scale, int | float | fx.Node) else None
+
+    def _channel_pad(self, node: fx.Node, module: Any) -> None:
+        """A shortcut to more channels is an SFG layer of 1x1 kernels: zeros and ones, or the projection."""
+        if module.project is not None:
+            conv = module.project
+        elif module.pad is not None:
+            before = module.pad[-4]
+            width = self._width(node.all_input_nodes[0])
+            like = next(self.network.parameters())
+            factory = {"device": like.device, "dtype": like.dtype}
+            conv = nn.Conv2d(width, before + width + module.pad[-3], 1, bias=False, **factory)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.weight)
+            conv.weight.data[before : before + width, :, 0, 0] = torch.eye(width)
+        else:
+            self.network.set_submodule(str(node.target), nn.Identity())
+            return
+        self.network.set_submodule(str(node.target), self._sfg(conv, None, None))
+        self.stream[node] = node
+
+    def _width(self, node: fx.Node) -> int:
+        return node.meta[SHAPE][1]
+
+    def _add(self, node: fx.Node, features: list[fx.Node], name: str) -> None:
+        """A sum or a difference of features, as `a + factor * b`; or of features and 0."""
+        alpha: Any = node.kwargs.get("alpha", 1)
+        values, factor = _given(node)[:2], alpha * (-1 if name in _SUBTRACTS else 1)
+        if name == "rsub":
+            values = values[::-1]
+        if len(values) != 2 or any(self.kind.get(one) != "features" for one in values):
+            if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
+                self._pass(node, features[0])  # as Python's `sum` starts
+                return
+            what = "adds features of SFG layers and something else" if name in _ADDS else "subtracts something else"
+            self.obstacles.append(f"{_place(node)} {what}")
+            return
+        if factor != 1:
+            with self.graph.inserting_before(node):
+                values[1] = self.graph.call_function(operator.mul, (values[1], factor))
+            self.kind[values[1]], self.stream[values[1]] = "features", self.stream[features[-1]]
+        node.target, node.args, node.kwargs = operator.add, tuple(values), {}  # not in place
+        first, *rest = (self._owner(self.stream[one]) for one in features)
+        for other in rest:
+            if first.op != "call_module" or other.op != "call_module":
+                self.obstacles.append(f"{_place(node)} adds concatenated features, whose groupings differ")
+            elif other is not first:
+                self.same[other] = first
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        while node in self.same:
+            node = self.same[node]
+        return node
+
+    # --- what could not be seen, what is told -------------------------------------------------------------------------
+
+    def _hooks_and_gradients(self) -> None:
+        calls = [node for node in self.graph.nodes if node.op == "call_module"]
+        stay = {str(node.target) for node in calls if self.kind.get(node) in ("plain", "tail")}
+        for name, hook in self.hooked.items():
+            if name not in stay:
+                whose = repr(name) if name else "the module itself"
+                self.obstacles.append(
+                    f"{whose} has a hook ({hook}), which the converted network would not call: {REMOVE_HOOKS}"
+                )
+        without = [node for node in self.graph.nodes if node.meta.get(WITH_GRADIENT) is False]
+        if without:
+            self.obstacles.append(
+                f"{_place(without[0])} is done under torch.no_grad(), which the converted network would not be: freeze "
+                "the parameters instead (requires_grad_(False))"
+            )
+
+    def _fill_report(self, convolutions: Mapping[str, nn.Module]) -> None:
+        nodes = {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}
+        for name, conv in convolutions.items():
+            node = nodes.get(name)
+            kind = self.kind.get(node) if node is not None else None
+            if node is None:
+                becomes, why = UNREACHED, "the forward pass does not come here"
+            elif kind == "features":
+                becomes, why = SFG, ""
+            elif node is self.head:
+                becomes, why = HEAD, "one for each task"
+            elif kind == "tail":
+                becomes, why = COPIED, f"behind {self.ended[node] or 'the head'}"
+            else:
+                becomes, why = PLAIN, "skipped" if name in self.skip else "no features of SFG layers come here"
+            self.report.append(Row(name, _described(conv), becomes, why))
+
+    # --- groupings and heads ------------------------------------------------------------------------------------------
+
+    def _share_groupings(self) -> None:
+        """Convolutions whose outputs are added share the grouping of the first of them, and its draw."""
+        order = {node: number for number, node in enumerate(self.graph.nodes)}
+        classes: dict[fx.Node, list[fx.Node]] = {}
+        for node in {node for pair in self.same.items() for node in pair}:
+            classes.setdefault(self._owner(node), []).append(node)
+        for members in classes.values():
+            owner, *others = sorted(members, key=order.__getitem__)
+            with self.graph.inserting_after(owner):
+                groups = self.graph.call_function(getattr, (owner, "groups"))
+            for node in others:
+                self._module(node).share_grouping(self._module(owner))  # type: ignore[union-attr, operator]
+                node.kwargs = {**node.kwargs, "groups": groups}
+
+    def _tails(self, output: fx.Node) -> None:
+        """The nodes of the tail, once for each task, on what that task reads."""
+        tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
+        for node in tail:
+            if isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear):
+                self.sized = []
+            if isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear | nn.modules.batchnorm._NormBase):
+                self.sized.append(str(node.target))
+        calls = [node for node in self.graph.nodes if node.op == "call_module"]
+        used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU for all places
+        results: dict[str, fx.Node] = {}
+        names: dict[str, dict[str, nn.Module]] = {}
+        with self.graph.inserting_before(output):
+            for task in self.tasks:
+                copies: dict[fx.Node, fx.Node] = {}
+
+                def read(node: fx.Node, task: str = task, copies: dict[fx.Node, fx.Node] = copies) -> fx.Node:
+                    if self.kind[node] == "features" and node not in copies:
+                        copies[node] = self.graph.call_method("merged", (node, task))
+                    return copies.get(node, node)
+
+                for node in tail:
+                    module = self._module(node)
+                    copies[node] = self.graph.node_copy(node, read)
+                    if module is not None:
+                        name = f"{node.target}{'_of_heads' * (str(node.target) in used_before)}"
+                        own = names.setdefault(name, {})
+                        if task not in own:
+                            own[task] = copy.deepcopy(module)
+                            self.modes |= {
+                                twin: self.modes[child]
+                                for child, twin in zip(module.modules(), own[task].modules(), strict=True)
+                                if child in self.modes
+                            }
+                        copies[node].target = f"{name}.{task}"
+                results[task] = copies[output.args[0]]  # type: ignore[index]
+            for name, of_tasks in names.items():
+                owner, _, last = name.rpartition(".")
+                self.network.get_submodule(owner).add_module(last, nn.ModuleDict(of_tasks))
+        output.args = (results,)
+        for node in reversed(tail):
+            self.graph.erase_node(node)
+
+
+def same(x: Any) -> Any:
+    """What the network did here changes nothing."""
+    return x
+
+
+def _elementwise(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _ACTIVATIONS[name](x, *args, **kwargs)
+
+
+def _name(node: fx.Node) -> str:
+    """Of a function, whether it is in place, a method or an operator: relu for torch.relu, F.relu_, Tensor.relu."""
+    return called(node).strip("_")
+
+
+def _place(node: fx.Node) -> str:
+    """Where and what a node is, for a message."""
+    if node.op == "call_module":
+        return repr(node.target)
+    where = f" in {node.meta[WHERE]!r}" if node.meta.get(WHERE) else ""
+    return f"{called(node)}(){where}"
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node reads."""
+    return [one for one in node.all_input_nodes if not one.meta.get(NUMBER)]
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = [user for user in node.users if not user.meta.get(NUMBER)]
+    return users[0] if len(users) == 1 and len(users[0].all_input_nodes) == 1 else None
+
+
+def _given(node: fx.Node) -> list[Any]:
+    """The arguments of a function, whether by place or by name, but for those that are None or False."""
+    by_name = (value for value in node.kwargs.values() if value is not None and value is not False)
+    return [*node.args, *by_name]
+
+
+def _changes_nothing(node: fx.Node, name: str, rest: list[Any]) -> bool:
+    """Is what the function returns the same values in the same places?"""
+    if name in _RESHAPES:
+        return node.meta.get(SHAPE) == _inputs(node)[0].meta.get(SHAPE)
+    return name in _SAME and not any(isinstance(one, torch.dtype) for one in rest)
+
+
+def _crops(index: Any) -> bool:
+    """Is it [:, :, from:to, from:to]?"""
+    whole = slice(None)
+    slices = isinstance(index, tuple) and len(index) <= 4 and all(isinstance(one, slice) for one in index)
+    return slices and all(one == whole for one in index[:2])
+
+
+def _acts_on_channels(module: nn.Module) -> bool:
+    base = base_of(module)
+    if base is None or issubclass(base, nn.Linear | nn.Bilinear):
+        return False
+    return base.__module__.rpartition(".")[2] in ("activation", "pooling", "dropout", "upsampling", "padding", "linear")
+
+
+def _halves(module: nn.Module | None) -> bool:
+    """Is this the pooling of `activations.relu_pool`?"""
+    if not isinstance(module, nn.MaxPool2d) or module.ceil_mode or module.return_indices:
+        return False
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return [pair if isinstance(pair, tuple) else (pair, pair) for pair in sizes] == [(2, 2), (2, 2), (0, 0), (1, 1)]
+
+
+def hook_of(module: nn.Module) -> str:
+    """The name of a hook that somebody has put on the module, or nothing."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return next((getattr(hook, "__name__", type(hook).__name__) for one in hooks for hook in one.values()), "")
+
+
+def _described(conv: nn.Module) -> str:
+    size = "x".join(map(str, conv.kernel_size))  # type: ignore[arg-type]
+    return f"{type(conv).__name__}({conv.in_channels}, {conv.out_channels}, {size})"
+
+
+def _weight_name(node: fx.Node) -> str:
+    """The name of the weight that a function of `_FUNCTIONS` reads."""
+    given = dict(zip(_FUNCTIONS[node.target], node.args, strict=False)) | dict(node.kwargs)
+    weight = given["weight"]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target)
+
+
+@torch.no_grad()
+def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
+    """Scale and shift, and the running statistics as every kernel's pooled ones: each group starts its own with its
+    first draw. ValueError for a normalisation that has none, or never moves them."""
+    if norm.momentum == 0:
+        raise ValueError("is a batch normalisation of momentum=0, expected it in eval() to keep its statistics")
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("is a batch normalisation without running statistics (track_running_stats=False)")
+    to.eps, to.momentum = norm.eps, norm.momentum or 0.0
+    if norm.affine:
+        for own, given in ((to.weight, norm.weight), (to.bias, norm.bias)):
+            own.copy_(given)
+            own.requires_grad_(given.requires_grad)
+    else:
+        to.requires_grad_(False)
+    to.pooled_mean.copy_(norm.running_mean)
+    to.pooled_var.copy_(norm.running_var)
