@@ -1,4 +1,4 @@
-"""Cohorts: from NIfTI files, real or synthetic, to training batches; nibabel, scipy and tqdm load where used."""
+"""Cohorts: from volumes, real or synthetic, to training batches; nibabel, SimpleITK, scipy and tqdm load where used."""
 
 from .cache import Cache, CaseArrays
 from .cohort import SPLITS, Case, Cohort, LoadedCase, load_case, read_cohort

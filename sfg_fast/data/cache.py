@@ -19,7 +19,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +31,11 @@ import numpy as np
 from ..errors import InputError
 from ..files import one_line, read_json
 from .cohort import check_case_name, check_label_names, check_split
-from .volumes import MAX_VOXELS, Grid
+from .notes import is_note
+from .stored import MAX_VOXELS
+from .volumes import Grid
 
-VERSION = 3
+VERSION = 4
 ENTRY = {
     "split",
     "shape",
@@ -44,9 +47,12 @@ ENTRY = {
     "ct_body_mean",
     "label_voxels",
     "foreground_slices",
+    "notes",
     "source",
     "checksums",
 }
+MAX_ENTRY_BYTES = 2**24  # of case.json
+_Stamp = tuple[int, int, int, int]  # which file it is, how long, and when it was written
 TARGETS: dict[str, np.dtype] = {"ct": np.dtype(np.float32), "labels": np.dtype(np.uint8)}
 
 
@@ -89,6 +95,7 @@ class Cache:
             if self.label_names:
                 check_label_names(self.label_names, str(where))
             self.rejected: dict[str, str] = manifest["rejected"]
+            self._stamps: dict[str, dict[str, _Stamp]] = {}  # of the files of each case that was opened, by name
             self.cases: dict[str, dict[str, Any]] = manifest["cases"]
             for name, entry in self.cases.items():
                 check_case_name(name, str(where))
@@ -123,6 +130,8 @@ class Cache:
             and (counts is None) == ("labels" not in entry["targets"])
             and (counts is None or (len(counts) == len(self.label_names) and min(counts) >= 0))
             and all(0 <= first < last <= z for first, last in entry["foreground_slices"] or ())
+            and isinstance(entry["notes"], list)
+            and all(map(is_note, entry["notes"]))
         )
         if not good:
             raise ValueError(f"case {name}")
@@ -147,18 +156,71 @@ class Cache:
         return any(target in self.cases[name]["targets"] for name in self.names(split))
 
     def case(self, name: str) -> CaseArrays:
-        """Opens the memory maps of a case. InputError: no such case, a file missing or not what the manifest says."""
+        """Opens the memory maps of a case, all of one version of it. InputError: no such case, a file missing or not
+        what the manifest says, or another than when the case was opened before."""
         if name not in self.cases:
             raise InputError(f"{self.path}: no case {name!r}")
         entry = self.cases[name]
         z, y, x = entry["shape"]
+        kinds = {
+            "inputs": ((z, self.in_channels, y, x), np.dtype(np.float32)),
+            "mask": ((z, y, x), np.dtype(bool)),
+        }
+        kinds |= {target: ((z, y, x), TARGETS[target]) for target in entry["targets"]}
+        arrays: dict[str, np.ndarray] = {}
+        stamps: dict[str, _Stamp] = {}
+        with self._folder(name) as folder:  # stays the same if another takes its name
+            if name not in self._stamps:
+                self._check_source(name, folder)
+            for key, (shape, dtype) in kinds.items():
+                file = os.path.join(self.path, name, f"{key}.npy")
+                arrays[key], stamps[file] = _open(file, folder, shape, dtype)
+        if self._stamps.setdefault(name, stamps) != stamps:
+            raise self._changed(name)
+        return CaseArrays(arrays["inputs"], arrays.get("ct"), arrays.get("labels"), arrays["mask"])
 
-        def target(key: str) -> np.ndarray | None:
-            return self._open(name, key, (z, y, x), TARGETS[key]) if key in entry["targets"] else None
+    def check_unchanged(self, name: str) -> None:
+        """InputError if a file of a case is another than when it was opened: replaced, removed or written to. A few
+        microseconds."""
+        try:
+            for file, stamp in self._stamps[name].items():
+                if _stamp(os.stat(file)) != stamp:
+                    raise self._changed(name)
+        except OSError as error:
+            raise self._changed(name) from error
 
-        inputs = self._open(name, "inputs", (z, self.in_channels, y, x), np.dtype(np.float32))
-        mask = self._open(name, "mask", (z, y, x), np.dtype(bool))
-        return CaseArrays(inputs, target("ct"), target("labels"), mask)
+    def _changed(self, name: str) -> InputError:
+        return InputError(
+            f"{self.path}: the arrays of case {name} have changed since they were opened, expected them to stay; "
+            "preprocess the cohort again to its end, then resume"
+        )
+
+    @contextmanager
+    def _folder(self, name: str) -> Iterator[int]:
+        """A descriptor of the case's folder."""
+        folder = os.path.join(self.path, name)
+        try:
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{folder}: can't be read ({one_line(error)}); preprocess the cohort again") from error
+        try:
+            yield number
+        finally:
+            os.close(number)
+
+    def _check_source(self, name: str, folder: int) -> None:
+        """The case's own entry against the manifest's: of another version of its files the statistics are others."""
+        where = self.path / name / "case.json"
+        try:
+            with open(os.open("case.json", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+                source = json.loads(file.read(MAX_ENTRY_BYTES))["source"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: can't be read ({one_line(error)}); preprocess the cohort again") from error
+        if source != self.cases[name]["source"]:
+            raise InputError(
+                f"{where}: the case was written again from other files than the manifest says; preprocess the cohort "
+                "again to its end, then resume"
+            )
 
     def fingerprint(self) -> str:
         """A hash of all cases, their files' contents and splits: two caches with the same one train alike."""
@@ -180,21 +242,28 @@ class Cache:
             raise InputError(f"{self.path}: no case of split {split} has a CT")
         return float(np.mean(means))
 
-    def _open(self, name: str, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        file = os.path.join(self.path, name, f"{key}.npy")
+
+def _open(file: str, folder: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, _Stamp]:
+    """The memory map of a file, found in the open folder, and its stamp."""
+    try:
+        # No stream: this is done for every slice.
+        number = os.open(os.path.basename(file), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
         try:
-            number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # no stream: this is done for every slice
-            try:
-                start = os.read(number, 10)  # magic, version, and how long the header is
-                found, dtype_found, offset = _header(start + os.read(number, int.from_bytes(start[8:], "little")))
-                if (found, dtype_found) != (shape, dtype):
-                    raise InputError(f"{file}: {dtype_found} {found}, but the manifest says {dtype} {shape}")
-                data = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
-            finally:
-                os.close(number)
-            return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{file}: can't be read ({one_line(error)}); preprocess the cohort again") from error
+            stamp = _stamp(os.fstat(number))
+            start = os.read(number, 10)  # magic, version, and how long the header is
+            found, dtype_found, offset = _header(start + os.read(number, int.from_bytes(start[8:], "little")))
+            if (found, dtype_found) != (shape, dtype):
+                raise InputError(f"{file}: {dtype_found} {found}, but the manifest says {dtype} {shape}")
+            data = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(number)
+        return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape), stamp
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file}: can't be read ({one_line(error)}); preprocess the cohort again") from error
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @lru_cache(1024)

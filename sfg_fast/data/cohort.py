@@ -1,24 +1,30 @@
 """Which files make a cohort: three layouts, one answer, every file checked.
 
-    folder   ROOT/CASE/mr.nii.gz, and optionally ct, labels, mask (.nii.gz or .nii; several MR channels: mr_0, mr_1,
-             ..); optionally ROOT/dataset.json with "labels", "channel_names", "split"
+    folder   ROOT/CASE/mr.nii.gz, and optionally ct, labels, mask (any format of volumes.py; several MR channels: mr_0,
+             mr_1, ..); optionally ROOT/dataset.json with "labels", "channel_names", "split"
     nnU-Net  ROOT/dataset.json, imagesTr/CASE_0000.nii.gz (channels _0000, _0001, ..), labelsTr/CASE.nii.gz, and as
-             additions targetsTr/CASE.nii.gz (the CT) and masksTr/CASE.nii.gz; imagesTs, .. are the test split
+             additions targetsTr/CASE.nii.gz (the CT) and masksTr/CASE.nii.gz; imagesTs, .. are the test split;
+             "file_ending" in dataset.json may be any that is read
     list     a .csv or .json of rows: case, mr (or mr_0, mr_1, ..), ct, labels, mask, split; all but case and mr are
              optional, paths are relative to the list; label names in labels.json beside it, {name: value}, or in the
              JSON itself: {"labels": {..}, "cases": [rows]}
 
 Only the MR is needed to predict. A case is in the split `train` unless something says otherwise; a "split" in
 dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.
+
+Nothing is lost without a word: a file that is called as one that is looked for, but of a format that isn't read, an
+entry of dataset.json that is nearly one that means something, a number of cases that isn't the one announced, and a
+file that stands for two things are refused; other entries and volumes that nothing reads are told.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import read_json
-from .volumes import Grid, nifti_stem, read_labels, read_volume, same_grid
+from .notes import Note
+from .volumes import FORMATS, Grid, onto, read_labels, read_volume, volume_stem
 
 SPLITS = ("train", "val", "test")
 CLIP_HU = (-1024.0, 3000.0)
@@ -38,6 +45,21 @@ WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: 
 _TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
 _OPTIONAL = ("ct", "labels", "mask")
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
+_ROLE = re.compile(r"(mr(_\d+)?|ct|labels|mask)", re.I)
+# What may lie beside a volume and have its name: descriptions, transforms, pictures, but no voxels.
+_BESIDE = re.compile(
+    r"""\.(json|txt|csv|tsv|md|log|xml|ya?ml|toml|ini|pdf|html|rtf|docx?|xlsx?|od[st]|bval|bvec|tfm|mat|png|jpe?g|svg|gif
+    |sha256|md5)""",
+    re.X | re.I,
+)
+_MEANING = ("labels", "split", "channel_names", "file_ending")  # entries of dataset.json that are read
+# nnU-Net's own, of the Decathlon before it, and the phantom's: they say nothing that is needed here.
+_KNOWN = re.compile(
+    r"""name|description|dataset_name|tensorImageSize|reference|licen[cs]e|release|data_release|numTraining|numTest
+    |training|test|modality|overwrite_image_reader_writer|dataset|citation|converted_by|regions_class_order|authors?
+    |difficulty""",
+    re.X,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,7 @@ class LoadedCase:
     labels: np.ndarray | None
     mask: np.ndarray | None
     grid: Grid
+    notes: tuple[Note, ...] = ()  # of all files
 
 
 def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
@@ -85,17 +108,18 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
 
     allow_outside: a list may name files outside its own folder.
     Raises InputError, naming the case and file, for anything missing, ambiguous, doubled or malformed. Warns
-    (UserWarning) of volumes in a folder whose names say nothing.
+    (UserWarning) of volumes in a folder whose names say nothing, and of unknown entries in dataset.json.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         nnunet = any((path / name).is_dir() for name in ("imagesTr", "imagesTs"))
-        cases = _nnunet_cases(path) if nnunet else _folder_cases(path)
-        _tell_unread(path, cases)
         meta_path = path / "dataset.json"
         meta = _read_object(meta_path) if meta_path.exists() or nnunet else {}
+        _check_entries(meta, meta_path)
+        cases = _nnunet_cases(path, meta) if nnunet else _folder_cases(path)
+        _tell_unread(path, cases)
         if "split" in meta:
             cases = _split_cases(cases, meta["split"], meta_path)
         return _checked(path, cases, meta, meta_path)
@@ -119,17 +143,28 @@ def files(case: Case) -> dict[str, tuple[Path, ...]]:
     return {"mr": case.inputs} | {role: (path,) for role, path in optional.items() if path is not None}
 
 
+def _roles(case: Case) -> Iterable[tuple[str, Path]]:
+    """(what it is, file) of every file of a case; MR channels are mr_0, mr_1, .. if there are several."""
+    for role, paths in files(case).items():
+        for index, path in enumerate(paths):
+            yield role if len(paths) == 1 else f"{role}_{index}", path
+
+
 def load_case(case: Case, label_names: dict[str, int]) -> LoadedCase:
     """Reads every file of the case and checks them against each other.
 
     label_names: the values that may occur in the labels; empty: any.
     Raises InputError: what `read_volume` and `read_labels` raise, files on different grids, an unknown label value,
-    an empty mask.
+    an empty mask. Warns (UserWarning) of files that say two places (`LoadedCase.notes` has all that there is to tell).
     """
     try:
-        return _load(case, label_names)
+        loaded = _load(case, label_names)
     except InputError as error:
         raise InputError(f"case {case.name}: {error}") from error
+    for note in loaded.notes:
+        if note.kind == "forms":
+            warnings.warn(note.text, stacklevel=2)
+    return loaded
 
 
 def check_split(name: Any, where: str) -> str:
@@ -191,12 +226,14 @@ def check_same_channels(channels: tuple[str, ...], cohort: Cohort, where: str) -
 
 def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
     first, grid = read_volume(case.inputs[0])
+    notes = list(grid.notes)
 
     def on_grid(read: Callable[[Path], tuple[np.ndarray, Grid]], path: Path) -> np.ndarray:
         array, other = read(path)
-        if not same_grid(grid, other):
+        if (array_here := onto(grid, array, other)) is None:
             raise InputError(f"{path} has {other}, but {case.inputs[0]} has {grid}; expected one grid for all files")
-        return array
+        notes.extend(other.notes)
+        return array_here
 
     inputs = np.stack([first, *(on_grid(read_volume, path) for path in case.inputs[1:])])
     ct = on_grid(read_volume, case.ct) if case.ct else None
@@ -208,20 +245,25 @@ def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
             raise InputError(f"{case.labels} holds label value {unknown[0]}, expected one of {label_names}")
     if mask is not None and not mask.any():
         raise InputError(f"{case.mask} is an empty mask, expected voxels above 0")
-    return LoadedCase(inputs, ct, labels, mask, grid)
+    return LoadedCase(inputs, ct, labels, mask, grid, tuple(notes))
 
 
 def _folder_cases(root: Path) -> list[Case]:
     cases = []
     for folder in sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")):
         files: dict[str, Path] = {}
-        for file in sorted(folder.iterdir()):
-            stem = nifti_stem(file.name)
+        entries = sorted(folder.iterdir())
+        for file in entries:
+            stem = volume_stem(file.name)
             if stem is None or not (_MR_COLUMN.fullmatch(stem) or stem in _OPTIONAL):
                 continue
             if stem in files:
                 raise InputError(f"case {folder.name}: both {files[stem]} and {file.name} are there, expected one")
             files[stem] = file
+        for file in entries:
+            role = _ROLE.fullmatch(file.name.partition(".")[0])
+            if role and role[0].lower() not in files:
+                _check_format(file, FORMATS)
         if files:  # other folders (overviews, documents) are no cases
             cases.append(_case(folder.name, files, "train", str(folder)))
     if not cases:
@@ -229,26 +271,45 @@ def _folder_cases(root: Path) -> list[Case]:
     return cases
 
 
+def _check_format(file: Path, expected: str) -> None:
+    """InputError if a file that is called like one that is looked for is a volume, or a folder of slices, that isn't
+    read: without a word its case would have none."""
+    if file.is_dir():
+        raise InputError(f"{file}: a folder, expected a file that ends in {expected}")
+    if volume_stem(file.name) is None and not _BESIDE.fullmatch(file.suffix):
+        raise InputError(f"{file}: a format that isn't read, expected a file that ends in {expected}")
+
+
+def _check_entries(meta: dict[str, Any], path: Path) -> None:
+    """InputError for an entry of dataset.json that nearly is one that is read; a warning of other unknown ones."""
+    unknown = sorted(key for key in meta if key not in _MEANING and not _KNOWN.fullmatch(key))
+    for key in unknown:
+        if near := difflib.get_close_matches(key.lower(), _MEANING, 1, 0.75):
+            raise InputError(f"{path}: unknown entry {key!r}, did you mean {near[0]!r}?")
+    if unknown:
+        warnings.warn(f"{path}: nothing is read from {', '.join(map(repr, unknown))}", stacklevel=3)
+
+
 def _tell_unread(root: Path, cases: list[Case]) -> None:
     """A warning if there are volumes that no case has: a misspelt name would otherwise be a target that is missing."""
     read = {path for case in cases for paths in files(case).values() for path in paths}
     there = (file for folder in root.glob("[!.]*") if folder.is_dir() for file in folder.glob("[!.]*"))
-    unread = sorted(str(file.relative_to(root)) for file in there if nifti_stem(file.name) and file not in read)
+    unread = sorted(str(file.relative_to(root)) for file in there if volume_stem(file.name) and file not in read)
     if unread:
         some = ", ".join(unread[:3]) + (", .." if len(unread) > 3 else "")
         warnings.warn(f"{root}: {len(unread)} volumes are not read, by their names: {some}", stacklevel=3)
 
 
-def _nnunet_cases(root: Path) -> list[Case]:
-    ending = _read_object(root / "dataset.json").get("file_ending", ".nii.gz")
-    if ending not in (".nii.gz", ".nii"):
-        raise InputError(f"{root / 'dataset.json'}: file_ending {ending!r}, expected .nii.gz or .nii")
+def _nnunet_cases(root: Path, meta: dict[str, Any]) -> list[Case]:
+    ending = meta.get("file_ending", ".nii.gz")
+    if not isinstance(ending, str) or not ending.startswith(".") or volume_stem(ending) != "":
+        raise InputError(f"{root / 'dataset.json'}: file_ending {ending!r}, expected {FORMATS}")
     cases = []
     for suffix, split in (("Tr", "train"), ("Ts", "test")):
         found: dict[str, dict[str, Path]] = {}
         for kind, column in (("images", "mr"), ("labels", "labels"), ("targets", "ct"), ("masks", "mask")):
-            for file in sorted((root / (kind + suffix)).glob(f"[!.]*{ending}")):
-                name, key = file.name.removesuffix(ending), column
+            for name, file in _with_ending(root / (kind + suffix), ending).items():
+                key = column
                 if column == "mr":
                     match = re.fullmatch(r"(.+)_(\d{4})", name)
                     if match is None:
@@ -256,7 +317,33 @@ def _nnunet_cases(root: Path) -> list[Case]:
                     name, key = match[1], f"mr_{int(match[2])}"
                 found.setdefault(name, {})[key] = file
         cases += [_case(name, files, split, str(root)) for name, files in sorted(found.items())]
+        announced = meta.get("numTraining", len(found))
+        if suffix == "Tr" and (root / "imagesTr").is_dir() and announced != len(found):
+            raise InputError(
+                f"{root / 'dataset.json'}: numTraining {announced!r}, but {root / 'imagesTr'} has {len(found)} cases"
+            )
     return cases
+
+
+def _with_ending(folder: Path, ending: str) -> dict[str, Path]:
+    """The files of one of nnU-Net's folders by their names without the ending. InputError for a volume of another."""
+    files: dict[str, Path] = {}
+    others = []
+    for file in sorted(folder.glob("[!.]*")):
+        name = file.name[: -len(ending)]
+        if not file.name.lower().endswith(ending.lower()) or not name:
+            others.append(file)
+        elif name in files:
+            raise InputError(f"{folder}: both {files[name].name} and {file.name} are there, expected one")
+        else:
+            files[name] = file
+    for file in others:
+        if file.is_file() and not any(file.name.startswith(f"{name}.") for name in files):
+            expected = f"{ending}, the file_ending of dataset.json"
+            if volume_stem(file.name) is not None:
+                raise InputError(f"{file}: expected a file that ends in {expected}")
+            _check_format(file, expected)
+    return files
 
 
 def _split_cases(cases: list[Case], split: Any, source: Path) -> list[Case]:
@@ -349,6 +436,7 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
     if not cases:
         raise InputError(f"{root}: no cases")
     seen: set[str] = set()
+    owners: dict[str, str] = {}
     channels = len(cases[0].inputs)
     for case in cases:
         check_case_name(case.name, str(root))
@@ -357,9 +445,12 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
         seen.add(case.name)
         if len(case.inputs) != channels:
             raise InputError(f"{root}: case {case.name} has {len(case.inputs)} MR channels, {cases[0].name} {channels}")
-        for file in (path for paths in files(case).values() for path in paths):
+        for role, file in _roles(case):
             if not os.path.isfile(file):  # unlike Path.is_file it never raises
                 raise InputError(f"case {case.name}: no such file {file}")
+            owner = owners.setdefault(os.path.realpath(file), use := f"the {role} of case {case.name}")
+            if owner != use:
+                raise InputError(f"case {case.name}: {file} is {use} and {owner}, expected a file of its own for each")
     where = str(meta_path)
     label_names = _check_organ_names(check_label_names(meta["labels"], where), where) if "labels" in meta else {}
     if all(case.labels is None for case in cases):

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,15 +29,20 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import check_vacant, locked, make_folder, one_line, read_json, write_json
+from ..files import check_vacant, locked, make_folder, one_line, read_json, sha256_of, sweep, write_json
 from .cache import ENTRY, TARGETS, VERSION, Cache
 from .cohort import CLIP_HU, Case, Cohort, LoadedCase, files, load_case, unnamed_labels
-from .volumes import volume_shape
+from .notes import Note
+from .volumes import volume_files, volume_shape, volume_stem
 
 MARKER = "preprocess.json"  # says whose cache a folder is, also before the manifest is written
 _FILES = {"inputs.npy", "mask.npy", *(f"{target}.npy" for target in TARGETS)}
 # Memory per voxel and MR channel that a case takes while it is written: 13 to 18 measured, more if it has to be scaled.
 BYTES_AT_WORK = 34
+FEW = 1e-3  # the share of the voxels, the brightest, that must not decide alone how the others are scaled
+TOLD_SQUASH, REFUSED_SQUASH = 3.0, 100.0  # how far they may move the scale, in SDs of the others
+# Of the body in HU: lungs, knees, heads and metal all stay inside; 0..4095 that nobody rescaled doesn't.
+PLAUSIBLE_MEDIAN, PLAUSIBLE_MEAN = (-500.0, 300.0), (-500.0, 500.0)
 
 
 def preprocess(
@@ -48,12 +54,14 @@ def preprocess(
     processes: how many cases at once, each in a process of its own (fewer if memory is short). on_bad_case: "stop" at
     the first case that can't be used, or "skip" it; the manifest then has the reasons, {"rejected": {case: reason}}.
     The body mask is the case's own file, else `body_mask` of its CT, else the whole volume. Labels that nobody named
-    become "label_1", "label_2", .. CTs are clipped to `CLIP_HU`.
+    become "label_1", "label_2", .. CTs are clipped to `CLIP_HU`. What a person should know of a case that is used all
+    the same is in its "notes" in the manifest.
 
-    Raises InputError, naming the case, for whatever `load_case` refuses, an MR without contrast, a CT that can't be in
-    HU (`check_hounsfield`), labels that are background in every case, label values with gaps that nobody named, no case
-    that can be used, a disk that is too full for all of it, and a folder that holds anything else. Complete cases then
-    stay for the next run; if there is none, nothing of the output remains. Raises ChildProcessError if a process dies.
+    Raises InputError, naming the case, for whatever `load_case` refuses, an MR without contrast, or whose contrast a
+    few voxels take (`foreground_statistics`), a CT that can't be in HU (`check_hounsfield`), labels that are background
+    in every case, label values with gaps that nobody named, no case that can be used, a disk that is too full for all
+    of it, and a folder that holds anything else. Complete cases then stay for the next run; if there is none, nothing
+    of the output remains. Raises ChildProcessError if a process dies.
     """
     from tqdm import tqdm
 
@@ -117,25 +125,16 @@ def _output(cohort: Cohort, out: Path) -> Iterator[None]:
         write_json(marker, whose)
     with locked(marker):
         try:
-            _sweep(out)
+            sweep(out)
             yield
         except BaseException:  # Ctrl-C, too
-            _sweep(out)
+            sweep(out)
             if not _case_folders(out):
                 with suppress(OSError):
                     marker.unlink()
                     if not there:
                         out.rmdir()
             raise
-
-
-def _sweep(out: Path) -> None:
-    """Removes what a killed process left half-written."""
-    for child in out.glob(".partial-*"):
-        if child.is_dir():
-            shutil.rmtree(child, ignore_errors=True)
-        else:
-            child.unlink()
 
 
 def _case_folders(out: Path) -> set[str]:
@@ -224,7 +223,10 @@ def _process(label_names: dict[str, int], out: Path, case: Case) -> dict[str, An
         source = _content_hash(case, label_names)
         if (entry := _complete(out / case.name, source)) is not None:
             return entry
-        return _write_case(case, load_case(case, label_names), source, out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all that there is to tell is in the notes
+            loaded = load_case(case, label_names)
+        return _write_case(case, loaded, source, out)
     except InputError as error:
         return str(error)
 
@@ -234,16 +236,9 @@ def _content_hash(case: Case, label_names: dict[str, int]) -> str:
     found: list[Any] = [VERSION, label_names]
     for role, paths in files(case).items():
         for path in paths:
-            found.append([role, path.name.endswith(".gz"), _sha256(path)])
+            kind = path.name[len(volume_stem(path.name) or path.name) :].lower()  # by which it is read
+            found.append([role, kind, [sha256_of(file) for file in volume_files(path)]])
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({one_line(error)})") from error
 
 
 def _complete(folder: Path, source: str) -> dict[str, Any] | None:
@@ -252,7 +247,7 @@ def _complete(folder: Path, source: str) -> dict[str, Any] | None:
         entry = read_json(folder / "case.json")
         sums = entry["checksums"]
         known = entry["source"] == source and set(entry) == ENTRY - {"split"} and set(sums) <= _FILES
-        if known and all(_sha256(folder / name) == found for name, found in sums.items()):
+        if known and all(sha256_of(folder / name) == found for name, found in sums.items()):
             return entry
     except (InputError, AttributeError, KeyError, TypeError):
         pass
@@ -261,6 +256,7 @@ def _complete(folder: Path, source: str) -> dict[str, Any] | None:
 
 def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[str, Any]:
     """Writes the arrays of one case; returns its entry in the manifest."""
+    notes = list(loaded.notes)
     try:
         statistics = foreground_statistics(loaded.inputs)
         if loaded.ct is not None:
@@ -274,6 +270,11 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
             mask, mask_from = np.ones(loaded.inputs.shape[1:], bool), "volume"
     except InputError as error:
         raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
+    notes += [
+        Note("mr", f"case {case.name} ({path}): {said}") for path, said in _squashed(case, loaded.inputs, statistics)
+    ]
+    if loaded.ct is not None and (said := _implausible(loaded.ct[mask])):
+        notes.append(Note("ct", f"case {case.name} ({case.ct}): {said}"))
     arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
     arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
     partial, folder = out / f".partial-{os.getpid()}-{case.name}", out / case.name
@@ -291,8 +292,9 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
             "ct_body_mean": None if loaded.ct is None else float(loaded.ct[mask].mean(dtype=np.float64)),
             "label_voxels": None if loaded.labels is None else np.bincount(loaded.labels.ravel()).tolist(),
             "foreground_slices": None if loaded.labels is None else _runs(np.any(loaded.labels, axis=(1, 2))),
+            "notes": [note.to_json() for note in notes],
             "source": source,
-            "checksums": {f"{name}.npy": _sha256(partial / f"{name}.npy") for name in arrays},
+            "checksums": {f"{name}.npy": sha256_of(partial / f"{name}.npy") for name in arrays},
         }
         write_json(partial / "case.json", entry)
         if folder.exists():  # of an earlier version of the files, or damaged
@@ -333,16 +335,64 @@ def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, int]
 def foreground_statistics(inputs: np.ndarray) -> list[tuple[float, float]]:
     """Mean and SD of each channel of inputs [C, ...] over its foreground, the voxels above the channel's own mean.
 
-    Raises InputError where the image or its foreground is constant.
+    Raises InputError where the image or its foreground is constant, or all but constant next to the brightest voxels, a
+    share FEW of all (`REFUSED_SQUASH`).
     """
     statistics = []
     for index, channel in enumerate(inputs):
-        foreground = channel[channel > channel.mean(dtype=np.float64)]
-        deviation = float(foreground.std(dtype=np.float64)) if foreground.size else 0.0
+        mean, deviation, count = _foreground(channel)
         if deviation == 0:
             raise InputError(f"MR channel {index} is constant in its foreground, expected an image with contrast")
-        statistics.append((float(foreground.mean(dtype=np.float64)), deviation))
+        if (by := _squash(channel, mean, deviation, count)) >= REFUSED_SQUASH:
+            raise InputError(
+                f"MR channel {index} has a few voxels so bright (up to {channel.max():g}, {by:.3g} SDs of the others) "
+                "that all others are one value next to them, expected an image with contrast"
+            )
+        statistics.append((mean, deviation))
     return statistics
+
+
+def _foreground(channel: np.ndarray) -> tuple[float, float, int]:
+    """Mean, SD and number of the voxels above the mean; SD 0 if there are none."""
+    foreground = channel[channel > channel.mean(dtype=np.float64)]
+    if not foreground.size:
+        return 0.0, 0.0, 0
+    return float(foreground.mean(dtype=np.float64)), float(foreground.std(dtype=np.float64)), foreground.size
+
+
+def _squash(channel: np.ndarray, mean: float, deviation: float, count: int) -> float:
+    """How far, in SDs of the foreground without the brightest voxels (a share FEW of all), these move its mean or
+    stretch its SD; about 1 in images where they decide nothing."""
+    few = int(FEW * channel.size)
+    # To raise a variance to TOLD_SQUASH^2 = 9 times itself they must make up 8/9 of it, so that one of them lies at
+    # least as far out as this. In most images none does, and nothing has to be sorted.
+    if few == 0 or (float(channel.max()) - mean) / deviation < math.sqrt(0.8 * count / few):
+        return 1.0
+    rest = channel[channel < np.partition(channel.ravel(), -few)[-few]]
+    mean_without, without, _ = _foreground(rest) if rest.size else (0.0, 0.0, 0)
+    return max(deviation, abs(mean - mean_without)) / without if without else math.inf
+
+
+def _squashed(case: Case, inputs: np.ndarray, statistics: list[tuple[float, float]]) -> Iterator[tuple[Path, str]]:
+    """(file, what is strange) for each MR channel whose scaling a few voxels decide."""
+    for path, channel, (mean, deviation) in zip(case.inputs, inputs, statistics, strict=True):
+        count = int(np.count_nonzero(channel > channel.mean(dtype=np.float64)))
+        if (by := _squash(channel, mean, deviation, count)) >= TOLD_SQUASH:
+            yield (
+                path,
+                f"a few voxels, up to {channel.max():g}, decide how the MR is scaled ({by:.3g} SDs of the others)",
+            )
+
+
+def _implausible(body: np.ndarray) -> str:
+    """What is strange about the CT's values in the body, nothing if they may well be HU."""
+    for what, value, (low, high) in (
+        ("median", float(np.median(body)), PLAUSIBLE_MEDIAN),
+        ("mean", float(body.mean(dtype=np.float64)), PLAUSIBLE_MEAN),
+    ):
+        if not low <= value <= high:
+            return f"the CT's {what} in the body is {value:.0f}, expected {low:g} to {high:g} of HU; is it rescaled?"
+    return ""
 
 
 def normalise(inputs: np.ndarray) -> np.ndarray:
@@ -358,10 +408,15 @@ def normalise(inputs: np.ndarray) -> np.ndarray:
 
 
 def check_hounsfield(ct: np.ndarray) -> None:
-    """InputError for values that can't be HU of a patient: there is air or fat, below 0, and bone, above 100."""
-    low, high = float(ct.min()), float(ct.max())
-    if low >= 0 or high <= 100:
-        raise InputError(f"the CT's values are {low:g} to {high:g}, expected HU (air or fat below 0, bone above 100)")
+    """InputError for values that can't be HU of a patient: there is air or fat, below 0, and bone, above 100. What is
+    below -1024 is padding outside the field of view and says nothing."""
+    there = ct[ct >= CLIP_HU[0]]
+    low, high = (float(there.min()), float(there.max())) if there.size else (math.nan, math.nan)
+    if not low < 0 or not high > 100:
+        padding = f" (but for padding below {CLIP_HU[0]:g})" if there.size < ct.size else ""
+        raise InputError(
+            f"the CT's values are {low:g} to {high:g}{padding}, expected HU (air or fat below 0, bone above 100)"
+        )
 
 
 def body_mask(ct: np.ndarray, threshold_hu: float = -500.0) -> np.ndarray:

@@ -34,7 +34,8 @@ class SliceSampler:
 
     Several processes (`rank` of `ranks`) take turns: batch `step` of all of them together is what one process with
     `batch * ranks` examples has. len() is the number of slices in the split; as a map-style dataset of steps it
-    serves torch's DataLoader. Raises InputError for an empty split or values out of range.
+    serves torch's DataLoader. Raises InputError for an empty split or values out of range, and at an example whose
+    arrays are others than when its case was first opened.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class SliceSampler:
         epoch, place = divmod(position, len(self.names))
         index = int(self._order(epoch)[place])
         entry, case = self._entries[index], self._open(self.names[index])
+        self._cache.check_unchanged(self.names[index])
         rng = np.random.default_rng([self.seed, 1, position])
         (height, width), (h, w) = case.mask.shape[1:], self.patch
         z, around = self._slice(rng, entry, case)

@@ -2,11 +2,15 @@
 
 import json
 import mmap
+import os
+import pickle
+import shutil
 
 import numpy as np
 import pytest
 
-from sfg_fast.data import Cache, preprocess
+from sfg_fast.data import Cache, SliceSampler, preprocess
+from sfg_fast.data import cache as cache_module
 from sfg_fast.data.volumes import Grid
 from sfg_fast.errors import InputError
 
@@ -80,19 +84,19 @@ def test_mr_only(tmp_path):
 
 BAD_MANIFESTS = {
     "not JSON": ("{", "not readable as JSON"),
-    "a list": ("[]", "version None, expected 3; preprocess"),
-    "version": ('{"version": 0}', "version 0, expected 3; preprocess"),
-    "cut": ('{"version": 3}', "not a valid manifest .'label_names'.; preprocess"),
+    "a list": ("[]", "version None, expected 4; preprocess"),
+    "version": ('{"version": 0}', "version 0, expected 4; preprocess"),
+    "cut": ('{"version": 4}', "not a valid manifest .'label_names'.; preprocess"),
     "cases a list": (
-        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": []}',
+        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": []}',
         "not a valid manifest",
     ),
     "case cut": (
-        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"a": {"split": "train"}}}',
+        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"a": {"split": "train"}}}',
         "not a valid manifest",
     ),
     "case escapes": (
-        '{"version": 3, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"../a": {"split": "train"}}}',
+        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"../a": {"split": "train"}}}',
         "case name '../a' can't be a folder name",
     ),
 }
@@ -136,6 +140,7 @@ ENTRIES = {
     "label_voxels": [None, [1], [1, 2, -3], [1, 2, "x"]],
     "foreground_slices": [[[0, 9]], [[2, 2]], [3], "x"],
     "grid": [{}, {"affine": [[0] * 4] * 4, "shape": [6, 7, 4]}, None],
+    "notes": [None, {}, ["x"], [{"kind": "ct"}], [{"kind": "ct", "text": 1}]],
     "colour": ["green"],
 }
 
@@ -163,3 +168,131 @@ def test_other_splits(cache):
     assert (other.names("train"), other.names("val"), other.names("test")) == (["c"], ["a"], [])
     assert cache.names("train") == ["a", "b"]
     np.testing.assert_array_equal(other.case("c").ct, cache.case("c").ct)
+
+
+# --- arrays that change while they are used ---------------------------------------------------------------------------
+
+
+def replaced_file(folder):
+    """Another file of the same name, as a copy does; size and time may well be the same."""
+    status = (folder / "ct.npy").stat()
+    shutil.copy2(folder / "ct.npy", folder / "new.npy")
+    os.replace(folder / "new.npy", folder / "ct.npy")
+    os.utime(folder / "ct.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def written_in_place(folder):
+    with (folder / "mask.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+
+
+def appended(folder):
+    status = (folder / "labels.npy").stat()
+    with (folder / "labels.npy").open("ab") as file:
+        file.write(b"x")
+    os.utime(folder / "labels.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced_folder(folder):
+    """What `preprocess` does."""
+    shutil.copytree(folder, folder.with_name("new"))
+    shutil.rmtree(folder)
+    os.replace(folder.with_name("new"), folder)
+
+
+CHANGES = {
+    "file replaced": replaced_file,
+    "written in place": written_in_place,
+    "appended": appended,
+    "folder replaced": replaced_folder,
+    "file removed": lambda folder: (folder / "inputs.npy").unlink(),
+    "folder removed": shutil.rmtree,
+}
+CHANGED = (
+    "the arrays of case a have changed since they were opened, .*preprocess the cohort again to its end, then resume"
+)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("worker", [False, True])
+def test_arrays_that_change_under_a_training_end_it(cache, what, worker):
+    for file in (cache.path / "a").iterdir():
+        os.utime(file, ns=(0, 1000))  # so that no clock is too coarse for the test
+    sampler = SliceSampler(cache, "train", 2, (3, 3), 0)
+    sampler[0]
+    sampler[1]
+    if worker:  # what a worker process gets
+        sampler = pickle.loads(pickle.dumps(sampler))
+    CHANGES[what](cache.path / "a")
+    said = "/a.*: can't be read .*; preprocess the cohort" if worker and "removed" in what else CHANGED
+    with pytest.raises(InputError, match=said):
+        list(map(sampler.__getitem__, range(4)))
+    SliceSampler(cache, "test", 1, (3, 3), 0)[0]  # other cases are as they were
+
+
+def test_opened_again_it_must_be_the_same(cache):
+    cache.case("a")
+    cache.case("a")
+    replaced_folder(cache.path / "a")
+    with pytest.raises(InputError, match=CHANGED):
+        cache.with_splits({"train": ["a"]}).case("a")
+    assert Cache(cache.path).case("a").ct is not None
+
+
+def test_a_case_of_other_files_than_the_manifest_says_is_refused(cohort, cache):
+    """A second `preprocess` replaced it, before this process came to open it."""
+    old = Cache(cache.path)
+    preprocess(write_cohort_again(cohort), cache.path, progress=False)
+    with pytest.raises(
+        InputError, match=r"a/case\.json: the case was written again from other files than the manifest"
+    ):
+        old.case("a")
+    assert old.case("b").ct is not None
+    assert Cache(cache.path).case("a").ct is not None
+
+
+def write_cohort_again(cohort):
+    """One voxel of case a is another."""
+    path = cohort.root / "a" / "ct.nii"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return cohort
+
+
+def test_all_arrays_of_a_case_are_of_one_version(cache, monkeypatch):
+    """While the case is being opened, another takes its folder's place."""
+    other = cache.path.parent / "other"
+    shutil.copytree(cache.path / "a", other)
+    np.save(other / "ct.npy", np.full(SHAPES["a"], 7, np.float32))
+    np.save(other / "labels.npy", np.full(SHAPES["a"], 1, np.uint8))
+    before, opened = cache.case("a").ct.copy(), cache_module._open
+
+    def swapped(file, *rest):
+        found = opened(file, *rest)
+        if other.exists():
+            (cache.path / "a").rename(cache.path.parent / "old")
+            other.rename(cache.path / "a")
+        return found
+
+    monkeypatch.setattr(cache_module, "_open", swapped)
+    np.testing.assert_array_equal(Cache(cache.path).case("a").ct, before)
+
+
+def test_a_case_without_its_own_entry_is_refused(cache):
+    for content in (None, "{", "[]", "{}"):
+        path = cache.path / "a" / "case.json"
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(InputError, match=r"case\.json: can't be read .*; preprocess the cohort again"):
+            cache.case("a")
+
+
+def test_nothing_stays_open(cache):
+    """Of an opened case only the maps: no descriptor, also where it is refused."""
+    before = set(os.listdir("/proc/self/fd"))
+    cache.case("a")
+    np.save(cache.path / "b" / "ct.npy", np.zeros(3))
+    with pytest.raises(InputError, match="manifest says"):
+        cache.case("b")
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from sfg_fast.data import Case, Grid, load_case, read_cohort, write_volume
 from sfg_fast.errors import InputError
@@ -248,8 +249,11 @@ BAD_COHORTS = {
         with_file(with_file(nnunet, "imagesTs/a_0000.nii.gz"), "imagesTs/a_0001.nii.gz"),
         "a is there twice",
     ),
-    "nnunet ending": (dataset(nnunet, file_ending=".mha"), "file_ending '.mha', expected .nii.gz or .nii"),
-    "nnunet other ending": (dataset(nnunet, file_ending=".nii"), "no cases"),
+    "nnunet ending": (dataset(nnunet, file_ending=".dcm"), "file_ending '.dcm', expected .nii or .nii.gz .or .mha"),
+    "nnunet other ending": (
+        dataset(nnunet, file_ending=".nii"),
+        r"a_0000.nii.gz: expected a file that ends in .nii, the file_ending of dataset.json",
+    ),
     "csv empty": (csv(""), "no cases"),
     "csv header only": (csv("case,mr\n"), "no cases"),
     "csv column": (
@@ -394,3 +398,133 @@ def test_volumes_in_other_folders_of_nnunet_are_told(tmp_path):
     (tmp_path / "dataset.json").write_text('{"file_ending": ".nii"}')
     with pytest.warns(UserWarning, match="1 volumes are not read, by their names: targetTr/a.nii"):
         assert read_cohort(tmp_path).cases[0].ct is None
+
+
+def beside(layout, *names: str):
+    """Files (or folders, with a slash at the end) that are no volume that is read."""
+
+    def make(root: Path) -> Path:
+        path = layout(root)
+        for name in names:
+            if name.endswith("/"):
+                (root / name).mkdir()
+            else:
+                (root / name).write_bytes(b"x")
+        return path
+
+    return make
+
+
+def twice(file: str, key: str, first: str, second: str):
+    def make(root: Path) -> Path:
+        path = folders(root) if file == "dataset.json" else as_json(root)
+        content = path / file if file == "dataset.json" else path
+        content.write_text(f'{{"{key}": {first}, "{key}": {second}}}')
+        return path
+
+    return make
+
+
+ROWS = '[{"case": "a", "mr": "a/mr.nii.gz"}]'
+LOST = {
+    "DICOM": (beside(folders, "b/ct.dcm"), "ct.dcm: a format that isn't read, expected .* .nii or .nii.gz .or .mha"),
+    "bzip2": (beside(folders, "b/labels.nii.bz2"), "labels.nii.bz2: a format that isn't read"),
+    "no ending": (beside(folders, "b/CT"), "b/CT: a format that isn't read"),
+    "MR": (beside(folders, "overview/mr_0.mgz"), "overview/mr_0.mgz: a format that isn't read"),
+    "folder of slices": (beside(folders, "b/ct/"), "b/ct: a folder, expected a file that ends in .nii or"),
+    "nnunet DICOM": (
+        beside(nnunet, "targetsTr/b.dcm"),
+        "b.dcm: a format that isn't read, expected .* .nii.gz, the file_end",
+    ),
+    "nnunet another ending": (
+        with_file(nnunet, "labelsTr/b.nii"),
+        "b.nii: expected a file that ends in .nii.gz, the file",
+    ),
+    "nnunet both": (
+        beside(nnunet, "labelsTr/a.NII.GZ"),
+        "labelsTr: both a.NII.GZ and a.nii.gz are there, expected one",
+    ),
+    "split": (dataset(folders, spilt={}), "dataset.json: unknown entry 'spilt', did you mean 'split'"),
+    "splits": (dataset(folders, Splits={}), "unknown entry 'Splits', did you mean 'split'"),
+    "label": (dataset(folders, label={}), "unknown entry 'label', did you mean 'labels'"),
+    "channel names": (dataset(folders, channelNames={}), "'channelNames', did you mean 'channel_names'"),
+    "ending": (dataset(nnunet, file_endings=".nii"), "'file_endings', did you mean 'file_ending'"),
+    "numTraining": (dataset(nnunet, numTraining=3), "dataset.json: numTraining 3, but .*imagesTr has 2 cases"),
+    "one file for two": (
+        rows_json({"case": "a", "mr": "a/mr.nii.gz"}, {"case": "b", "mr": "overview/../a/mr.nii.gz"}),
+        "case b: .*mr.nii.gz is the mr of case b and the mr of case a, expected a file of its own",
+    ),
+    "one file twice": (
+        rows_json({"case": "a", "mr": "b/mr.nii", "ct": "b/mr.nii"}),
+        "is the ct of case a and the mr of",
+    ),
+    "one channel twice": (
+        rows_json({"case": "a", "mr_0": "b/mr.nii", "mr_1": "b/mr.nii"}),
+        "is the mr_1 of .* the mr_0",
+    ),
+    "labels twice": (twice("dataset.json", "labels", '{"background": 0}', "{}"), "the key 'labels' is there twice"),
+    "split twice": (twice("dataset.json", "split", "{}", "{}"), "dataset.json: the key 'split' is there twice"),
+    "cases twice": (twice("list.json", "cases", "[]", ROWS), "list.json: the key 'cases' is there twice"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_nothing_is_lost_without_a_word(tmp_path, what):
+    make, message = LOST[what]
+    with pytest.raises(InputError, match=message) as error:
+        read_cohort(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_twice_in_labels_json_is_refused(tmp_path):
+    path = table(tmp_path)
+    (tmp_path / "labels.json").write_text('{"background": 0, "prostate": 1, "prostate": 2}')
+    with pytest.raises(InputError, match=r"labels\.json: the key 'prostate' is there twice"):
+        read_cohort(path)
+
+
+def test_what_may_lie_beside_a_volume(tmp_path):
+    """Descriptions of it, other formats of it, the voxels of its header."""
+    make = beside(folders, "a/mr.json", "a/ct.dcm", "b/ct.json", "b/mr.raw", "b/labels.PNG")
+    assert [case.ct is None for case in read_cohort(make(tmp_path)).cases] == [False, True]
+    make = beside(nnunet, "imagesTr/a_0000.json", "labelsTr/a.raw", "targetsTr/b.txt")
+    assert read_cohort(make(tmp_path / "nnunet")).cases[1].ct is None
+
+
+def test_unknown_entries_are_told_and_known_ones_are_not(tmp_path, recwarn):
+    known = {"name": "x", "licence": "CC", "numTest": 9, "reference": "", "tensorImageSize": "3D", "modality": {}}
+    read_cohort(dataset(nnunet, **known)(tmp_path))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="dataset.json: nothing is read from 'colour', 'site'"):
+        read_cohort(dataset(nnunet, colour=1, site="x")(tmp_path))
+
+
+def test_endings_in_any_case_of_letters(tmp_path):
+    folders(tmp_path)
+    (tmp_path / "a" / "ct.nii.gz").rename(tmp_path / "a" / "ct.NII.GZ")
+    (tmp_path / "b" / "mr.nii").rename(tmp_path / "b" / "mr.Nii")
+    a, b = read_cohort(tmp_path).cases
+    assert (a.ct.name, b.inputs[0].name) == ("ct.NII.GZ", "mr.Nii")
+    assert load_case(a, {}).ct.max() == 1
+    assert load_case(b, {}).inputs.shape == (1, *SHAPE)
+    assert (
+        read_cohort(beside(without(nnunet, "labelsTr/a.nii.gz"), "labelsTr/a.NII.gz")(tmp_path / "n")).cases[0].labels
+    )
+
+
+@pytest.mark.parametrize("ending", [".mha", ".mhd", ".nrrd", ".nhdr"])
+def test_other_formats_in_both_layouts(tmp_path, ending):
+    image = sitk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(SHAPE))
+    for name in ("mr", "ct", "labels"):
+        (tmp_path / "folder" / "a").mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(image, str(tmp_path / "folder" / "a" / f"{name}{ending}"))
+    for folder, name in (("imagesTr", "a_0000"), ("targetsTr", "a"), ("labelsTr", "a")):
+        (tmp_path / "nnunet" / folder).mkdir(parents=True)
+        sitk.WriteImage(image, str(tmp_path / "nnunet" / folder / f"{name}{ending}"))
+    change(tmp_path / "nnunet" / "dataset.json", file_ending=ending)
+    for layout in ("folder", "nnunet"):
+        (case,) = read_cohort(tmp_path / layout).cases
+        loaded = load_case(case, {})
+        np.testing.assert_array_equal(loaded.ct, loaded.inputs[0])
+        np.testing.assert_array_equal(loaded.labels, loaded.inputs[0])
+        assert loaded.ct.max() == 23

@@ -5,8 +5,10 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from sfg_fast.data import (
     Cache,
@@ -20,6 +22,7 @@ from sfg_fast.data import (
     read_cohort,
     write_volume,
 )
+from sfg_fast.data.notes import told
 from sfg_fast.errors import InputError
 from sfg_fast.files import locked
 
@@ -352,3 +355,100 @@ def test_cts_are_clipped_to_what_is_scored(tmp_path):
     cache = preprocess(cohort, tmp_path / "cache", progress=False)
     np.testing.assert_array_equal(cache.case("b").ct, ct.clip(-1024, 3000))
     assert cache.cases["b"]["ct_body_mean"] == pytest.approx(cache.case("b").ct[cache.case("b").mask].mean())
+
+
+def unscaled(padding):
+    """A CT as stored, 0 .. 4095, with what the scanner puts outside its field of view."""
+    ct = np.clip(arrays("b")["ct"].astype(np.float32) + 1024, 0, 4095)
+    ct[0, 0] = padding
+    return ct
+
+
+def with_file(cohort, kind, array, case="b"):
+    z, y, x = array.shape
+    write_volume(cohort.root / case / f"{kind}.nii", array, Grid(AFFINE, (x, y, z)), np.float32)
+    return cohort
+
+
+def test_padding_does_not_make_hounsfield_units(tmp_path, cohort):
+    with pytest.raises(InputError, match=r"values are \d+ to \d+ \(but for padding below -1024\), expected HU"):
+        preprocess(with_file(cohort, "ct", unscaled(-2000)), tmp_path / "out", progress=False)
+
+
+def test_a_ct_of_nothing_but_padding_is_refused(tmp_path, cohort):
+    with pytest.raises(InputError, match=r"values are nan to nan .*expected HU"):
+        preprocess(spoil(cohort, "ct", -2000), tmp_path / "out", progress=False)
+
+
+def body(value):
+    """A CT with air around a body of one value and two odd voxels, and its mask."""
+    ct = np.full(SHAPES["b"], -1000, np.float32)
+    ct[1:] = value
+    ct[1, 0, :2] = -300, 1500
+    return ct, (ct > -999).astype(np.float32)
+
+
+@pytest.mark.parametrize(("value", "told"), [(40, False), (-450, False), (290, False), (1064, True), (-700, True)])
+def test_a_ct_that_is_hardly_hu_is_told(tmp_path, cohort, value, told):
+    ct, mask = body(value)
+    cache = preprocess(with_file(with_file(cohort, "ct", ct), "mask", mask), tmp_path / "out", progress=False)
+    texts = [note["text"] for note in cache.cases["b"]["notes"] if note["kind"] == "ct"]
+    assert bool(texts) == told
+    if told:
+        assert f"ct.nii): the CT's median in the body is {value}, expected -500 to 300 of HU" in texts[0]
+
+
+def bright(values):
+    """An MR of 4096 voxels, some of them these."""
+    mr = np.random.default_rng(0).gamma(2, 100, (16, 16, 16)).astype(np.float32)
+    mr.ravel()[: len(values)] = values
+    return mr
+
+
+@pytest.mark.parametrize("values", [(1e6, 1e6 + 9), (1e6, 2e6), (1e6,), (1e5, 1e5, 3e5, 2e5)])
+def test_an_mr_that_a_few_voxels_squash_is_refused(values):
+    with pytest.raises(InputError, match=r"MR channel 0 (has a few voxels so bright \(up to|is constant)"):
+        normalise(bright(values)[None])
+
+
+def test_an_mr_that_a_few_voxels_scale_is_told(tmp_path, cohort):
+    affine = Grid(AFFINE, (16, 16, 16))
+    for values, expected in (((), []), ((1500,), []), ((3e4, 2e4), ["mr"])):
+        write_volume(tmp_path / "mr.nii", bright(values), affine, np.float32)
+        case = Case("x", (tmp_path / "mr.nii",), None, None, None, "train")
+        cache = preprocess(Cohort(tmp_path, (case,), {}, ("MR",)), tmp_path / f"out_{len(values)}", progress=False)
+        assert [note["kind"] for note in cache.cases["x"]["notes"]] == expected
+    assert f"case x ({tmp_path / 'mr.nii'}): a few voxels, up to 30000, decide" in cache.cases["x"]["notes"][0]["text"]
+
+
+def test_notes_of_all_files_are_in_the_manifest_and_told(tmp_path, cohort, recwarn):
+    for name in "abc":
+        for kind in ("mr_0", "ct", "labels"):
+            path = cohort.root / name / f"{kind}.nii"
+            image = nib.load(path)
+            image.set_qform(image.affine + np.outer([0, 0, 9, 0], [0, 0, 0, 1]), 1)
+            nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), path)
+    cache = preprocess(cohort, tmp_path / "out", progress=False)
+    assert not [one for one in recwarn if "qform" in str(one.message)]  # told once, from the manifest
+    for name in "abc":
+        texts = [note["text"] for note in cache.cases[name]["notes"] if note["kind"] == "forms"]
+        files = [str(cohort.root / name / f"{kind}.nii") for kind in ("mr_0", "ct", "labels")]
+        assert [text.partition(":")[0] for text in texts] == files
+    lines = [line for line in told(cache.cases) if "form" in line]
+    assert len(lines) == 6
+    assert lines[0].startswith(f"note: {cohort.root / 'a' / 'mr_0.nii'}: qform and sform lie 9 mm apart")
+    assert lines[5] == "note: .. and 4 more of this kind ('forms') in the manifest"
+
+
+def test_voxels_beside_a_header_are_content_too(tmp_path, cohort):
+    path = tmp_path / "mr.mhd"
+    case = Case("x", (path,), None, None, None, "train")
+    found = []
+    for seed in (0, 0, 1):
+        voxels = np.random.default_rng(seed).gamma(2, 100, (4, 5, 6)).astype(np.float32)
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+        cache = preprocess(Cohort(tmp_path, (case,), {}, ("MR",)), tmp_path / "out", progress=False)
+        found.append((cache.cases["x"]["source"], float(cache.case("x").inputs.max())))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] != found[2][1]

@@ -167,6 +167,17 @@ def not_nifti(path: Path) -> Path:
     return path
 
 
+def trailing(path: Path, size: int) -> Path:
+    plain(path, np.zeros((size, size, size), np.float32))
+    return with_bytes(path, path.read_bytes() + b"garbage")
+
+
+def voxels_at(path: Path, offset: float) -> Path:
+    content = bytearray(plain(path).read_bytes())
+    struct.pack_into("<f", content, 108, offset)
+    return with_bytes(path, bytes(content))
+
+
 NAN = np.full((2, 2, 2), np.nan, np.float32)
 SINGULAR = (1.0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0)
 BAD_FILES = {
@@ -177,7 +188,13 @@ BAD_FILES = {
     "text": (lambda p: with_bytes(p / "a.nii", b"x" * 400), "not a readable NIfTI file"),
     "gzip cut in the voxels": (lambda p: truncated(p / "a.nii.gz"), "the voxels can't be read"),
     "cut in the voxels": (lambda p: truncated(p / "a.nii"), "needs 32000 bytes, more than a file of 3000"),
-    "another format": (lambda p: not_nifti(p / "a.mgz"), "the file name must end in .nii or .nii.gz"),
+    "another format": (lambda p: not_nifti(p / "a.mgz"), r"must end in .nii or .nii.gz \(or .mha, .mhd, .nrrd, .nhdr"),
+    "bytes after the gzip": (lambda p: trailing(p / "a.nii.gz", 40), "other bytes follow the end of the gzip data"),
+    "bytes after a short gzip": (lambda p: trailing(p / "a.nii.gz", 2), "other bytes follow the end of the gzip data"),
+    "voxels in the header": (
+        lambda p: voxels_at(p / "a.nii", 0.0),
+        "start at byte 0, expected .* after the header of 348",
+    ),
     "2-D": (lambda p: plain(p / "a.nii", np.zeros((3, 4), np.float32)), r"shape \(3, 4\), expected a 3-D"),
     "4-D": (lambda p: plain(p / "a.nii", np.zeros((3, 4, 5, 2), np.float32)), r"\(3, 4, 5, 2\), expected a 3-D"),
     "no voxels": (lambda p: plain(p / "a.nii", dim=(3, 0, 3, 4, 1, 1, 1, 1)), r"\(0, 3, 4\), an empty volume"),
@@ -282,8 +299,8 @@ def test_same_grid(tmp_path):
         affine[1, 3] += mm
         return Grid(affine, GRID.shape)
 
-    assert same_grid(GRID, moved(0.05))
-    assert not same_grid(GRID, moved(0.2))
+    assert same_grid(GRID, moved(0.19))  # voxels of 2 x 2 x 3 mm
+    assert not same_grid(GRID, moved(0.21))
     assert not same_grid(GRID, Grid(GRID.affine, (4, 3, 3)))
     turned = GRID.affine.copy()
     turned[:3] = rotation(10) @ turned[:3]
@@ -357,7 +374,8 @@ def test_new_folder_refuses_what_is_there(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, sfg_fast.data; print({'nibabel', 'scipy', 'matplotlib', 'monai'} & set(sys.modules))"
+    heavy = "{'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'monai'}"
+    code = f"import sys, sfg_fast.data; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
