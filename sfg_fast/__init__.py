@@ -1,18 +1,61 @@
-"""Multi-task CNNs with Stochastic Filter Groups (SFG): the channels a sampled grouping zeroes are never computed."""
+"""Multi-task CNNs with Stochastic Filter Groups (SFG): the channels a sampled grouping zeroes are never computed.
 
-from . import reference
-from .backends import backend
-from .features import SFGFeatures
-from .gpu.gpu_check import gpu_check
-from .groups import FilterGroups
-from .layers.conv import SFGConv2d
-from .networks.controls import assign, penalties, predict, recalibrate, sampling, set_estimator, set_temperature
-from .networks.convert import convert
-from .networks.freeze import freeze
-from .networks.highresnet import SFGHighResNet
-from .networks.transfer import transfer
-from .networks.vgg import SFGVGG
-from .show_config import show_config
+Importing the package imports nothing else; torch comes with the first of the names that is looked at. (So the command
+line can answer Ctrl-C from its first moment on.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import reference
+    from .backends import backend
+    from .features import SFGFeatures
+    from .gpu.gpu_check import gpu_check
+    from .groups import FilterGroups
+    from .layers.conv import SFGConv2d
+    from .networks.controls import (
+        assign,
+        parameter_groups,
+        penalties,
+        predict,
+        recalibrate,
+        sampling,
+        set_estimator,
+        set_temperature,
+    )
+    from .networks.convert import convert
+    from .networks.freeze import freeze
+    from .networks.highresnet import SFGHighResNet
+    from .networks.transfer import transfer
+    from .networks.vgg import SFGVGG
+    from .show_config import show_config
+
+# Where each name is. A new one stands here, above for mypy and editors, and in `__all__`.
+_MODULES = {
+    "SFGVGG": "networks.vgg",
+    "FilterGroups": "groups",
+    "SFGConv2d": "layers.conv",
+    "SFGFeatures": "features",
+    "SFGHighResNet": "networks.highresnet",
+    "assign": "networks.controls",
+    "backend": "backends",
+    "convert": "networks.convert",
+    "freeze": "networks.freeze",
+    "gpu_check": "gpu.gpu_check",
+    "parameter_groups": "networks.controls",
+    "penalties": "networks.controls",
+    "predict": "networks.controls",
+    "recalibrate": "networks.controls",
+    "sampling": "networks.controls",
+    "set_estimator": "networks.controls",
+    "set_temperature": "networks.controls",
+    "show_config": "show_config",
+    "transfer": "networks.transfer",
+}
 
 __all__ = [
     "SFGVGG",
@@ -25,6 +68,7 @@ __all__ = [
     "convert",
     "freeze",
     "gpu_check",
+    "parameter_groups",
     "penalties",
     "predict",
     "recalibrate",
@@ -35,3 +79,19 @@ __all__ = [
     "show_config",
     "transfer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """One of the names above, all of which are there from then on; or a module of the package, such as `reference`."""
+    folders = {module.partition(".")[0] for module in _MODULES.values() if "." in module}
+    if name in _MODULES or name in folders:
+        modules = {module: importlib.import_module(f".{module}", __name__) for module in _MODULES.values()}
+        globals().update({public: getattr(modules[module], public) for public, module in _MODULES.items()})
+        return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,27 +1,58 @@
 """The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | experiment | demo |
 gpu-check.
 
-Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line;
-130 interrupted; 143 asked to stop by SIGTERM, and saved.
+Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line, also a
+place that can't be read or written; 130 interrupted; 143 asked to stop by SIGTERM, and what was complete is saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import inspect
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
+import typing
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, Preempted
-from .files import one_line
+from .files import alone_in, check_vacant, one_line, read_text, write_json
+
+# (Nothing heavier up here: Ctrl-C is answered in one line from `main` on.)
 
 MAX_YAML_NODES = 10_000
+PATHS = {"cohort", "data", "out", "run", "predictions", "metrics"}
+FLAGS = {
+    "allow_outside": "let a CSV/JSON list name files outside its own folder",
+    "again": "also where there is a result already",
+    "resume": "go on with the predictions in OUT, made by the same run with the same options",
+}
+GOES_ON = {
+    "preprocess": "; the same command goes on",
+    "train": "; --resume goes on",
+    "predict": "; --resume goes on",
+    "experiment": "; the same command goes on",
+}
+# What the system says of a place that the user named, and what was expected of it. (A full disk is none of these.)
+PLACES = {
+    errno.EACCES: "a place that this user may use",
+    errno.EPERM: "a place that this user may use",
+    errno.EROFS: "a place that can be written to",
+    errno.ENOENT: "something that is there",
+    errno.ENOTDIR: "a folder",
+    errno.EISDIR: "a file",
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.ELOOP: "links that lead somewhere",
+}
 
 
 def phantom(
@@ -62,6 +93,7 @@ def preprocess(
     """
     from .data.cache import TARGETS
     from .data.cohort import SPLITS, read_cohort
+    from .data.notes import told
     from .data.preprocessing import preprocess as write_cache
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
@@ -69,6 +101,8 @@ def preprocess(
     cache = write_cache(found, Path(out), processes=processes or cores, on_bad_case=on_bad_case)
     for reason in cache.rejected.values():
         print(f"rejected: {reason}", file=sys.stderr)
+    for line in told(cache.cases):
+        print(line, file=sys.stderr)
     counts = [f"{sum(target in one['targets'] for one in cache.cases.values())} with {target}" for target in TARGETS]
     counts += [f"{len(cache.names(split))} {split}" for split in SPLITS]
     counts += [f"{len(cache.rejected)} rejected"] if cache.rejected else []
@@ -79,37 +113,41 @@ def train(config: Any, resume: bool = False) -> None:
     """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need.
 
     Several processes: torchrun --nproc-per-node=N -m sfg_fast.cli train ..; one that torchrun restarts goes on."""
-    from .files import check_vacant
     from .training.folds import summarise
     from .training.parallel import clear_word_of_lost_processes, launched, leave
     from .training.state import check_finished
 
     rank, restarts = launched()
     resume = resume or restarts > 0
-    if rank == 0 and not resume:
-        check_vacant(Path(config.out))
     alone = config.folds is None or config.fold is not None
     runs = [config] if alone else [_fold(config, fold) for fold in range(config.folds)]
-    finished = {run.out for run in runs if not alone and (Path(run.out) / "checkpoints" / "final.pt").exists()}
-    for run in runs:
-        if run.out in finished:
-            check_finished(run)
-    stopped = None
-    for run in runs:
-        if run.out not in finished:
-            try:
-                with clear_word_of_lost_processes():
-                    steps = _trained(run, resume)
-            except Preempted as error:
-                stopped = str(error)
-                break
-            if rank == 0:
-                print(f"trained {steps} steps, run in {run.out}")
-    leave()  # here, where no trainer is left, not even in an exception
-    if stopped is not None:
-        raise Preempted(stopped)
-    if rank == 0 and not alone:
-        print(f"{config.folds} folds: {summarise(Path(config.out), config.folds)['summary']}")
+    with contextlib.ExitStack() as ends:
+        if rank == 0:
+            ends.enter_context(alone_in(Path(config.out)))
+            if not resume:
+                check_vacant(Path(config.out))
+        finished = {run.out for run in runs if not alone and (Path(run.out) / "checkpoints" / "final.pt").exists()}
+        for run in runs:
+            if run.out in finished:
+                check_finished(run)
+        stopped = None
+        for run in runs:
+            if run.out not in finished:
+                if rank == 0 and not alone:
+                    ends.enter_context(alone_in(Path(run.out)))
+                try:
+                    with clear_word_of_lost_processes():
+                        steps = _trained(run, resume)
+                except Preempted as error:
+                    stopped = str(error)
+                    break
+                if rank == 0:
+                    print(f"trained {steps} steps, run in {run.out}")
+        leave()  # here, where no trainer is left, not even in an exception
+        if stopped is not None:
+            raise Preempted(stopped)
+        if rank == 0 and not alone:
+            print(f"{config.folds} folds: {summarise(Path(config.out), config.folds)['summary']}")
 
 
 def _trained(run: Any, resume: bool) -> int:
@@ -142,6 +180,7 @@ def predict(
     checkpoint: Literal["final", "best"] = "final",
     device: str = "auto",
     allow_outside: bool = False,
+    resume: bool = False,
 ) -> None:
     """Predict synthetic CT, organ labels and uncertainty for the cases of a cohort, as NIfTI.
 
@@ -155,6 +194,7 @@ def predict(
         checkpoint: the final network, or the best one on the validation split.
         device: auto, cpu or cuda.
         allow_outside: let a CSV/JSON list name files outside its own folder.
+        resume: go on with the predictions in OUT, made by the same run with the same options.
     """
     from tqdm import tqdm
 
@@ -166,7 +206,7 @@ def predict(
     cases = predictor.of_split(found, split)
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
-    predicted = predictor.cases(found, cases, Path(out), draws, by)
+    predicted = predictor.cases(found, cases, Path(out), draws, by, resume)
     for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):
         pass
     print(f"{len(cases)} cases in {out}")
@@ -184,7 +224,6 @@ def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outsid
     from .data.cohort import read_cohort
     from .evaluation.evaluate import evaluate as compare
     from .evaluation.metrics import table
-    from .files import write_json
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     document = compare(Path(predictions), found)
@@ -279,32 +318,124 @@ def gpu_check(device: str = "cuda", again: bool = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written; the backend of a notebook may not even be there
+    with _patient_streams(), _one_line_warnings(), _stoppable(GOES_ON.get(given[0] if given else "", "")) as stopped_by:
+        try:
+            _check_backend()
+            return _run(given)
+        except BaseException as error:
+            if isinstance(error, Exception) and stopped_by:  # what a library made of it
+                error = KeyboardInterrupt() if stopped_by[0] == signal.SIGINT else Preempted("stopped by SIGTERM")
+            code, line = _ending(error)
+        print(f"sfg-fast: {line}", file=sys.stderr)
+        return code
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings without the line of source that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n" 
     try:
-        _check_backend()
-        return _run(sys.argv[1:] if arguments is None else list(arguments))
-    except InputError as error:
-        print(f"sfg-fast: {error}", file=sys.stderr)
-        return 2
-    except Preempted as error:
-        print(f"sfg-fast: {error}", file=sys.stderr)
-        return 143
-    except (FloatingPointError, OSError) as error:
-        print(f"sfg-fast: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        print(f"sfg-fast: not enough memory ({one_line(error)})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sfg-fast: interrupted", file=sys.stderr)
-        return 130
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line that an exception means to the user. Raises those that mean nothing to them."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, Preempted):
+        return 143, str(error)
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
+        return 2, f"{os.fsdecode(error.filename)}: {os.strerror(error.errno).lower()}, expected {PLACES[error.errno]}"
+    if isinstance(error, FloatingPointError | OSError):
+        return 1, one_line(error)
+    out_of_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if isinstance(error, MemoryError) or out_of_memory:
+        return 1, f"not enough memory ({one_line(error)})"
+    raise error
+
+
+@contextlib.contextmanager
+def _stoppable(goes_on: str) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt and Preempted; the list says which of them came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Preempted(f"stopped by SIGTERM{goes_on}")
+
+    # Not in a background job that ignores Ctrl-C. Processes of torchrun wait for each other where no handler is heard:
+    # SIGTERM has to end them at once.
+    listens: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        listens[signal.SIGTERM] = signal.SIG_DFL
+    taken = {}
+    if threading.current_thread() is threading.main_thread():  # no other can listen
+        taken = {number: usual for number, usual in listens.items() if signal.getsignal(number) is usual}
+    try:
+        for number in taken:
+            signal.signal(number, stop)
+        yield came
+    finally:
+        for number, usual in taken.items():
+            signal.signal(number, usual)
+
+
+class _Patient:
+    """stdout or stderr. Once it can't be written to (a pipe that nobody reads any more, a terminal that is gone) what
+    is said is lost, and the work goes on: all results are in files."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._tried(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, call: Any) -> Any:
+        try:
+            return call()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                number = os.open(os.devnull, os.O_WRONLY)  # also for what Python itself has to flush at its end
+                os.dup2(number, self._stream.fileno())
+                os.close(number)
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _patient_streams() -> Iterator[None]:
+    """Nothing that is printed can end a command, nor a name that the terminal has no letters for."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        for stream in before:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        out, err = (_Patient(nowhere if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = typing.cast(Any, out), typing.cast(Any, err)
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+            sys.stdout, sys.stderr = before
 
 
 def _run(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from .experiment.config import add_arguments, from_options
+    from .experiment.config import ExperimentConfig, add_arguments, from_options
     from .training.config import TrainConfig
 
     if arguments[:1] == ["experiment"] and not (arguments[1:] or ["-"])[0].startswith("-"):
@@ -332,20 +463,21 @@ def _run(arguments: list[str]) -> int:
             sub.add_argument("--config", action="config", help=text)
             add_arguments(sub)
         else:
-            sub.add_function_arguments(function, as_positional=True, skip={"allow_outside", "again"})
-            if "again" in inspect.signature(function).parameters:
-                sub.add_argument("--again", action="store_true", help="also where there is a result already")
-            if "allow_outside" in inspect.signature(function).parameters:
-                text = "let a CSV/JSON list name files outside its own folder"
-                sub.add_argument("--allow_outside", action="store_true", help=text)
+            sub.add_function_arguments(function, as_positional=True, skip=set(FLAGS))
+            for flag, text in FLAGS.items():
+                if flag in inspect.signature(function).parameters:
+                    sub.add_argument(f"--{flag}", action="store_true", help=text)
         subcommands.add_subcommand(name, sub, help=summary)
     for name, following in itertools.pairwise([*arguments, ""]):
         if name.partition("=")[0] == "--config":
-            _check_yaml(Path(name.partition("=")[2] or following))
+            shape = ExperimentConfig if arguments[0] == "experiment" else TrainConfig
+            _check_yaml(Path(name.partition("=")[2] or following).expanduser(), shape)
     try:
         parsed = parser.parse_args([_underscored(argument) for argument in arguments])
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
+    for name, value in list(parsed.items()):
+        parsed[name] = _at_home(name, value)
     name = parsed.subcommand
     options = parser.instantiate_classes(parsed)[name].as_dict()
     if name == "train":
@@ -359,14 +491,26 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _check_yaml(path: Path) -> None:
-    """InputError: its aliases stand for far more than is written there ("billion laughs"), or a key is there twice, of
-    which YAML would take the last."""
+def _at_home(name: str, value: Any) -> Any:
+    """The value of an option; of a path, `~` at its start is the home folder."""
+    if isinstance(value, dict):
+        return {key: _at_home(str(key), one) for key, one in value.items()}
+    if isinstance(value, str) and name.rpartition(".")[2] in PATHS:
+        return os.path.expanduser(value)
+    return value
+
+
+def _check_yaml(path: Path, shape: Any) -> None:
+    """InputError for a configuration that is not UTF-8, is no mapping, or has a section that is none; whose aliases
+    stand for far more than is written there ("billion laughs"); with a key twice, of which YAML would take the last."""
     import yaml
 
+    if not path.exists():
+        return  # the parser says so
+    text = read_text(path)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return  # the parser says what is wrong
     sizes: dict[int, int] = {}
 
@@ -381,8 +525,17 @@ def _check_yaml(path: Path) -> None:
             sizes[id(node)] = 1 + sum(map(size, node.value)) if isinstance(node, yaml.CollectionNode) else 1
         return sizes[id(node)]
 
+    def check_sections(node: Any, shape: Any, name: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            found = "empty" if node is None or node.tag.endswith(":null") else "a list or a value"
+            raise InputError(f"{path}: {name} is {found}, expected options such as `{next(iter(shape))}: ..`")
+        for key, value in node.value:
+            if dataclasses.is_dataclass(section := shape.get(str(key.value))):
+                check_sections(value, typing.get_type_hints(section), f"the section {key.value!r}")
+
     if root is not None and size(root) >= MAX_YAML_NODES:
         raise InputError(f"{path}: its aliases stand for more than {MAX_YAML_NODES} values, expected a configuration")
+    check_sections(root, typing.get_type_hints(shape), "the configuration")
 
 
 def _check_backend() -> None:

@@ -14,7 +14,7 @@ from .evaluation.evaluate import evaluate
 from .evaluation.metrics import table
 from .evaluation.predict import Predictor
 from .evaluation.report import report_on
-from .files import claim_folder, write_json
+from .files import alone_in, claim_folder, write_json
 from .training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
 from .training.trainer import Trainer
 
@@ -43,7 +43,8 @@ def run_demo(out: Path, seed: int, steps: int) -> None:
     write_phantom(out / "cohort", seed=seed)
     cohort = read_cohort(out / "cohort")
     preprocess(cohort, out / "cache")
-    Trainer(demo_config(out, seed, steps)).run()
+    with alone_in(out):
+        Trainer(demo_config(out, seed, steps)).run()
     cases = cohort.split("test")
     predicted = Predictor(out).cases(cohort, cases, out / "predictions", DRAWS)
     for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):

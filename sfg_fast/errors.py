@@ -12,5 +12,6 @@ class InputError(ValueError):
         super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
-class Preempted(Exception):
-    """SIGTERM came, as a cluster sends it, and everything is saved."""
+class Preempted(BaseException):
+    """SIGTERM came, as a cluster sends it, and everything is saved. Like KeyboardInterrupt it may come at any moment,
+    so nothing that deals with exceptions of its own may catch it along with them."""

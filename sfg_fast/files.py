@@ -1,12 +1,19 @@
-"""Files that are written whole or not at all, and read with a clear word when they can't be."""
+"""Files that are written whole or not at all, and read with a clear word when they can't be; folders that one process
+at a time works in."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import types
+import typing
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,20 +22,135 @@ from typing import Any
 from .errors import InputError
 
 MAX_JSON_BYTES = 2**29  # a manifest of 10^5 cases has about 10^8
+LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCKED: set[tuple[int, int]] = set()  # by this process; the kernel would let it in again
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. InputError: missing, not text, not JSON, more than MAX_JSON_BYTES."""
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8. InputError: missing, not readable, something else."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text in UTF-8 ({one_line(error)}), expected that") from error
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({one_line(error)})") from error
+
+
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """The content of a JSON file, of a shape as for `check_shape`.
+
+    InputError: missing, not text, not JSON, a key that is there twice, more than MAX_JSON_BYTES, or another shape.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except _Twice as error:
+        raise InputError(f"{path}: the key {error.args[0]!r} is there twice, expected once") from error
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
+    check_shape(content, shape, str(path))
+    return content
+
+
+class _Twice(Exception):
+    """A key is in an object twice, of which JSON would take the last."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
+
+
+def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
+    """InputError, naming the place, if content as it comes from JSON or YAML doesn't have the shape: a type, `A | B`,
+    list[..], dict[str, ..], a TypedDict (other keys may be there, too), a dataclass (all keys are options of it), Any.
+    An int will do for a float; a bool will not do for an int."""
+    origin, inside = typing.get_origin(shape), typing.get_args(shape)
+    if shape is Any:
+        return
+    if origin in (typing.Union, types.UnionType):
+        refused = []
+        for one in inside:
+            try:
+                return check_shape(content, one, where, place)
+            except InputError as error:
+                refused.append(error)
+        parts = [one for one in inside if one is not type(None)]
+        if len(parts) == 1 and isinstance(content, dict | list):  # an optional: what is wrong inside says more
+            raise refused[inside.index(parts[0])]
+    elif origin is list and isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            check_shape(value, inside[0], where, f"{place}[{index}]")
+        return
+    elif origin is dict and isinstance(content, dict):
+        for key, value in content.items():
+            check_shape(key, inside[0], where, f"a key of {place}" if place else "a key")
+            check_shape(value, inside[1], where, _below(place, key))
+        return
+    elif typing.is_typeddict(shape) and isinstance(content, dict):
+        for key, expected in typing.get_type_hints(shape).items():
+            if key in content:
+                check_shape(content[key], expected, where, _below(place, key))
+            elif key in shape.__required_keys__:
+                raise InputError(f"{where}: there is no {_below(place, key)!r}, expected {_name(expected)}")
+        return
+    elif dataclasses.is_dataclass(shape) and isinstance(content, dict):
+        hints = typing.get_type_hints(shape)
+        for key, value in content.items():
+            if key not in hints:
+                raise InputError(f"{where}: unknown {_below(place, key)!r}, expected one of {', '.join(hints)}")
+            check_shape(value, hints[key], where, _below(place, key))
+        return
+    elif isinstance(shape, type) and origin is None and not typing.is_typeddict(shape):
+        right = (int, float) if shape is float else shape
+        if isinstance(content, right) and (shape is bool or not isinstance(content, bool)):
+            return
+    found = repr(content)
+    found = found if len(found) <= 60 else f"{found[:60]}.."
+    raise InputError(f"{where}: {place or 'it'} is {found}, expected {_name(shape)}")
+
+
+def _below(place: str, key: Any) -> str:
+    return f"{place}.{key}" if place else str(key)
+
+
+def _name(shape: Any) -> str:
+    """What a shape is called in a sentence."""
+    origin, inside = typing.get_origin(shape), typing.get_args(shape)
+    if shape is type(None):
+        return "null"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_name, inside))
+    if origin is list:
+        return "a list"
+    if origin is dict or typing.is_typeddict(shape) or dataclasses.is_dataclass(shape):
+        return "an object"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(shape, "a value")
+
+
+def sha256_of(path: Path) -> str:
+    """Of the bytes of a file. InputError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({one_line(error)})") from error
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -49,7 +171,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         message = f"{path}: can't be written ({one_line(error)})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not the user's input, but a full disk
+        if error.errno in _FULL:  # not the user's input, but a full disk
             raise OSError(message) from error
         raise InputError(message) from error
     finally:
@@ -57,10 +179,26 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def check_vacant(path: Path) -> None:
-    """InputError: path is already there and not an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: already there and not an empty folder; name a new one")
+def sweep(folder: Path) -> None:
+    """Removes what a killed process left half-written in a folder (`.partial-*`)."""
+    for child in folder.glob(".partial-*"):
+        _remove(child)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def check_vacant(path: Path, otherwise: str = "name a new one") -> None:
+    """InputError: path is already there and not an empty folder (a lock alone is nothing)."""
+    if path.exists() and (not path.is_dir() or any(child.name != LOCK for child in path.iterdir())):
+        raise InputError(f"{path}: already there and not an empty folder; {otherwise}")
 
 
 def claim_folder(path: Path) -> None:
@@ -87,25 +225,77 @@ def new_folder(path: Path) -> Iterator[None]:
         yield
     except BaseException:  # Ctrl-C too
         for child in path.iterdir():
-            if child.is_dir():
-                shutil.rmtree(child, ignore_errors=True)
-            else:
-                child.unlink()
+            _remove(child)
         if not there:
             path.rmdir()
         raise
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else who asks for it works in this folder inside the block: there is a lock file in it as long as that.
+    InputError if somebody does.
+
+    The folder is made, if need be, and removed again if the block leaves nothing in it.
+    """
+    there = folder.is_dir()
+    make_folder(folder)
+    lock = folder / LOCK
+    try:
+        with _told(folder):
+            lock.touch()
+        with locked(lock):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    lock.unlink()  # while it is locked: whoever opened it before sees that it is gone, and looks again
+    finally:
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()  # which fails, as it should, where something is in it
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else holds this file's lock inside the block (it goes with the process). InputError if somebody does."""
-    with path.open("rb") as file:
+    """Nobody else holds this file's lock inside the block. InputError if somebody does.
+
+    It is a lock of POSIX: it goes with the process that took it, whatever ends it, is not the children's, and holds on
+    NFS, too. (The process must not open and close the file elsewhere in the block: that lets go of the lock.)
+    """
+    busy = InputError(f"{path.parent}: another process is writing to it, expected to be the only one")
+    with _told(path.parent):
+        file = path.open("rb+")
+    with file:
+        status = os.fstat(file.fileno())
+        identity = status.st_dev, status.st_ino
+        if identity in _LOCKED:
+            raise busy
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"{path.parent}: another process is writing to it, expected to be the only one") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise busy from error
+            message = f"{path.parent}: can't be locked ({one_line(error)}), see to it that one process works in it"
+            warnings.warn(message, stacklevel=4)
+        if not path.exists() or not os.path.samestat(status, path.stat()):
+            raise busy  # until a moment ago: who had it has removed the file
+        _LOCKED.add(identity)
+        try:
+            yield
+        finally:
+            _LOCKED.discard(identity)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """InputError for a lock file that can't be made."""
+    try:
         yield
+    except OSError as error:
+        message = f"{folder}: can't be written to ({one_line(error)})"
+        raise (OSError if error.errno in _FULL else InputError)(message) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,15 @@
 """The command line: the whole job on a tiny cohort, and one clear line with exit code 2 for every bad input."""
 
+import errno
 import gc
+import hashlib
+import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import weakref
 from unittest.mock import Mock
 
@@ -16,6 +23,8 @@ from sfg_fast.cli import main
 from sfg_fast.errors import Preempted
 from sfg_fast.training import checkpoint
 from sfg_fast.training.trainer import Trainer
+
+from .processes import launch
 
 TINY = [
     "--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed",
@@ -105,6 +114,15 @@ def test_cross_validation_over_folds(made, tmp_path, capsys):
     assert (
         main(["predict", str(out / "fold_1"), str(made / "cohort"), str(tmp_path / "p"), "--checkpoint", "best"]) == 0
     )
+    for content in ("[]", '{"validation": {"last": {"nll": 1, "psnr": "2", "dice": 0}}}', None):
+        shutil.copytree(out, tmp_path / "damaged")
+        shutil.rmtree(tmp_path / "damaged" / "fold_1")  # what would be trained
+        summary = tmp_path / "damaged" / "fold_0" / "summary.json"
+        summary.write_text(content) if content else summary.unlink()
+        damaged = [str(tmp_path / "damaged") if argument == str(out) else argument for argument in arguments]
+        refused(capsys, [*damaged, "--resume"], "fold_0/summary.json: ")
+        assert not (tmp_path / "damaged" / "fold_1").exists()
+        shutil.rmtree(tmp_path / "damaged")
     shutil.rmtree(out / "fold_1")  # not come to yet, when it was killed
     assert main([*arguments, "--resume"]) == 0
     assert json.loads((out / "summary.json").read_text()) == document
@@ -281,7 +299,18 @@ def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, caps
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
     assert main(["predict", run, str(cohort), f"{run}/predictions"]) == 0
     told = json.loads((tmp_path / "run/predictions/predictions.json").read_text())
-    assert told == {"labels": about["labels"], "checkpoint": "final", "draws": 8, "by": "map", "finished": True}
+    assert {name: told[name] for name in ("labels", "channels", "checkpoint", "draws", "by", "patch", "finished")} == {
+        "labels": about["labels"],
+        "channels": ["T1", "T2"],
+        "checkpoint": "final",
+        "draws": 8,
+        "by": "map",
+        "patch": None,
+        "finished": True,
+    }
+    assert told["digest"] == torch.load(tmp_path / "run/checkpoints/final.pt", weights_only=True)["digest"]
+    mr = (cohort / "phantom_002" / f"mr_{channel}.nii.gz" for channel in (0, 1))
+    assert told["cases"] == {"phantom_002": [hashlib.sha256(path.read_bytes()).hexdigest() for path in mr]}
     assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
 
     shutil.copytree(cohort, other)
@@ -323,8 +352,10 @@ def test_folds_predict_their_own_validation_cases_and_resume_as_they_began(made,
     assert main([*folds, "--resume"]) == 0
     assert json.loads((tmp_path / "cache/splits_final.json").read_text()) == splits
     data = tmp_path / "run/fold_2/data.json"
-    data.write_text(json.dumps(json.loads(data.read_text()) | {"cases": {"train": 2, "val": 1}}))  # as of old
-    refused(capsys, ["predict", f"{out}/fold_2", str(cohort), f"{out}/3", "--split", "val"], "split='val': the run")
+    data.write_text(json.dumps(json.loads(data.read_text()) | {"cases": {"train": 2, "val": 1}}))
+    refused(
+        capsys, ["predict", f"{out}/fold_2", str(cohort), f"{out}/3", "--split", "val"], "cases.train is 2, expected"
+    )
     capsys.readouterr()
     assert main(["evaluate", f"{out}/0", str(cohort)]) == 0
     assert "1 of the cohort's 3 cases" in capsys.readouterr().out
@@ -335,14 +366,40 @@ def test_folds_predict_their_own_validation_cases_and_resume_as_they_began(made,
 
 
 def test_reports_say_what_was_predicted_and_refuse_what_is_no_part_of_it(made, tmp_path, capsys):
-    run, cohort, metrics = str(made / "run"), str(made / "cohort"), str(made / "run/metrics.json")
+    run, cohort, metrics = str(made / "run"), str(made / "cohort"), str(tmp_path / "metrics.json")
     predictions, out = str(tmp_path / "predictions"), str(tmp_path / "report.html")
     assert main(["predict", run, cohort, predictions, "--by", "draws", "--draws", "2"]) == 0
+    told = tmp_path / "predictions/predictions.json"
+    told.write_text(told.read_text().replace("true", "false"))  # as a kill leaves it
+    with pytest.warns(UserWarning, match="predict was interrupted there"):
+        assert main(["evaluate", predictions, cohort]) == 0
     assert main(["report", run, cohort, predictions, metrics, "--out", out]) == 0
-    assert "CT and labels are the mean over drawn architectures, checkpoint final" in (tmp_path / out).read_text()
+    page = (tmp_path / out).read_text()
+    assert "CT and labels are the mean over drawn architectures, checkpoint final" in page
+    assert "predict was interrupted: some cases may lack." in page
     refused(capsys, ["report", run, cohort, str(tmp_path / "none"), metrics], "none: holds no prediction of a case")
     for name in ("data.json", "history.json"):
-        refused(capsys, ["report", run, cohort, predictions, f"{run}/{name}"], f"{name}: expected metrics.json")
+        refused(capsys, ["report", run, cohort, predictions, f"{run}/{name}"], f"{name}: there is no 'conventions'")
+
+
+def test_a_report_takes_the_metrics_of_its_very_predictions(made, tmp_path, capsys):
+    run, cohort = str(made / "run"), str(made / "cohort")
+    predictions, metrics, out = str(tmp_path / "p"), str(tmp_path / "metrics.json"), str(tmp_path / "report.html")
+    assert main(["predict", run, cohort, predictions, "--split", "all", "--draws", "0"]) == 0
+    command = ["report", run, cohort, predictions, metrics, "--out", out]
+    other = json.loads((made / "run/metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps(other))
+    refused(capsys, command, f"metrics.json: case phantom_000 is in {predictions}, but not in {metrics}; run evaluate")
+    assert main(["evaluate", predictions, cohort]) == 0
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    labels = tmp_path / "p/phantom_001/labels.nii.gz"
+    assert document["predictions"]["phantom_001"]["labels.nii.gz"] == hashlib.sha256(labels.read_bytes()).hexdigest()
+    shutil.copy(labels.with_name("uncertainty.nii.gz"), labels.with_name("ct.nii.gz"))
+    refused(capsys, command, f"it was not made from {labels.with_name('ct.nii.gz')} as it is now; run evaluate again")
+    shutil.rmtree(labels.parent)
+    refused(capsys, command, f"case phantom_001 is in {metrics}, but not in {predictions}; run evaluate again")
+    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "figures").exists()
 
 
 def test_two_lists_of_one_folder_are_two_cohorts(made, tmp_path, capsys):
@@ -390,6 +447,123 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sfg_fast.cli._run", Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         main([])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.EACCES, 2, "/a/b: permission denied, expected a place that this user may use"),
+        (errno.EPERM, 2, "/a/b: operation not permitted, expected a place that this user may use"),
+        (errno.EROFS, 2, "/a/b: read-only file system, expected a place that can be written to"),
+        (errno.ENOENT, 2, "/a/b: no such file or directory, expected something that is there"),
+        (errno.ENOTDIR, 2, "/a/b: not a directory, expected a folder"),
+        (errno.EISDIR, 2, "/a/b: is a directory, expected a file"),
+        (errno.ENAMETOOLONG, 2, "/a/b: file name too long, expected a shorter name"),
+        (errno.ELOOP, 2, "/a/b: too many levels of symbolic links, expected links that lead somewhere"),
+        (errno.ENOSPC, 1, "[Errno 28] No space left on device: '/a/b'"),
+    ],
+)
+def test_what_the_system_says_of_a_place(monkeypatch, capsys, number, code, said):
+    monkeypatch.setattr("sfg_fast.cli._run", Mock(side_effect=OSError(number, os.strerror(number), "/a/b")))
+    assert main([]) == code
+    assert capsys.readouterr().err == f"sfg-fast: {said}\n"
+
+
+def test_impossible_paths(made, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for path, said in (("a" * 300, "name too long"), ("loop/x", "loop/x"), ("file/x", "file/x")):
+        place = str(tmp_path / path)
+        refused(capsys, ["preprocess", place, str(tmp_path / "new")], said)
+        refused(capsys, ["preprocess", str(made / "cohort"), place, "--processes", "1"], said)
+        refused(capsys, ["predict", place, str(made / "cohort"), str(tmp_path / "new")], said)
+        refused(capsys, ["train", "--data", place, "--out", str(tmp_path / "new"), *TINY], said)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_paths_from_home(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(made / "cache")
+    (tmp_path / "c.yaml").write_text("data: ~/cache\nout: ~/run\n")
+    assert main(["train", "--config=~/c.yaml", *TINY]) == 0
+    assert (tmp_path / "run/checkpoints/final.pt").exists()
+    assert main(["predict", "~/run", str(made / "cohort"), "~/p", "--draws", "0"]) == 0
+    assert main(["evaluate", "~/p", str(made / "cohort"), "--out=~/m.json"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "cache", "m.json", "p", "run"]
+
+
+INTERRUPTED = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder())
+from sfg_fast.cli import main
+sys.exit(main(["predict", "run", "cohort", "out"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["torch"])
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM; --resume goes on")],
+)
+def test_a_signal_while_libraries_are_imported(module, number, code, said):
+    source = INTERRUPTED.format(module=module, number=int(number))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"sfg-fast: {said}\n")
+
+
+def test_a_signal_that_a_library_makes_something_else_of(monkeypatch, capsys):
+    def run(arguments):
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            raise ImportError("a module failed") from error
+
+    monkeypatch.setattr("sfg_fast.cli._run", run)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):  # noqa: B007
+        assert main(["preprocess"]) == code
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert capsys.readouterr().err.splitlines() == ["sfg-fast: interrupted", "sfg-fast: stopped by SIGTERM"]
+
+
+def test_nobody_has_to_read_what_is_printed(made, tmp_path, monkeypatch):
+    """A pipe without a reader, a closed stream, none at all, and one that has no letters for a name."""
+    command = ["evaluate", str(made / "run/predictions"), str(made / "cohort"), "--out", str(tmp_path / "m.json")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone, closed = os.fdopen(writer, "w", buffering=1), io.StringIO()
+    closed.close()
+    for stream in (gone, closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(command) == 0
+        assert sys.stderr is stream
+        (tmp_path / "m.json").unlink()
+    gone.write("Python's own last flush")
+    gone.close()
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main([*command[:-1], str(tmp_path / "m\u00e4rz.json")]) == 0
+    ascii_only.flush()
+    assert b"m\\xe4rz.json" in ascii_only.buffer.getvalue()
+
+
+def with_backend_of_a_notebook(arguments):
+    os.environ["MPLBACKEND"] = "module://not_there"
+    sys.exit(main(arguments))
+
+
+def test_the_backend_of_a_notebook_does_not_matter(made, tmp_path):
+    arguments = ["train", "--data", str(made / "cache"), "--out", str(tmp_path / "run"), *TINY]
+    assert launch(with_backend_of_a_notebook, arguments) == [0]
+    assert (tmp_path / "run/progress.png").exists()
 
 
 def test_unnamed_labels(made, tmp_path):

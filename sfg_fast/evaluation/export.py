@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,25 +66,20 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
         temporary.touch()  # if it can't be, that is known before the work
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         program = torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+        content = io.BytesIO()  # the writer of torch ends the whole process where the disk is full
         if out.suffix == ".pt2":
-            torch.export.save(program, temporary)
+            torch.export.save(program, content)
         else:
-            _write_onnx(program, temporary, list(deployed(example)))
+            content.write(_onnx(program, list(deployed(example))))
+        temporary.write_bytes(content.getbuffer())
     return deployed
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[str]) -> None:
+def _onnx(program: torch.export.ExportedProgram, outputs: list[str]) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{path.suffix}: ONNX needs two more packages, pip install 'sfg_fast[onnx]'") from error
-    torch.onnx.export(
-        program,
-        (),
-        str(path),
-        dynamo=True,
-        input_names=["mr"],
-        output_names=outputs,
-        external_data=False,
-        verbose=False,
-    )
+        raise InputError("ONNX needs two more packages, pip install 'sfg_fast[onnx]'") from error
+    exported = torch.onnx.export(program, (), dynamo=True, input_names=["mr"], output_names=outputs, verbose=False)
+    assert exported is not None
+    return exported.model_proto.SerializeToString()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
 from ..data.cohort import CLIP_HU, RANGE_HU, WIDE_REGIONS
 from ..errors import InputError
+from ..files import read_json
 
 BONE_HU = 200
 """Region "bones": the voxels inside the mask where the true CT is above this."""
@@ -128,6 +130,64 @@ def metrics_document(cases: Mapping[str, Mapping[str, Any]], label_names: Mappin
         },
     }
     return {"conventions": conventions, "cases": dict(cases), "summary": summarise(cases)}
+
+
+class Region(TypedDict):
+    psnr_in_mask: float | None
+    psnr_zero_outside: float | None
+    mae_hu: float | None
+    voxels: int
+
+
+class CaseMetrics(TypedDict, total=False):
+    """One case of metrics.json, see `case_metrics`."""
+
+    ct: dict[str, Region]
+    psnr_gain: float
+    dice: dict[str, float | None]
+    dice_mean: float | None
+
+
+class Conventions(TypedDict):
+    label_names: dict[str, int]
+    rules: dict[str, str]
+
+
+class Metrics(TypedDict):
+    """What is read back of a `metrics_document`."""
+
+    conventions: Conventions
+    cases: dict[str, CaseMetrics]
+    summary: dict[str, Any]
+
+
+def read_metrics(path: Path, shape: Any = Metrics) -> dict[str, Any]:
+    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, or
+    has a summary that is not that of its cases."""
+    document = read_json(path, shape)
+    if not document["conventions"]["rules"]:
+        raise InputError(f"{path}: conventions.rules is empty, expected how the numbers are measured")
+    if not document["cases"]:
+        raise InputError(f"{path}: cases is empty, expected the metrics of at least one case")
+    for name, case in document["cases"].items():
+        for task, needed in (("ct", {"overall", "bones"}), ("dice", set[str]())):
+            lacks = {"ct": "psnr_gain", "dice": "dice_mean"}[task] not in case or not needed <= case.get(
+                task, {}
+            ).keys()
+            if task in case and lacks:
+                raise InputError(f"{path}: cases.{name}.{task} is incomplete, expected it as evaluate wrote it")
+    if not _alike(document["summary"], summarise(document["cases"])):
+        raise InputError(f"{path}: summary is not that of its cases, expected it as evaluate wrote it")
+    return document
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """The same numbers in the same places, but for rounding on another machine."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+    return a is None and b is None
 
 
 class Table(NamedTuple):

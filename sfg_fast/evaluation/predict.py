@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,11 @@ from ..data.cohort import Case, Cohort, check_same_channels, load_case
 from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
-from ..files import new_folder, write_json
+from ..files import alone_in, check_vacant, read_json, sha256_of, sweep, write_json
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..training.parallel import choose_device
 from ..training.run import load_run
-from .evaluate import ABOUT
+from .evaluate import ABOUT, About
 
 SLICES_AT_ONCE = 16
 PATCH_OVERLAP = 0.5
@@ -49,7 +52,7 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
         trained = load_run(run, checkpoint)
         self.config, self.label_names, self.channel_names = trained.config, trained.label_names, trained.channel_names
-        self.splits, self.checkpoint = trained.cases, checkpoint
+        self.splits, self.checkpoint, self.digest = trained.cases, checkpoint, trained.digest
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
@@ -123,24 +126,32 @@ class Predictor:
         return torch.cat([*means, *variances], 1)
 
     def of_split(self, cohort: Cohort, split: str) -> tuple[Case, ...]:
-        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says.
-        InputError if the run doesn't say which these were."""
+        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says."""
         if split == "all":
             return cohort.cases
         if self.config.fold is None or split not in ("train", "val"):
             return cohort.split(split)
-        if not isinstance(names := self.splits.get(split), list):
-            raise InputError(f"split={split!r}: the run of this fold doesn't say which cases these were, expected test")
+        names = set(self.splits.get(split, []))
         return tuple(case for case in cohort.cases if case.name in names)
 
     def cases(
-        self, cohort: Cohort, cases: Sequence[Case], out: Path, draws: int, by: str = "map"
+        self,
+        cohort: Cohort,
+        cases: Sequence[Case],
+        out: Path,
+        draws: int,
+        by: str = "map",
+        resume: bool = False,
     ) -> Iterator[tuple[str, Path]]:
         """Predict cases of a cohort one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and
-        shape as the MR; OUT/predictions.json says what they are: names of labels, checkpoint, draws, by, finished.
+        shape as the MR; a case's folder appears when it is complete. OUT/predictions.json says what they are (`About`).
 
-        OUT must be new or empty; `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Raises
-        InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the run's.
+        OUT must be new or empty; with `resume` it may hold predictions of this very run, made in the same way: those of
+        the same MR files are kept. `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Whatever
+        ends it, complete cases stay; if there is none, nothing of the output remains.
+
+        Raises InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the
+        run's; and for an OUT that holds anything else, or that another process is writing to.
         """
         check_same_channels(self.channel_names, cohort, str(cohort.root))
         if by not in ("map", "draws"):
@@ -148,32 +159,80 @@ class Predictor:
         least = int(self.constant_p or by == "draws")
         if draws < least:
             raise InputError(f"draws={draws}: expected at least {least} drawn architectures")
-        return self._one_by_one(cases, out, draws, by)
+        return self._one_by_one(cases, out, draws, by, resume)
 
-    def _one_by_one(self, cases: Sequence[Case], out: Path, draws: int, by: str) -> Iterator[tuple[str, Path]]:
-        with new_folder(out):
-            about = {"labels": self.label_names, "checkpoint": self.checkpoint, "draws": draws, "by": by}
-            write_json(out / ABOUT, about | {"finished": False})
+    def _one_by_one(
+        self, cases: Sequence[Case], out: Path, draws: int, by: str, resume: bool
+    ) -> Iterator[tuple[str, Path]]:
+        how: About = {
+            "labels": self.label_names,
+            "channels": list(self.channel_names),
+            "checkpoint": self.checkpoint,
+            "digest": self.digest,
+            "draws": draws,
+            "by": by,
+            "patch": self.config.patch,
+        }
+        with _filling(out, how, resume) as known:
             for case in cases:
-                mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
-                loaded = load_case(mr_only, {})
-                try:
-                    result = self.volume(loaded.inputs, draws, by)
-                except InputError as error:
-                    raise InputError(f"case {case.name} ({case.inputs[0]}): {error}") from error
-                folder = out / case.name
-                folder.mkdir()
-                files: dict[str, tuple[np.ndarray | None, Any]] = {
-                    "ct": (result.ct, np.float32),
-                    "labels": (result.labels, np.uint8),
-                    "uncertainty": (result.uncertainty, np.float32),
-                    "noise": (result.noise, np.float32),
-                }
-                for name, (array, dtype) in files.items():
-                    if array is not None:
-                        write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
+                folder, content = out / case.name, [sha256_of(path) for path in case.inputs]
+                if known.get(case.name) != content or not folder.is_dir():
+                    partial = out / f".partial-{os.getpid()}-{case.name}"
+                    self._write(case, partial, draws, by)
+                    if folder.exists():  # of other MR files
+                        shutil.rmtree(folder)
+                    known[case.name] = content
+                    write_json(out / ABOUT, {**how, "cases": known, "finished": False})
+                    os.replace(partial, folder)
                 yield case.name, folder
-            write_json(out / ABOUT, about | {"finished": True})
+            write_json(out / ABOUT, {**how, "cases": known, "finished": True})
+
+    def _write(self, case: Case, folder: Path, draws: int, by: str) -> None:
+        """Predict one case into a new folder."""
+        mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
+        loaded = load_case(mr_only, {})
+        try:
+            result = self.volume(loaded.inputs, draws, by)
+        except InputError as error:
+            raise InputError(f"case {case.name} ({case.inputs[0]}): {error}") from error
+        folder.mkdir()
+        files: dict[str, tuple[np.ndarray | None, Any]] = {
+            "ct": (result.ct, np.float32),
+            "labels": (result.labels, np.uint8),
+            "uncertainty": (result.uncertainty, np.float32),
+            "noise": (result.noise, np.float32),
+        }
+        for name, (array, dtype) in files.items():
+            if array is not None:
+                write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
+
+
+@contextmanager
+def _filling(out: Path, how: About, resume: bool) -> Iterator[dict[str, list[str]]]:
+    """OUT, for this process alone, to be filled with predictions made in this way; gives the cases that are there, with
+    the hashes of their MR files. InputError if OUT holds anything else."""
+    about = out / ABOUT
+    with alone_in(out):
+        known: dict[str, list[str]] = {}
+        if about.exists() and resume:
+            saved = read_json(about, About)
+            for key, value in how.items():
+                if saved.get(key) != value:
+                    what = "the digest of the checkpoint" if key == "digest" else key
+                    found = f"the predictions there have {saved.get(key)!r}, expected the same or another folder"
+                    raise InputError(f"{about}: {what} is {value!r} now, {found}")
+            known = saved.get("cases", {})
+        else:
+            check_vacant(out, "name a new one" + (", or --resume goes on" if about.exists() else ""))
+        try:
+            sweep(out)
+            write_json(about, {**how, "cases": known, "finished": False})
+            yield known
+        except BaseException:  # Ctrl-C too
+            sweep(out)
+            if not any((out / name).is_dir() for name in known):
+                about.unlink(missing_ok=True)
+            raise
 
 
 def _with_sd(y: Tensor) -> Tensor:

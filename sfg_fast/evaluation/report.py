@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from ..data.cohort import Cohort, LoadedCase, load_case
 from ..data.preprocessing import normalise
 from ..data.volumes import read_volume
 from ..errors import InputError
-from ..files import make_folder, read_json
+from ..files import make_folder, read_text
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
+from ..training.config import difference, read_config
+from ..training.history import read_history
 from . import figures
-from .evaluate import about_predictions, predicted_cases, read_prediction
+from .evaluate import about_predictions, predicted_cases, read_evaluated, read_prediction
 from .html import write_report
 from .predict import Predictor
 
@@ -28,15 +31,20 @@ KERNELS_SHOWN = 4
 def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: Path) -> None:
     """Write the report of a run as one HTML file, and its figures as PNG beside it in `figures/`.
 
-    InputError if the run, the predictions or the metrics can't be read.
+    InputError if the run, the predictions or the metrics can't be read, or the metrics are of other predictions.
     """
     predictor = Predictor(run)
+    history, about = read_history(run / "history.json"), about_predictions(predictions)
+    shown = read_config(run / "config.yaml")
+    if found := difference(dataclasses.asdict(shown), dataclasses.asdict(predictor.config)):
+        key, there, trained = found
+        raise InputError(
+            f"{run / 'config.yaml'}: {key} is {there!r}, the run was trained with {trained!r}, expected that"
+        )
+    cases = predicted_cases(predictions, cohort)
+    document = read_evaluated(metrics, predictions, cases)
     folder = out.parent / "figures"
     make_folder(folder)
-    history, document = read_json(run / "history.json"), read_json(metrics)
-    if not isinstance(document, dict) or not {"cases", "summary", "conventions"} <= document.keys():
-        raise InputError(f"{metrics}: expected metrics.json as made by evaluate")
-    about = about_predictions(predictions)
     whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
     drawn: list[tuple[str, str, Figure]] = [
         (
@@ -48,7 +56,6 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
         ("curves", f"Training. PSNR and Dice: one {whose} slice, to watch, not to report.", figures.curves(history)),
     ]
-    cases = predicted_cases(predictions, cohort)
     for index, case in enumerate(cases):
         loaded = load_case(case, cohort.label_names)
         ct, labels = read_prediction(predictions, case, loaded)
@@ -78,7 +85,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     write_report(
         out,
         f"sfg_fast: {run.name}",
-        config_yaml=(run / "config.yaml").read_text(),
+        config_yaml=read_text(run / "config.yaml"),
         document=document,
         figures=[(caption, figure) for _, caption, figure in drawn],
         notes=_notes(predictor, len(cases), about),
@@ -139,6 +146,8 @@ def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[s
         f"CT and labels are {whose}, checkpoint {about.get('checkpoint', 'unknown')}.",
         "The uncertainty is the SD over drawn architectures; it is no measure of all that can be wrong.",
     ]
+    if about.get("finished") is False:
+        notes.append("predict was interrupted: some cases may lack.")
     if config.schedule.draw_until < 1 and config.network.method == "sfg":
         notes.append(
             f"Groupings were drawn in the first {config.schedule.draw_until:.0%} of the steps, then fixed at the most "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import one_line
+from ..files import check_shape, one_line
 from ..networks.methods import METHODS
 from ..training.config import TASKS, TrainConfig
 from ..training.config import check as check_training
@@ -88,6 +88,7 @@ def check(config: ExperimentConfig) -> None:
     def refuse(key: str, value: Any, expected: str) -> None:
         raise InputError(f"{key}={value!r}: expected {expected}")
 
+    check_shape(dataclasses.asdict(config), ExperimentConfig, "the configuration")
     if not config.methods:
         refuse("methods", config.methods, "at least one row, name -> {method: ..}")
     for name, row in config.methods.items():

@@ -12,9 +12,10 @@ from ..data.cohort import Case, load_case
 from ..evaluation import figures, html
 from ..evaluation.predict import Predictor
 from ..evaluation.report import activation_maps, telling_slice
-from ..files import make_folder, read_json, replacing, write_json
+from ..files import make_folder, read_text, replacing, write_json
 from ..networks.controls import map_assignment, sfg_layers
 from ..reference import SFGConv2d
+from ..training.history import read_history
 from .config import ALL, ExperimentConfig, Job, reference_row
 from .table import OVERALL, Scores, Section, comparisons, section, subject_means, to_markdown
 
@@ -66,7 +67,7 @@ def write_results(
             html.section("Figures", pictures),
             html.section("Measures", html.conventions(conventions["rules"])),
         ],
-        (out / "experiment.yaml").read_text(),
+        read_text(out / "experiment.yaml"),
     )
 
 
@@ -92,7 +93,7 @@ def _figures(
     for job in every:
         if job.trainings[0].network.method != "sfg" or job.seed != config.seeds[0]:
             continue
-        history, predictor = read_json(job.folder / "history.json"), Predictor(job.folder, config.train.device)
+        history, predictor = read_history(job.folder / "history.json"), Predictor(job.folder, config.train.device)
         case = load_case(shown, {})
         z = telling_slice(case)
         maps = activation_maps(predictor, case.inputs, z)

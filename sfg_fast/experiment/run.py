@@ -33,13 +33,14 @@ from ..data.cohort import Case, load_case, read_cohort
 from ..data.preprocessing import preprocess
 from ..errors import InputError, Preempted
 from ..evaluation.evaluate import mask_of
-from ..evaluation.metrics import case_metrics, metrics_document
+from ..evaluation.metrics import Metrics, case_metrics, metrics_document, read_metrics
 from ..evaluation.predict import Predictor
-from ..files import check_vacant, locked, make_folder, read_json, replacing, write_json
+from ..files import alone_in, check_vacant, read_json, replacing, write_json
 from ..gpu.gpu_check import gpu_check
+from ..training.config import TrainConfig, difference, read_config
+from ..training.history import read_history
 from ..training.parallel import choose_device
-from ..training.run import build_network
-from ..training.state import OPERATIONAL
+from ..training.run import AboutData, build_network
 from ..training.trainer import Trainer
 from .config import ALL, ExperimentConfig, Job, check, jobs
 from .report import write_results
@@ -62,17 +63,16 @@ def run_experiment(config: ExperimentConfig) -> None:
         if count > len(test):
             raise InputError(f"subsets={ {name: count} }: the cohort has {len(test)} test cases, expected at most that")
     settings = out / "experiment.yaml"
-    if not settings.exists():
-        check_vacant(out)
-    make_folder(out)
-    (out / ".lock").touch()
-    with locked(out / ".lock"):
+    with alone_in(out):
+        if not settings.exists():
+            check_vacant(out)
         cache = preprocess(cohort, out / "cache", processes=config.processes)
         every = jobs(config)
         _check_networks(every, cache)
-        _check_unchanged(every, cache, config.draws)
+        names = [case.name for case in test]
+        _check_unchanged(every, cache, config.draws, names)
         with replacing(settings) as partial:
-            partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
         work = functools.partial(_complete, test=test, label_names=cache.label_names, draws=config.draws)
         try:
             left, places = [job for job in every if not _scores(job).exists()], _places(config)
@@ -83,8 +83,7 @@ def run_experiment(config: ExperimentConfig) -> None:
             raise Preempted(f"{out}: stopped by SIGTERM, everything is saved; the same command goes on") from error
         documents: dict[str, dict[int, Any]] = {name: {} for name in config.methods}
         for job in every:
-            documents[job.row][job.seed] = read_json(_scores(job))
-        names = [case.name for case in test]
+            documents[job.row][job.seed] = read_metrics(_scores(job), Scored)
         subsets = {name: names[:count] for name, count in config.subsets.items()}
         write_results(config, every, documents, {**subsets, ALL: names}, test[0])
 
@@ -92,15 +91,27 @@ def run_experiment(config: ExperimentConfig) -> None:
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 
+class Scored(Metrics):
+    """metrics.json of a job: the `metrics_document` of the test cases, and how many draws their predictions are means
+    of."""
+
+    draws: int
+
+
 def _scores(job: Job) -> Path:
     return job.folder / "metrics.json"
+
+
+def _final(training: TrainConfig) -> Path:
+    return Path(training.out) / "checkpoints" / "final.pt"
 
 
 def _complete(job: Job, test: Sequence[Case], label_names: dict[str, int], draws: int) -> None:
     """Train what is not trained yet, then score the test cases."""
     for training in job.trainings:
-        if not (Path(training.out) / "checkpoints" / "final.pt").exists():
-            Trainer(training, resume=True).run()
+        if not _final(training).exists():
+            with alone_in(Path(training.out)):
+                Trainer(training, resume=True).run()
     predictors = [Predictor(Path(training.out), training.device) for training in job.trainings]
     cases = {case.name: _score(case, predictors, label_names, draws) for case in test}
     write_json(_scores(job), {"draws": _draws(job, draws), **metrics_document(cases, label_names)})
@@ -140,27 +151,32 @@ def _check_networks(every: Sequence[Job], cache: Cache) -> None:
                 raise InputError(f"methods[{job.row!r}]: {error}") from error
 
 
-def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int) -> None:
-    """InputError, naming the first difference, if runs are there of another configuration or cohort."""
+def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int, test: list[str]) -> None:
+    """InputError, naming the first difference, if runs are there of another configuration or cohort, or a file of
+    theirs can't be read."""
     for job in every:
         by_folder = {Path(training.out): training for training in job.trainings}
         for path in sorted([*job.folder.glob("config.yaml"), *job.folder.glob("*/config.yaml")]):
             # A folder of another method than now (one-task or not) differs from any training of the job in its method.
             now = dataclasses.asdict(by_folder.get(path.parent, job.trainings[0]))
-            _check_same(f"methods[{job.row!r}]", path.parent, now, yaml.safe_load(path.read_text()))
+            if found := difference(now, dataclasses.asdict(read_config(path))):
+                key, mine, saved = found
+                there = f"{path.parent} has {saved!r}, expected the same or another out"
+                raise InputError(f"methods[{job.row!r}]: {key}={mine!r}, but {there}")
             about = path.with_name("data.json")
-            if about.exists() and read_json(about).get("fingerprint") != cache.fingerprint():
+            if about.exists() and read_json(about, AboutData)["fingerprint"] != cache.fingerprint():
                 raise InputError(f"{path.parent}: the cohort has changed since this training, expected the same")
-        if _scores(job).exists() and (saved := read_json(_scores(job))["draws"]) != _draws(job, draws):
-            raise InputError(f"draws={draws}: {job.folder} was predicted by {saved}, expected the same or another out")
-
-
-def _check_same(where: str, folder: Path, now: Any, saved: Any, key: str = "") -> None:
-    if isinstance(now, dict) and isinstance(saved, dict) and key not in OPERATIONAL:
-        for name in sorted(now.keys() | saved.keys()):
-            _check_same(where, folder, now.get(name), saved.get(name), f"{key}.{name}".lstrip("."))
-    elif now != saved and key not in OPERATIONAL:
-        raise InputError(f"{where}: {key}={now!r}, but {folder} has {saved!r}, expected the same or another out")
+        for training in job.trainings:
+            if _final(training).exists():
+                read_history(Path(training.out) / "history.json")
+        if not _scores(job).exists():
+            continue
+        done = read_metrics(_scores(job), Scored)
+        if (drawn := done["draws"]) != _draws(job, draws):
+            raise InputError(f"draws={draws}: {job.folder} was predicted by {drawn}, expected the same or another out")
+        if different := set(test) ^ done["cases"].keys():
+            where = f"{_scores(job)}: its cases are not the cohort's test cases"
+            raise InputError(f"{where} ({min(different)} is in one of them), expected the same")
 
 
 # --- in one process or several ----------------------------------------------------------------------------------------

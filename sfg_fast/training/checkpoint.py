@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import InputError
 from ..files import one_line
 
-VERSION = 2
+VERSION = 3
 KEYS = {
     "model",
     "objective",

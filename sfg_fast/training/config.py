@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
+
+from ..errors import InputError
+from ..files import check_shape, one_line, read_text
 
 TASKS = ("ct", "organs")
 PRECISIONS = ("float32", "bfloat16")
 DECAYS = ("cosine", "polynomial", "constant")
+# What may differ in a run that is resumed: it moves nothing but files and time.
+OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad_steps"}
 
 
 @dataclasses.dataclass
@@ -169,13 +175,62 @@ class TrainConfig:
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
 
 
+def read_config(path: Path) -> TrainConfig:
+    """config.yaml of a run. InputError if it can't be read, or is none of this version."""
+    import yaml
+
+    try:
+        saved = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as YAML ({one_line(error)[:200]})") from error
+    return from_saved(saved, path)
+
+
+def from_saved(saved: Any, path: Path) -> TrainConfig:
+    """A configuration from what was saved of it (`dataclasses.asdict`) in a file. InputError if it is none of this
+    version."""
+    try:
+        check_shape(saved, TrainConfig, "it")
+        parts = {
+            "network": NetworkConfig(**saved["network"]),
+            "objective": ObjectiveConfig(**saved["objective"]),
+            "schedule": ScheduleConfig(**saved["schedule"]),
+            "transfer": TransferConfig(**saved.get("transfer", {})),
+        }
+        config = TrainConfig(**{**saved, **parts})
+        check(config)
+        return config
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: its configuration is not one of this version ({one_line(error)})") from error
+
+
+def difference(now: dict[str, Any], before: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option in which two configurations (`dataclasses.asdict`) train otherwise, and its values now and
+    before; None if they train alike."""
+    here, there = _flat(now), _flat(before)
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key) and key not in OPERATIONAL:
+            return key, here.get(key), there.get(key)
+    return None
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:  # an empty one is a value like others
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def check(config: TrainConfig) -> None:
     """Raise InputError for values that can't be (the network checks its own)."""
-    from ..errors import InputError
 
     def refuse(key: str, value: Any, expected: str) -> None:
         raise InputError(f"{key}={value!r}: expected {expected}")
 
+    check_shape(dataclasses.asdict(config), TrainConfig, "the configuration")
     schedule, objective = config.schedule, config.objective
     if (
         not config.tasks

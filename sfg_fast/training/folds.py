@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -69,13 +69,32 @@ def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
     return cache.with_splits(split)
 
 
+class Look(TypedDict):
+    """A look at the validation split: None for what was not measured."""
+
+    nll: float | None
+    psnr: float | None
+    dice: float | None
+
+
+class Validation(TypedDict):
+    last: Look | None
+
+
+class Summary(TypedDict):
+    """What is read back of a run's summary.json."""
+
+    validation: Validation
+
+
+def last_look(fold: Path) -> dict[str, Any] | None:
+    """The last look at the validation split of a finished fold. InputError if its summary.json does not tell."""
+    return read_json(fold / "summary.json", Summary)["validation"]["last"]
+
+
 def summarise(out: Path, folds: int) -> dict[str, Any]:
-    """The last validation of every finished fold, mean and SD over them; written to OUT/summary.json."""
-    found = {}
-    for fold in range(folds):
-        path = out / f"fold_{fold}" / "summary.json"
-        if path.exists():
-            found[f"fold_{fold}"] = read_json(path)["validation"]["last"]
+    """The last validation of every fold (all are finished), mean and SD over them; written to OUT/summary.json."""
+    found = {f"fold_{fold}": last_look(out / f"fold_{fold}") for fold in range(folds)}
     spread: dict[str, Any] = {}
     for name in ("nll", "psnr", "dice"):
         values = [value for one in found.values() if one and (value := one[name]) is not None]

@@ -145,9 +145,8 @@ def merged_statistics(every: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for name in every[0]:
         prefix, _, last = name.rpartition(".")
         values = torch.stack([one[name] for one in every])
-        if not values.is_floating_point():
-            total = values.sum(0)
-            merged[name] = (total + len(every) - 1) // len(every)
+        if last == "draws" or not values.is_floating_point():
+            merged[name] = (values.double().sum(0) / len(every)).ceil().to(values.dtype)
             continue
         weights = torch.ones(len(every), dtype=torch.float64)
         if (draws := f"{prefix}.draws") in every[0]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..data.cache import Cache
-from ..data.cohort import check_label_names, unnamed_channels
+from ..data.cohort import check_label_names
 from ..errors import InputError
 from ..files import read_json
 from ..networks.controls import set_estimator
 from ..networks.highresnet import SFGHighResNet
 from ..networks.transfer import transfer
 from . import checkpoint
-from .config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, TransferConfig, check
+from .config import TrainConfig, TransferConfig, from_saved
 
 
 def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
@@ -43,17 +43,28 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
         raise InputError(f"network: {error}") from error
 
 
+class AboutData(TypedDict):
+    """data.json: what a run is trained on; `cases`: those of each split."""
+
+    in_channels: int
+    channel_names: list[str]
+    labels: dict[str, int]
+    cases: dict[str, list[str]]
+    fingerprint: str
+
+
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
     predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR;
-    `cases`: the names of those in each split, as the run (or fold) had them, or how many."""
+    `cases`: the names of those in each split, as the run (or fold) had them; `digest`: of the checkpoint."""
 
     config: TrainConfig
     model: SFGHighResNet
     drawn_statistics: dict[str, Tensor]
     label_names: dict[str, int]
     channel_names: tuple[str, ...]
-    cases: dict[str, Any]
+    cases: dict[str, list[str]]
+    digest: str
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
@@ -72,43 +83,22 @@ def load_run(folder: Path, which: str = "final") -> Run:
         raise InputError(
             f"{folder}: training stopped at step {state['step']}, expected a finished run (train --resume)"
         )
-    config = _config(state["config"], path)
+    config = from_saved(state["config"], path)
     channels, labels, cases = _about_data(folder / "data.json")
     model = build_network(config, len(channels), max(labels.values(), default=0) + 1)
     checkpoint.load_weights(model, state["model"], path)
-    return Run(config, model, state["drawn_statistics"], labels, channels, cases)
+    return Run(config, model, state["drawn_statistics"], labels, channels, cases, state["digest"])
 
 
-def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any]]:
+def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[str]]]:
     """What the run was trained on: names of the MR's channels, of labels, and the cases of each split."""
-    found = read_json(path)
-    channels = found.get("in_channels") if isinstance(found, dict) else None
-    if type(channels) is not int or channels < 1:
+    found = read_json(path, AboutData)
+    channels, names, labels = found["in_channels"], found["channel_names"], found["labels"]
+    if channels < 1:
         raise InputError(f"{path}: in_channels {channels!r}, expected the number of MR channels of the run")
-    names, labels = found.get("channel_names", list(unnamed_channels(channels))), found.get("labels")
-    if not isinstance(names, list) or len(names) != channels:
+    if len(names) != channels:
         raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
-    cases = found.get("cases")
-    if not isinstance(cases, dict):
-        raise InputError(f"{path}: cases {cases!r}, expected those of each split")
-    return tuple(map(str, names)), check_label_names(labels, str(path)) if labels else {}, cases
-
-
-def _config(saved: dict[str, Any], path: Path) -> TrainConfig:
-    try:
-        parts = {
-            "network": NetworkConfig(**saved["network"]),
-            "objective": ObjectiveConfig(**saved["objective"]),
-            "schedule": ScheduleConfig(**saved["schedule"]),
-            "transfer": TransferConfig(**saved.get("transfer", {})),
-        }
-        config = TrainConfig(**{**saved, **parts})
-        check(config)
-        return config
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its configuration is not one of this version ({error})") from error
+    return tuple(names), check_label_names(labels, str(path)) if labels else {}, found["cases"]
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +22,17 @@ from ..files import make_folder, read_json, replacing, write_json
 from ..gpu.gpu_check import gpu_check
 from ..norm import synchronise
 from . import checkpoint
-from .config import TrainConfig, check
-from .folds import make_splits, read_fold
+from .config import TrainConfig, check, difference
+from .folds import last_look, make_splits, read_fold
 from .history import empty_history
 from .objective import Objective
+from .onlookers import Onlooker, tell
 from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
-from .run import starting_network
+from .run import AboutData, starting_network
 from .schedule import build_optimiser
 from .validation import held_out_slice
 
 TARGETS = {"ct": "ct", "organs": "labels"}  # what each task learns from
-# What may differ in a run that is resumed: it moves nothing but files and time.
-OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad_steps"}
 
 
 class TrainingState:
@@ -54,7 +52,8 @@ class TrainingState:
         observe: Callable[[dict[str, Any], Path], None] = lambda history, folder: None,
     ) -> None:
         check(config)
-        self.config, self.out, self.observe = config, Path(config.out), observe
+        self.config, self.out = config, Path(config.out)
+        self._figure = Onlooker("the figure of its progress", lambda: observe)
         device = choose_device(config.device)
         cache = Cache(Path(config.data))
         self.processes = Processes(device)
@@ -133,7 +132,7 @@ class TrainingState:
             raise InputError(f"{self.out}: holds a run already, expected a new folder (or --resume)")
         make_folder(self.out)
         with replacing(self.out / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False), encoding="utf-8")
         write_json(self.out / "data.json", self.about_data)
 
     def _draw_apart(self, step: int) -> None:
@@ -189,7 +188,7 @@ class TrainingState:
             kernel_choice.choose(self.device, kernel_choice.from_lists(kernels[:2]))
             return
         if self.processes.main:
-            print(f"{self.out}: the run began elsewhere; its kernels are chosen anew: not to the bit", file=sys.stderr)
+            tell(f"{self.out}: the run began elsewhere; its kernels are chosen anew: not to the bit")
         self._choose_kernels()
 
     def _save(self) -> None:
@@ -207,7 +206,7 @@ class TrainingState:
 
     def _tell(self) -> None:
         write_json(self.out / "history.json", self.history)
-        self.observe(self.history, self.out)
+        self._figure(lambda observe: observe(self.history, self.out))
 
     def _resume(self) -> None:
         final = self.checkpoints / "final.pt"
@@ -244,7 +243,7 @@ class TrainingState:
 
 
 def check_finished(config: TrainConfig) -> None:
-    """InputError if the finished run of a fold is of another configuration or cohort."""
+    """InputError if the finished run of a fold is of another configuration or cohort, or does not say how it ended."""
     assert config.folds is not None
     assert config.fold is not None
     cache = Cache(Path(config.data))
@@ -252,24 +251,17 @@ def check_finished(config: TrainConfig) -> None:
     cache = read_fold(cache, config.folds, config.fold)
     final = checkpoint.load(Path(config.out) / "checkpoints" / "final.pt")
     _check_same(config, final["config"], cache.fingerprint())
+    last_look(Path(config.out))
 
 
 def _check_same(config: TrainConfig, before: dict[str, Any], fingerprint: str) -> None:
     """InputError, naming the first difference, if the run in `config.out` began otherwise: configuration or cohort."""
-    mine, saved = _flat(dataclasses.asdict(config)), _flat(before)
-    for key in sorted(mine.keys() | saved.keys()):
-        if mine.get(key) != saved.get(key) and key not in OPERATIONAL:
-            raise InputError(f"{key}={mine.get(key)!r}: the run to resume has {saved.get(key)!r}, expected the same")
-    if read_json(Path(config.out) / "data.json").get("fingerprint") != fingerprint:
+    if found := difference(dataclasses.asdict(config), before):
+        key, mine, saved = found
+        raise InputError(f"{key}={mine!r}: the run to resume has {saved!r}, expected the same")
+    if read_json(Path(config.out) / "data.json", AboutData)["fingerprint"] != fingerprint:
         raise InputError(f"data={config.data!r}: the cohort has changed since the run began, expected the same")
 
 
 def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

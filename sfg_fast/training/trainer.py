@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .history import record
 from .objective import Objective
+from .onlookers import Onlooker, quiet_writers, tell
 from .parallel import own_random_numbers
 from .schedule import apply_schedule
 from .state import TARGETS, TrainingState, seed_of
@@ -83,19 +83,16 @@ class Trainer(TrainingState):
         Raises FloatingPointError if too many gradients were not finite, Preempted after SIGTERM, when everything is
         saved, OSError if the disk is full, ChildProcessError if a worker died.
         """
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        schedule, config, main = self.config.schedule, self.config, self.processes.main
-        silent = {} if main else {"disable": True}  # else it is tqdm's own default, which the environment may change
-        bar = tqdm(total=schedule.steps, initial=self.step, desc="train", unit="step", mininterval=0.5, **silent)
-        writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step) if main else None
-        with writer or contextlib.nullcontext() as board, bar, _asked_to_stop() as asked:
+        schedule, config = self.config.schedule, self.config
+        with quiet_writers(), contextlib.ExitStack() as ends, _asked_to_stop() as asked:
+            bar, board = Onlooker("the progress bar", self._bar), Onlooker("the tensorboard", self._board)
+            for onlooker in (bar, board):
+                ends.callback(onlooker, lambda it: it.close())
             while self.step < schedule.steps and not self._stopped_early():
                 terms = self._train_step()
                 self.step += 1
-                bar.update()
-                bar.set_postfix(self._postfix(terms, bar.format_dict), refresh=False)
+                bar(lambda it: it.update())
+                bar(lambda it: it.set_postfix(self._postfix(terms, it.format_dict), refresh=False))  # noqa: B023
                 if self.step % config.log_every == 0 or self.step == schedule.steps:
                     self._log(terms, board)
                 stop = self.processes.any(bool(asked))
@@ -109,6 +106,21 @@ class Trainer(TrainingState):
         if len(self.history["bad_steps"]) == self.step > 0:
             raise FloatingPointError(f"{self.out}: no step had a finite gradient; lower schedule.learning_rate")
         self._finish()
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        steps = self.config.schedule.steps
+        silent = {} if self.processes.main else {"disable": True}  # else it is what the environment says
+        return tqdm(total=steps, initial=self.step, desc="train", unit="step", mininterval=0.5, **silent)
+
+    def _board(self) -> Any:
+        """None in all processes but the main one."""
+        if not self.processes.main:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
 
     def _next_batch(self) -> dict[str, Any]:
         """The next mini-batch on the device; how long it was waited for is counted."""
@@ -183,7 +195,7 @@ class Trainer(TrainingState):
         if lost or len(bad) > self.config.max_bad_steps:
             raise FloatingPointError(f"{what}, {len(bad)} such steps; lower schedule.learning_rate")
         if self.processes.main:
-            print(f"\n{what}; left out, {len(bad)} of at most {self.config.max_bad_steps}", file=sys.stderr)
+            tell(f"\n{what}; left out, {len(bad)} of at most {self.config.max_bad_steps}")
 
     def _layers(self) -> list[Any]:
         return list(sfg_layers(self.model).values())
@@ -210,7 +222,7 @@ class Trainer(TrainingState):
 
     # --- looking at the run -------------------------------------------------------------------------------------------
 
-    def _log(self, terms: dict[str, float], board: Any) -> None:
+    def _log(self, terms: dict[str, float], board: Onlooker) -> None:
         """One row of the history: the terms, a held-out slice, and p of every layer."""
         terms = self.processes.mean(terms)
         if not self.processes.main:
@@ -223,7 +235,8 @@ class Trainer(TrainingState):
             "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
         nll = {task: terms[f"nll/{task}"] for task in self.config.tasks}
-        record(self.history, self.model, row, nll, board)
+        for name, value in record(self.history, self.model, row, nll).items():
+            board(lambda it: it.add_scalar(name, value, self.step))  # noqa: B023
 
     @torch.no_grad()
     def _look(self) -> dict[str, float | None]:

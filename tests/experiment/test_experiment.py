@@ -7,6 +7,7 @@ import pkgutil
 import shutil
 import signal
 import statistics
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import yaml
 
 from sfg_fast.cli import main
 from sfg_fast.data import load_case, read_cohort
-from sfg_fast.evaluation.metrics import case_metrics
+from sfg_fast.evaluation.metrics import case_metrics, summarise
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.experiment.config import PAPER_ROWS
+from sfg_fast.files import alone_in
 from sfg_fast.training import checkpoint
 from sfg_fast.training.trainer import Trainer
 
@@ -72,8 +74,12 @@ def states(run):
 
 
 def course(run, name):
-    """[checkpoints, all SFG layers together]: "logits" or "fixed_assignment"."""
-    return torch.stack([torch.cat([s[key].flatten() for key in s if key.endswith(f".{name}")]) for s in states(run)])
+    """[checkpoints, all SFG layers together]: "logits", or "fixed_gates" as the groups' numbers, -1: drawn."""
+
+    def of(tensor):
+        return tensor.flatten() if name == "logits" else tensor.argmax(1).where(tensor.sum(1) == 1, -1)
+
+    return torch.stack([torch.cat([of(s[key]) for key in s if key.endswith(f".{name}")]) for s in states(run)])
 
 
 # --- the methods are what they are called -----------------------------------------------------------------------------
@@ -82,7 +88,7 @@ def course(run, name):
 def test_one_task_has_a_network_for_each_task_and_shares_nothing(folder):
     run = seed_folder(folder, "One-task (HighResNet)")
     for task in ("ct", "organs"):
-        assert (course(run / task, "fixed_assignment") == 1).all()
+        assert (course(run / task, "fixed_gates") == 1).all()
         history = json.loads((run / task / "history.json").read_text())
         assert history["groups"] == ["shared", task]
         assert all(p == [0, 1] for rows in history["allocation"]["p"].values() for p in rows)
@@ -91,14 +97,14 @@ def test_one_task_has_a_network_for_each_task_and_shares_nothing(folder):
 
 def test_hard_sharing_has_no_kernels_of_a_task(folder):
     run = seed_folder(folder, "MT-hard sharing")
-    assert (course(run, "fixed_assignment") == 0).all()
+    assert (course(run, "fixed_gates") == 0).all()
     history = json.loads((run / "history.json").read_text())
     assert history["groups"] == ["shared", "ct", "organs"]
     assert all(p == [1, 0, 0] for rows in history["allocation"]["p"].values() for p in rows)
 
 
 def test_constant_mask_is_even_and_never_changes(folder):
-    assignments = course(seed_folder(folder, "MT-constant mask"), "fixed_assignment")
+    assignments = course(seed_folder(folder, "MT-constant mask"), "fixed_gates")
     assert (assignments == assignments[0]).all()
     assert assignments[0, :3].tolist() == [0, 1, 2]
     assert torch.bincount(assignments[0]).tolist() == [1 + 4 * 2, 1 + 4, 1 + 4]
@@ -108,7 +114,7 @@ def test_constant_p_stays_uniform_and_is_drawn(folder):
     run = seed_folder(folder, "MT-constant p")
     logits = course(run, "logits")
     assert (logits == logits[0, 0]).all()
-    assert (course(run, "fixed_assignment") == -1).all()
+    assert (course(run, "fixed_gates") == -1).all()
     assert json.loads((run / "metrics.json").read_text())["draws"] == DRAWS
 
 
@@ -270,7 +276,7 @@ def test_several_processes(folder, monkeypatch, capfd):
     config, wait = write_config(folder, "parallel", **SMALL, processes=2), multiprocessing.connection.wait
 
     def stopped(*arguments):
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # in the trainings; preprocessing waits, too
+        if threading.current_thread() is threading.main_thread():  # in the trainings; preprocessing waits, too
             os.kill(os.getpid(), signal.SIGTERM)
         return wait(*arguments)
 
@@ -405,11 +411,47 @@ def test_a_folder_with_something_else(folder, capsys):
 
 
 def test_two_at_the_same_time(folder, capsys):
-    import fcntl
+    for place in (folder / "whole", folder / "whole" / "runs" / "ours" / "seed_4"):
+        final = place / "checkpoints" / "final.pt"
+        if final.parent.exists():  # what is to be done again is locked
+            final.unlink()
+            (place / "metrics.json").unlink()
+        with alone_in(place):
+            refused(capsys, [write_config(folder, "whole", **SMALL)], f"{place}: another process is writing to it")
+    assert main(["experiment", write_config(folder, "whole", **SMALL)]) == 0
 
-    with (folder / "whole" / ".lock").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        refused(capsys, [write_config(folder, "whole", **SMALL)], "another process is writing to it")
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.json", "[]", "it is [], expected an object"),
+        ("metrics.json", '{"draws": 0}', "there is no 'conventions'"),
+        ("history.json", "{}", "there is no 'groups'"),
+        ("config.yaml", "[]", "its configuration is not one of this version"),
+        ("config.yaml", b"\xfc", "not text in UTF-8"),
+        ("data.json", "{}", "there is no 'in_channels'"),
+    ],
+)
+def test_damaged_files_of_a_job_are_named_before_anything_is_trained(folder, tmp_path, capsys, name, content, said):
+    shutil.copytree(folder / "whole", tmp_path / "damaged")
+    shutil.copytree(folder / "cohort", tmp_path / "cohort")
+    shutil.rmtree(tmp_path / "damaged" / "cache")
+    shutil.rmtree(tmp_path / "damaged" / "runs" / "mask")  # what would be trained
+    path = tmp_path / "damaged" / "runs" / "ours" / "seed_4" / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(capsys, [write_config(tmp_path, "damaged", **SMALL)], f"{path}: {said}")
+    assert not (tmp_path / "damaged" / "runs" / "mask").exists()
+
+
+def test_scores_of_other_cases_are_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "whole", tmp_path / "other")
+    shutil.copytree(folder / "cohort", tmp_path / "cohort")
+    shutil.rmtree(tmp_path / "other" / "cache")
+    path = tmp_path / "other" / "runs" / "ours" / "seed_4" / "metrics.json"
+    document = json.loads(path.read_text())
+    document["cases"]["another"] = document["cases"]["phantom_002"]
+    path.write_text(json.dumps({**document, "summary": summarise(document["cases"])}))
+    refused(capsys, [write_config(tmp_path, "other", **SMALL)], "its cases are not the cohort's test cases (another is")
 
 
 def test_no_configuration(capsys):

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from sfg_fast.cli import main
+from sfg_fast.data.cache import VERSION
 from sfg_fast.training import checkpoint
+from sfg_fast.training.history import CURVES
 
 TINY = ["--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed"]
 TINY += ["--schedule.steps", "2", "--schedule.batch", "2"]
@@ -246,6 +248,12 @@ LISTS = {
     "wrong ending": ("list.csv", "case,mr\na,list.csv\n", "the file name must end in .nii or .nii.gz"),
     "channels with a gap": ("list.csv", f"case,mr_0,mr_2\na,{MR},{MR}\n", "expected mr, or mr_0, mr_1, .."),
     "not JSON": ("list.json", "{", "list.json: not readable as JSON"),
+    "key twice": ("list.json", '{"cases": [], "labels": {}, "cases": []}', "list.json: the key 'cases' is there twice"),
+    "key twice inside": (
+        "list.json",
+        '[{"case": "a", "mr": "x", "mr": "y"}]',
+        "list.json: the key 'mr' is there twice, expected once",
+    ),
     "deep JSON": ("list.json", "[" * 100_000, "list.json: not readable as JSON"),
     "long number": ("list.json", "[" + "9" * 10_000 + "]", "list.json: not readable as JSON"),
     "a number": ("list.json", "7", "list.json: expected a list of rows"),
@@ -305,8 +313,8 @@ def test_bad_dataset_json(made, tmp_path, capsys, what):
 
 def test_bad_file_ending_of_nnunet(tmp_path, capsys):
     (tmp_path / "raw" / "imagesTr").mkdir(parents=True)
-    (tmp_path / "raw" / "dataset.json").write_text('{"file_ending": ".mha"}')
-    refused(capsys, preprocess(tmp_path / "raw", tmp_path), "file_ending '.mha', expected .nii.gz or .nii")
+    (tmp_path / "raw" / "dataset.json").write_text('{"file_ending": ".png"}')
+    refused(capsys, preprocess(tmp_path / "raw", tmp_path), "dataset.json: file_ending '.png', expected ")
 
 
 # --- a preprocessed cohort that was tampered with ---------------------------------------------------------------------
@@ -364,14 +372,14 @@ CACHES = {
     "other version": (
         manifest(lambda m: m.update(version=1)),
         [],
-        "version 1, expected 3; preprocess the cohort again",
+        f"version 1, expected {VERSION}; preprocess the cohort again",
     ),
-    "cut": (manifest(lambda m: {"version": 3}), [], "not a valid manifest"),
+    "cut": (manifest(lambda m: {"version": VERSION}), [], "not a valid manifest"),
     "escapes": (manifest(lambda m: m["cases"].update({"../x": m["cases"]["phantom_000"]})), [], "'../x' can't be a"),
     "absolute": (manifest(lambda m: m["cases"].update({"/x": m["cases"]["phantom_000"]})), [], "'/x' can't be a"),
     "huge": (manifest(lambda m: m["cases"]["phantom_000"].update(shape=[2**40] * 3)), [], "not a valid manifest"),
     "no case": (manifest(lambda m: m.update(cases={})), [], "no case in split train"),
-    "case gone": (lambda f: shutil.rmtree(f / "cache" / "phantom_002"), [], "phantom_002/inputs.npy: can't be read"),
+    "case gone": (lambda f: shutil.rmtree(f / "cache" / "phantom_002"), [], "phantom_002: can't be read"),
     "array cut": (array("ct", lambda p: p.write_bytes(p.read_bytes()[:300])), [], "ct.npy: can't be read"),
     "array empty": (array("mask", lambda p: p.write_bytes(b"")), [], "mask.npy: can't be read"),
     "array of objects": (array("ct", evil), [], "ct.npy: can't be read"),
@@ -436,6 +444,17 @@ YAMLS = {
     "billion laughs": (LAUGHS + "tasks: *i\n", "its aliases stand for more than 10000 values"),
     "wrong type": ("schedule: {steps: many}\n", "steps"),
     "fraction": ("seed: 1.5\n", "seed"),
+    "empty": ("", "config.yaml: the configuration is empty, expected options such as `data: ..`"),
+    "comments": ("# seed: 1\n", "config.yaml: the configuration is empty"),
+    "section without options": (
+        "schedule:\n#  steps: 3\n",
+        "config.yaml: the section 'schedule' is empty, expected options such as `steps: ..`",
+    ),
+    "section of a list": ("schedule: [1]\n", "the section 'schedule' is a list or a value, expected options"),
+    "section of a number": ("network: 3\n", "the section 'network' is a list or a value, expected options"),
+    "null for a number": ("schedule: {steps: null}\n", "schedule.steps is None, expected a whole number"),
+    "UTF-16": ("seed: 1\n".encode("utf-16"), "config.yaml: not text in UTF-8"),
+    "Latin-1": ("# \u00fc\nseed: 1\n".encode("latin-1"), "config.yaml: not text in UTF-8"),
 }
 
 
@@ -443,7 +462,7 @@ YAMLS = {
 def test_bad_configurations(made, tmp_path, capsys, monkeypatch, what):
     content, message = YAMLS[what]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     arguments = ["train", "--config", "config.yaml", "--data", str(made / "cache"), "--out", "new"]
     refused(capsys, arguments, message)
     assert not (tmp_path / "new").exists()
@@ -542,6 +561,16 @@ def tampered(path):
     torch.save(state, path)
 
 
+def about(**change):
+    """Another data.json."""
+
+    def spoil(path):
+        file = path.parents[1] / "data.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    return spoil
+
+
 CHECKPOINTS = {
     "tampered with": (tampered, "its content has another digest than when it was written"),
     "missing": (lambda p: p.unlink(), "training stopped at step 2"),
@@ -551,8 +580,11 @@ CHECKPOINTS = {
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"version": 2, "model": Evil()})), "not a readable checkpoint"),
     "pickle in a zip": (lambda p: torch.save({"version": 2, "model": Evil()}, p), "not a readable checkpoint"),
     "bomb": (bomb, "not a readable checkpoint (it unpacks to more than"),
-    "other version": (saved(lambda s: s.update(version=1)), "checkpoint version 1, expected 2"),
-    "a tensor": (lambda p: torch.save(torch.zeros(3), p), "checkpoint version 'Tensor', expected 2"),
+    "other version": (saved(lambda s: s.update(version=1)), f"checkpoint version 1, expected {checkpoint.VERSION}"),
+    "a tensor": (
+        lambda p: torch.save(torch.zeros(3), p),
+        f"checkpoint version 'Tensor', expected {checkpoint.VERSION}",
+    ),
     "no model": (saved(lambda s: s.pop("model") and None), "a checkpoint without 'model', expected one of a run"),
     "other architecture": (saved(lambda s: s["config"]["network"].update(width=[3, 4, 5])), "another architecture"),
     "a weight lacks": (saved(lambda s: s["model"].pop("heads.conv.weight") is None), "lacks 'heads.conv.weight'"),
@@ -566,13 +598,18 @@ CHECKPOINTS = {
     "not finished": (saved(lambda s: s.update(finished=False)), "training stopped at step 2"),
     "data.json gone": (lambda p: (p.parents[1] / "data.json").unlink(), "data.json: no such file"),
     "channels without names": (
-        lambda p: (p.parents[1] / "data.json").write_text('{"in_channels": 1, "channel_names": []}'),
+        about(channel_names=[]),
         "data.json: channel_names [], expected the names of 1 MR channels",
     ),
+    "no channels": (about(in_channels=0), "data.json: in_channels 0, expected the number of MR channels of the run"),
+    "channels of text": (about(in_channels="1"), "data.json: in_channels is '1', expected a whole number"),
+    "labels of text": (about(labels={"background": "0"}), "data.json: labels.background is '0', expected a whole"),
+    "cases a list": (about(cases=[]), "data.json: cases is [], expected an object"),
     "data.json empty": (
         lambda p: (p.parents[1] / "data.json").write_text("{}"),
-        "data.json: in_channels None, expected",
+        "data.json: there is no 'in_channels', expected a whole number",
     ),
+    "data.json a list": (lambda p: (p.parents[1] / "data.json").write_text("[]"), "data.json: it is [], expected an"),
 }
 
 
@@ -622,3 +659,112 @@ def test_bad_places(made, tmp_path, capsys, arguments, message):
     names |= {"new": str(tmp_path / "new"), "file": str(tmp_path / "file")}
     refused(capsys, [argument.format(**names) for argument in arguments], message)
     assert not (tmp_path / "new").exists()
+
+
+# --- what the product has written itself ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(made):
+    """The run with its predictions and their metrics beside it."""
+    assert main(["predict", str(made / "run"), str(made / "cohort"), str(made / "predictions"), "--draws", "0"]) == 0
+    assert main(["evaluate", str(made / "predictions"), str(made / "cohort")]) == 0
+    return made
+
+
+def changed(*place, to=None):
+    """Something else in one place of a JSON file; without `to` it is gone."""
+
+    def change(text):
+        content = part = json.loads(text)
+        for key in place[:-1]:
+            part = part[key]
+        if to is None:
+            del part[place[-1]]
+        else:
+            part[place[-1]] = to
+        return json.dumps(content)
+
+    return change
+
+
+HISTORY, METRICS, CONFIG, TOLD = "run/history.json", "metrics.json", "run/config.yaml", "predictions/predictions.json"
+CASE = ("cases", "phantom_002")
+WRITTEN = {
+    "history {}": (HISTORY, lambda t: "{}", "there is no 'groups', expected a list"),
+    "history []": (HISTORY, lambda t: "[]", "it is [], expected an object"),
+    "history cut": (HISTORY, lambda t: t[:300], "not readable as JSON"),
+    "history gone": (HISTORY, None, "no such file"),
+    "history of text": (
+        HISTORY,
+        changed("curves", "psnr", to=["high"]),
+        "curves.psnr[0] is 'high', expected a number or",
+    ),
+    "history of a curve too short": (HISTORY, changed("curves", "nll", "ct", to=[]), "curves.nll.ct has 0 values"),
+    "history of no step": (
+        HISTORY,
+        changed("curves", to={"nll": {}} | {name: [] for name in CURVES}),
+        "curves.step has 0 values, expected one for each of the steps",
+    ),
+    "history of other groups": (HISTORY, changed("groups", to=["shared"]), "3 shares, expected one for each of 1"),
+    "history without a layer": (HISTORY, changed("allocation", "entropy", to={}), "are of different layers"),
+    "metrics {}": (METRICS, lambda t: "{}", "there is no 'conventions', expected an object"),
+    "metrics gone": (METRICS, None, "no such file"),
+    "no rules": (METRICS, changed("conventions", to={}), "there is no 'conventions.label_names'"),
+    "empty rules": (METRICS, changed("conventions", "rules", to={}), "conventions.rules is empty"),
+    "other summary": (METRICS, changed("summary", to={"ct": {}}), "summary is not that of its cases"),
+    "number in the summary": (
+        METRICS,
+        changed("summary", "dice_mean", "mean", to=1),
+        "summary is not that of its cases",
+    ),
+    "cases a list": (METRICS, changed("cases", to=[1]), "cases is [1], expected an object"),
+    "no cases": (METRICS, changed("cases", to={}), "cases is empty"),
+    "a case a number": (METRICS, changed(*CASE, to=3), "cases.phantom_002 is 3, expected an object"),
+    "no overall CT": (METRICS, changed(*CASE, "ct", "overall"), "cases.phantom_002.ct is incomplete"),
+    "no gain": (METRICS, changed(*CASE, "psnr_gain"), "cases.phantom_002.ct is incomplete"),
+    "no mean Dice": (METRICS, changed(*CASE, "dice_mean"), "cases.phantom_002.dice is incomplete"),
+    "a number in words": (
+        METRICS,
+        changed(*CASE, "ct", "bones", "mae_hu", to="12"),
+        "ct.bones.mae_hu is '12', expected a number or null",
+    ),
+    "no hashes": (METRICS, changed("predictions"), "there is no 'predictions', expected an object"),
+    "config Latin-1": (CONFIG, lambda t: b"data: \xfc\n", "not text in UTF-8"),
+    "config gone": (CONFIG, None, "no such file"),
+    "config a list": (CONFIG, lambda t: "[1]", "its configuration is not one of this version (it: it is [1], expected"),
+    "config not YAML": (CONFIG, lambda t: "a: [1", "not readable as YAML"),
+    "config of another run": (
+        CONFIG,
+        lambda t: t.replace("seed: 0", "seed: 7"),
+        "seed is 7, the run was trained with 0, expected that",
+    ),
+    "config with words": (
+        CONFIG,
+        lambda t: t.replace("seed: 0", "seed: none"),
+        "seed is 'none', expected a whole number",
+    ),
+    "predictions []": (TOLD, lambda t: "[]", "it is [], expected an object"),
+    "predictions of words": (TOLD, changed("draws", to="8"), "draws is '8', expected a whole number"),
+    "labels of predictions": (TOLD, changed("labels", to=[]), "labels is [], expected an object"),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_own_files_are_checked_when_they_are_read(evaluated, tmp_path, capsys, what):
+    name, change, message = WRITTEN[what]
+    for part in ("run", "predictions"):
+        shutil.copytree(evaluated / part, tmp_path / part)
+    shutil.copy(evaluated / "metrics.json", tmp_path)
+    path = tmp_path / name
+    if change is None:
+        path.unlink()
+    else:
+        content = change(path.read_text())
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = tmp_path / "new" / "report.html"
+    places = [str(tmp_path / part) for part in ("predictions", "metrics.json")]
+    command = ["report", str(tmp_path / "run"), str(evaluated / "cohort"), *places, "--out", str(out)]
+    refused(capsys, command, f"{path}: ")
+    refused(capsys, command, message)
+    assert not out.parent.exists()

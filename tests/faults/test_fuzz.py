@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from sfg_fast.data import Cache, SliceSampler, preprocess, read_cohort, read_labels, read_volume, write_phantom
 from sfg_fast.errors import InputError
-from sfg_fast.training import checkpoint
+from sfg_fast.evaluation import figures, html, metrics
+from sfg_fast.training import checkpoint, history
 from sfg_fast.training.folds import read_fold
 
 MEMORY = 64 * 2**20  # bytes that a file of a few kilobytes may take
@@ -246,6 +247,50 @@ def test_splits(cache, examples):
 
     fuzz(examples, alterations([{"train": names[:1], "val": names[1:]}, {"train": names[1:], "val": names[:1]}]), check)
     path.unlink()
+
+
+CURVES = {name: [1.5, 2.0] for name in history.CURVES} | {"step": [2, 4], "nll": {"ct": [1.0, None]}}
+HISTORY = {
+    "groups": ["shared", "ct"],
+    "curves": CURVES,
+    "allocation": {"step": [2, 4], "p": {"a": [[0.5, 0.5], [0.25, 0.75]]}, "entropy": {"a": [0.7, 0.6]}},
+    "validation": {"step": [], "nll": []},
+}
+
+
+@quick_and_long(60, 2_000)
+def test_histories(tmp_path, examples):
+    path = tmp_path / "history.json"
+
+    def draw():
+        found = history.read_history(path)
+        for figure in (figures.allocation, figures.allocation_over_training, figures.entropy, figures.curves):
+            figure(found)
+
+    def check(changed):
+        path.write_text(json.dumps(changed))
+        answers(draw)
+
+    fuzz(examples, alterations(HISTORY), check)
+
+
+@quick_and_long(150, 10_000)
+def test_metrics(tmp_path, examples):
+    number, names = np.random.default_rng(0), {"background": 0, "x": 1}
+    ct, labels = (number.normal(0, 300, (2, 3, 4)) for _ in range(2)), number.integers(0, 2, (2, 3, 4))
+    case = metrics.case_metrics(*ct, labels, labels, np.ones((2, 3, 4)), names)
+    original = metrics.metrics_document({"a": case, "b": case}, names)
+    path = tmp_path / "metrics.json"
+
+    def write():
+        document = metrics.read_metrics(path)
+        html.write_report(tmp_path / "a.html", "", config_yaml="", document=document, figures=[], notes=[])
+
+    def check(changed):
+        path.write_text(json.dumps(changed))
+        answers(write)
+
+    fuzz(examples, alterations(original), check)
 
 
 @quick_and_long(100, 10_000)

@@ -4,6 +4,7 @@ A process is killed at a random call of a random function (tests/processes.py), 
 writing a file; and by the kernel in the middle of a write.
 """
 
+import json
 import os
 import resource
 import shutil
@@ -18,6 +19,8 @@ import torch
 from sfg_fast.cli import main
 from sfg_fast.data import Cache, preprocess, read_cohort
 from sfg_fast.errors import InputError, Preempted
+from sfg_fast.evaluation.predict import Predictor
+from sfg_fast.files import alone_in
 from sfg_fast.training import checkpoint
 from sfg_fast.training.run import load_run
 from sfg_fast.training.trainer import Trainer
@@ -122,6 +125,189 @@ def test_a_killed_worker_of_preprocess_is_one_clear_error(folder, tmp_path, monk
 
 def killed_soon():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predicted(folder):
+    """The predictions of an uninterrupted predict."""
+    predict(folder, folder / "predictions")
+    return folder / "predictions"
+
+
+def predict(made, out, resume=False):
+    cohort = read_cohort(made / "cohort")
+    return list(Predictor(made / "whole").cases(cohort, cohort.cases[2:], out, 2, resume=resume))
+
+
+def predict_by_command(made, out, *options):
+    arguments = ["predict", str(made / "whole"), str(made / "cohort"), str(out), "--split", "all", "--draws", "2"]
+    return main([*arguments, *options])
+
+
+def test_a_killed_predict_goes_on(folder, predicted, tmp_path):
+    for moment in moments(tmp_path / "calls", 4, 5, predict, folder, tmp_path / "counted"):
+        out = tmp_path / f"killed_{moment}"
+        assert launch(predict, folder, out, killed_at=moment) == [KILLED]
+        predict(folder, out, resume=out.exists())
+        assert contents(out) == contents(predicted), moment
+
+
+def stopped_at(monkeypatch, number, case=2):
+    """This process gets the signal while it predicts the n-th case."""
+    volume, calls = Predictor.volume, []
+
+    def watched(predictor, *arguments):
+        calls.append(1)
+        if len(calls) == case:
+            os.kill(os.getpid(), number)
+        return volume(predictor, *arguments)
+
+    monkeypatch.setattr(Predictor, "volume", watched)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM; --resume goes on"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_stopped_predict_keeps_what_is_complete_and_goes_on(
+    folder, tmp_path, monkeypatch, capsys, number, code, said
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_at(patch, number, case=1)
+        assert predict_by_command(folder, out) == code
+        assert not out.exists()
+    with monkeypatch.context() as patch:
+        stopped_at(patch, number)
+        assert predict_by_command(folder, out) == code
+    assert capsys.readouterr().err.strip().endswith(f"sfg-fast: {said}")
+    assert sorted(path.name for path in out.iterdir()) == ["phantom_000", "predictions.json"]
+    assert predict_by_command(folder, out) == 2
+    assert "not an empty folder; name a new one, or --resume goes on" in capsys.readouterr().err
+    calls = stopped_at(monkeypatch, number, case=99)
+    assert predict_by_command(folder, out, "--resume") == 0
+    assert len(calls) == 5
+    assert predict_by_command(folder, tmp_path / "whole") == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_resumed_predict_does_again_what_has_changed_and_nothing_else(folder, predicted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(predicted, out)
+    (out / ".partial-1-phantom_002").mkdir()  # as a kill leaves it
+    told = json.loads((out / "predictions.json").read_text())
+    told["cases"]["phantom_003"] = ["0" * 64]
+    (out / "predictions.json").write_text(json.dumps(told))
+    for name in ("phantom_003", "phantom_004"):
+        (out / name / "ct.nii.gz").write_bytes(b"of before")
+    shutil.rmtree(out / "phantom_005")
+    calls = stopped_at(monkeypatch, signal.SIGTERM, case=99)
+    assert [name for name, _ in predict(folder, out, resume=True)] == [f"phantom_00{n}" for n in (2, 3, 4, 5)]
+    assert len(calls) == 2
+    assert (out / "phantom_004" / "ct.nii.gz").read_bytes() == b"of before"  # its MR has not changed
+    kept = contents(out)
+    kept.pop(Path("phantom_004/ct.nii.gz"))
+    assert kept.items() <= contents(predicted).items()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--draws", "3"], "draws is 3 now, the predictions there have 2, expected the same or another folder"),
+        (["--by", "draws"], "by is 'draws' now, the predictions there have 'map'"),
+        (["--checkpoint", "best"], "checkpoint is 'best' now, the predictions there have 'final'"),
+    ],
+)
+def test_a_resumed_predict_of_another_kind_is_refused(folder, predicted, capsys, options, said):
+    before = contents(predicted)
+    assert predict_by_command(folder, predicted, "--resume", *options) == 2
+    assert f"predictions.json: {said}" in capsys.readouterr().err
+    assert contents(predicted) == before
+
+
+def test_a_resumed_predict_of_another_checkpoint_is_refused(folder, predicted, tmp_path, capsys):
+    shutil.copytree(predicted, tmp_path / "out")
+    told = json.loads((predicted / "predictions.json").read_text()) | {"digest": "of another"}
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps(told))
+    assert predict_by_command(folder, tmp_path / "out", "--resume") == 2
+    assert "the predictions there have 'of another', expected the same or another folder" in capsys.readouterr().err
+    (tmp_path / "out" / "predictions.json").unlink()
+    assert predict_by_command(folder, tmp_path / "out", "--resume") == 2
+    assert "already there and not an empty folder; name a new one\n" in capsys.readouterr().err
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+NETWORK = ["--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed"]
+NETWORK += ["--schedule.steps", "4", "--schedule.batch", "2", "--checkpoint-every", "2", "--log-every", "2"]
+
+
+def command(made, name, out, *options):
+    return {
+        "train": ["train", "--data", str(made / "cache"), "--out", str(out), *NETWORK],
+        "predict": ["predict", str(made / "whole"), str(made / "cohort"), str(out), "--draws", "0"],
+    }[name] + list(options)
+
+
+@pytest.mark.parametrize("name", ["train", "predict"])
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_two_at_a_time_are_refused(folder, tmp_path, capsys, name, options):
+    out = tmp_path / "out"
+    with alone_in(out):
+        (out / "half.part").touch()
+        assert main(command(folder, name, out, *options)) == 2
+        assert f"{out}: another process is writing to it" in capsys.readouterr().err
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "half.part"]
+
+
+def test_a_fold_is_for_one_process_at_a_time(folder, tmp_path, capsys):
+    with alone_in(tmp_path / "out" / "fold_0"):
+        assert main(command(folder, "train", tmp_path / "out", "--folds", "2", "--resume")) == 2
+    assert "fold_0: another process is writing to it" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def killed_in_training(arguments):
+    step = Trainer._train_step
+
+    def watched(trainer):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer)
+
+    Trainer._train_step = watched
+    main(arguments)
+
+
+def test_a_killed_command_is_resumed_at_once(folder, tmp_path):
+    arguments = command(folder, "train", tmp_path / "run")
+    assert launch(killed_in_training, arguments) == [KILLED]
+    assert (tmp_path / "run" / ".lock").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "final.pt")["step"] == 4
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def freeze_with_file_limit(run, out):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    sys.exit(main(["freeze", str(run), str(out)]))
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_the_disk_is_full_when_a_network_is_frozen(folder, tmp_path, ending):
+    """torch's own writer would abort the process."""
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
+    assert launch(freeze_with_file_limit, folder / "whole", tmp_path / f"net.{ending}") == [1]
+    assert not list(tmp_path.iterdir())
 
 
 def with_file_limit(size, killed, run):

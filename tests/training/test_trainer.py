@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from sfg_fast.data import Cache, preprocess, read_cohort, write_phantom
-from sfg_fast.errors import InputError
+from sfg_fast.errors import InputError, Preempted
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.training import checkpoint
 from sfg_fast.training import trainer as trainer_module
-from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TransferConfig
+from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TransferConfig, difference
 from sfg_fast.training.folds import make_splits, read_fold
 from sfg_fast.training.run import load_run
 from sfg_fast.training.schedule import learning_rate_at
@@ -288,10 +288,88 @@ def test_resume_refuses_another_configuration(cache, tmp_path):
         Trainer(config(cache, tmp_path / "run", schedule={"learning_rate": 0.5}), resume=True)
 
 
+def test_no_tasks_to_transfer_are_others_than_those_of_the_same_name():
+    one, other = (dataclasses.asdict(config("data", "out", transfer=TransferConfig("run", t))) for t in ({}, None))
+    assert difference(one, other) == ("transfer.tasks", {}, None)
+    assert difference(one, {**one, "out": "elsewhere", "workers": 3}) is None
+
+
 def test_resume_refuses_a_finished_run(cache, tmp_path):
     Trainer(config(cache, tmp_path / "run", steps=2)).run()
     with pytest.raises(InputError, match="finished"):
         Trainer(config(cache, tmp_path / "run", steps=2), resume=True)
+
+
+# --- onlookers --------------------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A bar, a board or a figure that fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *arguments, **options):
+        raise self.error
+
+    def __getattr__(self, name):
+        return self
+
+
+def without(monkeypatch, what, error):
+    """Trainer's third argument, and a training in which something that looks on fails."""
+    broken = Broken(error)
+    if what == "the figure of its progress":
+        return broken
+    name = {"the progress bar": "_bar", "the tensorboard": "_board"}[what]
+    monkeypatch.setattr(Trainer, name, lambda trainer: broken)
+    return lambda history, folder: None
+
+
+ONLOOKERS = ["the figure of its progress", "the progress bar", "the tensorboard"]
+
+
+@pytest.mark.parametrize("what", ONLOOKERS)
+def test_nothing_that_only_looks_on_ends_a_training(cache, tmp_path, monkeypatch, capsys, what):
+    observe = without(monkeypatch, what, RuntimeError("no\nroom"))
+    trainer = Trainer(config(cache, tmp_path / "run"), False, observe)
+    trainer.run()
+    assert checkpoint.load(trainer.checkpoints / "final.pt")["step"] == 6
+    said = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert [line[line.index(what) :] for line in said] == [
+        f"{what} failed (RuntimeError: no room); training goes on without it"
+    ]
+
+
+@pytest.mark.parametrize("what", ONLOOKERS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, Preempted])
+def test_what_is_no_fault_of_an_onlooker_passes(cache, tmp_path, monkeypatch, what, error):
+    observe = without(monkeypatch, what, error())
+    with pytest.raises(error):
+        Trainer(config(cache, tmp_path / "run"), False, observe).run()
+
+
+def test_a_tensorboard_without_room_is_told_in_one_line(cache, tmp_path, monkeypatch, capsys):
+    """Its thread would print a traceback besides."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    Trainer(config(cache, tmp_path / "run")).run()
+    error = capsys.readouterr().err
+    assert error.count("the tensorboard failed (OSError: [Errno 28] No space left on device)") == 1
+    assert "Traceback" not in error
+
+
+def test_nobody_has_to_read_what_a_training_says(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Broken(BrokenPipeError(32, "Broken pipe")))
+    run = config(spoilt(cache, tmp_path / "bad"), tmp_path / "run", steps=4, schedule={"batch": 1}, max_bad_steps=4)
+    trainer = Trainer(run, False, Broken(RuntimeError("no display")))
+    trainer.run()
+    assert trainer.history["bad_steps"]
+    assert checkpoint.load(trainer.checkpoints / "final.pt")["step"] == 4
 
 
 def test_a_lost_network_stops_the_run_and_names_the_cases(cache, tmp_path):
@@ -606,7 +684,7 @@ def test_checkpoint_of_another_architecture(cache, tmp_path):
     other = Trainer(
         dataclasses.replace(run, out=str(tmp_path / "other"), network=NetworkConfig(width=[3, 4, 5], blocks=1))
     )
-    with pytest.raises(InputError, match=r"another architecture .*final.0.fixed_assignment"):
+    with pytest.raises(InputError, match=r"another architecture .*final.0.fixed_gates"):
         checkpoint.load_weights(other.model, state["model"], newest(trainer))
     state["model"]["heads.conv.weight"] = torch.zeros(1)
     with pytest.raises(InputError, match=r"another architecture \('heads.conv.weight' has shape \(1,\)"):
@@ -620,7 +698,7 @@ def test_checkpoint_that_is_none(tmp_path):
     with pytest.raises(InputError, match="not a readable checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
     torch.save({"version": 99}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="version 99, expected 2"):
+    with pytest.raises(InputError, match=f"version 99, expected {checkpoint.VERSION}"):
         checkpoint.load(tmp_path / "last.pt")
 
 
