@@ -5,8 +5,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from sfg_fast import assign, convert, set_temperature
-from sfg_fast.networks.controls import map_assignment, sfg_layers
+from sfg_fast import assign, convert, parameter_groups, set_temperature
+from sfg_fast.networks.controls import map_assignment
 
 TASKS = ("blur", "edges")
 
@@ -50,8 +50,7 @@ def sfg() -> nn.Module:
 
 
 def train(network: nn.Module, steps: int) -> float:  # the error, as a share of the targets' variance
-    logits = {id(layer.logits) for layer in sfg_layers(network).values()}
-    optimiser = torch.optim.Adam([{"params": p, "lr": 3e-2 if id(p) in logits else 3e-3} for p in network.parameters()])
+    optimiser = torch.optim.Adam(parameter_groups(network, lr=3e-3, logits_factor=10))
     for step in range(steps):
         set_temperature(network, max(0.1, 1 - step / steps))
         if step == int(0.6 * steps):  # the rest is for the weights of the most probable architecture

@@ -14,7 +14,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sfg_fast import convert, recalibrate
+from sfg_fast import convert, parameter_groups, recalibrate
 
 
 def case(seed: int) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def main(epochs: int = 10) -> dict[str, float]:
         max_epochs=epochs,
         train_data_loader=DataLoader([case(seed) for seed in range(32)], batch_size=8, shuffle=True),
         network=network,
-        optimizer=torch.optim.Adam(network.parameters(), 1e-2),
+        optimizer=torch.optim.Adam(parameter_groups(network), 1e-2),
         loss_function=Loss(),
         prepare_batch=prepare,
     )

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import nn
 
-from sfg_fast import SFGConv2d, penalties, predict, recalibrate, set_temperature
+from sfg_fast import SFGConv2d, parameter_groups, penalties, predict, recalibrate, set_temperature
 from sfg_fast.layers.streams import Heads
 
 
@@ -24,9 +24,7 @@ def main(steps: int = 300) -> float:
     options = {"tasks": ["blur", "edges"], "padding": 1, "norm": "batch", "activation": "relu"}
     network = nn.Sequential(SFGConv2d(1, 12, 3, **options), SFGConv2d(12, 12, 3, **options))
     network.append(Heads(12, {"blur": 1, "edges": 1}))
-    logits = [p for name, p in network.named_parameters() if name.endswith("logits")]
-    weights = [p for name, p in network.named_parameters() if not name.endswith("logits")]
-    optimiser = torch.optim.Adam([{"params": weights, "lr": 3e-3}, {"params": logits, "lr": 3e-2}])
+    optimiser = torch.optim.AdamW(parameter_groups(network, weight_decay=1e-4, lr=3e-3, logits_factor=10))
     for step in range(steps):
         set_temperature(network, max(0.1, 1 - step / steps))
         x, targets = batch()
