@@ -2,12 +2,13 @@
 
 python examples/libmtl.py [STEPS]
 
-LibMTL's architectures call the encoder once, and decoder t with item t of the list that it returns. So `Encoder` below is
-an `encoder_class` for its Trainer, with `architecture=HPS` and any weighting:
+LibMTL's architectures call the encoder once, and decoder t with item t of the list that it returns. So `Encoder` below
+is an `encoder_class` for its Trainer, with `architecture=HPS` and any weighting:
 
     Trainer(task_dict, weighting=.., architecture=HPS, encoder_class=Encoder, decoders=decoders(), rep_grad=False, ..)
 
-Let `optim_param` have no weight_decay, which would decay the logits. `train` does with equal weights what its Trainer does.
+Let `optim_param` have no weight_decay, which would decay the logits. `train` does what its Trainer does with equal
+weights.
 """
 
 import sys
