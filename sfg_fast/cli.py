@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _one_line_warnings() -> Iterator[None]:
     """Warnings without the line of source that they come from."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n" 
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     try:
         yield
     finally:
