@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sfg_fast.gpu.timing import captured, interleaved, synchronize
-from sfg_fast.show_config import processor
+from sfg_fast.configuration import processor
 
 Spread = tuple[float, float, float]  # median, lower and upper quartile
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import reference
     from .backends import backend
+    from .configuration import show_config
     from .features import SFGFeatures
     from .gpu.gpu_check import gpu_check
     from .groups import FilterGroups
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .networks.highresnet import SFGHighResNet
     from .networks.transfer import transfer
     from .networks.vgg import SFGVGG
-    from .show_config import show_config
 
 # Where each name is. A new one stands here, above for mypy and editors, and in `__all__`.
 _MODULES = {
@@ -53,7 +53,7 @@ _MODULES = {
     "sampling": "networks.controls",
     "set_estimator": "networks.controls",
     "set_temperature": "networks.controls",
-    "show_config": "show_config",
+    "show_config": "configuration",
     "transfer": "networks.transfer",
 }
 

@@ -46,3 +46,7 @@ def test_monai_engine_on_every_backend(name):
         found = load("monai_engine").main(2)
     assert 0 < found["dice"] <= 1
     assert 0 < found["mae"] < 2
+
+
+def test_libmtl():
+    assert load("libmtl").train(150) < 0.4

@@ -20,7 +20,7 @@ FLOORS = [  # lowest first; a file imports only from floors below its own, or fr
     {"backends", "estimators", "features", "gates", "norm", "plain_ops"},
     {"reference", "passes", "operators", "routed_conv", "normalised_conv"},
     {"layers"},
-    {"gpu", "show_config"},
+    {"configuration", "gpu"},
     {"networks"},
     {"training"},
     {"evaluation"},
@@ -84,7 +84,7 @@ def test_public_names():
         "import sfg_fast; print(sfg_fast.layers.conv.SFGConv2d is sfg_fast.SFGConv2d)",
         "import sfg_fast; print(sfg_fast.backends.backend is sfg_fast.backend)",
         "from sfg_fast import *; print(issubclass(SFGConv2d, reference.SFGConv2d), end=''); print() if SFGVGG else 0",
-        "from sfg_fast import show_config; import sfg_fast.show_config; print(callable(sfg_fast.show_config))",
+        "import sfg_fast.configuration; print(callable(sfg_fast.show_config))",
     ],
 )
 def test_names_are_there_when_they_are_looked_at(code):

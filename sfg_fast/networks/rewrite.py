@@ -289,8 +289,9 @@ class Rewriting:
                 f"{name!r} has a parametrised weight, which an SFG layer would not compute: call "
                 f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before"
             )
-        elif not isinstance(conv.weight, nn.Parameter):  # the hook that makes it is told, too
-            pass
+        elif not isinstance(conv.weight, nn.Parameter):
+            if name not in self.hooked:  # which is told, too
+                self.obstacles.append(f"{name!r} has a weight that is no nn.Parameter, expected one")
         else:
             norm, activation = self._followers(node)
             self.network.set_submodule(name, self._sfg(conv, norm, activation))
