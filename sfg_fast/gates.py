@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import backends
 from .estimators import ESTIMATORS, Estimator, straight_through
 from .groups import FilterGroups, group_names
+from .tracing import in_graph
 
 # --- the start: initial p ---------------------------------------------------------------------------------------------
 
@@ -203,19 +204,23 @@ class GroupGates(nn.Module):
     @property
     def assigned(self) -> bool:
         """Is there a fixed assignment? `fixed_gates` says so, also where somebody else has written to it (an average of
-        models, a checkpoint, another process); a device is asked only then."""
+        models, a checkpoint, another process). A device is asked only if it has been written to since."""
         fixed = self.fixed_gates
         # A graph keeps what it was compiled for. Under DistributedDataParallel buffers are written to in every step.
-        if torch.compiler.is_compiling() or type(fixed) is not Tensor or (self.training and fixed.is_cuda):
+        if in_graph() or fixed.is_meta or (self.training and not fixed.is_cpu):
             return self._assigned
-        tensor, version = self._known
-        if fixed is not tensor or fixed.is_inference() or fixed._version != version:
-            self._now_assigned(not fixed.is_meta and bool((fixed.amax(1) > 0).all()))
+        if fixed.is_cpu:  # values are soon compared; writing through `.data` counts no version
+            same = self._seen.device == fixed.device and torch.equal(fixed, self._seen)
+        else:
+            same = self._written == (id(fixed), -1 if fixed.is_inference() else fixed._version)
+        if not same:
+            self._now_assigned(bool((fixed.amax(1) > 0).all()))
         return self._assigned
 
     def _now_assigned(self, assigned: bool) -> None:
         fixed = self.fixed_gates
-        self._assigned, self._known = assigned, (fixed, -1 if fixed.is_inference() else fixed._version)
+        self._assigned, self._written = assigned, (id(fixed), 0 if fixed.is_inference() else fixed._version)
+        self._seen = fixed.clone() if fixed.is_cpu else fixed
 
     @property
     def fixed_assignment(self) -> Tensor:
@@ -352,11 +357,12 @@ _made: weakref.WeakSet[GroupGates] = weakref.WeakSet()
 
 
 def _tell_decay(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-    """Before an optimiser's first step: a warning, if it would decay logits. (Decay draws p towards uniform, whatever
-    is learnt, also under a fixed assignment.)"""
-    if torch.compiler.is_compiling() or optimiser in _looked_at:
+    """Before an optimiser's first step with these groups of parameters: a warning, if it would decay logits. (Decay
+    draws p towards uniform, whatever is learnt, also under a fixed assignment.)"""
+    groups = len(optimiser.param_groups)
+    if torch.compiler.is_compiling() or _looked_at.get(optimiser) == groups:
         return
-    _looked_at.add(optimiser)
+    _looked_at[optimiser] = groups
     logits = {id(layer.logits) for layer in _made if layer.logits.requires_grad}
     for group in optimiser.param_groups:
         decayed = [p for p in group["params"] if id(p) in logits] if group.get("weight_decay") else []
@@ -369,7 +375,7 @@ def _tell_decay(optimiser: torch.optim.Optimizer, *_: Any) -> None:
             )
 
 
-_looked_at: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_looked_at: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 register_optimizer_step_pre_hook(_tell_decay)
 
 

@@ -32,7 +32,7 @@ _REVIVES = {
     torch.cos, torch.log, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
 
-_INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
+INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
 
 
 class TensorLike:
@@ -53,6 +53,10 @@ class TensorLike:
 
     def detach(self) -> Self:
         return self.channelwise(Tensor.detach)
+
+    def crop(self, index: tuple[slice, ...]) -> Self:
+        """[:, :, from:to, from:to] of a tensor."""
+        return self.channelwise(lambda x: x[index])
 
     def dim(self) -> int:
         return len(self.shape)
@@ -80,18 +84,13 @@ class TensorLike:
     def __getattr__(self, name: str) -> Any:
         """What to raise for what features don't have."""
         text = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(f"{text}, because it is no tensor: {_INSTEAD}" if hasattr(Tensor, name) else text)
+        raise AttributeError(f"{text}, because it is no tensor: {INSTEAD}" if hasattr(Tensor, name) else text)
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return act_on_features(function, args, dict(kwargs or {}))
-
-
-def crop(features: TensorLike, index: tuple[slice, ...]) -> TensorLike:
-    """features[:, :, from:to, from:to]"""
-    return features.channelwise(lambda x: x[index])
 
 
 def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,7 +124,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
             raise TypeError(f"{name}: SFG features have no indices, expected return_indices=False")
         raise TypeError(
             f"{name} is not known to act on each channel alone and to keep zeros, so it can't act on SFG features: "
-            f"{_INSTEAD}"
+            f"{INSTEAD}"
         )
     _check_keeps_zeros(function, name, rest, kwargs)
     if kwargs.get("inplace"):  # the packed tensor is the layer's own

@@ -170,16 +170,18 @@ def recalibrate(
     """Re-estimate all running statistics from images [N, C, H, W], all batches alike.
 
     batches: a loader of images, or of tuples, lists or dicts that hold them: `image` says where (an index or a key; by
-    default the first of a tuple or list). Images are moved to where the model is.
+    default the first of a tuple or list). Images are moved to the model's device
+    and dtype.
 
     For argmax p (or the fixed assignment): running statistics of training are a mixture over draws, and the `map`
     evaluation and a freeze need those of the very assignment. With `drawn` for predictions by draws instead: every
     batch is one draw. A network with separate stacks holds one of the two: a stream that argmax p leaves without a
     kernel has no spread at all, and its statistics would blow up any draw that uses it.
-    If anything fails the statistics are as before. Raises ValueError if there is no batch, or no image in one.
+    If anything fails the statistics are as before. Raises ValueError if there is no batch, no image in one, or
+    one that is not finite.
     """
     layers = sfg_layers(model)
-    device = next((parameter.device for parameter in model.parameters()), None)
+    like = next(model.parameters())
     free = [layer for layer in layers.values() if not layer.assigned]
     norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -206,7 +208,7 @@ def recalibrate(
             count = 0
             with sampling(model) if drawn else contextlib.nullcontext():
                 for count, batch in enumerate(batches, 1):  # noqa: B007
-                    model(_image_in(batch, image, device))
+                    model(_image_in(batch, image, like))
         if not count:
             raise ValueError("recalibrate got no batch, expected at least one")
     except BaseException:
@@ -219,8 +221,8 @@ def recalibrate(
             layer.assign(None)
 
 
-def _image_in(batch: Any, where: int | str | None, device: torch.device | None) -> Tensor:
-    """The image of a batch, whatever a loader gives."""
+def _image_in(batch: Any, where: int | str | None, like: Tensor) -> Tensor:
+    """The image of a batch, whatever a loader gives, on the device and in the dtype of a parameter."""
     found = batch
     if isinstance(batch, Mapping) and where is None:
         keys = ", ".join(map(repr, batch))
@@ -235,7 +237,9 @@ def _image_in(batch: Any, where: int | str | None, device: torch.device | None) 
     if not isinstance(found, Tensor) or found.dim() != 4:
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
         raise ValueError(f"recalibrate got a batch whose images have {what}, expected a tensor [N, C, H, W]")
-    return found.to(device)
+    if not torch.isfinite(found).all():
+        raise ValueError("recalibrate got a batch with values that are NaN or infinite, expected images without")
+    return found.to(like)
 
 
 def norm_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import keyword
+import random
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..groups import group_names
+from ..plain_ops import INSTEAD
 from .controls import sfg_layers
-from .record import WITH_GRADIENT, differences, record
+from .record import WITH_GRADIENT, AnotherWay, base_of, differences, is_leaf, record, remove_unused
 from .rewrite import COPIED, DROPOUTS, REMOVE_HOOKS, Report, Rewriting, hook_of
 
 
@@ -86,35 +92,71 @@ def convert(
             transposed or grouped convolution, a sum with something that is no feature of an SFG layer, hooks, a
             function that does something else on another image or in `train()`, ..
     """
-    tasks = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(group_names(tasks)[1:])
-    image = _example(module, example)
-    images = _Images.like(image)
-    network, training = _copied(module).eval(), _copied(module).train()
-    modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
-    graph, _ = _recorded(network, image, example is None)
-    in_training, _ = _recorded(training, images.batch, example is None)
-    told = set(differences(graph, in_training))
-    for node, other in zip(graph.nodes, in_training.nodes, strict=True):
-        node.meta[WITH_GRADIENT] = other.meta.get(WITH_GRADIENT, True)  # in eval() it may do without
+    sizes = _sizes(tasks)
+    skip = _checked(module, skip, options)
+    with torch.inference_mode(False), torch.enable_grad():
+        image = _example(module, example)
+        images = _Images.like(image)
+        network, training = _copied(module).eval(), _in_training(module)
+        modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
+        graph, _ = _recorded(network, image, example is None)
+        in_training = _recorded_in_training(training, images.batch, graph, example is None)
+        told = set(differences(graph, in_training))
+        for node, other in zip(graph.nodes, in_training.nodes, strict=True):
+            node.meta[WITH_GRADIENT] = other.meta.get(WITH_GRADIENT, True)  # in eval() it may do without
 
-    rewriting = Rewriting(network, graph, told, tuple(tasks), set(skip), options, modes)
-    rewriting.run()
-    if rewriting.obstacles:
-        raise ValueError(_together(rewriting.obstacles))
-    converted = fx.GraphModule(network, graph)
-    converted.graph.eliminate_dead_code()
-    converted.graph.lint()
-    converted.recompile()
-    _check_equal(module, converted, images)
-    _tell_copied(rewriting.report, strict)
-    for task, size in tasks.items():
-        for name in (f"{one}.{task}" for one in rewriting.sized):
-            if size is not None:
-                converted.set_submodule(name, _resized(converted.get_submodule(name), size))
+        rewriting = Rewriting(network, graph, told, tuple(sizes), skip, options, modes)
+        rewriting.run()
+        if rewriting.obstacles:
+            raise ValueError(_together(rewriting.obstacles))
+        converted = fx.GraphModule(network, graph)
+        remove_unused(converted.graph)
+        converted.graph.lint()
+        converted.recompile()
+        converted.meta["channels"] = image.shape[1]  # for whoever needs an image for it
+        _check_equal(module, converted, images)
+        _tell_copied(rewriting.report, strict)
+        _resize_heads(converted, rewriting.sized, sizes, image)
     converted.train(module.training)
     for child, mode in modes.items():
         child.training = mode
     return (converted, rewriting.report) if report else converted
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def _sizes(tasks: Mapping[str, int] | Iterable[str]) -> dict[str, int | None]:
+    """The number of outputs of each task, None: as many as the module has. ValueError for names that can't be those of
+    modules, and for sizes that are none."""
+    sizes: dict[str, int | None] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(group_names(tasks)[1:])
+    for name, size in sizes.items():
+        taken = isinstance(name, str) and (keyword.iskeyword(name) or hasattr(nn.ModuleDict, name) or "." in name)
+        if not isinstance(name, str) or not name or taken or name in vars(nn.ModuleDict()):
+            raise ValueError(f"convert: a task can't be called {name!r}, which is no name that a module can have")
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"convert: tasks[{name!r}]={size!r}, expected a number of outputs, at least 1")
+    return sizes
+
+
+def _checked(module: nn.Module, skip: Iterable[str], options: Mapping[str, Any]) -> set[str]:
+    """`skip` as a set. ValueError for what can't be converted at all."""
+    if isinstance(skip, str):
+        raise ValueError(f"convert: skip={skip!r} is one text, expected a sequence of names")
+    if unknown := options.keys() - {"init", "estimator"}:
+        raise ValueError(f"convert: unknown option {sorted(unknown)[0]!r}, expected init or estimator")
+    if hasattr(module, "_orig_mod"):
+        raise ValueError("convert: the module is compiled, expected the network itself: module._orig_mod")
+    if sfg_layers(module):
+        raise ValueError("convert: the module has SFG layers already, expected a plain network")
+    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    if any(isinstance(one, lazy) for one in (*module.parameters(), *module.buffers())):
+        raise ValueError("convert: the module has lazy layers without weights, expected that it was run once")
+    fixed = {*vars(fx.GraphModule(nn.Module(), fx.Graph())), "self"}
+    for name, _ in module.named_children():
+        if name in fixed or hasattr(fx.GraphModule, name):
+            raise ValueError(f"convert: a module is called {name!r}, as a part of torch.fx.GraphModule: rename it")
+    return set(skip)
 
 
 # --- images to record and to compare with -----------------------------------------------------------------------------
@@ -122,7 +164,7 @@ def convert(
 
 class _Images(NamedTuple):
     """example: [N, C, H, W]; noise: of the same shape; batch: more of them, at least two; sizes: of other heights and
-    widths, the first that the network takes is compared."""
+    widths, of which those that the network takes are compared, at most three."""
 
     example: Tensor
     noise: Tensor
@@ -133,8 +175,9 @@ class _Images(NamedTuple):
     def like(cls, example: Tensor) -> _Images:
         noise = 1 + 2 * _noise(example, 1)  # of another mean and spread, too
         n, c, height, width = example.shape
-        sizes = ((height // 2, width + width // 2), (height + 32, width + 64), (2 * height, 3 * width))
-        others = (_noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if h)
+        wide, tall, odd = (height // 2, width + width // 2), (height + height // 2, width // 2), (height + 1, width + 1)
+        sizes = (wide, tall, odd, (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width))
+        others = (_noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
         return cls(example, noise, torch.cat([example, noise, noise.flip(-1)]), tuple(others))
 
 
@@ -146,9 +189,10 @@ def _example(module: nn.Module, example: Tensor | None) -> Tensor:
         raise ValueError(f"convert: the module has no nn.Conv2d{found}")
     if example is None:
         return _noise(first.weight.new_empty(1, first.in_channels, 64, 64), 0)
-    if example.dim() != 4:
-        raise ValueError(f"convert: example has shape {tuple(example.shape)}, expected an image [N, C, H, W]")
-    return example.detach()
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.numel():
+        found = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"type {type(example).__name__}"
+        raise ValueError(f"convert: example has {found}, expected an image [N, C, H, W]")
+    return example.detach().clone()
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -159,6 +203,55 @@ def _copied(module: nn.Module) -> nn.Module:
         raise ValueError(
             f"convert: the module can't be copied ({'; '.join(hooked) or error}): {REMOVE_HOOKS}"
         ) from error
+
+
+def _in_training(module: nn.Module) -> nn.Module:
+    """A copy in `train()`. ValueError if some of it is not: the converted network's `train()` knows no exceptions."""
+    training = _copied(module).train()
+    stays = [name for name, child in training.named_modules() if not child.training]
+    if stays:
+        raise ValueError(
+            f"convert: train() of the module keeps {stays[0]!r} in eval(), which that of the converted network would "
+            "not: expected a module without a train() of its own (call eval() on those parts of the converted network)"
+        )
+    return training
+
+
+def _recorded_in_training(training: nn.Module, batch: Tensor, evaluating: fx.Graph, by_default: bool) -> fx.Graph:
+    """The graph in `train()`. ValueError where the forward pass leaves more behind than statistics of torch's own
+    norms, or draws random numbers of Python or NumPy; a warning for tensors that it keeps, and for convolutions that
+    it reaches in `train()` only."""
+    leaves = {name for name, child in training.named_modules() if is_leaf(child)}
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    drawn = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
+    kept = {id(value) for child in training.modules() for value in vars(child).values()}
+    graph, _ = _recorded(training, batch, by_default)
+    if drawn != (random.getstate(), numpy.random.get_state()[1].tolist()):  # type: ignore[index]
+        raise ValueError(
+            "convert: the forward pass draws random numbers in train(), which one recording can't hold: use "
+            "nn.Dropout, or switch it off (a drop path of rate 0)"
+        )
+    norms = [node for node in graph.nodes if node.target in (F.batch_norm, torch.batch_norm)]
+    for read in (one for node in norms for one in node.all_input_nodes if one.op == "get_attr"):
+        leaves.add(str(read.target).rpartition(".")[0])  # a normalisation that calls the function
+    for name, value in training.state_dict().items():
+        inside = any(name.startswith(f"{leaf}.") for leaf in leaves)
+        if not inside and not torch.equal(value, before[name]):
+            raise ValueError(
+                f"convert: the forward pass changes {name!r} in train(), which the converted network would not: make "
+                "it a module of torch.nn, or leave it out"
+            )
+    stored = [
+        f"{name}.{key}".lstrip(".")
+        for name, child in training.named_modules()
+        for key, value in vars(child).items()
+        if isinstance(value, Tensor) and id(value) not in kept
+    ]
+    if stored:
+        warnings.warn(
+            f"convert: the forward pass stores {stored[0]!r}, which the converted network won't", stacklevel=3
+        )
+    return graph
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
@@ -186,31 +279,41 @@ def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> tuple[fx.G
 # --- is it the same network? ------------------------------------------------------------------------------------------
 
 
+FIRST = "the example"
+
+
 class _WithoutDropout(TorchFunctionMode):
     """Nothing drops: what is drawn would differ."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in DROPOUTS:
-            return args[0] if args else kwargs["input"]
+        values = [*args, *(kwargs or {}).values()]
+        if function in DROPOUTS and all(isinstance(one, Tensor) for one in values[:1]):
+            return values[0]
+        if function in (F.dropout, F.dropout2d):  # of features: others can't be
+            return values[0]
         return function(*args, **(kwargs or {}))
 
 
 def _check_equal(module: nn.Module, converted: fx.GraphModule, images: _Images) -> None:
     """With all kernels shared every task's output is what the module gives, in `eval()` and `train()`."""
     for name, image, training in (
-        ("the example", images.example, False),
+        (FIRST, images.example, False),
         ("noise", images.noise, False),
         ("another batch size", images.batch, False),
         ("a batch, in train()", images.batch, True),
     ):
         _compare(module, converted, name, image, training)
+    compared = 0
     for image in images.sizes:
         try:
             _outputs(module, image, False)
         except Exception:  # whatever the module may say of a size that it doesn't take
             continue
-        _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
-        break
+        with suppress(AnotherWay):  # which whoever runs it will be told as well
+            _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
+        compared += 1
+        if compared == 3:
+            break
 
 
 def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Tensor, training: bool) -> None:
@@ -225,15 +328,19 @@ def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Ten
     changed = _outputs(module, image * (1 + 4 * torch.finfo(image.dtype).eps), training)
     allowed = max(1e-3, 8 * rounding) * scale + 8 * (changed - expected).nan_to_num().abs().max().item()
     try:
-        found: dict[str, Tensor] = _outputs(_Naming(twin), image, training)
+        # Its code as anybody runs it, but for the first time, when what can't be done is named.
+        run = _Naming(twin) if name == FIRST else twin
+        found: dict[str, Tensor] = _outputs(run, image, training)
     except ValueError:
         raise
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: on {name} the converted network fails: {error}") from error
-    for y in found.values():
-        if y.shape != expected.shape or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
-            how = f"shapes {tuple(y.shape)} and {tuple(expected.shape)}"
-            if y.shape == expected.shape:
+    # In train() of the first task alone: what a module of its own draws is drawn for each.
+    for y in list(found.values())[: 1 if training else None]:
+        same = y.shape == expected.shape and y.dtype == expected.dtype
+        if not same or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
+            how = f"{y.dtype} {tuple(y.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+            if same:
                 how = f"largest difference {(y - expected).abs().max():.3g}"
             raise ValueError(
                 f"convert: with all kernels shared the outputs differ from the module's on {name} ({how}), so it does "
@@ -245,9 +352,10 @@ def _outputs(network: Any, image: Tensor, training: bool) -> Any:
     """Of a copy, which is left as it was."""
     twin = copy.deepcopy(network) if isinstance(network, nn.Module) else network
     twin.train(training)
-    with torch.no_grad(), _WithoutDropout(), warnings.catch_warnings():
+    with torch.no_grad(), torch.random.fork_rng([]), _WithoutDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a ReLU behind a sum: whoever trains it is told
-        return twin(image)
+        torch.manual_seed(0)  # an activation may draw (RReLU)
+        return twin(image.clone())
 
 
 class _Naming(fx.Interpreter):
@@ -268,7 +376,9 @@ class _Naming(fx.Interpreter):
         try:
             return super().run_node(n)
         except TypeError as error:  # of features, on what can't be done to them
-            raise ValueError(f"convert: {getattr(n.target, '__name__', n.target)!r}: {error}") from error
+            text = str(error).removesuffix(f": {INSTEAD}")
+            what = getattr(n.target, "__name__", n.target)
+            raise ValueError(f"convert: {what!r}: {text}; expected something else there in the module") from error
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -296,21 +406,43 @@ def _tell_copied(report: Report, strict: bool) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _resized(module: nn.Module, size: int) -> nn.Module:
+def _resize_heads(
+    converted: fx.GraphModule, names: Iterable[str], sizes: Mapping[str, int | None], image: Tensor
+) -> None:
+    """Layers that give the tasks' outputs their sizes, new where a size is another than the module's. ValueError if it
+    can't be done."""
+    for task, size in sizes.items():
+        for name in (f"{one}.{task}" for one in names):
+            if size is not None:
+                converted.set_submodule(name, _resized(name, converted.get_submodule(name), size))
+    try:
+        found: dict[str, Tensor] = _outputs(converted, image, False)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"convert: heads of {sizes} can't be made: {error}") from error
+    for task, size in sizes.items():
+        if size is not None and found[task].shape[1] != size:
+            raise ValueError(
+                f"convert: the head of {task!r} gives {found[task].shape[1]} outputs, expected {size}: something "
+                "behind the last layer decides how many they are"
+            )
+
+
+def _resized(name: str, module: nn.Module, size: int) -> nn.Module:
     """A layer, or a normalisation behind it, for so many outputs; a new one, if it had another number."""
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        if module.num_features == size:
-            return module
-        affine, tracks = module.affine, module.track_running_stats
-        like = next(itertools.chain(module.parameters(), module.buffers()), torch.zeros(()))
-        return type(module)(size, module.eps, module.momentum, affine, tracks).to(like)
-    if isinstance(module, nn.Linear):
-        if module.out_features == size:
-            return module
-        return nn.Linear(module.in_features, size, module.bias is not None).to(module.weight)
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    if module.out_channels == size:
+    base = base_of(module)
+    now = next(getattr(module, key) for key in ("out_channels", "out_features", "num_features") if hasattr(module, key))
+    if now == size or base is None:
         return module
-    names = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
-    options = {name: getattr(module, name) for name in names if name in inspect.signature(type(module)).parameters}
-    return type(module)(module.in_channels, size, bias=module.bias is not None, **options).to(module.weight)
+    if nn.utils.parametrize.is_parametrized(module) or hook_of(module):
+        raise ValueError(f"convert: {name!r} is parametrised or has hooks, so no head of {size} outputs can be made")
+    names = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "eps", "momentum", "affine",
+             "track_running_stats")  # fmt: skip
+    options = {key: getattr(module, key) for key in names if key in inspect.signature(base).parameters}
+    like = next(itertools.chain(module.parameters(), module.buffers()), torch.zeros(()))
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return base(size, **options).to(like)
+    options["bias"] = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear):
+        return base(module.in_features, size, **options).to(like)
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    return base(module.in_channels, size, module.kernel_size, **options).to(like)

@@ -38,6 +38,7 @@ def freeze(
             statistics must be those of this very assignment: `recalibrate(model, batches)` before.
         tasks: which tasks' outputs are kept; None: all.
         example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64]. Its size is forgotten.
+            (A network that `convert` made keeps what its forward pass asks of the size: see there.)
 
     Raises:
         ValueError: no SFG layer, a constant p, unknown tasks, or assignments of other layers.
@@ -74,7 +75,8 @@ def freeze(
     frozen = replaced.get("", frozen)
     if example is None:
         parameter = next(model.parameters())
-        example = parameter.new_zeros(1, next(iter(layers.values())).in_channels, 64, 64)
+        channels = getattr(model, "meta", {}).get("channels", next(iter(layers.values())).in_channels)  # (`convert`)
+        example = parameter.new_zeros(1, channels, 64, 64)
     if isinstance(frozen, fx.GraphModule):  # of `convert`: the heads are in the graph
         _keep_outputs(frozen, wanted)
     with torch.no_grad():

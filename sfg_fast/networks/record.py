@@ -11,13 +11,14 @@ import functools
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 # What a node's `meta` says: the innermost module whose forward pass made it; is it a number, no tensor; the shape of
 # the tensor; was it made while gradients were on.
@@ -64,14 +65,62 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, _Size) else float(value) if isinstance(value, _Ratio) else value
 
 
+class AnotherWay(ValueError):
+    """An image of this size takes another way through the network than the one that was recorded."""
+
+
+@fx.node.has_side_effect
+def as_recorded(comparison: str, left: Any, right: Any, expected: bool) -> None:
+    """Raises AnotherWay if two numbers compare otherwise than when the network was recorded: its forward pass has an
+    `if`, a maximum or the like there."""
+    if getattr(operator, comparison)(left, right) != expected:
+        raise AnotherWay(
+            f"the network was converted for images of other sizes: its forward pass asks {comparison}({left}, {right}) "
+            f"and got {expected}; expected convert(.., example=<an image of this size>)"
+        )
+
+
+class Rereader(fx.Tracer):
+    """Makes the graph again from the code that is pickled in its place: this function stays a node."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=(as_recorded,))
+
+
+def _decides(comparison: str) -> Callable[..., Any]:
+    """A comparison, which must come out the same whenever the graph is run."""
+
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        found = getattr(operator, comparison)(_plain(self), _plain(other))
+        arguments = (comparison, self.node, getattr(other, "node", other), found)
+        node = self.node.graph.call_function(as_recorded, arguments)
+        node.meta |= {NUMBER: True, WHERE: self.node.meta[WHERE]}
+        return found
+
+    return method
+
+
 for _kind in (_Size, _Ratio):
     for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
         setattr(_kind, f"__{_name}__", _remembers(getattr(operator, _name)))
         setattr(_kind, f"__r{_name}__", _remembers(getattr(operator, _name), swapped=True))
+    for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(_kind, f"__{_name}__", _decides(_name))
+    _kind.__bool__ = lambda self: self != 0  # type: ignore
+    _kind.__hash__ = _kind.__base__.__hash__  # type: ignore
     _kind.__neg__ = _remembers(operator.neg)  # type: ignore[method-assign]
     _kind.__ceil__ = _remembers(math.ceil)  # type: ignore[method-assign]
     _kind.__floor__ = _remembers(math.floor)  # type: ignore[method-assign]
     _kind.__round__ = _remembers(round)  # type: ignore[method-assign]
+
+
+# Functions that draw random numbers; what dropout draws is the module's own business.
+_RANDOM = re.compile(
+    r"(rand|randn|randint|randperm|bernoulli|normal|multinomial|poisson|binomial)(_like)?"
+    r"|(bernoulli|uniform|normal|exponential|geometric|cauchy|log_normal|random)_"
+)
 
 
 class _Tape(TorchFunctionMode):
@@ -79,21 +128,27 @@ class _Tape(TorchFunctionMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.graph, self.inside, self.known = fx.Graph(), 0, {}  # type: ignore[var-annotated]
+        self.graph, self.inside, self.known = fx.Graph(tracer_cls=Rereader), 0, {}  # type: ignore[var-annotated]
         self.kept: list[Any] = []  # so that no id is given twice
         self.scopes = [""]  # the modules whose forward passes are under way
         self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
 
     def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
-        leaves = pytree.tree_leaves(arguments)
-        if not any(isinstance(leaf, _Size | _Ratio) or id(leaf) in self.known for leaf in leaves):
+        if not self.knows(arguments):
             return
         if isinstance(out, Tensor):
-            self.tell(out, make(pytree.tree_map(self.node, arguments)))
+            self.tell(out, make(map_aggregate(arguments, self.node)))
         elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
-            whole = self.marked(make(pytree.tree_map(self.node, arguments)))
+            whole = self.marked(make(map_aggregate(arguments, self.node)))
             for index, one in enumerate(out):
                 self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
+
+    def knows(self, arguments: Any) -> bool:
+        """Is anything among them that the graph makes? (In slices, too.)"""
+        return any(isinstance(leaf, _Size | _Ratio) or id(leaf) in self.known for leaf in leaves_of(arguments))
+
+    def whose(self) -> str:
+        return repr(self.scopes[-1]) if self.scopes[-1] else "the module"
 
     def marked(self, node: fx.Node) -> fx.Node:
         node.meta |= {WHERE: self.scopes[-1], WITH_GRADIENT: torch.is_grad_enabled()}
@@ -114,7 +169,7 @@ class _Tape(TorchFunctionMode):
             name = self.attributes.get(id(value))
             if name is None:
                 raise ValueError(
-                    f"convert: {self.scopes[-1] or 'the module'!r} makes a tensor {tuple(value.shape)} in its forward "
+                    f"convert: {self.whose()} makes a tensor {tuple(value.shape)} in its forward "
                     "pass, which can't be recorded, expected one made of the image, a parameter or a buffer"
                 )
             self.tell(value, self.graph.get_attr(name))
@@ -131,20 +186,37 @@ class _Tape(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = (args, dict(kwargs or {}))
-        out = function(*args, **arguments[1])
         if self.inside:
-            return out
+            return function(*args, **arguments[1])
+        numbers: Any = map_aggregate(arguments, _plain)  # what torch's own code compares decides nothing
+        out = function(*numbers[0], **numbers[1])
+        name = getattr(function, "__name__", "")
+        if _RANDOM.fullmatch(name):
+            raise ValueError(
+                f"convert: {self.whose()} draws random numbers in its forward pass ({name}), which one recording can't "
+                "hold: use nn.Dropout, or switch it off (a drop path of rate 0)"
+            )
+        if function is Tensor.register_hook and id(args[0]) in self.known:
+            raise ValueError(f"convert: {self.whose()} puts a hook on a tensor, which the converted network would not")
+        changed = self.attributes.get(id(args[0])) if args and name.endswith("_") and not name.endswith("__") else None
+        if changed is not None and not changed.endswith("num_batches_tracked"):
+            raise ValueError(
+                f"convert: {self.whose()} changes {changed!r} in its forward pass ({name}), which "
+                "the converted network would not: make it a module of torch.nn, or leave it out"
+            )
         if args and id(args[0]) in self.known:
             if isinstance(out, torch.Size):
                 return self.sizes(args[0], out)
             if function is Tensor.size:  # of one dimension
                 return self.sizes(args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
             if function is Tensor.__setitem__:
-                whose = self.scopes[-1] or "the module"
-                raise ValueError(f"convert: {whose!r} writes to a part of a tensor, which can't be recorded")
-        if getattr(function, "__name__", "") == "__get__":  # a property
+                raise ValueError(f"convert: {self.whose()} writes to a part of a tensor, which can't be recorded")
+        if name == "__get__":  # a property
             function, arguments = getattr, ((*args, function.__self__.__name__), {})
-        self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
+        if name and getattr(Tensor, name, None) is function:  # as a function it couldn't be pickled
+            self.write(out, lambda a: self.graph.call_method(name, *a), arguments)
+        else:
+            self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
         return out
 
 
@@ -185,10 +257,8 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
         if not leaf:
             return
         tape.inside += 1
-        known = any(
-            isinstance(value, Tensor) and id(value) in tape.known for value in pytree.tree_leaves((args, kwargs))
-        )
-        stack.append(pytree.tree_map(tape.node, (args, kwargs)) if known and tape.inside == 1 else None)
+        known = tape.inside == 1 and tape.knows((args, kwargs))
+        stack.append(map_aggregate((args, kwargs), tape.node) if known else None)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str, leaf: bool) -> None:
         if leaf:
@@ -205,6 +275,7 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
             which = {"name": name, "leaf": is_leaf(child)}
             hooks.append(child.register_forward_pre_hook(functools.partial(enter, **which), with_kwargs=True))
             hooks.append(child.register_forward_hook(functools.partial(leave, **which), with_kwargs=True))
+    example = example.clone()  # the forward pass may write to it
     tape.tell(example, tape.graph.placeholder("x"))
     try:
         with torch.enable_grad(), tape:
@@ -215,8 +286,12 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
     if not isinstance(out, Tensor) or id(out) not in tape.known:
         raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
     tape.graph.output(tape.known[id(out)])
-    tape.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # sizes that nobody used
+    remove_unused(tape.graph)  # sizes that nobody asked for
     return tape.graph, out.detach()
+
+
+def remove_unused(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is as_recorded)
 
 
 def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
@@ -244,15 +319,22 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
                 raise ValueError(
                     f"convert: {called(one)}() in the forward pass of {_module_of(one)} is given {a!r} on one image "
                     f"and {b!r} on another (or in train()), which one recording can't hold: numbers must not come from "
-                    "the image, but from its size"
+                    "the image, but from its size (x.shape[0], not len(x) or int(x.shape[0]))"
                 )
         if told:
             yield one
 
 
 def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
-    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    leaves = leaves_of((node.args, node.kwargs))
     return [("node", numbers.get(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+
+def leaves_of(arguments: Any) -> list[Any]:
+    """Everything in tuples, lists, dicts and slices."""
+    found: list[Any] = []
+    map_aggregate(arguments, found.append)
+    return found
 
 
 def _module_of(node: fx.Node | None) -> str:
@@ -266,4 +348,4 @@ def called(node: fx.Node | None) -> str:
         return "nothing"
     if node.target is getattr:
         return str(node.args[1])
-    return str(node.target) if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
+    return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

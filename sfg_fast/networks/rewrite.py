@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import operator
-from collections.abc import Callable, Mapping
-from types import MethodDescriptorType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..layers.conv import SFGConv2d
 from ..layers.feature_norm import FeatureNorm
 from ..norm import KernelNorm
-from ..plain_ops import CHANNELWISE, crop
+from ..plain_ops import CHANNELWISE
 from .controls import sfg_layers
-from .record import NUMBER, SHAPE, WHERE, WITH_GRADIENT, base_of, called, pads_channels
+from .record import NUMBER, SHAPE, WHERE, WITH_GRADIENT, base_of, called, pads_channels, remove_unused
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -114,24 +114,27 @@ class Rewriting:
         self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
         self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
         self.ended: dict[fx.Node, str] = {}  # of the tail: what ended the SFG layers
-        self.sized: list[str] = []  # the layer of the tail that gives the output its size, and the norms behind it
+        self.sized: list[str] = []  # the layers of the tail that give the output its size, and the norms behind them
         self.obstacles: list[str] = []
         self.report = Report()
 
     def run(self) -> None:
         """Rewrite the graph, unless `obstacles` are found."""
+        self._without_gradients()
         self._modules_of_functions()
         self._dropouts()
         convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         output = next(node for node in self.graph.nodes if node.op == "output")
-        self.head = self._head(output.args[0])
+        self.heads = self._heads(output.args[0])
         for node in list(self.graph.nodes):
             if node.op != "output":
                 self._node(node)
         self._fill_report(convolutions)
-        self._hooks_and_gradients()
+        self._hooks()
         if not self.obstacles and (self.kind[output.args[0]] != "tail" or not sfg_layers(self.network)):
             self.obstacles.append("nothing is left to be an SFG layer, or nothing behind them to be a head")
+        if heads := [str(node.target) for node in self.heads if node.target in self.skip and not self.obstacles]:
+            self.obstacles.append(f"{heads[0]!r} can't be skipped, because it gives the output: it is a head")
         if not self.obstacles:
             self._share_groupings()
             self._tails(output)
@@ -153,7 +156,7 @@ class Rewriting:
                     break  # computed in the forward pass
             else:
                 self._as_module(node, x, parts, given)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # who read the parameters
+        remove_unused(self.graph)  # who read the parameters
 
     def _held(self, node: fx.Node) -> Tensor | None:
         """The parameter or buffer that a node reads."""
@@ -192,10 +195,16 @@ class Rewriting:
         own, else beside the weight. Its name; what is there already for another use of the weight stays."""
         owner, _, own = weight.rpartition(".")
         before = self.modules[owner]
-        if owner and isinstance(before, type(module)) and not list(before.children()):
+        if type(before) is type(module) and _settings(before) == _settings(module):
+            return owner
+        if (
+            owner
+            and isinstance(before, type(module))
+            and type(before) is not type(module)
+            and not _has_children(before)
+        ):
             name = owner
-            if type(before) is not type(module):
-                self.network.set_submodule(name, module)
+            self.network.set_submodule(name, module)
         else:
             name = f"{owner}.{own}_{type(module).__name__.lower()}".lstrip(".")
             if name not in self.modules:
@@ -234,17 +243,19 @@ class Rewriting:
 
     # --- node by node -------------------------------------------------------------------------------------------------
 
-    def _head(self, node: fx.Node) -> fx.Node | None:
-        """The last convolution, if nothing but modules and functions of one input follow it, and no linear layer; else
-        None: the tail starts later."""
-        while node.op != "placeholder":
-            module = self._module(node)
-            if isinstance(module, nn.modules.conv._ConvNd):
-                return node
-            if isinstance(module, nn.Linear) or len(_inputs(node)) != 1:
-                return None
-            node = _inputs(node)[0]
-        return None
+    def _heads(self, output: fx.Node) -> set[fx.Node]:
+        """The last convolutions: from which the output is reached without another one or a linear layer in between,
+        and that none of the others reads. (None, where linear layers give the output: the tail starts in front of
+        them.)"""
+        found: set[fx.Node] = set()
+        for node in _backwards(output, lambda node: self._gives_size(node)):
+            if isinstance(self._module(node), nn.modules.conv._ConvNd):
+                found.add(node)
+        read = {node for one in found for node in _backwards(one, lambda node: False) if node is not one}
+        return found - read
+
+    def _gives_size(self, node: fx.Node) -> bool:
+        return isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -256,9 +267,9 @@ class Rewriting:
         kinds = {self.kind[one] for one in node.all_input_nodes}
         features = [one for one in _inputs(node) if self.kind[one] == "features"]
         module = self._module(node)
-        if node in self.told and node.op == "call_function" and node.target not in DROPOUTS:
+        if node in self.told and node.target not in DROPOUTS:
             self.obstacles.append(f"{_place(node)} is told whether it is training, which one recording can't hold")
-        if "tail" in kinds or node is self.head:
+        if "tail" in kinds or node in self.heads:
             self.kind[node] = "tail"
             self.ended[node] = next((self.ended[one] for one in node.all_input_nodes if one in self.ended), "")
         elif node.meta.get(NUMBER):
@@ -347,7 +358,7 @@ class Rewriting:
                 return module if module.num_parameters == 1 else None
             elementwise = base is not None and base.__module__ == "torch.nn.modules.activation"
             return copy.copy(module) if elementwise and not isinstance(module, _NOT_ELEMENTWISE) else None
-        if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
             return None
         name = _name(node)
         if name == "relu":
@@ -413,11 +424,11 @@ class Rewriting:
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
         elif name in _SCALES and (scale := self._scale(node)) is not None:
-            node.target, node.args, node.kwargs = _SCALES[name], (features[0], scale), {}
+            self._call(node, _SCALES[name], features[0], scale)
         elif not alone:
             return False
         elif name in ("neg", "negative"):
-            node.target, node.args, node.kwargs = operator.mul, (features[0], -1), {}
+            self._call(node, operator.mul, features[0], -1)
         elif _changes_nothing(node, name, rest):
             self._pass(node, features[0])
         elif name in _CASTS:
@@ -425,18 +436,20 @@ class Rewriting:
         elif name in ("detach", "data"):
             self._method(node, "detach", features[0])
         elif name == "getitem" and _crops(rest[0]):
-            node.target, node.args = crop, (features[0], rest[0])
+            self._method(node, "crop", features[0], rest[0])
         else:
-            method = isinstance(node.target, MethodDescriptorType)  # which tensors alone have
-            function = getattr(torch, name, None) if method or node.target not in CHANNELWISE else node.target
+            function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
             if function not in CHANNELWISE:
                 return False
-            node.target = function
+            node.op, node.target = "call_function", function
         return True
 
     def _pass(self, node: fx.Node, before: fx.Node) -> None:
         """Nothing happens to the values."""
-        node.op, node.target, node.args, node.kwargs = "call_function", same, (before,), {}
+        self._call(node, same, before)
+
+    def _call(self, node: fx.Node, function: Callable[..., Any], *arguments: Any) -> None:
+        node.op, node.target, node.args, node.kwargs = "call_function", function, arguments, {}
 
     def _cast(self, node: fx.Node, before: fx.Node, name: str, rest: list[Any]) -> None:
         """To a dtype; to a device or a memory format: features stay where they are."""
@@ -469,7 +482,7 @@ class Rewriting:
             conv = module.project
         elif module.pad is not None:
             before = module.pad[-4]
-            width = self._width(node.all_input_nodes[0])
+            width = node.all_input_nodes[0].meta[SHAPE][1]
             like = next(self.network.parameters())
             factory = {"device": like.device, "dtype": like.dtype}
             conv = nn.Conv2d(width, before + width + module.pad[-3], 1, bias=False, **factory)  # type: ignore[arg-type]
@@ -480,9 +493,6 @@ class Rewriting:
             return
         self.network.set_submodule(str(node.target), self._sfg(conv, None, None))
         self.stream[node] = node
-
-    def _width(self, node: fx.Node) -> int:
-        return node.meta[SHAPE][1]
 
     def _add(self, node: fx.Node, features: list[fx.Node], name: str) -> None:
         """A sum or a difference of features, as `a + factor * b`; or of features and 0."""
@@ -501,7 +511,7 @@ class Rewriting:
             with self.graph.inserting_before(node):
                 values[1] = self.graph.call_function(operator.mul, (values[1], factor))
             self.kind[values[1]], self.stream[values[1]] = "features", self.stream[features[-1]]
-        node.target, node.args, node.kwargs = operator.add, tuple(values), {}  # not in place
+        self._call(node, operator.add, *values)  # not in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
             if first.op != "call_module" or other.op != "call_module":
@@ -516,7 +526,7 @@ class Rewriting:
 
     # --- what could not be seen, what is told -------------------------------------------------------------------------
 
-    def _hooks_and_gradients(self) -> None:
+    def _hooks(self) -> None:
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         stay = {str(node.target) for node in calls if self.kind.get(node) in ("plain", "tail")}
         for name, hook in self.hooked.items():
@@ -525,11 +535,13 @@ class Rewriting:
                 self.obstacles.append(
                     f"{whose} has a hook ({hook}), which the converted network would not call: {REMOVE_HOOKS}"
                 )
+
+    def _without_gradients(self) -> None:
         without = [node for node in self.graph.nodes if node.meta.get(WITH_GRADIENT) is False]
         if without:
             self.obstacles.append(
-                f"{_place(without[0])} is done under torch.no_grad(), which the converted network would not be: freeze "
-                "the parameters instead (requires_grad_(False))"
+                f"{_place(without[0])} is done under torch.no_grad() or in an autograd.Function, which the converted "
+                "network would not be: freeze the parameters instead (requires_grad_(False)), or leave the function out"
             )
 
     def _fill_report(self, convolutions: Mapping[str, nn.Module]) -> None:
@@ -541,7 +553,7 @@ class Rewriting:
                 becomes, why = UNREACHED, "the forward pass does not come here"
             elif kind == "features":
                 becomes, why = SFG, ""
-            elif node is self.head:
+            elif node in self.heads:
                 becomes, why = HEAD, "one for each task"
             elif kind == "tail":
                 becomes, why = COPIED, f"behind {self.ended[node] or 'the head'}"
@@ -566,17 +578,18 @@ class Rewriting:
                 node.kwargs = {**node.kwargs, "groups": groups}
 
     def _tails(self, output: fx.Node) -> None:
-        """The nodes of the tail, once for each task, on what that task reads."""
+        """The nodes of the tail, once for each task, on what that task reads; layers and parameters, too."""
+        result = output.args[0]
+        assert isinstance(result, fx.Node)
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and all(self.kind.get(user) == "tail" for user in node.users):
+                self.kind[node] = "tail" if isinstance(self._held(node), nn.Parameter) else self.kind[node]
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
-        for node in tail:
-            if isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear):
-                self.sized = []
-            if isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear | nn.modules.batchnorm._NormBase):
-                self.sized.append(str(node.target))
+        self.sized = self._sized(result)
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU for all places
         results: dict[str, fx.Node] = {}
-        names: dict[str, dict[str, nn.Module]] = {}
+        own: dict[str, dict[str, Any]] = {}
         with self.graph.inserting_before(output):
             for task in self.tasks:
                 copies: dict[fx.Node, fx.Node] = {}
@@ -587,26 +600,43 @@ class Rewriting:
                     return copies.get(node, node)
 
                 for node in tail:
-                    module = self._module(node)
                     copies[node] = self.graph.node_copy(node, read)
-                    if module is not None:
+                    if node.op in ("call_module", "get_attr"):
                         name = f"{node.target}{'_of_heads' * (str(node.target) in used_before)}"
-                        own = names.setdefault(name, {})
-                        if task not in own:
-                            own[task] = copy.deepcopy(module)
-                            self.modes |= {
-                                twin: self.modes[child]
-                                for child, twin in zip(module.modules(), own[task].modules(), strict=True)
-                                if child in self.modes
-                            }
+                        of_tasks = own.setdefault(name, {})
+                        if task not in of_tasks:
+                            of_tasks[task] = self._copied(node)
                         copies[node].target = f"{name}.{task}"
-                results[task] = copies[output.args[0]]  # type: ignore[index]
-            for name, of_tasks in names.items():
+                results[task] = copies[result]
+            for name, of_tasks in own.items():
                 owner, _, last = name.rpartition(".")
-                self.network.get_submodule(owner).add_module(last, nn.ModuleDict(of_tasks))
+                module, first = self.network.get_submodule(owner), next(iter(of_tasks.values()))
+                if isinstance(first, nn.Parameter):
+                    delattr(module, last)
+                kind = nn.ParameterDict if isinstance(first, nn.Parameter) else nn.ModuleDict
+                module.add_module(last, kind(of_tasks))
         output.args = (results,)
         for node in reversed(tail):
             self.graph.erase_node(node)
+
+    def _copied(self, node: fx.Node) -> nn.Module | Tensor | None:
+        """A module of the tail, or a parameter, for one task."""
+        module = self._module(node)
+        own = copy.deepcopy(self._held(node) if module is None else module)
+        if module is not None and isinstance(own, nn.Module):
+            pairs = zip(module.modules(), own.modules(), strict=True)
+            self.modes |= {twin: self.modes[child] for child, twin in pairs if child in self.modes}
+        return own
+
+    def _sized(self, result: fx.Node) -> list[str]:
+        """Names of the layers of the tail that give the output its number of channels, and of norms behind them."""
+        width, found = _width(result), []
+        for node in _backwards(result, lambda node: self._gives_size(node) or _width(node) != width):
+            module = self._module(node)
+            sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
+            if self.kind.get(node) == "tail" and width in sizes:
+                found.append(str(node.target))
+        return found
 
 
 def same(x: Any) -> Any:
@@ -634,6 +664,24 @@ def _place(node: fx.Node) -> str:
 def _inputs(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node reads."""
     return [one for one in node.all_input_nodes if not one.meta.get(NUMBER)]
+
+
+def _backwards(node: fx.Node, stops: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """The node and all that it is made of; not behind those that stop."""
+    seen, waiting = set(), [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            yield one
+            if not stops(one):
+                waiting += _inputs(one)
+
+
+def _width(node: fx.Node) -> int | None:
+    """How many channels a recorded tensor has."""
+    shape = node.meta.get(SHAPE, ())
+    return shape[1] if len(shape) > 1 else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -665,7 +713,8 @@ def _acts_on_channels(module: nn.Module) -> bool:
     base = base_of(module)
     if base is None or issubclass(base, nn.Linear | nn.Bilinear):
         return False
-    return base.__module__.rpartition(".")[2] in ("activation", "pooling", "dropout", "upsampling", "padding", "linear")
+    kinds = ("activation", "pooling", "upsampling", "padding", "linear")
+    return base in (nn.Dropout, nn.Dropout2d) or base.__module__.rpartition(".")[2] in kinds
 
 
 def _halves(module: nn.Module | None) -> bool:
@@ -680,6 +729,17 @@ def hook_of(module: nn.Module) -> str:
     """The name of a hook that somebody has put on the module, or nothing."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return next((getattr(hook, "__name__", type(hook).__name__) for one in hooks for hook in one.values()), "")
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """What a layer does, but for the values of its parameters."""
+    names = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "momentum")
+    pairs = [(one, one) if isinstance(one, int) else one for one in (getattr(module, name, None) for name in names)]
+    return [*pairs, getattr(module, "bias", None) is None]
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _described(conv: nn.Module) -> str:
@@ -697,8 +757,9 @@ def _weight_name(node: fx.Node) -> str:
 
 @torch.no_grad()
 def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
-    """Scale and shift, and the running statistics as every kernel's pooled ones: each group starts its own with its
-    first draw. ValueError for a normalisation that has none, or never moves them."""
+    """Scale and shift, and the running statistics: those of the shared group, which reads what the network read, go on
+    from them at their own rate; each task's start with its first draw. ValueError for a normalisation that has none,
+    or never moves them."""
     if norm.momentum == 0:
         raise ValueError("is a batch normalisation of momentum=0, expected it in eval() to keep its statistics")
     if norm.running_mean is None or norm.running_var is None:
@@ -710,5 +771,12 @@ def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
             own.requires_grad_(given.requires_grad)
     else:
         to.requires_grad_(False)
-    to.pooled_mean.copy_(norm.running_mean)
-    to.pooled_var.copy_(norm.running_var)
+    for running, pooled, statistic in (
+        (to.running_mean, to.pooled_mean, norm.running_mean),
+        (to.running_var, to.pooled_var, norm.running_var),
+    ):
+        running[0] = statistic
+        pooled.copy_(statistic)
+    counted = norm.num_batches_tracked
+    # From so many draws on a pair's rate is the momentum (norm.py); without one it is 1/n.
+    to.draws[0] = math.ceil(1 / norm.momentum) if norm.momentum else float(counted) if counted is not None else 0.0

@@ -67,14 +67,26 @@ def test_averages_of_models_know_which_groups_were_drawn(average):
     assert (model.norm.draws.sum(0) == 4).all()
 
 
-def test_who_writes_to_the_buffers_is_noticed():
-    """As DistributedDataParallel and timm's averages do, tensor by tensor."""
-    source, target = layer(), layer()
-    source.assign(WANTED)
-    for own, given in zip(target.buffers(), source.buffers(), strict=True):
-        own.copy_(given)
-    assert target.assigned
-    assert used(target) == WANTED
+WRITERS = {
+    "copy_": lambda own, given: own.copy_(given),  # DistributedDataParallel, timm
+    "data.copy_": lambda own, given: own.data.copy_(given.data),  # which counts no version
+    "data": lambda own, given: setattr(own, "data", given.data.clone()),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+@pytest.mark.parametrize("train", [False, True])
+def test_who_writes_to_the_buffers_is_noticed(how, train):
+    """Tensor by tensor, an assignment over none and none over an assignment."""
+    source, target = layer().train(train), layer().train(train)
+    for wanted in (WANTED, None, WANTED[::-1]):
+        source.assign(wanted)
+        target(torch.randn(2, 3, 5, 5))
+        for own, given in zip(target.buffers(), source.buffers(), strict=True):
+            WRITERS[how](own, given)
+        assert target.assigned == source.assigned == (wanted is not None)
+        if wanted is not None:
+            assert target(torch.randn(2, 3, 5, 5)).groups.assignment.tolist() == wanted
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state", "assigned state"])

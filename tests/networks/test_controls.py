@@ -260,6 +260,15 @@ def test_an_optimiser_that_decays_logits_is_told_of_once(how):
         step(net, optimiser)
 
 
+def test_logits_that_come_later_are_told_of():
+    net = three_layers()
+    optimiser = torch.optim.AdamW(net.head.parameters())
+    step(net, optimiser)
+    optimiser.add_param_group({"params": net.first.parameters()})
+    with pytest.warns(UserWarning, match="the logits of 1 SFG layers"):
+        step(net, optimiser)
+
+
 def test_who_does_not_decay_logits_is_not_told():
     for groups in (lambda net: parameter_groups(net, 0.1), lambda net: net.head.parameters()):
         net = three_layers()
@@ -295,6 +304,7 @@ LOADERS = {
     "lists": ([[MR, CT, ORGANS]], {}),
     "a pair, the other way round": ([(CT, MR)], {"image": 1}),
     "dicts": ([{"mr": MR, "ct": CT, "case": ["a"] * 8}], {"image": "mr"}),
+    "another dtype": ([MR.double()], {}),
     "a DataLoader": (DataLoader(TensorDataset(MR, CT, ORGANS), 8), {}),
 }
 
@@ -318,6 +328,7 @@ def test_recalibrate_takes_loaders_as_people_have_them(loader):
         ([(MR,)], {"image": 3}, "image=3 is not in a batch that is a tuple"),
         ([(["a", "b"], MR)], {}, r"images have type list, expected a tensor \[N, C, H, W\]"),
         ([MR[0]], {}, r"images have shape \(1, 16, 16\), expected a tensor \[N, C, H, W\]"),
+        ([MR.new_full(MR.shape, torch.nan)], {}, "NaN or infinite"),
         ([], {}, "no batch"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import random
 import warnings
 
 import pytest
@@ -477,8 +478,8 @@ def test_detached_features_have_no_gradient():
     ("between", "said"),
     [
         (lambda m, h, x: h if m.training else h * 2, r"the module does something else in train\(\) than in eval\(\)"),
-        (lambda m, h, x: h * (1 + m.training * torch.rand(h.shape[0], 1, 1, 1)), r"mul\(\) is told whether"),
-        (lambda m, h, x: m.path(h), r"of 'path' does something else in train\(\)"),
+        (lambda m, h, x: h * (1 + m.training * torch.rand(h.shape[0], 1, 1, 1)), r"module draws random numbers"),
+        (lambda m, h, x: m.path(h), r"'path' draws random numbers in its forward pass"),
         (lambda m, h, x: F.interpolate(F.avg_pool2d(h, 2), size=(int(h.shape[2]), 64)), "on an image of 32 x 96"),
         (lambda m, h, x: F.layer_norm(h, tuple(map(int, h.shape[1:]))), "on an image of 32 x 96 the converted"),
         (lambda m, h, x: h * x.amax().item(), r"mul\(\) in the forward pass of the module is given .* on another"),
@@ -706,3 +707,261 @@ def test_a_norm_behind_the_last_convolution_is_the_heads():
     converted = convert(net, {"ct": 1, "organs": 3})
     assert {task: y.shape[1] for task, y in converted(torch.randn(2, 1, 9, 9)).items()} == {"ct": 1, "organs": 3}
     assert converted.get_submodule("2.organs").num_features == 3
+
+
+# --- what a stranger found --------------------------------------------------------------------------------------------
+
+
+class Ending(nn.Module):
+    """Two SFG layers, and what `end` makes of the second: it gives the output."""
+
+    def __init__(self, end, **parts):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.end = nn.Conv2d(8, 3, 1), end
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.end(self, self.second(self.first(x).relu()).relu(), x)
+
+
+ENDINGS = {
+    "swish": Ending(lambda m, y, x: (z := m.last(y)) * z.sigmoid()),
+    "log softmax": Ending(lambda m, y, x: (z := m.last(y)) - z.logsumexp(1, keepdim=True)),
+    "unit length": Ending(lambda m, y, x: (z := m.last(y)) / z.norm(dim=1, keepdim=True)),
+    "a mask": Ending(lambda m, y, x: m.last(y) * (x > 0)),
+    "a gate of one channel": Ending(lambda m, y, x: m.last(y) * m.gate(y).sigmoid(), gate=nn.Conv2d(8, 1, 1)),
+    "a sum": Ending(lambda m, y, x: m.last(y) + m.side(y), side=nn.Conv2d(8, 3, 1)),
+    "two of two sizes": Ending(
+        lambda m, y, x: m.last(y) + F.interpolate(m.side(F.avg_pool2d(y, 2)), size=y.shape[-2:]),
+        side=nn.Conv2d(8, 3, 1),
+    ),
+    "a norm": Ending(lambda m, y, x: m.norm(m.last(y)).relu(), norm=nn.BatchNorm2d(3)),
+    "a class of its own": Ending(lambda m, y, x: m.own(y), own=FunctionalConv(8, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("what", ENDINGS)
+def test_heads_get_the_sizes_that_are_asked_for(what):
+    converted, report = convert(ENDINGS[what], {"a": 3, "b": 5, "c": 1}, report=True)
+    y = converted(torch.randn(2, 1, 8, 8))
+    assert {task: tuple(value.shape) for task, value in y.items()} == {
+        "a": (2, 3, 8, 8),
+        "b": (2, 5, 8, 8),
+        "c": (2, 1, 8, 8),
+    }
+    assert [row.becomes for row in report][:2] == ["SFG layer", "SFG layer"]
+    sum(value.square().sum() for value in y.values()).backward()
+    own = [name for name, p in converted.named_parameters() if ".b." in name and p.grad.abs().sum() > 0]
+    assert own
+
+
+def test_parameters_behind_the_last_layer_are_the_tasks_own():
+    converted = convert(Ending(lambda m, y, x: m.last(y) * m.scale, scale=nn.Parameter(torch.ones(1, 3, 1, 1))), TASKS)
+    assert {name for name, _ in converted.named_parameters() if "scale" in name} == {"scale.ct", "scale.organs"}
+    converted(torch.randn(2, 1, 8, 8))["ct"].sum().backward()
+    assert converted.get_parameter("scale.ct").grad is not None
+    assert converted.get_parameter("scale.organs").grad is None
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Ending(lambda m, y, x: m.last(y) * m.scale, scale=nn.Parameter(torch.ones(1, 3, 1, 1))), "can't be made"),
+        (Ending(lambda m, y, x: F.pixel_shuffle(m.up(y), 2), up=nn.Conv2d(8, 12, 1)), "gives 3 outputs, expected 5"),
+        (
+            Ending(lambda m, y, x: m.bound(y), bound=nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 3, 1))),
+            "'bound.b' is parametrised or has hooks",
+        ),
+    ],
+)
+def test_heads_that_can_not_have_another_size_are_refused(module, said):
+    with pytest.raises(ValueError, match=said):
+        convert(module, {"a": 3, "b": 5})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "said"),
+    [
+        (["keys"], {}, "a task can't be called 'keys'"),
+        (["training"], {}, "a task can't be called 'training'"),
+        (["a.b"], {}, "a task can't be called 'a.b'"),
+        (["class"], {}, "a task can't be called 'class'"),
+        ([""], {}, "a task can't be called ''"),
+        ([1, 2], {}, "a task can't be called 1"),
+        ({"a": 0}, {}, r"tasks\['a'\]=0, expected a number of outputs"),
+        ({"a": 2.0}, {}, r"tasks\['a'\]=2.0, expected"),
+        (["a"], {"skip": "first"}, "skip='first' is one text"),
+        (["a"], {"skip": ["last"]}, "'last' can't be skipped, because it gives the output"),
+        (["a"], {"norm": "batch"}, "unknown option 'norm', expected init or estimator"),
+        (["a"], {"example": [1]}, r"example has type list, expected an image \[N, C, H, W\]"),
+        (["a"], {"example": torch.zeros(0, 1, 8, 8)}, r"example has shape \(0, 1, 8, 8\)"),
+    ],
+)
+def test_arguments_that_can_not_be(tasks, options, said):
+    with pytest.raises(ValueError, match=said):
+        convert(Through(lambda m, h, x: h), tasks, **options)
+
+
+def test_what_is_converted_or_compiled_already_is_refused():
+    net = Through(lambda m, h, x: h)
+    with pytest.raises(ValueError, match="has SFG layers already"):
+        convert(convert(net, TASKS), TASKS)
+    with pytest.raises(ValueError, match=r"expected the network itself: module\._orig_mod"):
+        convert(torch.compile(net), TASKS)
+    with pytest.raises(ValueError, match=r"a module is called 'code', as a part of torch\.fx"):
+        convert(Through(lambda m, h, x: m.code(h), code=nn.Conv2d(4, 4, 1)), TASKS)
+    with pytest.raises(ValueError, match="lazy layers without weights"):
+        convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 1, 1)), TASKS)
+
+
+class Counts(nn.Module):
+    """Running statistics of its own."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.how = how
+
+    def forward(self, h):
+        if self.training:
+            self.how(self, h.detach())
+        return h * 1.0
+
+
+def in_place(m, h):
+    m.mean.mul_(0.9).add_(h.mean())
+
+
+def assigned(m, h):
+    m.mean = 0.9 * m.mean + h.mean()
+
+
+class KeepsNorms(Through):
+    """The usual way to keep batch normalisations as they were."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Through(lambda m, h, x: m.count(h), count=Counts(in_place)), "'count' changes 'count.mean' in its forward"),
+        (Through(lambda m, h, x: m.count(h), count=Counts(assigned)), "'count' makes a tensor"),
+        (Through(lambda m, h, x: h * (m.training and random.random())), "draws random numbers in train"),
+        (Through(lambda m, h, x: h * (1 + 0 * torch.rand(1).item())), r"draws random numbers .*\(rand\)"),
+        (Through(lambda m, h, x: [h.register_hook(print), h][1]), "puts a hook on a tensor"),
+        (KeepsNorms(lambda m, h, x: m.norm(h), norm=nn.BatchNorm2d(4)), "keeps 'norm' in eval.*without a train"),
+    ],
+)
+def test_what_a_recording_would_lose_is_refused(module, said):
+    state = random.getstate()
+    with pytest.raises(ValueError, match=said):
+        convert(module, TASKS)
+    random.setstate(state)
+
+
+def test_stored_tensors_are_told():
+    def store(m, h, x):
+        m.middle = h
+        return h
+
+    with pytest.warns(UserWarning, match="stores 'middle', which the converted network won't"):
+        convert(Through(store), TASKS)
+
+
+def odd(m, h, x):
+    if h.shape[2] % 2:
+        h = F.pad(h, (0, 0, 0, 1))
+    return h
+
+
+@pytest.mark.parametrize("between", [odd, lambda m, h, x: F.adaptive_avg_pool2d(h, min(h.shape[-2:]))])
+def test_images_that_take_another_way_are_refused_when_they_come(between):
+    """An `if` on the size, and a minimum, are recorded as they came out."""
+    converted = convert(Through(between), TASKS)
+    converted(torch.randn(1, 1, 64, 64))
+    with pytest.raises(ValueError, match=r"converted for images of other sizes: .*convert\(.., example="):
+        converted(torch.randn(1, 1, 33, 20))
+    restored = pickle.loads(pickle.dumps(converted))
+    with pytest.raises(ValueError, match="converted for images of other sizes"):
+        restored(torch.randn(1, 1, 33, 20))
+
+
+def test_functions_with_settings_of_their_own():
+    """`F.batch_norm` with another momentum than its module's, `F.conv2d` without its bias."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+            self.last = nn.Conv2d(4, 2, 1)
+            nn.init.zeros_(self.b.bias)
+
+        def forward(self, x):
+            n, y = self.norm, self.a(x)
+            y = F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, self.training, 0.5, 1e-3)
+            return self.last(F.conv2d(y, self.b.weight, padding=1).relu())
+
+    converted = convert(Net(), TASKS)
+    first, second = sfg_layers(converted).values()
+    assert (first.norm.momentum, first.norm.eps) == (0.5, 1e-3)
+    assert second.bias is None
+    assert second.padding == (1, 1)
+
+
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Dropout3d()])
+def test_dropouts_that_features_do_not_know_end_the_sfg_layers(dropout):
+    with pytest.warns(UserWarning, match="behind 'middle'"):
+        converted = convert(Through(lambda m, h, x: m.middle(h), middle=dropout), TASKS)
+    assert converted.eval()(torch.randn(1, 1, 9, 9))["ct"].shape == (1, 2, 9, 9)
+
+
+def test_the_example_is_left_alone():
+    example = torch.zeros(1, 1, 16, 16)
+    convert(nn.Sequential(nn.ReLU6(inplace=True), Through(lambda m, h, x: h)), TASKS, example=example.sub_(1))
+    assert (example == -1).all()
+
+
+@pytest.mark.parametrize("tail", [nn.Flatten(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))])
+@pytest.mark.parametrize("what", ["crop", "sizes", "to", "* 2", "view"])
+def test_saved_networks_are_loaded(what, tail, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail = Through(HARMLESS[what]), tail
+
+        def forward(self, x):
+            y = self.tail(self.body(x) * 2).tanh()
+            return y.view(y.size(0), -1)[:, 1:]
+
+    converted, x = convert(Net(), TASKS).eval(), torch.randn(2, 1, 35, 43)
+    torch.save(converted, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    frozen = freeze(converted, example=x)
+    torch.save(frozen, tmp_path / "frozen.pt")
+    torch.testing.assert_close(loaded(x), converted(x))
+    torch.testing.assert_close(torch.load(tmp_path / "frozen.pt", weights_only=False)(x), frozen(x))
+
+
+def test_frozen_without_an_example_behind_a_skipped_stem():
+    converted = convert(Through(lambda m, h, x: h), TASKS, skip=["first"]).eval()
+    assert freeze(converted)(torch.randn(1, 1, 9, 9))["ct"].shape == (1, 2, 9, 9)
+
+
+def test_the_shared_group_goes_on_from_the_pretrained_statistics():
+    """With everything shared, training and evaluation together are the module's own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    for _ in range(20):
+        net(3 + torch.randn(4, 1, 9, 9))
+    converted = convert(net, TASKS)
+    assign(converted, {name: [0] * layer.out_channels for name, layer in sfg_layers(converted).items()})
+    for step in range(3):
+        x = torch.randn(4, 1, 9, 9) * (step + 1)
+        net.train()(x), converted.train()(x)
+        torch.testing.assert_close(converted.eval()(x)["ct"], net.eval()(x), rtol=1e-4, atol=1e-5)

@@ -37,8 +37,8 @@ MONAI = [
     ("DenseNet", (2, 1, 3), {"init_features": 8, "growth_rate": 4, "block_config": (2, 2)}, 32, (10, 10)),
     ("DenseNet121", (2, 1, 3), {}, 64, (120, 120)),
     ("DynUNet", (2, 1, 2, (3, 3, 3), (1, 2, 2), (2, 2), (4, 8, 8)), {}, 32, "things stand in the way"),
-    ("EfficientNetBN", ("efficientnet-b0", False), CLASSES, 64, r"does something else in train\(\)"),
-    ("FlexibleUNet", (1, 2, "efficientnet-b0"), DECODER, 64, r"does something else in train\(\)"),
+    ("EfficientNetBN", ("efficientnet-b0", False), CLASSES, 64, "draws random numbers"),
+    ("FlexibleUNet", (1, 2, "efficientnet-b0"), DECODER, 64, "draws random numbers"),
     ("FlexibleUNet", (1, 2, "resnet18"), DECODER, 64, "concatenated with something else"),
     ("HighResNet", (2, 1, 3), {}, 32, (21, 21)),
     ("HoVerNet", ("fast", 3, 2), {}, 256, "returns dict"),
@@ -55,7 +55,7 @@ MONAI = [
     ("SEResNet50", (), CLASSES, 64, (5, 53)),
     ("UNet", (2, 1, 2, (4, 8, 8), (2, 2)), {"num_res_units": 2}, 32, "things stand in the way"),
     ("UNet", (2, 1, 2, (4, 8, 8), (2, 2)), {"num_res_units": 2, "norm": BATCH}, 32, "ConvTranspose2d"),
-    ("VNet", (2, 1, 2), {}, 64, "things stand in the way"),
+    ("VNet", (2, 1, 2), {}, 64, "something else"),
 ]
 NAMED = [  # of three channels, 96x96
     ("torchvision", "vgg11_bn", (8, 8)),
@@ -63,7 +63,7 @@ NAMED = [  # of three channels, 96x96
     ("torchvision", "densenet121", (120, 120)),
     ("torchvision", "squeezenet1_1", (26, 26)),
     ("torchvision", "mobilenet_v2", "is a convolution of 32 groups"),
-    ("torchvision", "efficientnet_b0", r"'features.2.1.stochastic_depth' does something else in train\(\)"),
+    ("torchvision", "efficientnet_b0", "'features.2.1.stochastic_depth' draws random numbers"),
     ("timm", "resnet10t", (14, 14)),
     ("timm", "dla34", (38, 38)),
     ("timm", "hrnet_w18_small", (91, 91)),
