@@ -9,20 +9,19 @@ import keyword
 import random
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ..groups import group_names
-from ..plain_ops import INSTEAD
+from .compare import Images, check_equal, noise, outputs
 from .controls import sfg_layers
-from .record import WITH_GRADIENT, AnotherWay, base_of, differences, is_leaf, record, remove_unused
-from .rewrite import COPIED, DROPOUTS, REMOVE_HOOKS, Report, Rewriting, hook_of
+from .conversion_report import COPIED, Report
+from .record import WITH_GRADIENT, base_of, differences, is_leaf, record, remove_unused
+from .rewrite import REMOVE_HOOKS, Rewriting, hook_of
 
 
 @overload
@@ -96,7 +95,7 @@ def convert(
     skip = _checked(module, skip, options)
     with torch.inference_mode(False), torch.enable_grad():
         image = _example(module, example)
-        images = _Images.like(image)
+        images = Images.like(image)
         network, training = _copied(module).eval(), _in_training(module)
         modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
         graph, _ = _recorded(network, image, example is None)
@@ -114,7 +113,7 @@ def convert(
         converted.graph.lint()
         converted.recompile()
         converted.meta["channels"] = image.shape[1]  # for whoever needs an image for it
-        _check_equal(module, converted, images)
+        check_equal(module, converted, images)
         _tell_copied(rewriting.report, strict)
         _resize_heads(converted, rewriting.sized, sizes, image)
     converted.train(module.training)
@@ -162,25 +161,6 @@ def _checked(module: nn.Module, skip: Iterable[str], options: Mapping[str, Any])
 # --- images to record and to compare with -----------------------------------------------------------------------------
 
 
-class _Images(NamedTuple):
-    """example: [N, C, H, W]; noise: of the same shape; batch: more of them, at least two; sizes: of other heights and
-    widths, of which those that the network takes are compared, at most three."""
-
-    example: Tensor
-    noise: Tensor
-    batch: Tensor
-    sizes: tuple[Tensor, ...]
-
-    @classmethod
-    def like(cls, example: Tensor) -> _Images:
-        noise = 1 + 2 * _noise(example, 1)  # of another mean and spread, too
-        n, c, height, width = example.shape
-        wide, tall, odd = (height // 2, width + width // 2), (height + height // 2, width // 2), (height + 1, width + 1)
-        sizes = (wide, tall, odd, (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width))
-        others = (_noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
-        return cls(example, noise, torch.cat([example, noise, noise.flip(-1)]), tuple(others))
-
-
 def _example(module: nn.Module, example: Tensor | None) -> Tensor:
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
     if first is None:
@@ -188,7 +168,7 @@ def _example(module: nn.Module, example: Tensor | None) -> Tensor:
         found = f", but {', '.join(sorted(others))}" if others else ""
         raise ValueError(f"convert: the module has no nn.Conv2d{found}")
     if example is None:
-        return _noise(first.weight.new_empty(1, first.in_channels, 64, 64), 0)
+        return noise(first.weight.new_empty(1, first.in_channels, 64, 64), 0)
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.numel():
         found = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"type {type(example).__name__}"
         raise ValueError(f"convert: example has {found}, expected an image [N, C, H, W]")
@@ -254,10 +234,6 @@ def _recorded_in_training(training: nn.Module, batch: Tensor, evaluating: fx.Gra
     return graph
 
 
-def _noise(like: Tensor, seed: int) -> Tensor:
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
-
-
 def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> tuple[fx.Graph, Tensor]:
     try:
         return record(network, image)
@@ -274,111 +250,6 @@ def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> tuple[fx.G
         f"{type(failure).__name__}: {text}. Expected a network of one image; give one that it can run on: "
         "convert(.., example=image)"
     ) from failure
-
-
-# --- is it the same network? ------------------------------------------------------------------------------------------
-
-
-FIRST = "the example"
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Nothing drops: what is drawn would differ."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        values = [*args, *(kwargs or {}).values()]
-        if function in DROPOUTS and all(isinstance(one, Tensor) for one in values[:1]):
-            return values[0]
-        if function in (F.dropout, F.dropout2d):  # of features: others can't be
-            return values[0]
-        return function(*args, **(kwargs or {}))
-
-
-def _check_equal(module: nn.Module, converted: fx.GraphModule, images: _Images) -> None:
-    """With all kernels shared every task's output is what the module gives, in `eval()` and `train()`."""
-    for name, image, training in (
-        (FIRST, images.example, False),
-        ("noise", images.noise, False),
-        ("another batch size", images.batch, False),
-        ("a batch, in train()", images.batch, True),
-    ):
-        _compare(module, converted, name, image, training)
-    compared = 0
-    for image in images.sizes:
-        try:
-            _outputs(module, image, False)
-        except Exception:  # whatever the module may say of a size that it doesn't take
-            continue
-        with suppress(AnotherWay):  # which whoever runs it will be told as well
-            _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
-        compared += 1
-        if compared == 3:
-            break
-
-
-def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Tensor, training: bool) -> None:
-    twin = copy.deepcopy(converted)
-    for layer in sfg_layers(twin).values():
-        layer.assign(torch.zeros(layer.out_channels, dtype=torch.int64))
-    expected = _outputs(module, image, training)
-    # Of the largest output: sums are made in another order, and in half precision in another dtype. Batch statistics of
-    # few values magnify that, which a change of the last bits of the image shows.
-    scale = expected.nan_to_num().abs().max().item()
-    rounding = torch.finfo(expected.dtype).eps
-    changed = _outputs(module, image * (1 + 4 * torch.finfo(image.dtype).eps), training)
-    allowed = max(1e-3, 8 * rounding) * scale + 8 * (changed - expected).nan_to_num().abs().max().item()
-    try:
-        # Its code as anybody runs it, but for the first time, when what can't be done is named.
-        run = _Naming(twin) if name == FIRST else twin
-        found: dict[str, Tensor] = _outputs(run, image, training)
-    except ValueError:
-        raise
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"convert: on {name} the converted network fails: {error}") from error
-    # In train() of the first task alone: what a module of its own draws is drawn for each.
-    for y in list(found.values())[: 1 if training else None]:
-        same = y.shape == expected.shape and y.dtype == expected.dtype
-        if not same or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
-            how = f"{y.dtype} {tuple(y.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
-            if same:
-                how = f"largest difference {(y - expected).abs().max():.3g}"
-            raise ValueError(
-                f"convert: with all kernels shared the outputs differ from the module's on {name} ({how}), so it does "
-                "something that was not seen"
-            )
-
-
-def _outputs(network: Any, image: Tensor, training: bool) -> Any:
-    """Of a copy, which is left as it was."""
-    twin = copy.deepcopy(network) if isinstance(network, nn.Module) else network
-    twin.train(training)
-    with torch.no_grad(), torch.random.fork_rng([]), _WithoutDropout(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a ReLU behind a sum: whoever trains it is told
-        torch.manual_seed(0)  # an activation may draw (RReLU)
-        return twin(image.clone())
-
-
-class _Naming(fx.Interpreter):
-    """Runs a graph, and says where it can't."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-
-    def train(self, mode: bool) -> None:
-        assert isinstance(self.module, nn.Module)
-        self.module.train(mode)
-
-    def __call__(self, image: Tensor) -> Any:
-        return self.run(image)
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            return super().run_node(n)
-        except TypeError as error:  # of features, on what can't be done to them
-            text = str(error).removesuffix(f": {INSTEAD}")
-            what = getattr(n.target, "__name__", n.target)
-            raise ValueError(f"convert: {what!r}: {text}; expected something else there in the module") from error
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -416,7 +287,7 @@ def _resize_heads(
             if size is not None:
                 converted.set_submodule(name, _resized(name, converted.get_submodule(name), size))
     try:
-        found: dict[str, Tensor] = _outputs(converted, image, False)
+        found: dict[str, Tensor] = outputs(converted, image, False)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: heads of {sizes} can't be made: {error}") from error
     for task, size in sizes.items():

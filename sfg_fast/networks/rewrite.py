@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from ..layers.feature_norm import FeatureNorm
 from ..norm import KernelNorm
 from ..plain_ops import CHANNELWISE
 from .controls import sfg_layers
+from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
 from .record import NUMBER, SHAPE, WHERE, WITH_GRADIENT, base_of, called, pads_channels, remove_unused
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -54,33 +55,6 @@ REMOVE_HOOKS = (
     "remove it before (of weight_norm, spectral_norm or pruning: torch.nn.utils.remove_weight_norm, "
     "remove_spectral_norm, prune.remove)"
 )
-
-
-class Row(NamedTuple):
-    """What became of a convolution."""
-
-    name: str
-    layer: str
-    becomes: str
-    why: str
-
-
-class Report(list[Row]):
-    """What became of every convolution, a row each; `str` gives a table."""
-
-    @property
-    def coverage(self) -> tuple[int, int]:
-        """How many convolutions are SFG layers or heads, and how many there are."""
-        return sum(row.becomes in (SFG, HEAD) for row in self), len(self)
-
-    def __str__(self) -> str:
-        rows = [Row("name", "layer", "becomes", "why"), *self]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(Row._fields))]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "{} of {} convolutions are SFG layers or heads".format(*self.coverage)])
-
-
-SFG, HEAD, COPIED, PLAIN, UNREACHED = "SFG layer", "head", "copied for each task", "left plain", "not reached"
 
 
 class Rewriting:

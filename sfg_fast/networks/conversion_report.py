@@ -1,0 +1,31 @@
+"""What became of every convolution of a converted network, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SFG, HEAD, COPIED, PLAIN, UNREACHED = "SFG layer", "head", "copied for each task", "left plain", "not reached"
+
+
+class Row(NamedTuple):
+    """What became of a convolution."""
+
+    name: str
+    layer: str
+    becomes: str
+    why: str
+
+
+class Report(list[Row]):
+    """What became of every convolution, a row each; `str` gives a table."""
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """How many convolutions are SFG layers or heads, and how many there are."""
+        return sum(row.becomes in (SFG, HEAD) for row in self), len(self)
+
+    def __str__(self) -> str:
+        rows = [Row("name", "layer", "becomes", "why"), *self]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(Row._fields))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "{} of {} convolutions are SFG layers or heads".format(*self.coverage)])
