@@ -296,9 +296,10 @@ class GroupGates(nn.Module):
 
     def _draws_by_formula(self) -> bool:
         """Are the gates of a draw differentiable, or relaxed: made by the estimator's formula?"""
-        if self.assigned or not self.training or self._rule.gates is None:
+        if not self.training or self._rule.gates is None:
             return False
-        return self._rule.relaxed or (self.logits.requires_grad and torch.is_grad_enabled())
+        learns = self._rule.relaxed or (self.logits.requires_grad and torch.is_grad_enabled())
+        return learns and not self.assigned
 
     def _kind(self) -> tuple[Any, ...]:
         """Layers of the same kind can be drawn in one go."""
