@@ -209,18 +209,12 @@ class GroupGates(nn.Module):
         # A graph keeps what it was compiled for. Under DistributedDataParallel buffers are written to in every step.
         if in_graph() or fixed.is_meta or (self.training and not fixed.is_cpu):
             return self._assigned
-        if fixed.is_cpu:  # values are soon compared; writing through `.data` counts no version
-            same = self._seen.device == fixed.device and torch.equal(fixed, self._seen)
-        else:
-            same = self._written == (id(fixed), -1 if fixed.is_inference() else fixed._version)
-        if not same:
+        if _content(fixed) != self._seen:
             self._now_assigned(bool((fixed.amax(1) > 0).all()))
         return self._assigned
 
     def _now_assigned(self, assigned: bool) -> None:
-        fixed = self.fixed_gates
-        self._assigned, self._written = assigned, (id(fixed), 0 if fixed.is_inference() else fixed._version)
-        self._seen = fixed.clone() if fixed.is_cpu else fixed
+        self._assigned, self._seen = assigned, _content(self.fixed_gates)
 
     @property
     def fixed_assignment(self) -> Tensor:
@@ -420,6 +414,14 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
         FilterGroups.from_assignment(assignment, tasks, one, by_group, all_gates)
         for (assignment, by_group), one in zip(drawn_of, of_each, strict=True)
     ]
+
+
+def _content(fixed: Tensor) -> Any:
+    """What is other when a tensor has been written to: in memory its bytes (writing through `.data` counts no version);
+    elsewhere, where looking would mean to wait, which tensor it is and how often it was written to."""
+    if fixed.is_cpu and not in_graph():
+        return (fixed.float() if fixed.dtype is torch.bfloat16 else fixed).numpy().tobytes()
+    return id(fixed), 0 if fixed.is_inference() else fixed._version
 
 
 class _WithZeroGradient(torch.autograd.Function):
