@@ -34,7 +34,9 @@ class Images(NamedTuple):
         second = 1 + 2 * noise(example, 1)  # of another mean and spread, too
         n, c, height, width = example.shape
         wide, tall, odd = (height // 2, width + width // 2), (height + height // 2, width // 2), (height + 1, width + 1)
-        sizes = (wide, tall, odd, (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width))
+        square = (2 * height, 2 * width), (height + 32, width + 32)  # for who wants squares, or multiples
+        more = (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width)
+        sizes = (wide, tall, odd, *square, *more)
         others = (noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
         return cls(example, second, torch.cat([example, second, second.flip(-1)]), tuple(others))
 
@@ -57,13 +59,16 @@ class _WithoutDropout(TorchFunctionMode):
 
 def check_equal(module: nn.Module, converted: fx.GraphModule, images: Images) -> None:
     """With all kernels shared every task's output is what the module gives, in `eval()` and `train()`."""
-    for name, image, training in (
-        (FIRST, images.example, False),
-        ("noise", images.noise, False),
-        ("another batch size", images.batch, False),
-        ("a batch, in train()", images.batch, True),
-    ):
-        _compare(module, converted, name, image, training)
+    try:
+        _compare(module, converted, FIRST, images.example, False)
+    except AnotherWay as error:
+        raise ValueError(
+            "convert: the forward pass does something else with one image than with several, expected an example of "
+            "several images"
+        ) from error
+    _compare(module, converted, "noise", images.noise, False)
+    _compare(module, converted, "another batch size", images.batch, False)
+    _compare(module, converted, "a batch, in train()", images.batch, True)
     compared = 0
     for image in images.sizes:
         try:
@@ -72,7 +77,7 @@ def check_equal(module: nn.Module, converted: fx.GraphModule, images: Images) ->
             continue
         with suppress(AnotherWay):  # which whoever runs it will be told as well
             _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
-        compared += 1
+            compared += 1
         if compared == 3:
             break
 
@@ -103,6 +108,8 @@ def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Ten
             how = f"{y.dtype} {tuple(y.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
             if same:
                 how = f"largest difference {(y - expected).abs().max():.3g}"
+            elif y.dtype == expected.dtype:
+                how += "; was a size made a plain number, as int(..) and range(..) do?"
             raise ValueError(
                 f"convert: with all kernels shared the outputs differ from the module's on {name} ({how}), so it does "
                 "something that was not seen"

@@ -20,7 +20,7 @@ from ..groups import group_names
 from .compare import Images, check_equal, noise, outputs
 from .controls import sfg_layers
 from .conversion_report import COPIED, Report
-from .record import WITH_GRADIENT, base_of, differences, is_leaf, record, remove_unused
+from .record import base_of, differences, is_leaf, record, remove_unused
 from .rewrite import REMOVE_HOOKS, Rewriting, hook_of
 
 
@@ -98,11 +98,9 @@ def convert(
         images = Images.like(image)
         network, training = _copied(module).eval(), _in_training(module)
         modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
-        graph, _ = _recorded(network, image, example is None)
-        in_training = _recorded_in_training(training, images.batch, graph, example is None)
+        graph, _ = _recorded(network, images.batch, example is None)
+        in_training = _recorded_in_training(training, 0.7 * images.batch.flip(0), example is None)  # other values
         told = set(differences(graph, in_training))
-        for node, other in zip(graph.nodes, in_training.nodes, strict=True):
-            node.meta[WITH_GRADIENT] = other.meta.get(WITH_GRADIENT, True)  # in eval() it may do without
 
         rewriting = Rewriting(network, graph, told, tuple(sizes), skip, options, modes)
         rewriting.run()
@@ -112,7 +110,7 @@ def convert(
         remove_unused(converted.graph)
         converted.graph.lint()
         converted.recompile()
-        converted.meta["channels"] = image.shape[1]  # for whoever needs an image for it
+        converted.meta["image"] = tuple(image.shape[1:])  # for whoever needs one for it
         check_equal(module, converted, images)
         _tell_copied(rewriting.report, strict)
         _resize_heads(converted, rewriting.sized, sizes, image)
@@ -130,7 +128,8 @@ def _sizes(tasks: Mapping[str, int] | Iterable[str]) -> dict[str, int | None]:
     modules, and for sizes that are none."""
     sizes: dict[str, int | None] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(group_names(tasks)[1:])
     for name, size in sizes.items():
-        taken = isinstance(name, str) and (keyword.iskeyword(name) or hasattr(nn.ModuleDict, name) or "." in name)
+        has = any(hasattr(kind, str(name)) for kind in (nn.ModuleDict, nn.ParameterDict))
+        taken = isinstance(name, str) and (keyword.iskeyword(name) or has or "." in name)
         if not isinstance(name, str) or not name or taken or name in vars(nn.ModuleDict()):
             raise ValueError(f"convert: a task can't be called {name!r}, which is no name that a module can have")
         if size is not None and (type(size) is not int or size < 1):
@@ -197,11 +196,11 @@ def _in_training(module: nn.Module) -> nn.Module:
     return training
 
 
-def _recorded_in_training(training: nn.Module, batch: Tensor, evaluating: fx.Graph, by_default: bool) -> fx.Graph:
+def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) -> fx.Graph:
     """The graph in `train()`. ValueError where the forward pass leaves more behind than statistics of torch's own
     norms, or draws random numbers of Python or NumPy; a warning for tensors that it keeps, and for convolutions that
     it reaches in `train()` only."""
-    leaves = {name for name, child in training.named_modules() if is_leaf(child)}
+    leaves = {name for name, child in training.named_modules(remove_duplicate=False) if is_leaf(child)}
     before = {name: value.clone() for name, value in training.state_dict().items()}
     drawn = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
     kept = {id(value) for child in training.modules() for value in vars(child).values()}
@@ -246,7 +245,7 @@ def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> tuple[fx.G
     text = " ".join(str(failure).split())[:300]
     stands_in = " (noise, for want of an example)" if by_default else ""
     raise ValueError(
-        f"convert: the module can't run on an image of shape {tuple(image.shape)}{stands_in}: "
+        f"convert: the module can't run on images of shape {tuple(image.shape[1:])}{stands_in}: "
         f"{type(failure).__name__}: {text}. Expected a network of one image; give one that it can run on: "
         "convert(.., example=image)"
     ) from failure

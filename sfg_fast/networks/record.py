@@ -8,11 +8,14 @@ for any batch, `F.interpolate(y, size=x.shape[-2:])` for any image. Every other 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,8 +78,8 @@ def as_recorded(comparison: str, left: Any, right: Any, expected: bool) -> None:
     `if`, a maximum or the like there."""
     if getattr(operator, comparison)(left, right) != expected:
         raise AnotherWay(
-            f"the network was converted for images of other sizes: its forward pass asks {comparison}({left}, {right}) "
-            f"and got {expected}; expected convert(.., example=<an image of this size>)"
+            f"the network was converted for images of other sizes: its forward pass asks {comparison}({left}, "
+            f"{right}), which was {expected} there; expected convert(.., example=<images of this size>)"
         )
 
 
@@ -103,9 +106,13 @@ def _decides(comparison: str) -> Callable[..., Any]:
 
 
 for _kind in (_Size, _Ratio):
-    for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-        setattr(_kind, f"__{_name}__", _remembers(getattr(operator, _name)))
-        setattr(_kind, f"__r{_name}__", _remembers(getattr(operator, _name), swapped=True))
+    for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "rshift", "lshift", "and_", "or_"):
+        _own = _name.strip("_")
+        setattr(_kind, f"__{_own}__", _remembers(getattr(operator, _name)))
+        setattr(_kind, f"__r{_own}__", _remembers(getattr(operator, _name), swapped=True))
+    _kind.__divmod__ = lambda self, other: (self // other, self % other)  # type: ignore
+    _kind.__abs__ = _remembers(operator.abs)  # type: ignore[method-assign]
+    _kind.__pos__ = _remembers(operator.pos)  # type: ignore[method-assign]
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(_kind, f"__{_name}__", _decides(_name))
     _kind.__bool__ = lambda self: self != 0  # type: ignore
@@ -123,6 +130,9 @@ _RANDOM = re.compile(
 )
 
 
+_LOOKS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist")  # at the values of a tensor
+
+
 class _Tape(TorchFunctionMode):
     """Writes down which modules and functions make the output of the image, as a graph."""
 
@@ -131,6 +141,7 @@ class _Tape(TorchFunctionMode):
         self.graph, self.inside, self.known = fx.Graph(tracer_cls=Rereader), 0, {}  # type: ignore[var-annotated]
         self.kept: list[Any] = []  # so that no id is given twice
         self.scopes = [""]  # the modules whose forward passes are under way
+        self.decided: list[str] = []  # where the forward pass looked at values
         self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
 
     def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
@@ -168,6 +179,11 @@ class _Tape(TorchFunctionMode):
         if id(value) not in self.known:
             name = self.attributes.get(id(value))
             if name is None:
+                if isinstance(value, nn.Parameter):
+                    raise ValueError(
+                        f"convert: {self.whose()} reads weights of shape {tuple(value.shape)} that are no parameters "
+                        "of the module (in a list? nn.ModuleList knows its modules)"
+                    )
                 raise ValueError(
                     f"convert: {self.whose()} makes a tensor {tuple(value.shape)} in its forward "
                     "pass, which can't be recorded, expected one made of the image, a parameter or a buffer"
@@ -196,6 +212,8 @@ class _Tape(TorchFunctionMode):
                 f"convert: {self.whose()} draws random numbers in its forward pass ({name}), which one recording can't "
                 "hold: use nn.Dropout, or switch it off (a drop path of rate 0)"
             )
+        if name in _LOOKS and args and id(args[0]) in self.known:
+            self.decided.append(f"{name}() in {self.whose()}")
         if function is Tensor.register_hook and id(args[0]) in self.known:
             raise ValueError(f"convert: {self.whose()} puts a hook on a tensor, which the converted network would not")
         changed = self.attributes.get(id(args[0])) if args and name.endswith("_") and not name.endswith("__") else None
@@ -267,7 +285,8 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
             if nodes is not None and not tape.inside:
                 if not isinstance(out, Tensor):
                     raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
-                tape.tell(out, tape.graph.call_module(name, *nodes))
+                bound = inspect.signature(module.forward).bind(*nodes[0], **nodes[1])  # SFG layers call it x, not input
+                tape.tell(out, tape.graph.call_module(name, bound.args, bound.kwargs))
         tape.scopes.pop()
 
     for name, child in network.named_modules():
@@ -278,16 +297,40 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
     example = example.clone()  # the forward pass may write to it
     tape.tell(example, tape.graph.placeholder("x"))
     try:
-        with torch.enable_grad(), tape:
+        with torch.enable_grad(), _no_autocast_inside(tape), tape:
             out = network(example)
     finally:
         for hook in hooks:
             hook.remove()
+    if tape.decided:
+        warnings.warn(
+            f"convert: the forward pass looks at the values of a tensor ({tape.decided[0]}), which the converted "
+            "network won't: what it decides by them stays as for the example",
+            stacklevel=5,
+        )
     if not isinstance(out, Tensor) or id(out) not in tape.known:
         raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
     tape.graph.output(tape.known[id(out)])
     remove_unused(tape.graph)  # sizes that nobody asked for
     return tape.graph, out.detach()
+
+
+@contextmanager
+def _no_autocast_inside(tape: _Tape) -> Iterator[None]:
+    """ValueError if autocast is entered in the forward pass: the converted network would not."""
+    enter = torch.amp.autocast_mode.autocast.__enter__
+
+    def refused(self: Any) -> Any:
+        raise ValueError(
+            f"convert: {tape.whose()} enters torch.autocast in its forward pass, which the converted network would "
+            "not: enter it around the whole network"
+        )
+
+    torch.amp.autocast_mode.autocast.__enter__ = refused  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def remove_unused(graph: fx.Graph) -> None:
@@ -296,12 +339,13 @@ def remove_unused(graph: fx.Graph) -> None:
 
 def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
     """The nodes of the graph recorded in `eval()` that are told by an argument, True or False, that it is `train()`.
+    All get to know whether gradients are on in `train()`: in `eval()` the forward pass may do without.
 
     Raises ValueError, naming the place, if the two graphs differ otherwise: in what is done in the two modes, or in
     numbers that come from the image.
     """
     numbers: dict[fx.Node, int] = {}
-    for number, (one, other) in enumerate(itertools.zip_longest(evaluating.nodes, training.nodes)):
+    for number, (one, other) in enumerate(itertools.zip_longest(_that_work(evaluating), _that_work(training))):
         if one is None or other is None or (one.op, one.target) != (other.op, other.target):
             both = [node for node in (other, one) if node is not None]
             found = next((node for node in both if node.op.startswith(("call_f", "call_me"))), both[0])
@@ -311,6 +355,7 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
                 "acts on each channel alone, such as nn.Dropout, or switch it off (a drop path of rate 0)"
             )
         numbers[one] = numbers[other] = number
+        one.meta[WITH_GRADIENT] = other.meta.get(WITH_GRADIENT, True)
         told = False
         for a, b in itertools.zip_longest(*(_arguments(node, numbers) for node in (one, other))):
             if type(a) is type(b) is bool and a is not b:
@@ -323,6 +368,15 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
                 )
         if told:
             yield one
+
+
+def _that_work(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes but for questions for a size, and what only these want to know."""
+    asked: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.target is as_recorded or (node.users and asked.issuperset(node.users)):
+            asked.add(node)
+    return [node for node in graph.nodes if node not in asked]
 
 
 def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:

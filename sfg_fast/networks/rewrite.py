@@ -83,7 +83,8 @@ class Rewriting:
         self.hooked = {name: hook for name, module in self.modules.items() if (hook := hook_of(module))}
         if unknown := skip - self.modules.keys():
             raise ValueError(f"skip: there is no module {', '.join(map(repr, sorted(unknown)))}")
-        self.skip = {name for name in self.modules if any(name == one or name.startswith(f"{one}.") for one in skip)}
+        self.skipped = {one: set(network.get_submodule(one).modules()) for one in skip}  # whatever else they are called
+        self.skip = {name for name, m in self.modules.items() if any(m in one for one in self.skipped.values())}
         self.kind: dict[fx.Node, str] = {}
         self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
         self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
@@ -107,11 +108,20 @@ class Rewriting:
         self._hooks()
         if not self.obstacles and (self.kind[output.args[0]] != "tail" or not sfg_layers(self.network)):
             self.obstacles.append("nothing is left to be an SFG layer, or nothing behind them to be a head")
-        if heads := [str(node.target) for node in self.heads if node.target in self.skip and not self.obstacles]:
-            self.obstacles.append(f"{heads[0]!r} can't be skipped, because it gives the output: it is a head")
+        if not self.obstacles:
+            self._vain_skips()
         if not self.obstacles:
             self._share_groupings()
             self._tails(output)
+
+    def _vain_skips(self) -> None:
+        left = {self._module(node) for node in self.graph.nodes if self.kind.get(node) == "plain"}
+        for name, modules in self.skipped.items():
+            if not modules & left:
+                self.obstacles.append(
+                    f"{name!r} can't be skipped, because it does not stand in front of the SFG layers (a normalisation "
+                    "or an activation goes with its convolution, and what gives the output is a head)"
+                )
 
     # --- the recording, with modules where there can be ---------------------------------------------------------------
 
@@ -392,6 +402,8 @@ class Rewriting:
         name, rest = _name(node), _given(node)[1:]
         alone = len(_inputs(node)) == 1
         if name in ("cat", "concat", "concatenate"):
+            parts, *how = _given(node)
+            node.args, node.kwargs = (list(parts), *how), {}  # of a tuple a compiled graph would look inside
             if len(features) < len(_inputs(node)):
                 self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
             self.stream[node] = node
@@ -410,7 +422,7 @@ class Rewriting:
         elif name in ("detach", "data"):
             self._method(node, "detach", features[0])
         elif name == "getitem" and _crops(rest[0]):
-            self._method(node, "crop", features[0], rest[0])
+            self._method(node, "crop", features[0], _four(rest[0]))
         else:
             function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
             if function not in CHANNELWISE:
@@ -515,7 +527,8 @@ class Rewriting:
         if without:
             self.obstacles.append(
                 f"{_place(without[0])} is done under torch.no_grad() or in an autograd.Function, which the converted "
-                "network would not be: freeze the parameters instead (requires_grad_(False)), or leave the function out"
+                "network would not be: freeze the parameters instead (requires_grad_(False)), leave the function out, "
+                "or checkpoint with use_reentrant=False"
             )
 
     def _fill_report(self, convolutions: Mapping[str, nn.Module]) -> None:
@@ -678,9 +691,16 @@ def _changes_nothing(node: fx.Node, name: str, rest: list[Any]) -> bool:
 
 def _crops(index: Any) -> bool:
     """Is it [:, :, from:to, from:to]?"""
-    whole = slice(None)
+    whole, index = slice(None), _four(index)
     slices = isinstance(index, tuple) and len(index) <= 4 and all(isinstance(one, slice) for one in index)
     return slices and all(one == whole for one in index[:2])
+
+
+def _four(index: Any) -> Any:
+    """[.., from:to] of four dimensions with all of them."""
+    if isinstance(index, tuple) and index[0] is Ellipsis:
+        return (*[slice(None)] * (5 - len(index)), *index[1:])
+    return index
 
 
 def _acts_on_channels(module: nn.Module) -> bool:
