@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sfg_fast.gpu.timing import captured, interleaved, synchronize
 from sfg_fast.configuration import processor
+from sfg_fast.gpu.timing import captured, interleaved, synchronize
 
 Spread = tuple[float, float, float]  # median, lower and upper quartile
 

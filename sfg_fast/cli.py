@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, Preempted
-from .files import alone_in, check_vacant, one_line, read_text, write_json
+from .files import alone_in, check_file, check_vacant, one_line, read_text, write_json
 
 # (Nothing heavier up here: Ctrl-C is answered in one line from `main` on.)
 
@@ -225,9 +225,10 @@ def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outsid
     from .evaluation.evaluate import evaluate as compare
     from .evaluation.metrics import table
 
+    target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
+    check_file(target)  # before the work
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     document = compare(Path(predictions), found)
-    target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
     write_json(target, document)
     print(table(document))
     print(f"{len(document['cases'])} of the cohort's {len(found.cases)} cases, metrics in {target}")
@@ -250,6 +251,7 @@ def report(
     from .evaluation.report import report_on
 
     target = Path(run) / "report.html" if out is None else Path(out)
+    check_file(target)  # before anything lies beside it
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     report_on(Path(run), found, Path(predictions), Path(metrics), target)
     print(f"report in {target}")
@@ -320,13 +322,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     os.environ["MPLBACKEND"] = "agg"  # figures are only written; the backend of a notebook may not even be there
-    with _patient_streams(), _one_line_warnings(), _stoppable(GOES_ON.get(given[0] if given else "", "")) as stopped_by:
+    goes_on = GOES_ON.get(given[0] if given else "", "")
+    # The process ends right after this: then nothing that comes late may make anything else of what was done.
+    with _stoppable(goes_on, for_good=arguments is None) as signals, _patient_streams(), _one_line_warnings():
         try:
-            _check_backend()
-            return _run(given)
+            try:
+                _check_backend()
+                return _run(given)
+            finally:
+                signals.heard = False
         except BaseException as error:
-            if isinstance(error, Exception) and stopped_by:  # what a library made of it
-                error = KeyboardInterrupt() if stopped_by[0] == signal.SIGINT else Preempted("stopped by SIGTERM")
+            signals.heard = False
+            if isinstance(error, Exception) and signals.came:  # what a library made of it
+                error = KeyboardInterrupt() if signals.came[0] == signal.SIGINT else Preempted("stopped by SIGTERM")
             code, line = _ending(error)
         print(f"sfg-fast: {line}", file=sys.stderr)
         return code
@@ -334,13 +342,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the line of source that they come from."""
-    before = warnings.formatwarning
+    """Warnings without the line of source that they come from, each on a line of its own, not behind a progress bar."""
+    before, shown_before = warnings.formatwarning, warnings.showwarning
+
+    def show(*arguments: Any, **options: Any) -> None:
+        with _bars_aside():
+            shown_before(*arguments, **options)
+
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    warnings.showwarning = show
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning, warnings.showwarning = before, shown_before
+
+
+def _bars_aside() -> contextlib.AbstractContextManager[Any]:
+    """Where bars are drawn on stderr, they are cleared as long as that, and drawn again."""
+    if "tqdm" not in sys.modules:
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode(file=sys.stderr, nolock=True)
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
@@ -361,13 +384,24 @@ def _ending(error: BaseException) -> tuple[int, str]:
     raise error
 
 
+class _Signals:
+    """Which signals came, and whether they still end the command."""
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.heard = True
+
+
 @contextlib.contextmanager
-def _stoppable(goes_on: str) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt and Preempted; the list says which of them came."""
-    came: list[int] = []
+def _stoppable(goes_on: str, for_good: bool) -> Iterator[_Signals]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt and Preempted, as long as they are heard. for_good: they are ignored
+    after it, too."""
+    signals = _Signals()
 
     def stop(number: int, frame: Any) -> None:
-        came.append(number)
+        if not signals.heard:
+            return
+        signals.came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Preempted(f"stopped by SIGTERM{goes_on}")
 
     # Not in a background job that ignores Ctrl-C. Processes of torchrun wait for each other where no handler is heard:
@@ -381,10 +415,11 @@ def _stoppable(goes_on: str) -> Iterator[list[int]]:
     try:
         for number in taken:
             signal.signal(number, stop)
-        yield came
+        yield signals
     finally:
+        signals.heard = False
         for number, usual in taken.items():
-            signal.signal(number, usual)
+            signal.signal(number, signal.SIG_IGN if for_good else usual)
 
 
 class _Patient:
@@ -435,7 +470,7 @@ def _patient_streams() -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from .experiment.config import ExperimentConfig, add_arguments, from_options
+    from .experiment.config import ExperimentConfig, add_arguments, from_options, instantiated
     from .training.config import TrainConfig
 
     if arguments[:1] == ["experiment"] and not (arguments[1:] or ["-"])[0].startswith("-"):
@@ -479,7 +514,7 @@ def _run(arguments: list[str]) -> int:
     for name, value in list(parsed.items()):
         parsed[name] = _at_home(name, value)
     name = parsed.subcommand
-    options = parser.instantiate_classes(parsed)[name].as_dict()
+    options = instantiated(parser, parsed)[name].as_dict()
     if name == "train":
         options.pop("config", None)
         train(TrainConfig(**{k: v for k, v in options.items() if k != "resume"}), options["resume"])

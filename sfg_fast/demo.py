@@ -15,7 +15,7 @@ from .evaluation.metrics import table
 from .evaluation.predict import Predictor
 from .evaluation.report import report_on
 from .files import alone_in, claim_folder, write_json
-from .training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
+from .training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig, check
 from .training.trainer import Trainer
 
 DRAWS = 8
@@ -39,12 +39,14 @@ def run_demo(out: Path, seed: int, steps: int) -> None:
     """Make a cohort, preprocess, train, predict, evaluate, report; everything below `out`, a new folder."""
     from tqdm import tqdm
 
+    config = demo_config(out, seed, steps)
+    check(config)  # before anything is made
     claim_folder(out)
     write_phantom(out / "cohort", seed=seed)
     cohort = read_cohort(out / "cohort")
     preprocess(cohort, out / "cache")
     with alone_in(out):
-        Trainer(demo_config(out, seed, steps)).run()
+        Trainer(config).run()
     cases = cohort.split("test")
     predicted = Predictor(out).cases(cohort, cases, out / "predictions", DRAWS)
     for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):

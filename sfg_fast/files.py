@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import types
@@ -45,12 +46,16 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, shape: Any = Any) -> Any:
     """The content of a JSON file, of a shape as for `check_shape`.
 
-    InputError: missing, not text, not JSON, a key that is there twice, more than MAX_JSON_BYTES, or another shape.
+    InputError: missing, not text, not JSON, a key that is there twice, half a letter (a lone surrogate, which no file
+    name or page can hold), more than MAX_JSON_BYTES, or another shape.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_once_each)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except _Twice as error:
@@ -77,7 +82,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
     """InputError, naming the place, if content as it comes from JSON or YAML doesn't have the shape: a type, `A | B`,
     list[..], dict[str, ..], a TypedDict (other keys may be there, too), a dataclass (all keys are options of it), Any.
-    An int will do for a float; a bool will not do for an int."""
+    An int will do for a float; a bool will not do for an int; a number has to be finite, as a float, too."""
     origin, inside = typing.get_origin(shape), typing.get_args(shape)
     if shape is Any:
         return
@@ -89,7 +94,8 @@ def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
             except InputError as error:
                 refused.append(error)
         parts = [one for one in inside if one is not type(None)]
-        if len(parts) == 1 and isinstance(content, dict | list):  # an optional: what is wrong inside says more
+        inner = isinstance(content, dict | list) or (isinstance(content, int | float) and not finite(content))
+        if len(parts) == 1 and inner:  # an optional: what is wrong inside says more
             raise refused[inside.index(parts[0])]
     elif origin is list and isinstance(content, list | tuple):
         for index, value in enumerate(content):
@@ -117,10 +123,26 @@ def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
     elif isinstance(shape, type) and origin is None and not typing.is_typeddict(shape):
         right = (int, float) if shape is float else shape
         if isinstance(content, right) and (shape is bool or not isinstance(content, bool)):
+            if isinstance(content, int | float) and not finite(content):
+                raise InputError(f"{where}: {place or 'it'} is {shown(content)}, expected a finite number")
             return
+    raise InputError(f"{where}: {place or 'it'} is {shown(content)}, expected {_name(shape)}")
+
+
+def finite(number: float) -> bool:
+    """Whether it is finite as a float; an int may be too large for one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def shown(content: Any) -> str:
+    """What was found, in a sentence. (Python prints no int of thousands of digits.)"""
+    if isinstance(content, int) and not finite(content):
+        return "a whole number of more than 300 digits"
     found = repr(content)
-    found = found if len(found) <= 60 else f"{found[:60]}.."
-    raise InputError(f"{where}: {place or 'it'} is {found}, expected {_name(shape)}")
+    return found if len(found) <= 60 else f"{found[:60]}.."
 
 
 def _below(place: str, key: Any) -> str:
@@ -161,14 +183,16 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of path to write to; it becomes path at the end, and vanishes if the block fails.
+    """A temporary sibling of path to write to; it becomes path at the end (of a link, what the link leads to), and
+    vanishes if the block fails.
 
     Raises InputError if it can't be written there, OSError if the disk is full.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    target = check_file(path)
+    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, target)
     except OSError as error:
         message = f"{path}: can't be written ({one_line(error)})"
         if error.errno in _FULL:  # not the user's input, but a full disk
@@ -177,6 +201,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def check_file(path: Path) -> Path:
+    """Where a file of this name really lies, whatever links lead there. InputError for a folder or a device."""
+    target = Path(os.path.realpath(path))  # unlike Path.resolve it never raises
+    if not path.name or (os.path.exists(target) and not os.path.isfile(target)):
+        raise InputError(f"{str(path)!r}: a folder or a device, expected the name of a file")
+    return target
 
 
 def sweep(folder: Path) -> None:

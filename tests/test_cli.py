@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from sfg_fast.cli import main
+from sfg_fast.data import Grid, read_volume, write_volume
 from sfg_fast.errors import Preempted
 from sfg_fast.training import checkpoint
 from sfg_fast.training.trainer import Trainer
@@ -394,12 +395,190 @@ def test_a_report_takes_the_metrics_of_its_very_predictions(made, tmp_path, caps
     document = json.loads((tmp_path / "metrics.json").read_text())
     labels = tmp_path / "p/phantom_001/labels.nii.gz"
     assert document["predictions"]["phantom_001"]["labels.nii.gz"] == hashlib.sha256(labels.read_bytes()).hexdigest()
-    shutil.copy(labels.with_name("uncertainty.nii.gz"), labels.with_name("ct.nii.gz"))
-    refused(capsys, command, f"it was not made from {labels.with_name('ct.nii.gz')} as it is now; run evaluate again")
-    shutil.rmtree(labels.parent)
+    evaluated = ["evaluate", predictions, cohort, "--out", str(tmp_path / "new.json")]
+    ct, uncertainty = labels.with_name("ct.nii.gz"), labels.with_name("uncertainty.nii.gz")
+    whole = ct.read_bytes()
+    for spoil, what in (
+        (lambda: ct.write_bytes(uncertainty.read_bytes()), f"{ct}: not as predict wrote it; predict --resume"),
+        (ct.unlink, f"{ct}: no such file, but predictions.json lists it; predict --resume makes it again"),
+        (lambda: shutil.copy(uncertainty, ct.with_name("noise.nii.gz")), "noise.nii.gz: not as predict wrote it"),
+        (lambda: shutil.rmtree(ct.parent), f"{ct.parent}: no such folder, but predictions.json lists the case"),
+    ):
+        spoil()
+        refused(capsys, evaluated, what)
+        refused(capsys, command, what)
+        if ct.parent.exists():
+            ct.write_bytes(whole)
+            ct.with_name("noise.nii.gz").unlink(missing_ok=True)
+    (tmp_path / "p/predictions.json").unlink()  # as others' predictions, of which nobody knows
     refused(capsys, command, f"case phantom_001 is in {metrics}, but not in {predictions}; run evaluate again")
+    shutil.copytree(tmp_path / "p/phantom_000", ct.parent)
+    refused(capsys, command, f"it was not made from {ct} as it is now; run evaluate again")
     assert not (tmp_path / "report.html").exists()
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.fixture(scope="module")
+def others(made, tmp_path_factory):
+    """Another run of the same cohort; and another cohort of the same names, of which nothing is known but its files."""
+    folder = tmp_path_factory.mktemp("others")
+    cohort, run = str(folder / "cohort"), str(folder / "run")
+    commands = [
+        ["phantom", cohort, "--cases", "3", "--test", "1", "--size", "24", "--slices", "6", "--seed", "5"],
+        ["train", "--data", str(made / "cache"), "--out", run, *TINY, "--seed", "3"],
+        ["predict", run, str(made / "cohort"), f"{run}/predictions", "--draws", "0"],
+        ["evaluate", f"{run}/predictions", str(made / "cohort")],
+    ]
+    for command in commands:
+        assert main(command) == 0, command
+    return folder
+
+
+def test_what_belongs_to_another_run_or_cohort_is_refused(made, others, tmp_path, capsys):
+    run, cohort, there = made / "run", made / "cohort", others / "run"
+    out = ["--out", str(tmp_path / "report.html")]
+
+    def report(run, cohort, predictions, metrics):
+        return ["report", *map(str, (run, cohort, predictions, metrics)), *out]
+
+    another = report(run, cohort, there / "predictions", there / "metrics.json")
+    refused(capsys, another, f"predictions.json: predicted by another run than {run}/checkpoints/final.pt")
+    mr = others / "cohort/phantom_002/mr.nii.gz"
+    said = f"case phantom_002 was predicted from another MR than {mr}, expected the cohort that was predicted"
+    refused(capsys, report(run, others / "cohort", run / "predictions", run / "metrics.json"), said)
+    refused(capsys, ["evaluate", str(run / "predictions"), str(others / "cohort"), *out], said)
+    # Truth of another kind for the same MR.
+    shutil.copytree(cohort, tmp_path / "cohort")
+    shutil.copy(others / "cohort/phantom_002/ct.nii.gz", tmp_path / "cohort/phantom_002")
+    here = report(run, tmp_path / "cohort", run / "predictions", run / "metrics.json")
+    refused(capsys, here, "metrics.json: case phantom_002 was compared with other files than those in")
+    metrics = tmp_path / "metrics.json"
+    assert main(["evaluate", str(run / "predictions"), str(tmp_path / "cohort"), "--out", str(metrics)]) == 0
+    refused(capsys, report(run, cohort, run / "predictions", metrics), "case phantom_002 was compared with other files")
+    # Labels that are numbered otherwise.
+    names = json.loads((tmp_path / "cohort/dataset.json").read_text())
+    names["labels"] |= {"prostate": 2, "bladder": 1}
+    (tmp_path / "cohort/dataset.json").write_text(json.dumps(names))
+    shutil.rmtree(tmp_path / "cohort/phantom_002")
+    shutil.copytree(cohort / "phantom_002", tmp_path / "cohort/phantom_002")
+    refused(capsys, here, f"{run}: the run's labels are")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_draws_the_history_of_the_run_s_own_checkpoint(made, others, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(others / "run/history.json", tmp_path / "run")
+    places = [
+        str(tmp_path / "run"),
+        str(made / "cohort"),
+        *(str(made / "run" / p) for p in ("predictions", "metrics.json")),
+    ]
+    assert main(["report", *places]) == 0
+    for name in ("allocation", "curves"):
+        drawn = [folder / f"run/figures/{name}.png" for folder in (made, tmp_path)]
+        assert drawn[0].read_bytes() == drawn[1].read_bytes()
+
+
+def test_predictions_of_others_need_no_word_of_theirs(made, tmp_path, capsys):
+    shutil.copytree(made / "run/predictions", tmp_path / "p")
+    (tmp_path / "p/predictions.json").write_text('{"by": "hand"}')
+    (tmp_path / "p/phantom_002/uncertainty.nii.gz").unlink()
+    assert main(["evaluate", str(tmp_path / "p"), str(made / "cohort")]) == 0
+    places = [str(made / "run"), str(made / "cohort"), str(tmp_path / "p"), str(tmp_path / "metrics.json")]
+    assert main(["report", *places, "--out", str(tmp_path / "report.html")]) == 0
+    ct, grid = read_volume(made / "run/predictions/phantom_002/ct.nii.gz")
+    affine = grid.affine.copy()
+    affine[:3, 3] += 9
+    uncertainty = tmp_path / "p/phantom_002/uncertainty.nii.gz"
+    write_volume(uncertainty, ct, Grid(affine, grid.shape), np.float32)
+    refused(capsys, ["report", *places, "--out", str(tmp_path / "report.html")], f"{uncertainty}: grid shape")
+
+
+def test_the_file_to_write(made, tmp_path, capsys, monkeypatch):
+    """Through a link to what it leads to; no folder and no device, which is known before anything is done."""
+    monkeypatch.chdir(tmp_path)
+    evaluated = ["evaluate", str(made / "run/predictions"), str(made / "cohort"), "--out"]
+    reported = [
+        "report",
+        *map(str, (made / "run", made / "cohort", made / "run/predictions", made / "run/metrics.json")),
+        "--out",
+    ]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("real/metrics.json")
+    assert main([*evaluated, "link.json"]) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real/metrics.json").read_text())["cases"]
+    for command in (evaluated, reported):
+        for out in ("", "/", "/dev/null", str(tmp_path)):
+            refused(capsys, [*command, out], "a folder or a device, expected the name of a file")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link.json", "metrics.json", "real"]
+
+
+def test_what_can_not_be_made_is_refused_before_it_is_begun(tmp_path, capsys):
+    refused(capsys, ["demo", "--out", str(tmp_path / "new"), "--steps", "0"], "schedule.steps=0: expected at least 1")
+    refused(capsys, ["phantom", str(tmp_path / "new"), "--size", "1000000000"], "voxels, expected at most 536870912")
+    assert not any(tmp_path.iterdir())
+
+
+LATE = """
+import atexit, os, signal, sys
+import sfg_fast.cli as cli
+
+def send(*_):
+    os.kill(os.getpid(), signal.{name})
+
+atexit.register(send)  # when Python ends
+flush = cli._Patient.flush
+cli._Patient.flush = lambda stream: (send(), flush(stream))  # when all is done, but not yet everything printed
+
+def run(arguments):
+    if arguments:
+        raise cli.InputError("nothing to do")
+    print("done")
+    return 0
+
+cli._run = run
+sys.argv = ["sfg-fast", *{arguments}]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("arguments", "said"), [([], (0, "done\n", "")), (["x"], (2, "", "sfg-fast: nothing to do\n"))]
+)
+def test_a_signal_after_all_is_done_changes_nothing(name, arguments, said):
+    source = LATE.format(name=name, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == said
+
+
+WARNING = """
+import sys, warnings
+from tqdm import tqdm
+import sfg_fast.cli as cli
+
+def run(arguments):
+    for number in tqdm(range(2), mininterval=0):
+        warnings.warn(f"word {number}")
+    return 0
+
+cli._run = run
+sys.exit(cli.main([]))
+"""
+
+
+def test_a_warning_has_a_line_of_its_own():
+    done = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert [line for line in lines if "warning" in line] == ["warning: word 0", "warning: word 1"]
+
+
+def test_warnings_as_errors_end_no_command(tmp_path):
+    code = "import warnings; warnings.simplefilter('error'); from sfg_fast.cli import main; raise SystemExit(main())"
+    arguments = ["phantom", str(tmp_path / "new"), "--cases", "1", "--test", "0", "--size", "24", "--slices", "4"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 def test_two_lists_of_one_folder_are_two_cohorts(made, tmp_path, capsys):

@@ -192,7 +192,7 @@ class Cache:
     def _changed(self, name: str) -> InputError:
         return InputError(
             f"{self.path}: the arrays of case {name} have changed since they were opened, expected them to stay; "
-            "preprocess the cohort again to its end, then resume"
+            "preprocess the cohort again and train anew, or put the old files back and resume"
         )
 
     @contextmanager
@@ -219,7 +219,7 @@ class Cache:
         if source != self.cases[name]["source"]:
             raise InputError(
                 f"{where}: the case was written again from other files than the manifest says; preprocess the cohort "
-                "again to its end, then resume"
+                "again and train anew, or put the old files back and resume"
             )
 
     def fingerprint(self) -> str:

@@ -13,8 +13,10 @@ Only the MR is needed to predict. A case is in the split `train` unless somethin
 dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.
 
 Nothing is lost without a word: a file that is called as one that is looked for, but of a format that isn't read, an
-entry of dataset.json that is nearly one that means something, a number of cases that isn't the one announced, and a
-file that stands for two things are refused; other entries and volumes that nothing reads are told.
+entry of dataset.json that is nearly one that means something, a file that is nearly called dataset.json or labels.json
+where that is not there, a link that leads nowhere, a number of cases that isn't the one announced, a row without a
+split among rows that have one, and a file that stands for two things are refused; other entries and images that nothing
+reads, by their names, their formats or the depth of their folder, are told.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,9 @@ _BESIDE = re.compile(
     |sha256|md5)""",
     re.X | re.I,
 )
+# Images, or one slice of them, in formats that aren't read.
+_UNREAD = re.compile(r".+\.(dcm|dicom|ima|mgz|mgh|mnc|hdr|img|nii\.(bz2|xz|zst|zip))", re.I)
+DEPTH = 4  # how many folders deep images that nothing reads are looked for
 _MEANING = ("labels", "split", "channel_names", "file_ending")  # entries of dataset.json that are read
 # nnU-Net's own, of the Decathlon before it, and the phantom's: they say nothing that is needed here.
 _KNOWN = re.compile(
@@ -108,7 +113,7 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
 
     allow_outside: a list may name files outside its own folder.
     Raises InputError, naming the case and file, for anything missing, ambiguous, doubled or malformed. Warns
-    (UserWarning) of volumes in a folder whose names say nothing, and of unknown entries in dataset.json.
+    (UserWarning) of images in a folder that nothing reads, and of unknown entries in dataset.json.
     """
     path = Path(path)
     if not path.exists():
@@ -116,7 +121,8 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     if path.is_dir():
         nnunet = any((path / name).is_dir() for name in ("imagesTr", "imagesTs"))
         meta_path = path / "dataset.json"
-        meta = _read_object(meta_path) if meta_path.exists() or nnunet else {}
+        _check_called(meta_path)
+        meta = _read_object(meta_path) if os.path.lexists(meta_path) or nnunet else {}
         _check_entries(meta, meta_path)
         cases = _nnunet_cases(path, meta) if nnunet else _folder_cases(path)
         _tell_unread(path, cases)
@@ -131,8 +137,11 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
     else:
         raise InputError(f"{path}: expected a folder, a .csv or a .json")
     beside = path.with_name("labels.json")
-    if "labels" not in meta and beside.exists() and beside != path:
-        meta, meta_path = {**meta, "labels": read_json(beside)}, beside
+    if "labels" not in meta and beside != path:
+        _check_called(beside, path)
+        if os.path.lexists(beside):
+            meta, meta_path = {**meta, "labels": read_json(beside)}, beside
+    _check_each_has_a_split(rows)
     cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
     return replace(_checked(path.parent, cases, meta, meta_path), source=path)
 
@@ -248,7 +257,20 @@ def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
     return LoadedCase(inputs, ct, labels, mask, grid, tuple(notes))
 
 
+def _check_called(path: Path, *others: Path) -> None:
+    """InputError if a file is not there, but one that is nearly called so (and is none of the others)."""
+    if os.path.lexists(path):
+        return
+    for child in sorted(path.parent.iterdir()):
+        near = difflib.SequenceMatcher(None, child.stem.lower(), path.stem).ratio() >= 0.8
+        if near and child.suffix.lower() in ("", ".json", ".yaml", ".yml") and child not in others and child.is_file():
+            raise InputError(f"{child}: nothing is read from a file of this name, did you mean {path.name!r}?")
+
+
 def _folder_cases(root: Path) -> list[Case]:
+    for child in sorted(root.glob("[!.]*")):
+        if not child.exists():
+            raise InputError(f"{child}: a link that leads nowhere, expected the folder of a case")
     cases = []
     for folder in sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")):
         files: dict[str, Path] = {}
@@ -291,13 +313,32 @@ def _check_entries(meta: dict[str, Any], path: Path) -> None:
 
 
 def _tell_unread(root: Path, cases: list[Case]) -> None:
-    """A warning if there are volumes that no case has: a misspelt name would otherwise be a target that is missing."""
+    """A warning if there are images that no case has: a misspelt name would otherwise be a target that is missing, and
+    a folder that lies too deep a case. (An image beside one of its name that is read is another format of it.)"""
     read = {path for case in cases for paths in files(case).values() for path in paths}
-    there = (file for folder in root.glob("[!.]*") if folder.is_dir() for file in folder.glob("[!.]*"))
-    unread = sorted(str(file.relative_to(root)) for file in there if volume_stem(file.name) and file not in read)
+    names = {path.with_name(volume_stem(path.name) or path.name) for path in read}
+    unread = sorted(
+        str(file.relative_to(root))
+        for file in _visible_files(root, DEPTH)
+        if (volume_stem(file.name) and file not in read)
+        or (_UNREAD.fullmatch(file.name) and file.with_name(file.name.partition(".")[0]) not in names)
+    )
     if unread:
         some = ", ".join(unread[:3]) + (", .." if len(unread) > 3 else "")
-        warnings.warn(f"{root}: {len(unread)} volumes are not read, by their names: {some}", stacklevel=3)
+        why = "by their names, formats or places"
+        warnings.warn(f"{root}: {len(unread)} images are not read, {why}: {some}", stacklevel=3)
+
+
+def _visible_files(folder: Path, depth: int) -> Iterator[Path]:
+    """The files in a folder, and in its folders down to a depth; of its hidden folders those right inside, where a case
+    may have been hidden (and not the thousands in a .git)."""
+    for child in folder.iterdir():
+        if child.is_dir():
+            hidden = child.name.startswith(".")
+            if depth > 0 and not (hidden and depth < DEPTH):
+                yield from _visible_files(child, 0 if hidden else depth - 1)
+        elif not child.name.startswith("."):  # such as the ._mr.nii.gz of macOS
+            yield child
 
 
 def _nnunet_cases(root: Path, meta: dict[str, Any]) -> list[Case]:
@@ -372,7 +413,7 @@ def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True, skipinitialspace=True)
-            columns = next(reader, [])
+            columns = [column.strip() for column in next(reader, [])]
             if len(set(columns)) != len(columns):
                 raise InputError(f"{path}: a column is there twice in {', '.join(columns)}")
             for values in reader:
@@ -381,7 +422,7 @@ def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 where = f"{path}, line {reader.line_num}"
                 if len(values) != len(columns):
                     raise InputError(f"{where}: {len(values)} values for {len(columns)} columns")
-                rows.append((where, dict(zip(columns, values, strict=True))))
+                rows.append((where, dict(zip(columns, map(str.strip, values), strict=True))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not readable as CSV ({error})") from error
     return rows
@@ -400,6 +441,13 @@ def _json_rows(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, 
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)], meta
 
 
+def _check_each_has_a_split(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """InputError if some rows say their split and others don't: these may be any."""
+    without = [where for where, row in rows if row.get("split") in ("", None)]
+    if without and len(without) < len(rows):
+        raise InputError(f"{without[0]}: no split, but other rows have one; expected one in every row, or in none")
+
+
 def _row_case(source: Path, where: str, row: dict[str, Any], allow_outside: bool) -> Case:
     unknown = [key for key in row if not (_MR_COLUMN.fullmatch(key) or key in ("case", "split", *_OPTIONAL))]
     if unknown:
@@ -410,6 +458,8 @@ def _row_case(source: Path, where: str, row: dict[str, Any], allow_outside: bool
     for key, value in given.items():
         if not isinstance(value, str) or "\0" in value:
             raise InputError(f"{where}: {key} is {value!r}, expected text")
+        if value != value.strip():
+            raise InputError(f"{where}: {key} is {value!r}, expected no spaces around it")
     name = check_case_name(given.pop("case", ""), where)
     split = check_split(given.pop("split", "train"), where)
     files = {key: source.parent / value for key, value in given.items()}

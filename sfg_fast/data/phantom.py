@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import new_folder, write_json
+from .stored import MAX_VOXELS
 from .volumes import Grid, write_volume
 
 FIELD_OF_VIEW_MM = (144.0, 400.0, 400.0)  # along Z, Y, X
@@ -72,8 +73,8 @@ def write_phantom(
     OUT/dataset.json with label names, split (the last `test` cases are the test split) and difficulty. All of it or
     nothing.
 
-    Raises InputError for a folder that isn't empty, size < 24, slices < 4, test not in 0 .. cases - 1, seed < 0,
-    difficulty not in 0 .. 1.
+    Raises InputError for a folder that isn't empty, size < 24, slices < 4, more than MAX_VOXELS voxels, test not in
+    0 .. cases - 1, seed < 0, difficulty not in 0 .. 1.
     """
     from tqdm import tqdm
 
@@ -81,6 +82,10 @@ def write_phantom(
         raise InputError(
             f"phantom: size {size}, slices {slices}, cases {cases}, test {test}, seed {seed}, difficulty "
             f"{difficulty}: expected size >= 24, slices >= 4, 0 <= test < cases, seed >= 0, 0 <= difficulty <= 1"
+        )
+    if (voxels := size * size * slices) > MAX_VOXELS:
+        raise InputError(
+            f"phantom: size {size} and slices {slices} make {voxels} voxels, expected at most {MAX_VOXELS}"
         )
     out, grid = Path(out), phantom_grid(size, slices)
     names = [f"phantom_{index:03d}" for index in range(cases)]

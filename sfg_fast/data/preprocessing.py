@@ -41,6 +41,14 @@ _FILES = {"inputs.npy", "mask.npy", *(f"{target}.npy" for target in TARGETS)}
 BYTES_AT_WORK = 34
 FEW = 1e-3  # the share of the voxels, the brightest, that must not decide alone how the others are scaled
 TOLD_SQUASH, REFUSED_SQUASH = 3.0, 100.0  # how far they may move the scale, in SDs of the others
+# The same for more voxels, at both ends. Where so many do it, they may be all that there is to see: what is refused is
+# more than the 16 bits of a scanner hold.
+SOME, REFUSED_SQUASH_OF_SOME = 2e-2, 1e5
+# How far a voxel may lie from the foreground's mean in SDs: the brightest vessels reach 20, padding is beyond 50.
+TOLD_Z, REFUSED_Z = 30.0, 1000.0
+INT16 = 2.0**15  # a brightness beyond turns negative where nobody looks
+SAMPLE = 2**18  # voxels that percentiles are taken from
+WHOLE = 0.995  # a body of this share of the volume is none
 # Of the body in HU: lungs, knees, heads and metal all stay inside; 0..4095 that nobody rescaled doesn't.
 PLAUSIBLE_MEDIAN, PLAUSIBLE_MEAN = (-500.0, 300.0), (-500.0, 500.0)
 
@@ -271,9 +279,9 @@ def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[
     except InputError as error:
         raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
     notes += [
-        Note("mr", f"case {case.name} ({path}): {said}") for path, said in _squashed(case, loaded.inputs, statistics)
+        Note("mr", f"case {case.name} ({path}): {said}") for path, said in _strange(case, loaded.inputs, statistics)
     ]
-    if loaded.ct is not None and (said := _implausible(loaded.ct[mask])):
+    if loaded.ct is not None and (said := _implausible(loaded.ct[mask]) or _whole(mask, mask_from)):
         notes.append(Note("ct", f"case {case.name} ({case.ct}): {said}"))
     arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
     arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
@@ -335,18 +343,29 @@ def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, int]
 def foreground_statistics(inputs: np.ndarray) -> list[tuple[float, float]]:
     """Mean and SD of each channel of inputs [C, ...] over its foreground, the voxels above the channel's own mean.
 
-    Raises InputError where the image or its foreground is constant, or all but constant next to the brightest voxels, a
-    share FEW of all (`REFUSED_SQUASH`).
+    Raises InputError where the image or its foreground is constant, or all but constant next to a few voxels
+    (`REFUSED_SQUASH`, `REFUSED_Z`).
     """
     statistics = []
     for index, channel in enumerate(inputs):
         mean, deviation, count = _foreground(channel)
+        low, high = float(channel.min()), float(channel.max())
         if deviation == 0:
-            raise InputError(f"MR channel {index} is constant in its foreground, expected an image with contrast")
-        if (by := _squash(channel, mean, deviation, count)) >= REFUSED_SQUASH:
+            brighter = f"{count} of {channel.size} voxels are {high:g}, the lowest is {low:g}"
             raise InputError(
-                f"MR channel {index} has a few voxels so bright (up to {channel.max():g}, {by:.3g} SDs of the others) "
-                "that all others are one value next to them, expected an image with contrast"
+                f"MR channel {index} is constant in its foreground ({brighter if count else f'all are {high:g}'}), "
+                "expected an image with contrast"
+            )
+        by, by_some = _squash(channel, mean, deviation, count), _squash_of_some(channel, mean, deviation)
+        if by >= REFUSED_SQUASH or by_some >= REFUSED_SQUASH_OF_SOME:
+            raise InputError(
+                f"MR channel {index} has a few voxels so bright (up to {high:g}, {max(by, by_some):.3g} SDs of the "
+                "others) that all others are one value next to them, expected an image with contrast"
+            )
+        if (far := _farthest(channel, mean, deviation)) >= REFUSED_Z:
+            raise InputError(
+                f"MR channel {index} has voxels {far:.3g} SDs from the mean of its foreground ({low:g} to {high:g}), "
+                f"expected fewer than {REFUSED_Z:g}"
             )
         statistics.append((mean, deviation))
     return statistics
@@ -373,14 +392,34 @@ def _squash(channel: np.ndarray, mean: float, deviation: float, count: int) -> f
     return max(deviation, abs(mean - mean_without)) / without if without else math.inf
 
 
-def _squashed(case: Case, inputs: np.ndarray, statistics: list[tuple[float, float]]) -> Iterator[tuple[Path, str]]:
-    """(file, what is strange) for each MR channel whose scaling a few voxels decide."""
+def _squash_of_some(channel: np.ndarray, mean: float, deviation: float) -> float:
+    """How far, in SDs of the foreground where the brightest and the darkest voxels, a share SOME each, are clipped to
+    the others, the foreground's mean is from that one's, or its SD; at most 2 in images where they decide nothing. 0
+    where the others are all one value: then the share is what there is to see."""
+    sample = channel.ravel()[:: channel.size // SAMPLE + 1].astype(np.float64)
+    mean_clipped, clipped, _ = _foreground(sample.clip(*np.quantile(sample, (SOME, 1 - SOME))))
+    return max(deviation, abs(mean - mean_clipped)) / clipped if clipped else 0.0
+
+
+def _farthest(channel: np.ndarray, mean: float, deviation: float) -> float:
+    """How many SDs the voxel that is farthest from the foreground's mean lies from it."""
+    return max(float(channel.max()) - mean, mean - float(channel.min())) / deviation
+
+
+def _strange(case: Case, inputs: np.ndarray, statistics: list[tuple[float, float]]) -> Iterator[tuple[Path, str]]:
+    """(file, what is strange) for each MR channel whose scaling a few voxels decide, or with voxels that are none."""
     for path, channel, (mean, deviation) in zip(case.inputs, inputs, statistics, strict=True):
         count = int(np.count_nonzero(channel > channel.mean(dtype=np.float64)))
-        if (by := _squash(channel, mean, deviation, count)) >= TOLD_SQUASH:
+        low, high = float(channel.min()), float(channel.max())
+        by = max(_squash(channel, mean, deviation, count), _squash_of_some(channel, mean, deviation))
+        if by >= TOLD_SQUASH:
+            yield path, f"a few voxels, up to {high:g}, decide how the MR is scaled ({by:.3g} SDs of the others)"
+        elif (far := _farthest(channel, mean, deviation)) >= TOLD_Z:
+            yield path, f"the MR has voxels {far:.3g} SDs from the mean of its foreground ({low:g} to {high:g})"
+        elif 0.9 * INT16 <= high < INT16 and -INT16 <= low <= -0.9 * INT16:
             yield (
                 path,
-                f"a few voxels, up to {channel.max():g}, decide how the MR is scaled ({by:.3g} SDs of the others)",
+                f"the MR reaches both ends of 16 bits ({low:g} to {high:g}); did what is brighter turn negative?",
             )
 
 
@@ -393,6 +432,14 @@ def _implausible(body: np.ndarray) -> str:
         if not low <= value <= high:
             return f"the CT's {what} in the body is {value:.0f}, expected {low:g} to {high:g} of HU; is it rescaled?"
     return ""
+
+
+def _whole(mask: np.ndarray, mask_from: str) -> str:
+    """What is strange about a body that was found in a CT, nothing if there is air around it."""
+    share = float(mask.mean())
+    if mask_from != "ct" or share <= WHOLE:
+        return ""
+    return f"the body fills the whole volume ({share:.0%}), expected air around it, at -1000 HU; is the CT rescaled?"
 
 
 def normalise(inputs: np.ndarray) -> np.ndarray:

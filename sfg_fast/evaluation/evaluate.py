@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,24 +15,28 @@ from ..data.cohort import (
     LoadedCase,
     check_label_names,
     check_same_labels,
+    files,
     load_case,
     unnamed_labels,
 )
 from ..data.preprocessing import body_mask
-from ..data.volumes import onto, read_labels, read_volume
+from ..data.volumes import Grid, onto, read_labels, read_volume, volume_files
 from ..errors import InputError
 from ..files import read_json, sha256_of
 from .metrics import Metrics, case_metrics, metrics_document, read_metrics
 
 ABOUT = "predictions.json"
+CHECKPOINTS = ("final", "best")
+Hashes = dict[str, dict[str, list[str]]]  # for each case the SHA-256 of its files by what they are
 
 
 class About(TypedDict, total=False):
     """predictions.json: what `predict` says of its predictions.
 
     labels, channels: names of label values and of MR channels. digest: of the checkpoint `checkpoint`; with `draws`,
-    `by` and `patch` it says how the CT and the labels came about. cases: for each case the SHA-256 of its MR files; it
-    stands here before the case's folder appears. finished: whether all cases that were asked for are there.
+    `by` and `patch` it says how the CT and the labels came about. cases: for each case the SHA-256 of its MR files;
+    files: for each case the SHA-256 of the files in its folder, by name; both stand here before the folder appears.
+    finished: whether all cases that were asked for are there.
     """
 
     labels: dict[str, int]
@@ -43,35 +47,39 @@ class About(TypedDict, total=False):
     by: str
     patch: list[int] | None
     cases: dict[str, list[str]]
+    files: dict[str, dict[str, str]]
     finished: bool
 
 
 class Evaluated(Metrics):
-    """metrics.json of `evaluate`: for each predicted case also the SHA-256 of the files that were read, by name."""
+    """metrics.json of `evaluate`: for each predicted case also the SHA-256 of the files that were compared: of the
+    prediction by name, of the cohort's by what they are."""
 
     predictions: dict[str, dict[str, str]]
+    cohort: Hashes
 
 
 def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
     """Metrics of every case that has a folder in `predictions`; the content of metrics.json.
 
-    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, or of other labels.
+    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, of other labels or MR
+    files than the cohort's, or not as `predict` wrote it.
     """
     from tqdm import tqdm
 
-    predicted = predicted_cases(predictions, cohort)
     about = about_predictions(predictions)
+    predicted = predicted_cases(predictions, cohort, about)
     if about.get("finished") is False:
         warnings.warn(f"{predictions}: predict was interrupted there, some cases may lack", stacklevel=2)
     if names := about.get("labels"):
-        where = str(predictions / ABOUT)
-        check_same_labels(check_label_names(names, where), cohort, where)
+        check_same_labels(names, cohort, str(predictions / ABOUT))
     label_names = cohort.label_names or _names_found(predictions, predicted)
-    cases, read = {}, {}
+    cases, read, compared = {}, {}, {}
     for case in tqdm(predicted, desc="evaluate", unit="case"):
         truth = load_case(case, label_names)
         ct, labels = read_prediction(predictions, case, truth)
         read[case.name] = _hashes(predictions / case.name)
+        compared[case.name] = _hashes_of(case)
         if (ct is None or truth.ct is None) and (labels is None or truth.labels is None):
             continue  # nothing to compare with
         try:
@@ -80,11 +88,12 @@ def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
             raise InputError(f"case {case.name}: {error}") from error
     if not cases:
         raise InputError(f"{cohort.root}: no predicted case has a CT or labels to compare with")
-    return {**metrics_document(cases, label_names), "predictions": read}
+    return {**metrics_document(cases, label_names), "predictions": read, "cohort": compared}
 
 
-def read_evaluated(metrics: Path, predictions: Path, predicted: Sequence[Case]) -> dict[str, Any]:
-    """metrics.json of these very predictions. InputError if it can't be read, or is of other ones."""
+def read_evaluated(metrics: Path, predictions: Path, cohort: Cohort, predicted: Sequence[Case]) -> dict[str, Any]:
+    """metrics.json of these very predictions, compared with this cohort. InputError if it can't be read, or is of other
+    ones."""
     document = read_metrics(metrics, Evaluated)
     read, now = document["predictions"], {case.name: _hashes(predictions / case.name) for case in predicted}
     for name in sorted(read.keys() | now.keys()):
@@ -95,6 +104,17 @@ def read_evaluated(metrics: Path, predictions: Path, predicted: Sequence[Case]) 
             if read[name].get(file) != now[name].get(file):
                 path = predictions / name / file
                 raise InputError(f"{metrics}: it was not made from {path} as it is now; run evaluate again")
+    for case in predicted:
+        if document["cohort"].get(case.name) != _hashes_of(case):
+            where = case.inputs[0].parent
+            raise InputError(
+                f"{metrics}: case {case.name} was compared with other files than those in {where}; run evaluate again"
+            )
+    names = document["conventions"]["label_names"]
+    if cohort.label_names and names != cohort.label_names:
+        raise InputError(
+            f"{metrics}: conventions.label_names {names}, the cohort's are {cohort.label_names}; run evaluate again"
+        )
     return document
 
 
@@ -104,19 +124,69 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in paths if path.exists()}
 
 
-def predicted_cases(folder: Path, cohort: Cohort) -> list[Case]:
-    """The cohort's cases that have a folder there. InputError if none has."""
+def hashes_of_mr(case: Case) -> list[str]:
+    """Of the case's MR files, and of those that hold their voxels."""
+    return _hashes_of(case)["mr"]
+
+
+def _hashes_of(case: Case) -> dict[str, list[str]]:
+    return {
+        role: [sha256_of(file) for path in paths for file in volume_files(path)] for role, paths in files(case).items()
+    }
+
+
+def predicted_cases(folder: Path, cohort: Cohort, about: About) -> list[Case]:
+    """The cohort's cases that have a folder there. InputError if none has; or if `about`, what predict says of them,
+    says that a case is of other MR files than the cohort's, or that its files are others."""
     predicted = [case for case in cohort.cases if (folder / case.name).is_dir()]
     if not predicted:
         what = "prediction of a case of the cohort (CASE/ct.nii.gz, CASE/labels.nii.gz)"
         raise InputError(f"{folder}: holds no {what}")
+    for case in cohort.cases if "digest" in about else ():
+        _check_as_predicted(folder, case, about)
     return predicted
 
 
+def _check_as_predicted(folder: Path, case: Case, about: About) -> None:
+    """InputError for a case that is there, but not as predict wrote it, or of another cohort; or that is gone."""
+    path, listed = folder / case.name, case.name in about.get("cases", {})
+    if not path.is_dir():
+        if listed and about.get("finished"):
+            raise InputError(f"{path}: no such folder, but {ABOUT} lists the case; predict --resume makes it again")
+        return
+    if not listed:
+        where = f"{folder / ABOUT}: there is a folder {case.name}, but no such case is listed"
+        raise InputError(f"{where}, expected the predictions of one run alone")
+    if about["cases"][case.name] != hashes_of_mr(case):
+        raise InputError(
+            f"{folder / ABOUT}: case {case.name} was predicted from another MR than {case.inputs[0]}, expected the "
+            "cohort that was predicted"
+        )
+    if wrong := file_that_differs(path, about.get("files", {}).get(case.name, {})):
+        what = "not as predict wrote it" if wrong.exists() else f"no such file, but {ABOUT} lists it"
+        raise InputError(f"{wrong}: {what}; predict --resume makes it again")
+
+
+def file_that_differs(folder: Path, listed: Mapping[str, str]) -> Path | None:
+    """The first file of a predicted case that is gone, another than `predict` listed with its hash, or not listed."""
+    there = {path.name for path in folder.glob("*.nii.gz")}
+    for name in sorted(there | listed.keys()):
+        if name not in there or name not in listed or sha256_of(folder / name) != listed[name]:
+            return folder / name
+    return None
+
+
 def about_predictions(folder: Path) -> About:
-    """What `predict` says of its predictions. Nothing of others'."""
+    """What `predict` says of its predictions. Nothing of others'. InputError if that can't be."""
     path = folder / ABOUT
-    return read_json(path, About) if path.exists() else {}
+    if not path.exists():
+        return {}
+    about: About = read_json(path, About)
+    if names := about.get("labels"):
+        check_label_names(names, str(path))
+    if about.get("checkpoint", "final") not in CHECKPOINTS:
+        raise InputError(f"{path}: checkpoint is {about['checkpoint']!r}, expected {' or '.join(CHECKPOINTS)}")
+    return about
 
 
 def _names_found(predictions: Path, cases: list[Case]) -> dict[str, int]:
@@ -137,16 +207,28 @@ def mask_of(case: LoadedCase) -> np.ndarray:
 
 def read_prediction(folder: Path, case: Case, truth: LoadedCase) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(ct in HU, labels) of a predicted case, [Z, Y, X], None where there is no such file."""
-    found: list[np.ndarray | None] = []
-    for name, reader in (("ct", read_volume), ("labels", read_labels)):
-        path = folder / case.name / f"{name}.nii.gz"
-        if not path.exists():
-            found.append(None)
-            continue
-        array, grid = reader(path)
-        if (turned := onto(truth.grid, array, grid)) is None:
-            raise InputError(f"{path}: grid {grid}, expected that of {case.inputs[0]}: {truth.grid}")
-        found.append(turned)
-    if all(array is None for array in found):
+    ct, labels = _read(folder, "ct", read_volume, case, truth), _read(folder, "labels", read_labels, case, truth)
+    if ct is None and labels is None:
         raise InputError(f"{folder / case.name}: holds neither ct.nii.gz nor labels.nii.gz")
-    return found[0], found[1]
+    return ct, labels
+
+
+def read_uncertainty(folder: Path, case: Case, truth: LoadedCase) -> np.ndarray | None:
+    """The uncertainty of a predicted case, [Z, Y, X], None where there is none."""
+    return _read(folder, "uncertainty", read_volume, case, truth)
+
+
+def _read(
+    folder: Path,
+    name: str,
+    read: Callable[[Path], tuple[np.ndarray, Grid]],
+    case: Case,
+    truth: LoadedCase,
+) -> np.ndarray | None:
+    path = folder / case.name / f"{name}.nii.gz"
+    if not path.exists():
+        return None
+    array, grid = read(path)
+    if (turned := onto(truth.grid, array, grid)) is None:
+        raise InputError(f"{path}: grid {grid}, expected that of {case.inputs[0]}: {truth.grid}")
+    return turned

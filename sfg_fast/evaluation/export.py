@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -62,9 +64,8 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     shapes = ({0: batch, 2: height, 3: width},)
     make_folder(out.parent)
-    with replacing(out) as temporary, warnings.catch_warnings():
+    with replacing(out) as temporary, _silence():
         temporary.touch()  # if it can't be, that is known before the work
-        warnings.simplefilter("ignore")  # of the exporters, about themselves
         program = torch.export.export(deployed, (example,), dynamic_shapes=shapes)
         content = io.BytesIO()  # the writer of torch ends the whole process where the disk is full
         if out.suffix == ".pt2":
@@ -73,6 +74,20 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
             content.write(_onnx(program, list(deployed(example))))
         temporary.write_bytes(content.getbuffer())
     return deployed
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is said by the exporters about themselves, neither as warnings nor in logs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _onnx(program: torch.export.ExportedProgram, outputs: list[str]) -> bytes:

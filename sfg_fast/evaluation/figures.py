@@ -12,12 +12,13 @@ SFG layer in network order, for each recorded step).
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 CT_WINDOW_HU = (-400, 1000)
 """Display window of both CTs: fat, muscle and bone apart; gas black."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _DPI = 150
 
 
@@ -49,6 +52,20 @@ _LABELS = "labels"
 _NO_ALLOCATION = "This network draws no filter groups:\nthere is no allocation to show."
 
 
+def _by_defaults(draw: Callable[P, R]) -> Callable[P, R]:
+    """Drawn with matplotlib's own defaults: a reader's matplotlibrc may ask for fonts or programs that aren't here."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> R:
+        from matplotlib import style
+
+        with style.context("default"):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+@_by_defaults
 def allocation(history: Mapping[str, Any]) -> Figure:
     """Fig. 3 left: share of each layer's probability mass per group at the end of training, first layer on top.
 
@@ -77,6 +94,7 @@ def allocation(history: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_by_defaults
 def allocation_over_training(history: Mapping[str, Any]) -> Figure:
     """The shares of `allocation` against the training step, one panel per layer."""
     shares, groups = history["allocation"]["p"], history["groups"]
@@ -104,6 +122,7 @@ def allocation_over_training(history: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_by_defaults
 def entropy(history: Mapping[str, Any]) -> Figure:
     """Mean entropy of p per layer in nats: at the end, and over training; at most ln(T + 1), where p is uniform.
 
@@ -137,6 +156,7 @@ def entropy(history: Mapping[str, Any]) -> Figure:
 PSNR, DICE = "held-out PSNR in mask [dB]", "held-out Dice, mean"
 
 
+@_by_defaults
 def curves(history: Mapping[str, Any]) -> Figure:
     """Course of training: objective (eq. 2), negative log likelihood of each task, PSNR (dB) and Dice of a held-out
     slice and (points) of the validation split, temperature, learning rate. A series without any number has no panel;
@@ -171,6 +191,7 @@ def curves(history: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_by_defaults
 def activation_maps(
     image: np.ndarray, maps: Mapping[str, Sequence[tuple[str, np.ndarray]]], spacing: tuple[float, float]
 ) -> Figure:
@@ -210,6 +231,7 @@ def activation_maps(
     return figure
 
 
+@_by_defaults
 def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) -> Figure:
     """The learnt architecture as a graph: a column per layer, a node per group that has kernels, and edges to the
     groups of the next layer that read it (section 2.1: shared reads shared, a task reads shared and its own).
@@ -256,6 +278,7 @@ def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) ->
     return figure
 
 
+@_by_defaults
 def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Every subject's value for each method: a dot, joined to the same subject's of the other methods; the bar is
     their mean.
@@ -281,6 +304,7 @@ def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
+@_by_defaults
 def case_panel(
     mr: np.ndarray | None,
     ct_true: np.ndarray | None,
@@ -361,6 +385,7 @@ def to_data_uri(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(_png(figure)).decode("ascii")
 
 
+@_by_defaults
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch
 
-from ..data.cohort import CLIP_HU, RANGE_HU, WIDE_REGIONS
+from ..data.cohort import CLIP_HU, RANGE_HU, WIDE_REGIONS, check_label_names
 from ..errors import InputError
-from ..files import read_json
+from ..files import finite, read_json
 
 BONE_HU = 200
 """Region "bones": the voxels inside the mask where the true CT is above this."""
@@ -162,20 +162,27 @@ class Metrics(TypedDict):
 
 
 def read_metrics(path: Path, shape: Any = Metrics) -> dict[str, Any]:
-    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, or
-    has a summary that is not that of its cases."""
+    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, has
+    regions or organs that it doesn't name, or a summary that is not that of its cases."""
     document = read_json(path, shape)
     if not document["conventions"]["rules"]:
         raise InputError(f"{path}: conventions.rules is empty, expected how the numbers are measured")
     if not document["cases"]:
         raise InputError(f"{path}: cases is empty, expected the metrics of at least one case")
+    if names := document["conventions"]["label_names"]:
+        check_label_names(names, f"{path}: conventions")
+    organs = organ_values(names).keys()
+    regions = {"overall", "bones"}
     for name, case in document["cases"].items():
-        for task, needed in (("ct", {"overall", "bones"}), ("dice", set[str]())):
-            lacks = {"ct": "psnr_gain", "dice": "dice_mean"}[task] not in case or not needed <= case.get(
-                task, {}
-            ).keys()
-            if task in case and lacks:
+        # (with the CT, the regions of labels are there only where the case has any)
+        found = {"ct": (case.get("ct", {}).keys(), regions), "dice": (case.get("dice", {}).keys(), organs)}
+        for task, (there, needed) in found.items():
+            if task in case and ({"ct": "psnr_gain", "dice": "dice_mean"}[task] not in case or not needed <= there):
                 raise InputError(f"{path}: cases.{name}.{task} is incomplete, expected it as evaluate wrote it")
+            if unknown := sorted(there - organs - ({*WIDE_REGIONS} if task == "ct" else set())):
+                raise InputError(
+                    f"{path}: cases.{name}.{task} has {unknown[0]!r}, expected the names of conventions.label_names"
+                )
     if not _alike(document["summary"], summarise(document["cases"])):
         raise InputError(f"{path}: summary is not that of its cases, expected it as evaluate wrote it")
     return document
@@ -186,6 +193,8 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, int | float) and isinstance(b, int | float):
+        if not finite(a) or not finite(b):
+            return False
         return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
     return a is None and b is None
 

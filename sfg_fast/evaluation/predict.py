@@ -22,7 +22,7 @@ from ..files import alone_in, check_vacant, read_json, sha256_of, sweep, write_j
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..training.parallel import choose_device
 from ..training.run import load_run
-from .evaluate import ABOUT, About
+from .evaluate import ABOUT, About, file_that_differs, hashes_of_mr
 
 SLICES_AT_ONCE = 16
 PATCH_OVERLAP = 0.5
@@ -53,6 +53,7 @@ class Predictor:
         trained = load_run(run, checkpoint)
         self.config, self.label_names, self.channel_names = trained.config, trained.label_names, trained.channel_names
         self.splits, self.checkpoint, self.digest = trained.cases, checkpoint, trained.digest
+        self.history = trained.history
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
@@ -147,8 +148,9 @@ class Predictor:
         shape as the MR; a case's folder appears when it is complete. OUT/predictions.json says what they are (`About`).
 
         OUT must be new or empty; with `resume` it may hold predictions of this very run, made in the same way: those of
-        the same MR files are kept. `draws` and `by` as for `volume`. Yields (case, folder) as each is done. Whatever
-        ends it, complete cases stay; if there is none, nothing of the output remains.
+        the same MR files are kept, where all their files are as they were written. `draws` and `by` as for `volume`.
+        Yields (case, folder) as each is done. Whatever ends it, complete cases stay; if there is none, nothing of the
+        output remains.
 
         Raises InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the
         run's; and for an OUT that holds anything else, or that another process is writing to.
@@ -173,19 +175,21 @@ class Predictor:
             "by": by,
             "patch": self.config.patch,
         }
-        with _filling(out, how, resume) as known:
+        with _filling(out, how, resume) as (known, written):
             for case in cases:
-                folder, content = out / case.name, [sha256_of(path) for path in case.inputs]
-                if known.get(case.name) != content or not folder.is_dir():
+                folder, content = out / case.name, hashes_of_mr(case)
+                kept = known.get(case.name) == content and folder.is_dir()
+                if not kept or file_that_differs(folder, written.get(case.name, {})):
                     partial = out / f".partial-{os.getpid()}-{case.name}"
                     self._write(case, partial, draws, by)
-                    if folder.exists():  # of other MR files
+                    if folder.exists():  # of other MR files, or damaged
                         shutil.rmtree(folder)
                     known[case.name] = content
-                    write_json(out / ABOUT, {**how, "cases": known, "finished": False})
+                    written[case.name] = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+                    write_json(out / ABOUT, {**how, "cases": known, "files": written, "finished": False})
                     os.replace(partial, folder)
                 yield case.name, folder
-            write_json(out / ABOUT, {**how, "cases": known, "finished": True})
+            write_json(out / ABOUT, {**how, "cases": known, "files": written, "finished": True})
 
     def _write(self, case: Case, folder: Path, draws: int, by: str) -> None:
         """Predict one case into a new folder."""
@@ -208,12 +212,13 @@ class Predictor:
 
 
 @contextmanager
-def _filling(out: Path, how: About, resume: bool) -> Iterator[dict[str, list[str]]]:
+def _filling(out: Path, how: About, resume: bool) -> Iterator[tuple[dict[str, list[str]], dict[str, dict[str, str]]]]:
     """OUT, for this process alone, to be filled with predictions made in this way; gives the cases that are there, with
-    the hashes of their MR files. InputError if OUT holds anything else."""
+    the hashes of their MR files, and of the files written. InputError if OUT holds anything else."""
     about = out / ABOUT
     with alone_in(out):
         known: dict[str, list[str]] = {}
+        written: dict[str, dict[str, str]] = {}
         if about.exists() and resume:
             saved = read_json(about, About)
             for key, value in how.items():
@@ -221,13 +226,13 @@ def _filling(out: Path, how: About, resume: bool) -> Iterator[dict[str, list[str
                     what = "the digest of the checkpoint" if key == "digest" else key
                     found = f"the predictions there have {saved.get(key)!r}, expected the same or another folder"
                     raise InputError(f"{about}: {what} is {value!r} now, {found}")
-            known = saved.get("cases", {})
+            known, written = saved.get("cases", {}), saved.get("files", {})
         else:
             check_vacant(out, "name a new one" + (", or --resume goes on" if about.exists() else ""))
         try:
             sweep(out)
-            write_json(about, {**how, "cases": known, "finished": False})
-            yield known
+            write_json(about, {**how, "cases": known, "files": written, "finished": False})
+            yield known, written
         except BaseException:  # Ctrl-C too
             sweep(out)
             if not any((out / name).is_dir() for name in known):

@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..data.cohort import Cohort, LoadedCase, load_case
+from ..data.cohort import Cohort, LoadedCase, check_same_channels, check_same_labels, load_case
 from ..data.preprocessing import normalise
-from ..data.volumes import read_volume
 from ..errors import InputError
 from ..files import make_folder, read_text
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
 from ..training.config import difference, read_config
-from ..training.history import read_history
 from . import figures
-from .evaluate import about_predictions, predicted_cases, read_evaluated, read_prediction
+from .evaluate import ABOUT, about_predictions, predicted_cases, read_evaluated, read_prediction, read_uncertainty
 from .html import write_report
 from .predict import Predictor
 
@@ -31,18 +29,32 @@ KERNELS_SHOWN = 4
 def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: Path) -> None:
     """Write the report of a run as one HTML file, and its figures as PNG beside it in `figures/`.
 
-    InputError if the run, the predictions or the metrics can't be read, or the metrics are of other predictions.
+    InputError if one of them can't be read, or does not belong to the others: predictions of another run or cohort,
+    metrics of other predictions or of another cohort. (Predictions that others made say of no run.)
     """
-    predictor = Predictor(run)
-    history, about = read_history(run / "history.json"), about_predictions(predictions)
+    about = about_predictions(predictions)
+    predictor = Predictor(run, checkpoint=about.get("checkpoint", "final"))
+    history = predictor.history
+    if about.get("digest", predictor.digest) != predictor.digest:
+        where = run / "checkpoints" / f"{predictor.checkpoint}.pt"
+        raise InputError(
+            f"{predictions / ABOUT}: predicted by another run than {where}, expected that one (or predict again)"
+        )
+    if about.get("labels", predictor.label_names) != predictor.label_names:
+        raise InputError(
+            f"{predictions / ABOUT}: labels are {about['labels']}, the run's are {predictor.label_names}, expected the "
+            "same"
+        )
+    check_same_labels(predictor.label_names, cohort, str(run))
+    check_same_channels(predictor.channel_names, cohort, str(cohort.root))
     shown = read_config(run / "config.yaml")
     if found := difference(dataclasses.asdict(shown), dataclasses.asdict(predictor.config)):
         key, there, trained = found
         raise InputError(
             f"{run / 'config.yaml'}: {key} is {there!r}, the run was trained with {trained!r}, expected that"
         )
-    cases = predicted_cases(predictions, cohort)
-    document = read_evaluated(metrics, predictions, cases)
+    cases = predicted_cases(predictions, cohort, about)
+    document = read_evaluated(metrics, predictions, cohort, cases)
     folder = out.parent / "figures"
     make_folder(folder)
     whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
@@ -59,7 +71,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     for index, case in enumerate(cases):
         loaded = load_case(case, cohort.label_names)
         ct, labels = read_prediction(predictions, case, loaded)
-        uncertainty = read_volume(predictions / case.name / "uncertainty.nii.gz")[0]
+        uncertainty = read_uncertainty(predictions, case, loaded)
         z = telling_slice(loaded)
         in_plane = loaded.grid.spacing[1:]
         if index == 0:
@@ -73,7 +85,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
             _slice(ct, z),
             _slice(loaded.labels, z),
             _slice(labels, z),
-            uncertainty[z],
+            _slice(uncertainty, z),
             in_plane,
             f"{case.name}, axial slice {z}",
             predictor.label_names,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,13 @@ def add_arguments(parser: Any) -> None:
     """The options of an experiment, for a parser of jsonargparse; `from_options` takes what it finds."""
     parser.add_class_arguments(ExperimentConfig, skip={"train"})
     parser.add_class_arguments(TrainConfig, "train", skip=PER_RUN, instantiate=False)
+
+
+def instantiated(parser: Any, parsed: Any) -> Any:
+    """What a parser of jsonargparse found, with the classes made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the method has another name from 4.49 on; older ones have this one alone
+        return parser.instantiate_classes(parsed)
 
 
 def from_options(options: dict[str, Any]) -> ExperimentConfig:
@@ -153,7 +161,7 @@ def _training(config: ExperimentConfig, name: str) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, skip=PER_RUN)
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(options))
+        parsed = instantiated(parser, parser.parse_object(options))
     except ArgumentError as error:
         raise InputError(f"{where}: {one_line(error)}") from error
     found = TrainConfig(data=train.data, out=train.out, **parsed.as_dict())

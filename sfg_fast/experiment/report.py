@@ -15,7 +15,6 @@ from ..evaluation.report import activation_maps, telling_slice
 from ..files import make_folder, read_text, replacing, write_json
 from ..networks.controls import map_assignment, sfg_layers
 from ..reference import SFGConv2d
-from ..training.history import read_history
 from .config import ALL, ExperimentConfig, Job, reference_row
 from .table import OVERALL, Scores, Section, comparisons, section, subject_means, to_markdown
 
@@ -93,7 +92,8 @@ def _figures(
     for job in every:
         if job.trainings[0].network.method != "sfg" or job.seed != config.seeds[0]:
             continue
-        history, predictor = read_history(job.folder / "history.json"), Predictor(job.folder, config.train.device)
+        predictor = Predictor(job.folder, config.train.device)
+        history = predictor.history
         case = load_case(shown, {})
         z = telling_slice(case)
         maps = activation_maps(predictor, case.inputs, z)

@@ -38,9 +38,8 @@ from ..evaluation.predict import Predictor
 from ..files import alone_in, check_vacant, read_json, replacing, write_json
 from ..gpu.gpu_check import gpu_check
 from ..training.config import TrainConfig, difference, read_config
-from ..training.history import read_history
 from ..training.parallel import choose_device
-from ..training.run import AboutData, build_network
+from ..training.run import AboutData, build_network, load_run
 from ..training.trainer import Trainer
 from .config import ALL, ExperimentConfig, Job, check, jobs
 from .report import write_results
@@ -92,10 +91,11 @@ def run_experiment(config: ExperimentConfig) -> None:
 
 
 class Scored(Metrics):
-    """metrics.json of a job: the `metrics_document` of the test cases, and how many draws their predictions are means
-    of."""
+    """metrics.json of a job: the `metrics_document` of the test cases, how many draws their predictions are means of,
+    and the digests of the networks that predicted."""
 
     draws: int
+    digests: list[str]
 
 
 def _scores(job: Job) -> Path:
@@ -114,7 +114,8 @@ def _complete(job: Job, test: Sequence[Case], label_names: dict[str, int], draws
                 Trainer(training, resume=True).run()
     predictors = [Predictor(Path(training.out), training.device) for training in job.trainings]
     cases = {case.name: _score(case, predictors, label_names, draws) for case in test}
-    write_json(_scores(job), {"draws": _draws(job, draws), **metrics_document(cases, label_names)})
+    how = {"draws": _draws(job, draws), "digests": [predictor.digest for predictor in predictors]}
+    write_json(_scores(job), {**how, **metrics_document(cases, label_names)})
 
 
 def _score(case: Case, predictors: Sequence[Predictor], label_names: dict[str, int], draws: int) -> dict[str, Any]:
@@ -166,12 +167,14 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int, test: list[
             about = path.with_name("data.json")
             if about.exists() and read_json(about, AboutData)["fingerprint"] != cache.fingerprint():
                 raise InputError(f"{path.parent}: the cohort has changed since this training, expected the same")
-        for training in job.trainings:
-            if _final(training).exists():
-                read_history(Path(training.out) / "history.json")
+        finished = [Path(training.out) for training in job.trainings if _final(training).exists()]
+        digests = [load_run(folder).digest for folder in finished]
         if not _scores(job).exists():
             continue
         done = read_metrics(_scores(job), Scored)
+        for folder, digest in zip(finished, digests, strict=True):
+            if digest not in done["digests"]:
+                raise InputError(f"{_scores(job)}: not the scores of {folder} as it is now; remove one of them")
         if (drawn := done["draws"]) != _draws(job, draws):
             raise InputError(f"draws={draws}: {job.folder} was predicted by {drawn}, expected the same or another out")
         if different := set(test) ^ done["cases"].keys():

@@ -35,6 +35,7 @@ KEYS = {
     "stale",
     "history",
     "config",
+    "data",
 }
 
 

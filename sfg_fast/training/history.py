@@ -1,26 +1,27 @@
-"""What a run tells about its course: curves, and p of every layer (RUN/history.json, the figures of the report)."""
+"""What a run tells about its course: curves, and p of every layer. It is in every checkpoint, which the report draws it
+from, and for others to read in RUN/history.json."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import nn
 
 from ..errors import InputError
-from ..files import read_json
+from ..files import check_shape, shown
 from ..networks.controls import entropy, sfg_layers
 
 CURVES = ("step", "objective", "psnr", "dice", "temperature", "learning_rate")
 VALIDATION = ("step", "nll", "psnr", "dice")
+SHARES_TOLERANCE = 1e-3  # means of float32, that add up to 1
 
 
 class Curves(TypedDict):
     """A value for each recorded step."""
 
     step: list[int]
-    objective: list[float]
+    objective: list[float | None]
     psnr: list[float | None]
     dice: list[float | None]
     temperature: list[float | None]
@@ -36,38 +37,62 @@ class Allocation(TypedDict):
     entropy: dict[str, list[float]]
 
 
+class Validation(TypedDict):
+    """A value for each look at the validation split."""
+
+    step: list[int]
+    nll: list[float | None]
+    psnr: list[float | None]
+    dice: list[float | None]
+
+
 class History(TypedDict):
-    """What the figures of history.json are drawn from."""
+    """What the figures of a run are drawn from."""
 
     groups: list[str]
     curves: Curves
     allocation: Allocation
+    validation: Validation
 
 
-def read_history(path: Path) -> dict[str, Any]:
-    """history.json of a run, to draw. InputError if it can't be, or is none."""
-    history = read_json(path, History)
-    curves, allocation, groups = history["curves"], history["allocation"], len(history["groups"])
-    steps = len(curves["step"])
-    lists = {f"curves.{name}": curves[name] for name in CURVES} | {"allocation.step": allocation["step"]}
+def check_history(history: Any, where: str) -> None:
+    """InputError unless it is the history of a run that recorded a step, which the figures can be drawn from."""
+    check_shape(history, History, where, "history")
+    curves, allocation, validation = history["curves"], history["allocation"], history["validation"]
+    groups, steps = history["groups"], curves["step"]
+    if groups != ["shared", *curves["nll"]]:
+        found = f"{', '.join(groups)}, but curves.nll is of {', '.join(curves['nll'])}"
+        raise InputError(f"{where}: history.groups are {found}; expected shared, then these")
+    recorded = {f"curves.{name}": curves[name] for name in CURVES} | {"allocation.step": allocation["step"]}
     for place, named in (
         ("curves.nll", curves["nll"]),
         *((f"allocation.{n}", allocation[n]) for n in ("p", "entropy")),
     ):
-        lists |= {f"{place}.{name}": values for name, values in named.items()}
-    for place, values in lists.items():
-        if len(values) != steps or not steps:
-            raise InputError(
-                f"{path}: {place} has {len(values)} values, expected one for each of {steps or 'the'} steps"
-            )
+        recorded |= {f"{place}.{name}": values for name, values in named.items()}
+    looks = {f"validation.{name}": validation[name] for name in VALIDATION}
+    for lists, expected in ((recorded, steps), (looks, validation["step"])):
+        for place, values in lists.items():
+            if len(values) != len(expected) or not steps:
+                raise InputError(
+                    f"{where}: history.{place} has {len(values)} values, expected one for each of "
+                    f"{len(expected) or 'the'} steps"
+                )
+    for place, values in (("curves", steps), ("allocation", allocation["step"]), ("validation", validation["step"])):
+        if values != sorted(set(values)):
+            raise InputError(f"{where}: history.{place}.step is {shown(values)}, expected steps one after the other")
     if allocation["p"].keys() != allocation["entropy"].keys():
-        raise InputError(f"{path}: allocation.p and allocation.entropy are of different layers, expected the same")
+        raise InputError(f"{where}: history.allocation.p and .entropy are of different layers, expected the same")
     for name, rows in allocation["p"].items():
-        if wrong := [row for row in rows if len(row) != groups]:
-            raise InputError(
-                f"{path}: allocation.p.{name} has {len(wrong[0])} shares, expected one for each of {groups}"
-            )
-    return history
+        for row in rows:
+            if len(row) != len(groups):
+                raise InputError(
+                    f"{where}: history.allocation.p.{name} has {len(row)} shares, expected one for each of "
+                    f"{len(groups)} groups"
+                )
+            if min(row) < 0 or abs(sum(row) - 1) > SHARES_TOLERANCE:
+                raise InputError(
+                    f"{where}: history.allocation.p.{name} has the shares {shown(row)}, expected shares of 1"
+                )
 
 
 def empty_history(model: nn.Module, tasks: list[str]) -> dict[str, Any]:
@@ -86,9 +111,9 @@ def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: 
     """Append a row of the curves and p of every layer. Returns what a tensorboard shows of it, by name."""
     curves, allocation = history["curves"], history["allocation"]
     for name in CURVES:
-        curves[name].append(row[name])
+        curves[name].append(_known(row[name]))
     for task, value in nll.items():  # NaN, if no example of the batch has a target
-        curves["nll"][task].append(None if math.isnan(value) else value)
+        curves["nll"][task].append(_known(value))
     allocation["step"].append(row["step"])
     for name, layer in sfg_layers(model).items():
         # The learnt p, also while its argmax is fixed; the assignment itself where nothing is learnt.
@@ -97,7 +122,12 @@ def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: 
         allocation["p"][name].append(p.mean(0).tolist())
         allocation["entropy"][name].append(entropy(layer).mean().item() if learnt else 0.0)
     scalars = {**row, **{f"nll/{task}": value for task, value in nll.items()}}
-    shown = {name: value for name, value in scalars.items() if name != "step" and value is not None}
+    board = {name: value for name, value in scalars.items() if name != "step" and value is not None}
     for name, rows in allocation["p"].items():
-        shown |= {f"allocation/{name}/{group}": p for group, p in zip(history["groups"], rows[-1], strict=True)}
-    return {name: value for name, value in shown.items() if not math.isnan(value)}
+        board |= {f"allocation/{name}/{group}": p for group, p in zip(history["groups"], rows[-1], strict=True)}
+    return {name: value for name, value in board.items() if not math.isnan(value)}
+
+
+def _known(value: float | None) -> float | None:
+    """None for what is no number: no JSON would hold it, and a curve has a gap there."""
+    return value if value is None or math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from ..data.cache import Cache
 from ..data.cohort import check_label_names
 from ..errors import InputError
-from ..files import read_json
+from ..files import check_shape, read_json, shown
 from ..networks.controls import set_estimator
 from ..networks.highresnet import SFGHighResNet
 from ..networks.transfer import transfer
 from . import checkpoint
-from .config import TrainConfig, TransferConfig, from_saved
+from .config import TrainConfig, TransferConfig, difference, from_saved
+from .history import check_history
 
 
 def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
@@ -44,7 +45,7 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 
 
 class AboutData(TypedDict):
-    """data.json: what a run is trained on; `cases`: those of each split."""
+    """What a run is trained on, in data.json and in each of its checkpoints; `cases`: those of each split."""
 
     in_channels: int
     channel_names: list[str]
@@ -56,7 +57,8 @@ class AboutData(TypedDict):
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
     predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR;
-    `cases`: the names of those in each split, as the run (or fold) had them; `digest`: of the checkpoint."""
+    `cases`: the names of those in each split, as the run (or fold) had them; `history`: of its course, to draw;
+    `digest`: of the checkpoint."""
 
     config: TrainConfig
     model: SFGHighResNet
@@ -64,13 +66,15 @@ class Run(NamedTuple):
     label_names: dict[str, int]
     channel_names: tuple[str, ...]
     cases: dict[str, list[str]]
+    history: dict[str, Any]
     digest: str
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
     """Read a finished run: its `final` network, or the `best` on the validation split.
 
-    Raises InputError for a folder that is no run, is not finished, has no best, or is of another version.
+    Raises InputError for a folder that is no run, is not finished, has no best, is of another version, or whose
+    data.json is of another run.
     """
     path = folder / "checkpoints" / f"{which}.pt"
     if not path.exists() and (left := checkpoint.steps(path.parent)):
@@ -84,21 +88,43 @@ def load_run(folder: Path, which: str = "final") -> Run:
             f"{folder}: training stopped at step {state['step']}, expected a finished run (train --resume)"
         )
     config = from_saved(state["config"], path)
-    channels, labels, cases = _about_data(folder / "data.json")
+    data = _about_data(state["data"], path)
+    check_data(folder, data)
+    check_history(state["history"], str(path))
+    labels, channels = data["labels"], tuple(data["channel_names"])
     model = build_network(config, len(channels), max(labels.values(), default=0) + 1)
     checkpoint.load_weights(model, state["model"], path)
-    return Run(config, model, state["drawn_statistics"], labels, channels, cases, state["digest"])
+    return Run(
+        config,
+        model,
+        state["drawn_statistics"],
+        labels,
+        channels,
+        data["cases"],
+        state["history"],
+        state["digest"],
+    )
 
 
-def _about_data(path: Path) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[str]]]:
-    """What the run was trained on: names of the MR's channels, of labels, and the cases of each split."""
-    found = read_json(path, AboutData)
+def check_data(folder: Path, trained: dict[str, Any]) -> None:
+    """InputError, naming the first difference, if data.json of a run says something else than its checkpoint."""
+    path = folder / "data.json"
+    if found := difference(read_json(path, AboutData), trained):
+        key, there, own = found
+        raise InputError(f"{path}: {key} is {shown(there)}, the run was trained with {shown(own)}, expected that")
+
+
+def _about_data(found: Any, path: Path) -> dict[str, Any]:
+    """What a checkpoint says that the run was trained on. InputError if that can't be."""
+    check_shape(found, AboutData, str(path), "data")
     channels, names, labels = found["in_channels"], found["channel_names"], found["labels"]
     if channels < 1:
         raise InputError(f"{path}: in_channels {channels!r}, expected the number of MR channels of the run")
     if len(names) != channels:
         raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
-    return tuple(names), check_label_names(labels, str(path)) if labels else {}, found["cases"]
+    if labels:
+        check_label_names(labels, str(path))
+    return found
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

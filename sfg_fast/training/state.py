@@ -18,7 +18,7 @@ from ..data.cache import Cache
 from ..data.cohort import SPLITS
 from ..data.sampler import SliceSampler
 from ..errors import InputError
-from ..files import make_folder, read_json, replacing, write_json
+from ..files import make_folder, replacing, write_json
 from ..gpu.gpu_check import gpu_check
 from ..norm import synchronise
 from . import checkpoint
@@ -28,7 +28,7 @@ from .history import empty_history
 from .objective import Objective
 from .onlookers import Onlooker, tell
 from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
-from .run import AboutData, starting_network
+from .run import check_data, starting_network
 from .schedule import build_optimiser
 from .validation import held_out_slice
 
@@ -170,6 +170,7 @@ class TrainingState:
             "stale": self.stale,
             "history": self.history,
             "config": dataclasses.asdict(self.config),
+            "data": self.about_data,
             "kernels": self._kernels(),
         }
 
@@ -218,7 +219,7 @@ class TrainingState:
             else:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
-        _check_same(self.config, state["config"], self.about_data["fingerprint"])
+        _check_same(self.config, state, self.about_data["fingerprint"])
         self._take_kernels(state.get("kernels", []))
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
@@ -250,16 +251,18 @@ def check_finished(config: TrainConfig) -> None:
     make_splits(cache, config.folds)
     cache = read_fold(cache, config.folds, config.fold)
     final = checkpoint.load(Path(config.out) / "checkpoints" / "final.pt")
-    _check_same(config, final["config"], cache.fingerprint())
+    _check_same(config, final, cache.fingerprint())
     last_look(Path(config.out))
 
 
-def _check_same(config: TrainConfig, before: dict[str, Any], fingerprint: str) -> None:
-    """InputError, naming the first difference, if the run in `config.out` began otherwise: configuration or cohort."""
-    if found := difference(dataclasses.asdict(config), before):
+def _check_same(config: TrainConfig, state: dict[str, Any], fingerprint: str) -> None:
+    """InputError, naming the first difference, if the run in `config.out`, of which this is a checkpoint, began
+    otherwise: configuration or cohort."""
+    if found := difference(dataclasses.asdict(config), state["config"]):
         key, mine, saved = found
         raise InputError(f"{key}={mine!r}: the run to resume has {saved!r}, expected the same")
-    if read_json(Path(config.out) / "data.json", AboutData)["fingerprint"] != fingerprint:
+    check_data(Path(config.out), state["data"])
+    if state["data"]["fingerprint"] != fingerprint:
         raise InputError(f"data={config.data!r}: the cohort has changed since the run began, expected the same")
 
 

@@ -209,9 +209,7 @@ CHANGES = {
     "file removed": lambda folder: (folder / "inputs.npy").unlink(),
     "folder removed": shutil.rmtree,
 }
-CHANGED = (
-    "the arrays of case a have changed since they were opened, .*preprocess the cohort again to its end, then resume"
-)
+CHANGED = "the arrays of case a have changed since they were opened, .*preprocess the cohort again and train anew"
 
 
 @pytest.mark.parametrize("what", CHANGES)

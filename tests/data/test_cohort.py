@@ -49,7 +49,7 @@ def table(root: Path) -> Path:
     """case,mr,ct,labels,split: the files of `folders`, in the order b, a."""
     folders(root)
     (root / "list.csv").write_text(
-        "case, mr, ct, labels, split\nb,b/mr.nii,,,test\n\na,a/mr.nii.gz,a/ct.nii.gz,a/labels.nii.gz,\n"
+        "case, mr, ct, labels, split\nb,b/mr.nii,,,test\n\na ,a/mr.nii.gz,a/ct.nii.gz, a/labels.nii.gz,train\n"
     )
     (root / "labels.json").write_text(json.dumps(LABELS))
     return root / "list.csv"
@@ -388,7 +388,7 @@ def test_a_broken_file_names_the_case(case):
 def test_volumes_with_other_names_are_told(tmp_path):
     for name in ("a/mr", "a/ct", "a/label", "b/MR"):
         nifti(tmp_path / f"{name}.nii")
-    with pytest.warns(UserWarning, match="2 volumes are not read, by their names: a/label.nii, b/MR.nii"):
+    with pytest.warns(UserWarning, match="2 images are not read, by their names, .*: a/label.nii, b/MR.nii"):
         assert [case.name for case in read_cohort(tmp_path).cases] == ["a"]
 
 
@@ -396,8 +396,38 @@ def test_volumes_in_other_folders_of_nnunet_are_told(tmp_path):
     for name in ("imagesTr/a_0000", "labelsTr/a", "targetTr/a"):
         nifti(tmp_path / f"{name}.nii")
     (tmp_path / "dataset.json").write_text('{"file_ending": ".nii"}')
-    with pytest.warns(UserWarning, match="1 volumes are not read, by their names: targetTr/a.nii"):
+    with pytest.warns(UserWarning, match="1 images are not read, by their names, .*: targetTr/a.nii"):
         assert read_cohort(tmp_path).cases[0].ct is None
+
+
+UNREAD = {
+    "deeper": ["site/c/mr.nii.gz", "c/2020/mr.nii.gz"],
+    "higher": ["c_mr.nii.gz"],
+    "hidden": [".c/mr.nii.gz"],
+    "slices": ["c/IM0001.dcm", "c/IM0002.DCM"],
+    "other formats": ["b/label.dcm", "b/seg.nii.bz2"],
+}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_images_that_nothing_reads_are_told(tmp_path, what):
+    folders(tmp_path)
+    for name in UNREAD[what]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    some = f"{len(UNREAD[what])} images are not read, by their names, formats or places: "
+    with pytest.warns(UserWarning, match=some + ", ".join(sorted(UNREAD[what]))):
+        assert [case.name for case in read_cohort(tmp_path).cases] == ["a", "b"]
+
+
+def test_what_is_no_lost_image_is_not_told(tmp_path, recwarn):
+    """Another format beside a volume, what macOS and git leave, documents, and what lies deeper than anybody's case."""
+    folders(tmp_path)
+    for name in ("a/ct.dcm", "a/._mr.nii.gz", ".git/objects/x/mr.nii.gz", "docs/a.png", "1/2/3/4/5/mr.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    read_cohort(tmp_path)
+    assert not recwarn
 
 
 def beside(layout, *names: str):
@@ -413,6 +443,24 @@ def beside(layout, *names: str):
         return path
 
     return make
+
+
+def linked(layout, name: str):
+    """A link that leads nowhere."""
+
+    def make(root: Path) -> Path:
+        path = layout(root)
+        (root / name).symlink_to(root / "gone")
+        return path
+
+    return make
+
+
+def as_csv(root: Path) -> Path:
+    """A table, and no labels.json beside it."""
+    path = table(root)
+    (root / "labels.json").unlink()
+    return path
 
 
 def twice(file: str, key: str, first: str, second: str):
@@ -463,6 +511,33 @@ LOST = {
         "is the mr_1 of .* the mr_0",
     ),
     "labels twice": (twice("dataset.json", "labels", '{"background": 0}', "{}"), "the key 'labels' is there twice"),
+    "dataset.json a link": (
+        linked(folders, "dataset.json"),
+        "dataset.json: no such file",
+    ),
+    "a case a link": (linked(folders, "c"), "c: a link that leads nowhere, expected the folder of a case"),
+    **{
+        name: (beside(folders, name), f"{name}: nothing is read from a file of this name, did you mean 'dataset.json'")
+        for name in ("Dataset.json", "datset.json", "dataset.yaml", "dataset")
+    },
+    **{
+        name: (
+            lambda root, name=name: as_csv(root) if (root / name).write_text("{}") else root,
+            f"{name}: nothing is read from a file of this name, did you mean 'labels.json'",
+        )
+        for name in ("label.json", "Labels.json", "labels.yml")
+    },
+    "labels.json a link": (linked(as_csv, "labels.json"), "labels.json: no such file"),
+    "a row without a split": (
+        csv("case,mr,split\na,a/mr.nii.gz,test\nb,b/mr.nii, \n"),
+        "list.csv, line 3: no split, but other rows have one; expected one in every row, or in none",
+    ),
+    "a row of JSON without a split": (
+        rows_json({"case": "a", "mr": "a/mr.nii.gz", "split": "val"}, {"case": "b", "mr": "b/mr.nii"}),
+        "list.json, row 2: no split, but other rows have one",
+    ),
+    "a space in JSON": (rows_json({"case": "a ", "mr": "a/mr.nii.gz"}), "case is 'a ', expected no spaces around it"),
+    "half a letter": (rows_json({"case": "a", "mr": "\ud800.nii.gz"}), "list.json: not readable as JSON"),
     "split twice": (twice("dataset.json", "split", "{}", "{}"), "dataset.json: the key 'split' is there twice"),
     "cases twice": (twice("list.json", "cases", "[]", ROWS), "list.json: the key 'cases' is there twice"),
 }

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -16,6 +19,7 @@ from sfg_fast.data import (
     Cohort,
     Grid,
     body_mask,
+    make_case,
     normalise,
     preprocess,
     preprocessing,
@@ -419,6 +423,71 @@ def test_an_mr_that_a_few_voxels_scale_is_told(tmp_path, cohort):
         cache = preprocess(Cohort(tmp_path, (case,), {}, ("MR",)), tmp_path / f"out_{len(values)}", progress=False)
         assert [note["kind"] for note in cache.cases["x"]["notes"]] == expected
     assert f"case x ({tmp_path / 'mr.nii'}): a few voxels, up to 30000, decide" in cache.cases["x"]["notes"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("share", "value", "said"),
+    [
+        (0, -1e9, "has voxels .* SDs from the mean of its foreground .-1e.09 to "),
+        (0, -3e38, "has voxels .* SDs from the mean of its foreground .-3e.38 to "),
+        (0, 3e38, "is constant in its foreground .1 of 4096 voxels are 3e.38, the lowest is "),
+        (0.01, 1e9, "is constant in its foreground .40 of 4096 voxels are 1e.09"),
+        (0.01, None, "has a few voxels so bright .up to 1e.09"),
+    ],
+)
+def test_an_mr_with_voxels_that_are_none_is_refused(share, value, said):
+    count = max(1, int(share * 4096))
+    with pytest.raises(InputError, match="MR channel 0 " + said):
+        normalise(bright(np.linspace(5e8, 1e9, count) if value is None else [value] * count)[None])
+
+
+@pytest.mark.parametrize(
+    ("share", "value", "said"),
+    [
+        (0.002, 32767, "a few voxels, up to 32767, decide how the MR is scaled"),
+        (0.01, 32767, "a few voxels, up to 32767, decide how the MR is scaled"),
+        (0.01, -32768, "the MR has voxels .* SDs from the mean of its foreground .-32768 to "),
+        (0.3, -32768, "the MR has voxels .* SDs from the mean of its foreground .-32768 to "),
+    ],
+)
+def test_an_mr_with_voxels_that_are_none_is_told(tmp_path, share, value, said):
+    (text,) = notes_of(tmp_path, bright([value] * int(share * 4096)))
+    assert re.search(said, text)
+
+
+def test_an_mr_that_turned_negative_at_16_bits_is_told(tmp_path):
+    mr = bright([])
+    wrapped = (mr * (40_000 / mr.max())).astype(np.int64).astype(np.int16)
+    (text,) = notes_of(tmp_path, wrapped)
+    assert "the MR reaches both ends of 16 bits (-3" in text
+    assert not notes_of(tmp_path, (mr * (32_000 / mr.max())).astype(np.int16))
+
+
+def notes_of(folder, mr):
+    """What is told of a case of this MR alone."""
+    write_volume(folder / "mr.nii", mr, Grid(AFFINE, mr.shape[::-1]), mr.dtype)
+    case = Case("x", (folder / "mr.nii",), None, None, None, "train")
+    out = Path(tempfile.mkdtemp(dir=folder))
+    cache = preprocess(Cohort(folder, (case,), {}, ("MR",)), out, progress=False)
+    return [note["text"] for note in cache.cases["x"]["notes"]]
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_of_a_phantom_nothing_is_told(tmp_path, difficulty):
+    for index in range(3):
+        assert not notes_of(tmp_path, make_case((0, index), 32, 8, difficulty).mr)
+
+
+def test_a_body_that_fills_the_whole_volume_is_told(tmp_path, cohort):
+    (cohort.root / "b" / "mask.nii").unlink()
+    ct = np.full(SHAPES["b"], 100, np.float32)
+    ct[1, 1, :2] = -300, 1500  # of something that is no HU
+    found = read_cohort(with_file(cohort, "ct", ct).root)
+    texts = [one["text"] for one in preprocess(found, tmp_path / "out", progress=False).cases["b"]["notes"]]
+    assert [text for text in texts if "the body fills the whole volume (100%), expected air around it" in text]
+    ct[:, 0] = -1000
+    found = read_cohort(with_file(cohort, "ct", ct).root)
+    assert not preprocess(found, tmp_path / "air", progress=False).cases["b"]["notes"]
 
 
 def test_notes_of_all_files_are_in_the_manifest_and_told(tmp_path, cohort, recwarn):

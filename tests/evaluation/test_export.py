@@ -1,5 +1,7 @@
 """`sfg-fast freeze`: a run as a file, against the run."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -31,9 +33,12 @@ def expected(made, x):
     return torch.cat([y["ct"][:, :1], y["ct"][:, 1:].exp()], 1) * 400, y["organs"].softmax(1)
 
 
-def test_onnx(made):
+def test_onnx(made, capfd, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")
+    capfd.readouterr()
     assert main(["freeze", str(made / "run"), str(made / "net.onnx")]) == 0
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]  # of the exporter, about itself
+    assert capfd.readouterr().err == ""
     session = onnxruntime.InferenceSession(str(made / "net.onnx"))
     assert [x.name for x in session.get_inputs()] == ["mr"]
     assert [y.name for y in session.get_outputs()] == ["ct", "organs"]

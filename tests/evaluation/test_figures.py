@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
@@ -282,6 +283,15 @@ def test_a_dollar_is_only_a_dollar(history):
     panel = figures.case_panel(**_case(ct_true=None, ct_pred=None, uncertainty=None, **case))
     for figure in (figures.allocation(history), panel):
         figure.draw_without_rendering()  # a formula that can't be read would raise here
+
+
+def test_a_reader_s_own_settings_are_left_aside(history):
+    """They may ask for a program or a font that isn't here."""
+    plain = figures.to_data_uri(figures.entropy(history))
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "NoSuchFont", "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        assert figures.to_data_uri(figures.entropy(history)) == plain
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_save_writes_all_or_nothing(tmp_path, history):

@@ -58,8 +58,9 @@ def folder(tmp_path_factory):
 
 
 def numbers(out):
-    """Every metrics.json below a folder."""
-    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("metrics.json"))}
+    """Every metrics.json below a folder, but for the digests of the networks: these know in which folder they are."""
+    found = {path.relative_to(out): json.loads(path.read_text()) for path in sorted(out.rglob("metrics.json"))}
+    return {path: json.dumps(one | {"digests": None}) for path, one in found.items()}
 
 
 def seed_folder(folder, row, seed=0):
@@ -426,7 +427,6 @@ def test_two_at_the_same_time(folder, capsys):
     [
         ("metrics.json", "[]", "it is [], expected an object"),
         ("metrics.json", '{"draws": 0}', "there is no 'conventions'"),
-        ("history.json", "{}", "there is no 'groups'"),
         ("config.yaml", "[]", "its configuration is not one of this version"),
         ("config.yaml", b"\xfc", "not text in UTF-8"),
         ("data.json", "{}", "there is no 'in_channels'"),

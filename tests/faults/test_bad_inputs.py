@@ -6,6 +6,7 @@ What the fuzzers (test_fuzz.py) find is added here.
 
 import gzip
 import json
+import math
 import pickle
 import shutil
 import struct
@@ -19,7 +20,7 @@ import torch
 from sfg_fast.cli import main
 from sfg_fast.data.cache import VERSION
 from sfg_fast.training import checkpoint
-from sfg_fast.training.history import CURVES
+from sfg_fast.training.history import CURVES, VALIDATION
 
 TINY = ["--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed"]
 TINY += ["--schedule.steps", "2", "--schedule.batch", "2"]
@@ -225,7 +226,7 @@ LISTS = {
     "no MR column": ("list.csv", f"case,ct\na,{MR}\n", "list.csv, line 2: case a has no MR"),
     "no case column": ("list.csv", f"mr\n{MR}\n", "list.csv, line 2: case name '' can't be a folder name"),
     "column twice": ("list.csv", f"case,mr,mr\na,{MR},{MR}\n", "a column is there twice in case, mr, mr"),
-    "line breaks in a column": ("list.csv", '"case,mr\na,x\n",mr,mr\n', "a column is there twice in case,mr\\na,x\\n"),
+    "line breaks in a column": ("list.csv", '"case,mr\na,x\n",mr,mr\n', "a column is there twice in case,mr\\na,x"),
     "unknown column": ("list.csv", f"case,mr,pet\na,{MR},x\n", "line 2: unknown column 'pet'"),
     "ragged": ("list.csv", f"case,mr\na,{MR},x\n", "line 2: 3 values for 2 columns"),
     "case twice": ("list.csv", f"case,mr\na,{MR}\na,{MR}\n", "case a is there twice, expected unique names"),
@@ -510,7 +511,7 @@ VALUES = [
     ("--objective.ct-noise", "loud", "objective.ct_noise='loud'"),
     ("--objective.lambda1", "-1", "objective.lambda1=-1"),
     ("--objective.ct-scale-hu", "0", "objective.ct_scale_hu=0"),
-    ("--bias", ".inf", "bias=inf"),
+    ("--bias", ".inf", "bias is inf, expected a finite number"),
     ("--seed", "99999999999999999999", "seed=99999999999999999999"),
     ("--transfer.freeze", "true", "transfer.run=None"),
     ("--transfer.run", "nowhere", "nowhere"),
@@ -561,6 +562,16 @@ def tampered(path):
     torch.save(state, path)
 
 
+def in_history(*place, to):
+    def change(state):
+        part = state["history"]
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = to
+
+    return saved(change)
+
+
 def about(**change):
     """Another data.json."""
 
@@ -596,12 +607,65 @@ CHECKPOINTS = {
         "expected tensors by name",
     ),
     "not finished": (saved(lambda s: s.update(finished=False)), "training stopped at step 2"),
+    "history a list": (saved(lambda s: s.update(history=[])), "final.pt: history is [], expected an object"),
+    "history without groups": (saved(lambda s: s["history"].pop("groups") is None), "there is no 'history.groups'"),
+    "history of text": (
+        in_history("curves", "psnr", to=["high"]),
+        "final.pt: history.curves.psnr[0] is 'high', expected a number or null",
+    ),
+    "history of a curve too short": (in_history("curves", "nll", "ct", to=[]), "curves.nll.ct has 0 values, expected"),
+    "history of no step": (
+        in_history("curves", to={"nll": {"ct": [], "organs": []}} | {name: [] for name in CURVES}),
+        "curves.step has 0 values, expected one for each of the steps",
+    ),
+    "history of other groups": (
+        in_history("groups", to=["shared"]),
+        "history.groups are shared, but curves.nll is of ct, organs; expected shared, then these",
+    ),
+    "history without a layer": (in_history("allocation", "entropy", to={}), "are of different layers"),
+    "history of a step too large": (
+        in_history("curves", "step", to=[10**400]),
+        "curves.step[0] is a whole number of more than 300 digits, expected a finite number",
+    ),
+    "history of infinite p": (
+        in_history("allocation", "p", to={"a": [[math.inf, 0.0, 0.0]]}),
+        "allocation.p.a[0][0] is inf, expected a finite number",
+    ),
+    "history of p beyond 1": (
+        in_history("allocation", to={"step": [2], "p": {"a": [[1.5, 0.0, -0.5]]}, "entropy": {"a": [0.0]}}),
+        "allocation.p.a has the shares [1.5, 0.0, -0.5], expected shares of 1",
+    ),
+    "history of steps backwards": (
+        in_history("validation", to={name: [4, 2] for name in VALIDATION}),
+        "validation.step is [4, 2], expected steps one after the other",
+    ),
+    "history of a look too few": (
+        in_history("validation", to={name: [] for name in VALIDATION} | {"psnr": [1.0]}),
+        "history.validation.psnr has 1 values",
+    ),
+    "data of words": (saved(lambda s: s.update(data="x")), "final.pt: data is 'x', expected an object"),
+    "data without channels": (
+        saved(lambda s: s["data"].update(in_channels=0)),
+        "final.pt: in_channels 0, expected the number of MR channels of the run",
+    ),
+    "data of too few names": (
+        saved(lambda s: s["data"].update(channel_names=[])),
+        "final.pt: channel_names [], expected the names of 1 MR channels",
+    ),
+    "data.json of another cohort": (
+        about(fingerprint="0"),
+        "data.json: fingerprint is '0', the run was trained with '",
+    ),
+    "data.json of other labels": (
+        about(labels={"background": 0, "prostate": 2, "bladder": 1}),
+        "data.json: labels.bladder is 1, the run was trained with 2, expected that",
+    ),
     "data.json gone": (lambda p: (p.parents[1] / "data.json").unlink(), "data.json: no such file"),
     "channels without names": (
         about(channel_names=[]),
-        "data.json: channel_names [], expected the names of 1 MR channels",
+        "data.json: channel_names is [], the run was trained with ['MR'], expected that",
     ),
-    "no channels": (about(in_channels=0), "data.json: in_channels 0, expected the number of MR channels of the run"),
+    "no channels": (about(in_channels=0), "data.json: in_channels is 0, the run was trained with 1, expected that"),
     "channels of text": (about(in_channels="1"), "data.json: in_channels is '1', expected a whole number"),
     "labels of text": (about(labels={"background": "0"}), "data.json: labels.background is '0', expected a whole"),
     "cases a list": (about(cases=[]), "data.json: cases is [], expected an object"),
@@ -688,26 +752,9 @@ def changed(*place, to=None):
     return change
 
 
-HISTORY, METRICS, CONFIG, TOLD = "run/history.json", "metrics.json", "run/config.yaml", "predictions/predictions.json"
+METRICS, CONFIG, TOLD = "metrics.json", "run/config.yaml", "predictions/predictions.json"
 CASE = ("cases", "phantom_002")
 WRITTEN = {
-    "history {}": (HISTORY, lambda t: "{}", "there is no 'groups', expected a list"),
-    "history []": (HISTORY, lambda t: "[]", "it is [], expected an object"),
-    "history cut": (HISTORY, lambda t: t[:300], "not readable as JSON"),
-    "history gone": (HISTORY, None, "no such file"),
-    "history of text": (
-        HISTORY,
-        changed("curves", "psnr", to=["high"]),
-        "curves.psnr[0] is 'high', expected a number or",
-    ),
-    "history of a curve too short": (HISTORY, changed("curves", "nll", "ct", to=[]), "curves.nll.ct has 0 values"),
-    "history of no step": (
-        HISTORY,
-        changed("curves", to={"nll": {}} | {name: [] for name in CURVES}),
-        "curves.step has 0 values, expected one for each of the steps",
-    ),
-    "history of other groups": (HISTORY, changed("groups", to=["shared"]), "3 shares, expected one for each of 1"),
-    "history without a layer": (HISTORY, changed("allocation", "entropy", to={}), "are of different layers"),
     "metrics {}": (METRICS, lambda t: "{}", "there is no 'conventions', expected an object"),
     "metrics gone": (METRICS, None, "no such file"),
     "no rules": (METRICS, changed("conventions", to={}), "there is no 'conventions.label_names'"),
@@ -729,7 +776,35 @@ WRITTEN = {
         changed(*CASE, "ct", "bones", "mae_hu", to="12"),
         "ct.bones.mae_hu is '12', expected a number or null",
     ),
+    "a number of 400 digits": (
+        METRICS,
+        changed(*CASE, "ct", "bones", "mae_hu", to=10**400),
+        "ct.bones.mae_hu is a whole number of more than 300 digits, expected a finite number",
+    ),
+    "a number of 400 digits in the summary": (
+        METRICS,
+        changed("summary", "dice_mean", "mean", to=10**400),
+        "summary is not that of its cases",
+    ),
+    "NaN": (METRICS, changed(*CASE, "dice_mean", to=math.nan), "dice_mean is nan, expected a finite number"),
+    "infinity": (METRICS, changed(*CASE, "dice", "prostate", to=math.inf), "dice.prostate is inf, expected a finite"),
+    "names with a gap": (
+        METRICS,
+        changed("conventions", "label_names", to={"background": 0, "prostate": 2}),
+        "conventions: labels {",
+    ),
+    "names of none": (
+        METRICS,
+        changed("conventions", "label_names", to={}),
+        "cases.phantom_002.ct has 'bladder', expected the names of conventions.label_names",
+    ),
     "no hashes": (METRICS, changed("predictions"), "there is no 'predictions', expected an object"),
+    "no hashes of the cohort": (METRICS, changed("cohort"), "there is no 'cohort', expected an object"),
+    "other hashes of the cohort": (
+        METRICS,
+        changed("cohort", "phantom_002", "ct", to=["0"]),
+        "case phantom_002 was compared with other files than those in",
+    ),
     "config Latin-1": (CONFIG, lambda t: b"data: \xfc\n", "not text in UTF-8"),
     "config gone": (CONFIG, None, "no such file"),
     "config a list": (CONFIG, lambda t: "[1]", "its configuration is not one of this version (it: it is [1], expected"),
@@ -747,6 +822,33 @@ WRITTEN = {
     "predictions []": (TOLD, lambda t: "[]", "it is [], expected an object"),
     "predictions of words": (TOLD, changed("draws", to="8"), "draws is '8', expected a whole number"),
     "labels of predictions": (TOLD, changed("labels", to=[]), "labels is [], expected an object"),
+    "negative labels of predictions": (
+        TOLD,
+        changed("labels", to={"background": 0, "prostate": -1}),
+        "labels {'background': 0, 'prostate': -1}, expected",
+    ),
+    "other labels of predictions": (
+        TOLD,
+        changed("labels", to={"background": 0, "prostate": 1}),
+        "labels are {'background': 0, 'prostate': 1}, the run's are {",
+    ),
+    "predictions of another run": (TOLD, changed("digest", to="0"), "predicted by another run than"),
+    "predictions of an unknown checkpoint": (
+        TOLD,
+        changed("checkpoint", to="worst"),
+        "checkpoint is 'worst', expected final or best",
+    ),
+    "predictions of another MR": (
+        TOLD,
+        changed("cases", "phantom_002", to=["0"]),
+        "case phantom_002 was predicted from another MR than",
+    ),
+    "predictions of no such case": (
+        TOLD,
+        changed("cases", to={}),
+        "there is a folder phantom_002, but no such case is listed",
+    ),
+    "half a letter": (TOLD, changed("by", to="\ud800"), "not readable as JSON"),
 }
 
 

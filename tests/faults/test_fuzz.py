@@ -254,22 +254,19 @@ HISTORY = {
     "groups": ["shared", "ct"],
     "curves": CURVES,
     "allocation": {"step": [2, 4], "p": {"a": [[0.5, 0.5], [0.25, 0.75]]}, "entropy": {"a": [0.7, 0.6]}},
-    "validation": {"step": [], "nll": []},
+    "validation": {"step": [2], "nll": [1.5], "psnr": [20.0], "dice": [None]},
 }
 
 
 @quick_and_long(60, 2_000)
-def test_histories(tmp_path, examples):
-    path = tmp_path / "history.json"
-
-    def draw():
-        found = history.read_history(path)
+def test_histories(examples):
+    def draw(changed):
+        history.check_history(changed, "final.pt")
         for figure in (figures.allocation, figures.allocation_over_training, figures.entropy, figures.curves):
-            figure(found)
+            figures.to_data_uri(figure(changed))
 
     def check(changed):
-        path.write_text(json.dumps(changed))
-        answers(draw)
+        answers(lambda: draw(json.loads(json.dumps(changed))))
 
     fuzz(examples, alterations(HISTORY), check)
 
