@@ -21,7 +21,7 @@ FIRST = "the example"
 
 
 class Images(NamedTuple):
-    """example: [N, C, H, W]; noise: of the same shape; batch: more of them, at least two; sizes: of other heights and
+    """example: [N, C, H, W]; noise: of the same shape; batch: two or three, but not N; sizes: of other heights and
     widths, of which those that the network takes are compared, at most three."""
 
     example: Tensor
@@ -38,7 +38,8 @@ class Images(NamedTuple):
         more = (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width)
         sizes = (wide, tall, odd, *square, *more)
         others = (noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
-        return cls(example, second, torch.cat([example, second, second.flip(-1)]), tuple(others))
+        batch = torch.cat([example[:1], second[:1], second[:1].flip(-1)])[: 2 if n == 3 else 3]
+        return cls(example, second, batch, tuple(others))
 
 
 def noise(like: Tensor, seed: int) -> Tensor:

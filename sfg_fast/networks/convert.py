@@ -69,14 +69,15 @@ def convert(
     Subclasses count as what they compute. The last convolution, or all that follows the last feature map (pooling,
     flattening, linear layers), becomes a head for each task. Weights are those of `module`: with all kernels shared
     each task's output is `module`'s, but for heads of another size. That is checked in `eval()` and `train()`, on other
-    images, another batch size, and another image size if `module` takes one.
+    images, another batch size, and other image sizes if `module` takes them. Where its forward pass decides by a size
+    (an `if`, a minimum), the converted network raises ValueError for images with which it would come out otherwise.
 
     Args:
         module: a network of one image [N, C, H, W] and one output. It is left alone.
         tasks: {name: number of outputs}, or names: as many outputs as `module` has. A head of another size starts anew.
         skip: names of modules to be left plain. They must stand before the SFG layers: a plain convolution in between
             would mix what belongs to different tasks.
-        example: an image that `module` can run on, by default noise [1, C, 64, 64].
+        example: images that `module` can run on, [N, C, H, W], by default noise [1, C, 64, 64].
         strict: raise ValueError, instead of a warning, where convolutions other than the heads are copied for each task
             because something that is not known to act on each channel alone stands before them.
         report: return a `Report`, too: what became of every convolution, and why.
@@ -198,8 +199,7 @@ def _in_training(module: nn.Module) -> nn.Module:
 
 def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) -> fx.Graph:
     """The graph in `train()`. ValueError where the forward pass leaves more behind than statistics of torch's own
-    norms, or draws random numbers of Python or NumPy; a warning for tensors that it keeps, and for convolutions that
-    it reaches in `train()` only."""
+    norms, or draws random numbers of Python or NumPy; a warning for tensors that it keeps."""
     leaves = {name for name, child in training.named_modules(remove_duplicate=False) if is_leaf(child)}
     before = {name: value.clone() for name, value in training.state_dict().items()}
     drawn = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
