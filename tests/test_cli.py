@@ -465,14 +465,17 @@ def test_what_belongs_to_another_run_or_cohort_is_refused(made, others, tmp_path
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_report_draws_the_history_of_the_run_s_own_checkpoint(made, others, tmp_path):
+def test_a_report_draws_the_history_of_the_run_s_own_checkpoint(made, others, tmp_path, capsys):
     shutil.copytree(made / "run", tmp_path / "run")
-    shutil.copy(others / "run/history.json", tmp_path / "run")
+    history = tmp_path / "run/history.json"
+    shutil.copy(others / "run/history.json", history)
     places = [
         str(tmp_path / "run"),
         str(made / "cohort"),
         *(str(made / "run" / p) for p in ("predictions", "metrics.json")),
     ]
+    refused(capsys, ["report", *places], f"{history}: it is not the history in {tmp_path}")
+    history.unlink()
     assert main(["report", *places]) == 0
     for name in ("allocation", "curves"):
         drawn = [folder / f"run/figures/{name}.png" for folder in (made, tmp_path)]

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from ..data.cohort import Cohort, LoadedCase, check_same_channels, check_same_labels, load_case
 from ..data.preprocessing import normalise
 from ..errors import InputError
-from ..files import make_folder, read_text
+from ..files import make_folder, read_json, read_text
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
 from ..training.config import difference, read_config
+from ..training.run import load_run
 from . import figures
 from .evaluate import ABOUT, about_predictions, predicted_cases, read_evaluated, read_prediction, read_uncertainty
 from .html import write_report
@@ -34,7 +35,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
     """
     about = about_predictions(predictions)
     predictor = Predictor(run, checkpoint=about.get("checkpoint", "final"))
-    history = predictor.history
+    history = _history(run, predictor)
     if about.get("digest", predictor.digest) != predictor.digest:
         where = run / "checkpoints" / f"{predictor.checkpoint}.pt"
         raise InputError(
@@ -102,6 +103,17 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         figures=[(caption, figure) for _, caption, figure in drawn],
         notes=_notes(predictor, len(cases), about),
     )
+
+
+def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
+    """The course of the run to its end, as its last checkpoint has it. InputError if history.json, which is there to be
+    read by people, says something else."""
+    own = predictor.history if predictor.checkpoint == "final" else load_run(run).history
+    path = run / "history.json"
+    if path.exists() and read_json(path) != own:
+        where = run / "checkpoints" / "final.pt"
+        raise InputError(f"{path}: it is not the history in {where}, expected that of this run, or no such file")
+    return own
 
 
 @torch.no_grad()

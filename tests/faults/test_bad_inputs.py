@@ -755,6 +755,10 @@ def changed(*place, to=None):
 METRICS, CONFIG, TOLD = "metrics.json", "run/config.yaml", "predictions/predictions.json"
 CASE = ("cases", "phantom_002")
 WRITTEN = {
+    "history {}": ("run/history.json", lambda t: "{}", "it is not the history in"),
+    "history []": ("run/history.json", lambda t: "[]", "it is not the history in"),
+    "history cut": ("run/history.json", lambda t: t[:100], "not readable as JSON"),
+    "history of another step": ("run/history.json", lambda t: t.replace("2", "3", 1), "it is not the history in"),
     "metrics {}": (METRICS, lambda t: "{}", "there is no 'conventions', expected an object"),
     "metrics gone": (METRICS, None, "no such file"),
     "no rules": (METRICS, changed("conventions", to={}), "there is no 'conventions.label_names'"),
