@@ -21,7 +21,7 @@ from ..layers.streams import Heads, Merge, StreamBlock
 from ..reference import SFGConv2d
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
-from .record import as_recorded, remove_unused
+from .record import as_recorded, backwards, remove_unused
 
 
 def freeze(
@@ -93,24 +93,13 @@ def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
     output = next(node for node in network.graph.nodes if node.op == "output")
     outputs: Any = output.args[0]
     output.args = ({task: outputs[task] for task in tasks},)
-    needed = {node for task in tasks for node in _backwards(outputs[task])}
+    needed = {node for task in tasks for node in backwards(outputs[task])}
     for node in reversed(network.graph.nodes):  # what the forward pass asks of other tasks' tensors
         if node.target is as_recorded and not needed.issuperset(node.all_input_nodes):
             network.graph.erase_node(node)
     remove_unused(network.graph)
     network.delete_all_unused_submodules()
     network.recompile()
-
-
-def _backwards(node: fx.Node) -> set[fx.Node]:
-    """The node and all that it is made of."""
-    found, waiting = set(), [node]
-    while waiting:
-        one = waiting.pop()
-        if one not in found:
-            found.add(one)
-            waiting += one.all_input_nodes
-    return found
 
 
 def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[int]], tasks: Sequence[str]) -> nn.Module:

@@ -333,6 +333,27 @@ def _no_autocast_inside(tape: _Tape) -> Iterator[None]:
         torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node reads."""
+    return [one for one in node.all_input_nodes if not one.meta.get(NUMBER)]
+
+
+def backwards(
+    node: fx.Node,
+    stops: Callable[[fx.Node], bool] = lambda node: False,
+    inputs: Callable[[fx.Node], list[fx.Node]] = lambda node: node.all_input_nodes,
+) -> Iterator[fx.Node]:
+    """The node and all that it is made of; not behind those that stop."""
+    seen, waiting = set(), [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            yield one
+            if not stops(one):
+                waiting += inputs(one)
+
+
 def remove_unused(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is as_recorded)
 

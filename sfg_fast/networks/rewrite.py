@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,18 @@ from ..norm import KernelNorm
 from ..plain_ops import CHANNELWISE
 from .controls import sfg_layers
 from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
-from .record import NUMBER, SHAPE, WHERE, WITH_GRADIENT, base_of, called, pads_channels, remove_unused
+from .record import (
+    NUMBER,
+    SHAPE,
+    WHERE,
+    WITH_GRADIENT,
+    backwards,
+    base_of,
+    called,
+    inputs_of,
+    pads_channels,
+    remove_unused,
+)
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -232,10 +243,10 @@ class Rewriting:
         and that none of the others reads. (None, where linear layers give the output: the tail starts in front of
         them.)"""
         found: set[fx.Node] = set()
-        for node in _backwards(output, lambda node: self._gives_size(node)):
+        for node in backwards(output, self._gives_size, inputs_of):
             if isinstance(self._module(node), nn.modules.conv._ConvNd):
                 found.add(node)
-        read = {node for one in found for node in _backwards(one, lambda node: False) if node is not one}
+        read = {node for one in found for node in backwards(one, inputs=inputs_of) if node is not one}
         return found - read
 
     def _gives_size(self, node: fx.Node) -> bool:
@@ -249,7 +260,7 @@ class Rewriting:
 
     def _node(self, node: fx.Node) -> None:
         kinds = {self.kind[one] for one in node.all_input_nodes}
-        features = [one for one in _inputs(node) if self.kind[one] == "features"]
+        features = [one for one in inputs_of(node) if self.kind[one] == "features"]
         module = self._module(node)
         if node in self.told and node.target not in DROPOUTS:
             self.obstacles.append(f"{_place(node)} is told whether it is training, which one recording can't hold")
@@ -400,11 +411,11 @@ class Rewriting:
     def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
         """Is it known what a function does to features? Then the node does it to them. An obstacle is known, too."""
         name, rest = _name(node), _given(node)[1:]
-        alone = len(_inputs(node)) == 1
+        alone = len(inputs_of(node)) == 1
         if name in ("cat", "concat", "concatenate"):
             parts, *how = _given(node)
             node.args, node.kwargs = (list(parts), *how), {}  # of a tuple a compiled graph would look inside
-            if len(features) < len(_inputs(node)):
+            if len(features) < len(inputs_of(node)):
                 self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
             self.stream[node] = node
         elif name in _ADDS | _SUBTRACTS:
@@ -618,7 +629,7 @@ class Rewriting:
     def _sized(self, result: fx.Node) -> list[str]:
         """Names of the layers of the tail that give the output its number of channels, and of norms behind them."""
         width, found = _width(result), []
-        for node in _backwards(result, lambda node: self._gives_size(node) or _width(node) != width):
+        for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
             module = self._module(node)
             sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
             if self.kind.get(node) == "tail" and width in sizes:
@@ -648,23 +659,6 @@ def _place(node: fx.Node) -> str:
     return f"{called(node)}(){where}"
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a node reads."""
-    return [one for one in node.all_input_nodes if not one.meta.get(NUMBER)]
-
-
-def _backwards(node: fx.Node, stops: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-    """The node and all that it is made of; not behind those that stop."""
-    seen, waiting = set(), [node]
-    while waiting:
-        one = waiting.pop()
-        if one not in seen:
-            seen.add(one)
-            yield one
-            if not stops(one):
-                waiting += _inputs(one)
-
-
 def _width(node: fx.Node) -> int | None:
     """How many channels a recorded tensor has."""
     shape = node.meta.get(SHAPE, ())
@@ -685,7 +679,7 @@ def _given(node: fx.Node) -> list[Any]:
 def _changes_nothing(node: fx.Node, name: str, rest: list[Any]) -> bool:
     """Is what the function returns the same values in the same places?"""
     if name in _RESHAPES:
-        return node.meta.get(SHAPE) == _inputs(node)[0].meta.get(SHAPE)
+        return node.meta.get(SHAPE) == inputs_of(node)[0].meta.get(SHAPE)
     return name in _SAME and not any(isinstance(one, torch.dtype) for one in rest)
 
 
