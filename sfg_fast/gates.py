@@ -89,8 +89,9 @@ class GroupGates(nn.Module):
     Attributes:
         logits: float [K, T+1], log-probabilities up to a constant, shared first. No optimiser may decay them
             (`sfg_fast.parameter_groups`); of one that does a warning tells.
-        fixed_gates: [K, T+1], the gates of a fixed assignment: one in the group of each kernel; zeros: sampled. No
-            whole numbers, for averages of models (EMA, SWA) average them, too: a kernel is in its group of the most.
+        fixed_gates: float [K, T+1], the gates of a fixed assignment: 1 in the group of each kernel, else 0; all 0 where
+            the groups are drawn. Averages of models (EMA, SWA) average these numbers, too; the group of a kernel is
+            then that of its largest number.
         estimator: a name of `estimators.ESTIMATORS`, or an `Estimator`; `none` freezes the logits.
         every: n > 1: only every n-th step looks at the groups that a kernel was not drawn into, and what it finds
             counts n times. The steps between are as cheap as `selected`, the mean over n steps is the same.
@@ -417,8 +418,9 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
 
 
 def _content(fixed: Tensor) -> Any:
-    """What is other when a tensor has been written to: in memory its bytes (writing through `.data` counts no version);
-    elsewhere, where looking would mean to wait, which tensor it is and how often it was written to."""
+    """Something that changes whenever anybody writes to the tensor `fixed`. Of a tensor in memory it is the bytes,
+    because writing through `.data` does not raise torch's version counter. Of a tensor on a device, whose values one
+    would have to wait for, it is the tensor's identity and its version counter."""
     if fixed.is_cpu and not in_graph():
         return (fixed.float() if fixed.dtype is torch.bfloat16 else fixed).numpy().tobytes()
     return id(fixed), 0 if fixed.is_inference() else fixed._version
