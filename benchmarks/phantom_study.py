@@ -31,7 +31,7 @@ from sfg_fast.data.phantom import write_phantom
 from sfg_fast.data.preprocessing import preprocess
 from sfg_fast.demo import demo_config
 from sfg_fast.errors import InputError
-from sfg_fast.evaluation.evaluate import mask_of
+from sfg_fast.evaluation.evaluate import scene_of
 from sfg_fast.evaluation.metrics import case_metrics, summarise
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.files import write_json
@@ -75,14 +75,14 @@ def scores(predictor: Predictor, cohort: Cohort, draws: int) -> dict[str, float]
     """Mean PSNR in the mask (dB), gain over the mean CT (dB) and Dice over the test cases; draws = 0: argmax p."""
     cases = {}
     for case in cohort.split("test"):
-        truth = load_case(case, cohort.label_names)
+        truth = load_case(case, cohort.targets)
         found = predictor.volume(truth.inputs, draws, "draws" if draws else "map")
-        cases[case.name] = case_metrics(
-            truth.ct, found.ct, truth.labels, found.labels, mask_of(truth), cohort.label_names
-        )
-    summary = summarise(cases)
-    psnr = summary["ct"]["overall"]["psnr_in_mask"]["mean"]
-    return {"psnr": psnr, "gain": summary["psnr_gain"]["mean"], "dice": summary["dice_mean"]["mean"]}
+        predicted = {task: volumes[""] for task, volumes in found.items()}
+        scene = scene_of(truth, cohort.targets)
+        cases[case.name] = case_metrics(predictor.tasks, truth.targets, predicted, scene)
+    ct, organs = summarise(cases)["ct"], summarise(cases)["organs"]
+    psnr = ct["regions"]["overall"]["psnr_in_mask"]["mean"]
+    return {"psnr": psnr, "gain": ct["psnr_gain"]["mean"], "dice": organs["dice_mean"]["mean"]}
 
 
 def train(folder: Path, name: str, seed: int, residual: str, steps: int, draw_until: float) -> Predictor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         recalibrate,
         sampling,
         set_estimator,
+        set_noise_on,
         set_temperature,
     )
     from .networks.convert import convert
@@ -52,6 +53,7 @@ _MODULES = {
     "recalibrate": "networks.controls",
     "sampling": "networks.controls",
     "set_estimator": "networks.controls",
+    "set_noise_on": "networks.controls",
     "set_temperature": "networks.controls",
     "show_config": "configuration",
     "transfer": "networks.transfer",
@@ -75,6 +77,7 @@ __all__ = [
     "reference",
     "sampling",
     "set_estimator",
+    "set_noise_on",
     "set_temperature",
     "show_config",
     "transfer",

@@ -80,6 +80,7 @@ def preprocess(
     out: str,
     processes: int = 0,
     on_bad_case: Literal["stop", "skip"] = "stop",
+    size: list[int] | None = None,
     allow_outside: bool = False,
 ) -> None:
     """Check a cohort and write it as memory maps for training; again: only the cases that are new or have changed.
@@ -87,26 +88,27 @@ def preprocess(
     Args:
         cohort: folder of cases (mr/ct/labels.nii.gz), nnU-Net folder (+ targetsTr), or CSV/JSON list of files.
         out: folder to be made, or made by an earlier run for this cohort.
-        processes: cases at a time; 0 for one per core.
+        processes: cases (or blocks of images) at a time; 0 for one per core.
         on_bad_case: stop at the first case that can't be used (exit code 2), or skip it and tell at the end (0).
+        size: height and width in pixels that images are resized to, such as [64, 64]; null: all have one size.
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
-    from .data.cache import TARGETS
-    from .data.cohort import SPLITS, read_cohort
+    from .data.cohort import SPLITS, USUAL, read_cohort
     from .data.notes import told
     from .data.preprocessing import preprocess as write_cache
 
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cache = write_cache(found, Path(out), processes=processes or cores, on_bad_case=on_bad_case)
+    cache = write_cache(found, Path(out), processes=processes or cores, on_bad_case=on_bad_case, size=size)
     for reason in cache.rejected.values():
         print(f"rejected: {reason}", file=sys.stderr)
     for line in told(cache.cases):
         print(line, file=sys.stderr)
-    counts = [f"{sum(target in one['targets'] for one in cache.cases.values())} with {target}" for target in TARGETS]
-    counts += [f"{len(cache.names(split))} {split}" for split in SPLITS]
+    targets = cache.targets if found.images else {**USUAL, **cache.targets}
+    counts = [f"{cache.count(target=target)} with {target}" for target in targets]
+    counts += [f"{cache.count(split)} {split}" for split in SPLITS]
     counts += [f"{len(cache.rejected)} rejected"] if cache.rejected else []
-    print(f"{len(cache.cases)} cases in {out}: {', '.join(counts)}")
+    print(f"{cache.count()} {'images' if found.images else 'cases'} in {out}: {', '.join(counts)}")
 
 
 def train(config: Any, resume: bool = False) -> None:
@@ -177,20 +179,24 @@ def predict(
     split: str = "test",
     draws: int = 8,
     by: str = "map",
+    statistics: str = "running",
     checkpoint: Literal["final", "best"] = "final",
     device: str = "auto",
     allow_outside: bool = False,
     resume: bool = False,
 ) -> None:
-    """Predict synthetic CT, organ labels and uncertainty for the cases of a cohort, as NIfTI.
+    """Predict what a run has learnt, and how sure it is, for the cases of a cohort: volumes as NIfTI, images as CSV.
 
     Args:
         run: folder of a trained run.
-        cohort: as for preprocess; only the MR is read.
-        out: folder to be made, OUT/CASE/{ct,labels,uncertainty}.nii.gz.
+        cohort: as for preprocess; only the MR, or the image, is read.
+        out: folder to be made, OUT/CASE/{ct,labels,uncertainty, ..}.nii.gz, or OUT/predictions.csv of images.
         split: which cases: train, val, test, or all. Train and val of a fold are its own parts.
-        draws: drawn architectures behind the uncertainty map; 0 for none.
-        by: CT and labels by the most probable architecture (map), or by the mean over the drawn ones (draws).
+        draws: drawn architectures behind the uncertainty; 0 for none.
+        by: predictions of the most probable architecture (map), the mean over the drawn ones (draws), or the mean of
+            numbers and the most frequent class over them (mode).
+        statistics: normalise by the running statistics of training (running), or by those of each batch that is
+            predicted, as the authors' public code (batch).
         checkpoint: the final network, or the best one on the validation split.
         device: auto, cpu or cuda.
         allow_outside: let a CSV/JSON list name files outside its own folder.
@@ -206,18 +212,19 @@ def predict(
     cases = predictor.of_split(found, split)
     if not cases:
         raise InputError(f"{cohort}: there is no case of split {split!r}, expected at least one (or --split all)")
-    predicted = predictor.cases(found, cases, Path(out), draws, by, resume)
-    for _ in tqdm(predicted, total=len(cases), desc="predict", unit="case"):
+    predicted = predictor.cases(found, cases, Path(out), draws, by, resume, statistics)
+    unit = "image" if found.images else "case"
+    for _ in tqdm(predicted, total=len(cases), desc="predict", unit=unit):
         pass
-    print(f"{len(cases)} cases in {out}")
+    print(f"{len(cases)} {unit}s in {out}")
 
 
 def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outside: bool = False) -> None:
-    """Compare predictions with a cohort's CT and labels: PSNR, MAE and Dice per case, mean and SD.
+    """Compare predictions with a cohort's targets, such as CT and labels, case by case; mean and SD.
 
     Args:
         predictions: folder made by predict.
-        cohort: the cohort with CT and labels; cases without a prediction are left out.
+        cohort: the cohort with its targets; cases without a prediction are left out.
         out: JSON file to write (by default metrics.json beside the predictions).
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
@@ -231,7 +238,8 @@ def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outsid
     document = compare(Path(predictions), found)
     write_json(target, document)
     print(table(document))
-    print(f"{len(document['cases'])} of the cohort's {len(found.cases)} cases, metrics in {target}")
+    unit = "images" if found.images else "cases"
+    print(f"{len(document['cases'])} of the cohort's {len(found.cases)} {unit}, metrics in {target}")
 
 
 def report(
@@ -262,7 +270,8 @@ def freeze(run: str, out: str, tasks: list[str] | None = None) -> None:
 
     Args:
         run: folder of a trained run.
-        out: file to be made. It maps a normalised MR [N, channels, H, W] to the CT in HU and organ probabilities.
+        out: file to be made. It maps a normalised MR [N, channels, H, W], or an image of 0 .. 255, to numbers in their
+            unit, such as a CT in HU, and probabilities of labels or classes.
         tasks: which outputs, by default all of the run.
     """
     from .evaluation.export import export_run

@@ -11,7 +11,7 @@ from .data.cohort import read_cohort
 from .data.phantom import write_phantom
 from .data.preprocessing import preprocess
 from .evaluation.evaluate import evaluate
-from .evaluation.metrics import table
+from .evaluation.metrics import summary_value, table, tasks_of
 from .evaluation.predict import Predictor
 from .evaluation.report import report_on
 from .files import alone_in, claim_folder, write_json
@@ -55,6 +55,7 @@ def run_demo(out: Path, seed: int, steps: int) -> None:
     write_json(out / "metrics.json", document)
     report_on(out, cohort, out / "predictions", out / "metrics.json", out / "report.html")
     print(f"\n{table(document)}\n")
-    gain = document["summary"]["psnr_gain"]
-    print(f"PSNR above predicting each case's mean CT: {gain['mean']:.2f} ({gain['sd']:.2f}) dB")
+    for measure in (one for task in tasks_of(document).values() for one in task.measures if one.signed):
+        gain = summary_value(document, measure)
+        print(f"{measure.title}: {gain['mean']:.2f} ({gain['sd']:.2f})")
     print(f"Look at {out / 'report.html'}; volumes: {out / 'predictions'}, numbers: {out / 'metrics.json'}")

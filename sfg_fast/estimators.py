@@ -6,8 +6,7 @@ Every function takes `drawn` [K, T+1], the one-hot draw; `log_p` [K, T+1], norma
 `temperature`, 0-dim or [K, 1]. It returns the gates [K, T+1], differentiable with respect to log_p. Each row stands
 alone: they may be those of several layers.
 
-The noise belongs to LOG p: added to p itself, as in the authors' public code, p = [0, 1, 0] would still draw the first
-group one time in five.
+p here is what is drawn from. Where the noise is added to p itself (`GroupGates.noise_on`), that is softmax(p).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How a kernel's group is drawn (paper, section 2.2). How its probabilities p are learnt: estimators.py.
 
-The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argmax(log p + Gumbel noise).
+The gate of kernel k is z = one_hot(Cat(p)), p = softmax(logits), drawn as argmax(log p + Gumbel noise). The authors'
+public code adds the noise to p itself, which draws from Cat(softmax(p)): `noise_on="p"`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .tracing import in_graph
 # --- the start: initial p ---------------------------------------------------------------------------------------------
 
 INITIAL = ("uniform", "dirichlet", "mostly_shared", "mostly_specific", "vertex")
+NOISE_ON = ("log_p", "p")
 
 
 def initial_probabilities(init: str | Sequence[Any] | Tensor, kernels: int, groups: int) -> Tensor:
@@ -97,6 +99,9 @@ class GroupGates(nn.Module):
             counts n times. The steps between are as cheap as `selected`, the mean over n steps is the same.
         sampling: draw also in `eval()`, which otherwise uses argmax p. (Constant p, estimator `none`, always draws:
             argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
+        noise_on: "log_p", groups are drawn with probability p (the paper's); or "p", with probability softmax(p), as
+            the authors' public code has it: p = [0, 1, 0] then still draws the first group one time in five. What p is
+            (its entropy, argmax p, `probabilities`) is the same in both.
     """
 
     _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
@@ -125,6 +130,7 @@ class GroupGates(nn.Module):
         self._foreseen = False  # was the next step looked at already (`_looks_everywhere`)?
         self.sampling = False
         self._every = 1
+        self._noise_on = "log_p"
         self.shares_grouping = False
         self._sharing: list[GroupGates] = []  # the layers that share this one's grouping (a list: no submodules)
         self.reset_grouping()
@@ -168,6 +174,16 @@ class GroupGates(nn.Module):
         self._phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % steps
 
     @property
+    def noise_on(self) -> str:
+        return self._noise_on
+
+    @noise_on.setter
+    def noise_on(self, noise_on: str) -> None:
+        if noise_on not in NOISE_ON:
+            raise ValueError(f"noise_on={noise_on!r} is unknown, expected one of {', '.join(NOISE_ON)}")
+        self._noise_on = noise_on
+
+    @property
     def temperature(self) -> Tensor:
         """Temperature of the relaxation, a 0-dim tensor: set it in place, and a captured graph sees the change."""
         return self._temperature
@@ -196,6 +212,10 @@ class GroupGates(nn.Module):
     def _log_p_of(self, logits: Tensor) -> Tensor:
         """Of logits that may be those of several layers like this one."""
         return logits.to(self.gates_dtype).log_softmax(1)
+
+    def _log_drawn(self, log_p: Tensor) -> Tensor:
+        """log of the probabilities with which the groups are drawn."""
+        return log_p if self._noise_on == "log_p" else log_p.exp().log_softmax(1)
 
     def probabilities(self) -> Tensor:
         """p [K, T+1] without gradient; one-hot under a fixed assignment."""
@@ -283,6 +303,7 @@ class GroupGates(nn.Module):
             return _draw_by_formula([self])[0]
         log_p = self.log_p()
         draws = self.training or self.sampling or self._rule.gates is None
+        log_p = self._log_drawn(log_p) if draws else log_p
         samples = 0
         if self.training:  # as many numbers as a step that learns takes: with one seed both draw the same
             samples = self._rule.samples
@@ -299,7 +320,7 @@ class GroupGates(nn.Module):
     def _kind(self) -> tuple[Any, ...]:
         """Layers of the same kind can be drawn in one go."""
         logits = self.logits
-        what = self.group_names, self._rule, self.every, self._phase
+        what = self.group_names, self._rule, self._noise_on, self.every, self._phase
         return *what, logits.dtype, logits.device, logits.requires_grad
 
     def _looks_everywhere(self, learns: bool) -> bool:
@@ -391,7 +412,7 @@ def _draw_by_formula(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     rule, every, tasks, groups = first._rule, first.every, first.group_names[1:], len(first.group_names)
     sizes = [layer.logits.shape[0] for layer in layers]
     logits: Tensor = torch.cat([layer.logits for layer in layers]) if several else first.logits
-    log_p, temperature = first._log_p_of(logits), first.temperature
+    log_p, temperature = first._log_drawn(first._log_p_of(logits)), first.temperature
     if several:
         of_layers = zip(layers, sizes, strict=True)
         temperature = torch.cat([layer.temperature.to(log_p).expand(size, 1) for layer, size in of_layers])

@@ -26,11 +26,46 @@ def counts(gates, draws=DRAWS):
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "none"])
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_draws_follow_p(p, estimator, temperature):
-    """Chi-square against p. (Noise added to p instead of log p, as in the authors' code, fails by far.)"""
+    """Chi-square against p. (Noise added to p instead of log p fails by far: it draws from softmax(p).)"""
     gates = GroupGates(1000, 2, p, estimator)
     gates.temperature = temperature
     found = counts(gates)
     assert stats.chisquare(found.numpy(), [DRAWS * value for value in p]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("p", [[1.0, 0.0, 0.0], [0.6, 0.3, 0.1]])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", ["train", "sampling"])
+def test_with_noise_on_p_draws_follow_its_softmax(p, estimator, mode):
+    """As the authors' public code has it. p = [1, 0, 0] is drawn .58, .21, .21."""
+    gates = GroupGates(1000, 2, p, estimator)
+    gates.temperature, gates.noise_on, gates.sampling = 0.3, "p", mode == "sampling"
+    gates.train(mode == "train")
+    expected = [math.exp(value) / sum(map(math.exp, p)) for value in p]
+    assert stats.chisquare(counts(gates).numpy(), [DRAWS * value for value in expected]).pvalue > 1e-3
+    torch.testing.assert_close(gates.probabilities(), torch.tensor(p).expand(1000, 3), atol=1e-4, rtol=0)
+
+
+def test_with_noise_on_p_argmax_is_that_of_p():
+    gates = GroupGates(300, 2, "dirichlet", "straight_through").eval()
+    gates.noise_on = "p"
+    assert torch.equal(gates.draw().assignment, gates.logits.argmax(1))
+
+
+def test_noise_is_on_log_p_unless_it_is_asked_for():
+    plain = GroupGates(300, 2, "dirichlet", "straight_through")
+    asked, other = copy.deepcopy(plain), copy.deepcopy(plain)
+    asked.noise_on, other.noise_on = "log_p", "p"
+    assert plain.noise_on == "log_p"
+    assert copy.deepcopy(other).noise_on == "p"
+    drawn = []
+    for gates in (plain, asked, other):
+        torch.manual_seed(1)
+        drawn.append(gates.draw().assignment)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    with pytest.raises(ValueError, match="noise_on='logits' is unknown, expected one of log_p, p"):
+        plain.noise_on = "logits"
 
 
 def test_a_certain_kernel_is_never_drawn_elsewhere():
@@ -52,6 +87,25 @@ def test_gates_and_their_gradient_are_the_formula(estimator, float64):
     z = gates.draw().gates
     torch.manual_seed(3)
     soft = oracle.relaxed(gates.logits, gumbel_noise(gates.logits), 0.4)
+    weight = torch.randn_like(soft)
+    expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
+    if estimator == "gumbel_softmax":
+        torch.testing.assert_close(z, soft)
+    else:
+        assert torch.equal(z, torch.nn.functional.one_hot(soft.argmax(1), 4).to(z.dtype))
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax"])
+def test_with_noise_on_p_the_formula_has_p_in_the_place_of_log_p(estimator, float64):
+    gates = GroupGates(7, 3, "dirichlet", estimator)
+    gates.temperature, gates.noise_on = 0.4, "p"
+    torch.manual_seed(3)
+    z = gates.draw().gates
+    torch.manual_seed(3)
+    p = torch.exp(gates.logits) / torch.exp(gates.logits).sum(1, keepdim=True)
+    e = torch.exp((p + gumbel_noise(gates.logits)) / 0.4)
+    soft = e / e.sum(1, keepdim=True)
     weight = torch.randn_like(soft)
     expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
     torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
@@ -131,13 +185,19 @@ def test_sharing_a_grouping():
         other.share_grouping(GroupGates(5, 2, "uniform", "straight_through"))
 
 
+ON_P = ["all with noise on p", "one with noise on p"]
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("what", ["alike", "every", "no_grad", "eval", "one in eval", "one fixed", "one with every"])
+@pytest.mark.parametrize(
+    "what", ["alike", "every", "no_grad", "eval", "one in eval", "one fixed", "one with every", *ON_P]
+)
 def test_drawn_together_is_drawn_one_after_the_other(estimator, what):
     layers = [GroupGates(kernels, ["a", "b"], "dirichlet", estimator) for kernels in (5, 1, 8)]
     for number, layer in enumerate(layers):
         layer.temperature = 0.3 + number  # which may differ
         layer.every = 2 if what == "every" or (what == "one with every" and number == 1) else 1
+        layer.noise_on = "p" if what == ON_P[0] or (what == ON_P[1] and number == 1) else "log_p"
         layer.train(what != "eval" and (what != "one in eval" or number != 1))
     if what == "one fixed":
         layers[1].assign([2])

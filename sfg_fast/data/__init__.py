@@ -1,24 +1,33 @@
-"""Cohorts: from volumes, real or synthetic, to training batches; nibabel, SimpleITK, scipy and tqdm load where used."""
+"""Cohorts: from volumes or images, real or synthetic, to training batches; nibabel, SimpleITK, scipy, Pillow and tqdm
+load where used."""
 
-from .cache import Cache, CaseArrays
-from .cohort import SPLITS, Case, Cohort, LoadedCase, load_case, read_cohort
+from .cache import BlockArrays, Cache, CaseArrays
+from .cases import SPLITS, Case, Cohort, LoadedCase
+from .cohort import load_case, read_cohort
+from .images import ImageForm, load_images
 from .phantom import PhantomCase, make_case, write_phantom
 from .preprocessing import body_mask, normalise, preprocess
-from .sampler import SliceSampler
+from .sampler import ImageSampler, SliceSampler
+from .targets import Target
 from .volumes import Grid, read_labels, read_volume, same_grid, write_volume
 
 __all__ = [
     "SPLITS",
+    "BlockArrays",
     "Cache",
     "Case",
     "CaseArrays",
     "Cohort",
     "Grid",
+    "ImageForm",
+    "ImageSampler",
     "LoadedCase",
     "PhantomCase",
     "SliceSampler",
+    "Target",
     "body_mask",
     "load_case",
+    "load_images",
     "make_case",
     "normalise",
     "preprocess",

@@ -1,18 +1,24 @@
-"""What `preprocess` wrote, opened for reading: memory maps of slices, and the statistics that training starts from.
+"""What `preprocess` wrote, opened for reading: memory maps of slices or images, and the statistics that training starts
+from.
 
-    CACHE/manifest.json     what there is, statistics and checksums; written last
-    CACHE/CASE/inputs.npy   float32 [Z, C, Y, X], normalised MR (`preprocessing.normalise`)
-    CACHE/CASE/ct.npy       float32 [Z, Y, X], HU
-    CACHE/CASE/labels.npy   uint8 [Z, Y, X]
-    CACHE/CASE/mask.npy     bool [Z, Y, X], the body
-    CACHE/CASE/case.json    this case's entry in the manifest
+    CACHE/manifest.json      what there is, statistics and checksums; written last
+    CACHE/CASE/inputs.npy    float32 [Z, C, Y, X], normalised MR (`preprocessing.normalise`)
+    CACHE/CASE/TARGET.npy    [Z, Y, X], float32 of intensities (of a CT in HU), uint8 of labels
+    CACHE/CASE/mask.npy      bool [Z, Y, X], the body
+    CACHE/CASE/case.json     this case's entry in the manifest
 
-Axes Z, Y, X as in `sfg_fast.data.volumes`.
+Axes Z, Y, X as in `sfg_fast.data.volumes`. Of images, N of one split lie together in a block:
+
+    CACHE/BLOCK/inputs.npy   uint8 [N, C, H, W], as they were read (and resized)
+    CACHE/BLOCK/TARGET.npy   [N], float32 of numbers, NaN where missing; int16 of classes, -1 where missing
+    CACHE/BLOCK/names.npy    bytes [N], their names in UTF-8
+    CACHE/BLOCK/case.json    this block's entry in the manifest
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,13 +35,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import one_line, read_json
-from .cohort import check_case_name, check_label_names, check_split
+from ..files import check_shape, one_line, read_json
+from .cases import check_case_name, check_class_names, check_label_names, check_split
+from .images import CHANNEL_NAMES, MAX_PIXELS, ImageForm
 from .notes import is_note
 from .stored import MAX_VOXELS
+from .targets import NAMED, Target, TargetAsJson
 from .volumes import Grid
 
-VERSION = 4
+VERSION = 5
 ENTRY = {
     "split",
     "shape",
@@ -44,35 +52,52 @@ ENTRY = {
     "targets",
     "mask_from",
     "mr_foreground",
-    "ct_body_mean",
-    "label_voxels",
     "foreground_slices",
     "notes",
     "source",
     "checksums",
 }
+BLOCK_ENTRY = {"split", "shape", "name_bytes", "targets", "pixels", "rejected", "notes", "source", "checksums"}
+MOST = float(np.finfo(np.float32).max)
 MAX_ENTRY_BYTES = 2**24  # of case.json
 _Stamp = tuple[int, int, int, int]  # which file it is, how long, and when it was written
-TARGETS: dict[str, np.dtype] = {"ct": np.dtype(np.float32), "labels": np.dtype(np.uint8)}
+DTYPES: dict[str, np.dtype] = {
+    "intensities": np.dtype(np.float32),
+    "labels": np.dtype(np.uint8),
+    "number": np.dtype(np.float32),
+    "class": np.dtype(np.int16),
+}
+"""Of the arrays of each kind of target."""
 
 
 @dataclass(frozen=True, eq=False)
 class CaseArrays:
-    """Read-only memory maps of one case: inputs float32 [Z, C, Y, X], mask bool [Z, Y, X], and where the case has
-    them ct float32 [Z, Y, X] in HU and labels uint8 [Z, Y, X]."""
+    """Read-only memory maps of one case: inputs float32 [Z, C, Y, X], mask bool [Z, Y, X], and the targets that the
+    case has [Z, Y, X], intensities float32, labels uint8."""
 
     inputs: np.ndarray
-    ct: np.ndarray | None
-    labels: np.ndarray | None
+    targets: dict[str, np.ndarray]
     mask: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class BlockArrays:
+    """Read-only memory maps of one block of images: inputs uint8 [N, C, H, W], targets [N], numbers float32 (NaN:
+    missing), classes int16 (-1: missing), and names, bytes [N] in UTF-8."""
+
+    inputs: np.ndarray
+    targets: dict[str, np.ndarray]
+    names: np.ndarray
 
 
 class Cache:
     """A folder that `preprocess` wrote; opening it reads the manifest and no array.
 
     Attributes:
-        cases: the manifest's entry of each case, by name; `rejected`: why a case is not there, by name.
-        label_names: name -> value, empty where no case has labels. `in_channels`: of the MR.
+        cases: the manifest's entry of each case, or block of images, by name; `rejected`: why a case, or an image, is
+            not there, by name.
+        targets: what the cases have to be learnt from, by name; labels and classes all have names.
+        in_channels, channel_names: of the MR, or the images.
 
     Raises InputError if the manifest is missing, isn't one, or preprocessing never came to its end.
     """
@@ -89,24 +114,38 @@ class Cache:
         if version != VERSION:
             raise InputError(f"{where}: version {version!r}, expected {VERSION}; preprocess the cohort again")
         try:
-            self.label_names: dict[str, int] = manifest["label_names"]
+            check_shape(manifest["targets"], dict[str, TargetAsJson], str(where), "targets")
+            self.targets = _targets(manifest["targets"], str(where))
             self.channel_names = tuple(map(str, manifest["channel_names"]))
             self.in_channels = len(self.channel_names)
-            if self.label_names:
-                check_label_names(self.label_names, str(where))
+            self._resized: bool | None = manifest["images"] and manifest["images"]["resized"]
+            for target in self.targets.values():
+                self._check_target(target, str(where))
             self.rejected: dict[str, str] = manifest["rejected"]
             self._stamps: dict[str, dict[str, _Stamp]] = {}  # of the files of each case that was opened, by name
             self.cases: dict[str, dict[str, Any]] = manifest["cases"]
             for name, entry in self.cases.items():
                 check_case_name(name, str(where))
                 check_split(entry["split"], str(where))
-                self._check(name, entry)
+                (self._check if self._resized is None else self._check_block)(name, entry)
+            if self._resized is not None and not self.cases:
+                raise ValueError("no images")
         except InputError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{where}: not a valid manifest ({one_line(error)}); preprocess the cohort again"
             ) from error
+
+    def _check_target(self, target: Target, where: str) -> None:
+        if target.per_image != (self._resized is not None):
+            raise ValueError(f"target {target.name}")
+        if target.kind == "labels":
+            check_label_names(target.names, where)
+        elif target.kind == "class":
+            ordered = sorted(target.names, key=target.names.__getitem__)
+            if check_class_names(ordered, where) != target.names:
+                raise ValueError(f"target {target.name}")
 
     def _check(self, name: str, entry: dict[str, Any]) -> None:
         """ValueError (or another that a wrong type gives): the entry can't be one that `preprocess` wrote."""
@@ -115,26 +154,79 @@ class Cache:
             grid = Grid.from_json(entry["grid"])
         except InputError as error:
             raise ValueError(f"case {name}: {error}") from error
-        counts, mean = entry["label_voxels"], entry["ct_body_mean"]
+        labelled = any(self.targets[target].kind == "labels" for target in entry["targets"])
         good = (
             set(entry) == ENTRY
             and all(type(n) is int for n in (z, y, x))
             and 1 <= min(z, y, x) <= z * y * x <= MAX_VOXELS
             and grid.array_shape == (z, y, x)
-            and len(set(entry["targets"])) == len(entry["targets"])
-            and set(entry["targets"]) <= set(TARGETS)
+            and self._statistics_are_good(entry)
             and len(entry["mr_foreground"]) == self.in_channels
             and all(math.isfinite(one["mean"]) and one["sd"] > 0 for one in entry["mr_foreground"])
-            and (mean is None) == ("ct" not in entry["targets"])
-            and (mean is None or math.isfinite(mean))
-            and (counts is None) == ("labels" not in entry["targets"])
-            and (counts is None or (len(counts) == len(self.label_names) and min(counts) >= 0))
+            and (entry["foreground_slices"] is None) != labelled
             and all(0 <= first < last <= z for first, last in entry["foreground_slices"] or ())
             and isinstance(entry["notes"], list)
             and all(map(is_note, entry["notes"]))
         )
         if not good:
             raise ValueError(f"case {name}")
+
+    def _check_block(self, name: str, entry: dict[str, Any]) -> None:
+        """As `_check`."""
+        n, c, h, w = entry["shape"]
+        first = next(iter(self.cases.values()))["shape"]
+        good = (
+            set(entry) == BLOCK_ENTRY
+            and all(type(size) is int for size in (n, c, h, w, entry["name_bytes"]))
+            and min(n, h, w, entry["name_bytes"]) >= 1
+            and h * w <= MAX_PIXELS
+            and [c, h, w] == first[1:]
+            and CHANNEL_NAMES[c] == self.channel_names
+            and isinstance(self._resized, bool)
+            and set(entry["targets"]) == set(self.targets)
+            and self._statistics_are_good(entry)
+            and _are_pixels(entry["pixels"], c, n * h * w)
+            and isinstance(entry["rejected"], dict)
+            and entry["notes"] == []
+        )
+        if not good:
+            raise ValueError(f"block {name}")
+
+    def _statistics_are_good(self, entry: dict[str, Any]) -> bool:
+        good, images = [], self._resized is not None
+        size = entry["shape"][0] if images else math.prod(entry["shape"])
+        for name, found in entry["targets"].items():
+            target = self.targets[name]
+            if target.kind in NAMED:
+                counts = found["counts"]
+                good.append(len(counts) == len(target.names) and all(type(n) is int and n >= 0 for n in counts))
+                good.append(sum(counts) <= size if images else sum(counts) == size)
+            else:
+                good.append(abs(found["mean"]) <= MOST and 0 <= found["sd"] <= MOST)
+            if target.kind == "number":
+                good.append(type(found["count"]) is int and 0 <= found["count"] <= size)
+        return all(good)
+
+    @property
+    def images(self) -> ImageForm | None:
+        """What the images are, with mean and SD of the pixels of those to train on (of all, if there are none of
+        these); None: the cases are volumes. InputError if a channel is one value in all of them."""
+        if self._resized is None:
+            return None
+        entries = [self.cases[name] for name in self.names("train")] or list(self.cases.values())
+        _, channels, height, width = entries[0]["shape"]
+        count = sum(entry["shape"][0] for entry in entries) * height * width
+        mean, sd = [], []
+        for channel in range(channels):  # whole numbers, without an error of rounding
+            total, squares = (sum(entry["pixels"][key][channel] for entry in entries) for key in ("sum", "squares"))
+            mean.append(total / count)
+            sd.append(math.sqrt(count * squares - total**2) / count)
+            if sd[-1] == 0:
+                raise InputError(
+                    f"{self.path}: channel {self.channel_names[channel]} is {mean[-1]:g} in all images to train on, "
+                    "expected images with contrast"
+                )
+        return ImageForm((height, width), self._resized, channels, mean, sd)
 
     def with_splits(self, splits: Mapping[str, Sequence[str]]) -> Cache:
         """The same arrays, only the named cases, each in the split that names it: {"train": [..], "val": [..]}."""
@@ -147,26 +239,71 @@ class Cache:
         return other
 
     def names(self, split: str) -> list[str]:
-        """The names of the cases in split train, val or test."""
+        """The names of the cases, or blocks of images, in split train, val or test."""
         check_split(split, "split")
         return [name for name, entry in self.cases.items() if entry["split"] == split]
 
+    def count(self, split: str | None = None, target: str | None = None) -> int:
+        """How many cases, or images, the split has (None: all splits), with the target (None: whatever they have)."""
+        entries = [entry for entry in self.cases.values() if split in (None, entry["split"])]
+        if target is None:
+            return sum(1 if self._resized is None else entry["shape"][0] for entry in entries)
+        return sum(self._having(entry, target) for entry in entries)
+
+    def _having(self, entry: dict[str, Any], target: str) -> int:
+        found = entry["targets"].get(target)
+        if found is None or self._resized is None:
+            return int(found is not None)
+        return sum(found["counts"]) if "counts" in found else found["count"]
+
     def has(self, target: str, split: str = "train") -> bool:
-        """Whether any case of the split has the target, ct or labels."""
-        return any(target in self.cases[name]["targets"] for name in self.names(split))
+        """Whether any case of the split has the target."""
+        return any(self._having(self.cases[name], target) for name in self.names(split))
+
+    def described(self, split: str = "train") -> dict[str, Target]:
+        """The targets that the split has, with statistics over it: of intensities the mean over the cases of the mean
+        in the body mask, and of the SD there; of numbers mean and SD over the images; of labels and classes the
+        frequencies, the share of each among all voxels or images."""
+        found = {}
+        for name, target in self.targets.items():
+            if self.has(name, split):
+                entries = [self.cases[case]["targets"].get(name) for case in self.names(split)]
+                statistics = _statistics(target, [one for one in entries if one is not None])
+                found[name] = dataclasses.replace(target, statistics=statistics)
+        return found
 
     def case(self, name: str) -> CaseArrays:
         """Opens the memory maps of a case, all of one version of it. InputError: no such case, a file missing or not
         what the manifest says, or another than when the case was opened before."""
-        if name not in self.cases:
-            raise InputError(f"{self.path}: no case {name!r}")
-        entry = self.cases[name]
+        entry = self._entry(name, images=False)
         z, y, x = entry["shape"]
         kinds = {
             "inputs": ((z, self.in_channels, y, x), np.dtype(np.float32)),
             "mask": ((z, y, x), np.dtype(bool)),
         }
-        kinds |= {target: ((z, y, x), TARGETS[target]) for target in entry["targets"]}
+        kinds |= {target: ((z, y, x), DTYPES[self.targets[target].kind]) for target in entry["targets"]}
+        arrays = self._arrays(name, kinds)
+        return CaseArrays(arrays["inputs"], {target: arrays[target] for target in entry["targets"]}, arrays["mask"])
+
+    def block(self, name: str) -> BlockArrays:
+        """Opens the memory maps of a block of images, as `case` does."""
+        entry = self._entry(name, images=True)
+        shape, count = tuple(entry["shape"]), entry["shape"][0]
+        kinds = {
+            "inputs": (shape, np.dtype(np.uint8)),
+            "names": ((count,), np.dtype(f"S{entry['name_bytes']}")),
+        }
+        kinds |= {target: ((count,), DTYPES[self.targets[target].kind]) for target in entry["targets"]}
+        arrays = self._arrays(name, kinds)
+        return BlockArrays(arrays["inputs"], {target: arrays[target] for target in entry["targets"]}, arrays["names"])
+
+    def _entry(self, name: str, images: bool) -> dict[str, Any]:
+        if name not in self.cases or images != (self._resized is not None):
+            raise InputError(f"{self.path}: no {'block' if images else 'case'} {name!r}")
+        return self.cases[name]
+
+    def _arrays(self, name: str, kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
+        """The memory maps of a folder, by the names of the files, of these shapes and dtypes."""
         arrays: dict[str, np.ndarray] = {}
         stamps: dict[str, _Stamp] = {}
         with self._folder(name) as folder:  # stays the same if another takes its name
@@ -177,7 +314,7 @@ class Cache:
                 arrays[key], stamps[file] = _open(file, folder, shape, dtype)
         if self._stamps.setdefault(name, stamps) != stamps:
             raise self._changed(name)
-        return CaseArrays(arrays["inputs"], arrays.get("ct"), arrays.get("labels"), arrays["mask"])
+        return arrays
 
     def check_unchanged(self, name: str) -> None:
         """InputError if a file of a case is another than when it was opened: replaced, removed or written to. A few
@@ -225,22 +362,36 @@ class Cache:
     def fingerprint(self) -> str:
         """A hash of all cases, their files' contents and splits: two caches with the same one train alike."""
         content = [(name, entry["source"], entry["split"]) for name, entry in sorted(self.cases.items())]
-        return hashlib.sha256(json.dumps([self.label_names, content]).encode()).hexdigest()
+        targets = {name: target.to_json() for name, target in self.targets.items()}
+        return hashlib.sha256(json.dumps([targets, content]).encode()).hexdigest()
 
-    def class_frequencies(self, split: str = "train") -> np.ndarray:
-        """The share of each label among all voxels of the split, float64 [labels], summing to 1."""
-        counts = [c for name in self.names(split) if (c := self.cases[name]["label_voxels"]) is not None]
-        if not counts:
-            raise InputError(f"{self.path}: no case of split {split} has labels")
-        total = np.sum(counts, axis=0, dtype=np.float64)
-        return total / total.sum()
 
-    def mean_ct(self, split: str = "train") -> float:
-        """The mean over the split's cases of the mean CT in the body mask, HU."""
-        means = [m for name in self.names(split) if (m := self.cases[name]["ct_body_mean"]) is not None]
-        if not means:
-            raise InputError(f"{self.path}: no case of split {split} has a CT")
-        return float(np.mean(means))
+def _are_pixels(found: dict[str, Any], channels: int, count: int) -> bool:
+    """Whether so many values from 0 to 255 can have these sums and sums of squares in each channel."""
+    sums, squares = found["sum"], found["squares"]
+    return len(sums) == len(squares) == channels and all(
+        type(one) is type(two) is int and 0 <= one <= two <= 255 * one <= 255**2 * count and one**2 <= two * count
+        for one, two in zip(sums, squares, strict=True)
+    )
+
+
+def _targets(found: dict[str, TargetAsJson], where: str) -> dict[str, Target]:
+    try:
+        return {name: Target.from_json(name, one) for name, one in found.items()}
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _statistics(target: Target, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over a split, from the statistics of its cases, or blocks of images."""
+    if target.kind in NAMED:
+        total = np.sum([one["counts"] for one in found], axis=0, dtype=np.float64)
+        return {"frequencies": (total / total.sum()).tolist()}
+    if target.kind == "intensities":
+        return {key: float(np.mean([one[key] for one in found])) for key in ("mean", "sd")}
+    counts, means, sds = (np.array([one[key] for one in found], np.float64) for key in ("count", "mean", "sd"))
+    mean = np.average(means, weights=counts)
+    return {"mean": float(mean), "sd": float(np.sqrt(np.average(sds**2 + (means - mean) ** 2, weights=counts)))}
 
 
 def _open(file: str, folder: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, _Stamp]:

@@ -1,33 +1,39 @@
-"""Which files make a cohort: three layouts, one answer, every file checked.
+"""Which files make a cohort: three layouts of volumes, lists of images, one answer, every file checked.
 
     folder   ROOT/CASE/mr.nii.gz, and optionally ct, labels, mask (any format of volumes.py; several MR channels: mr_0,
-             mr_1, ..); optionally ROOT/dataset.json with "labels", "channel_names", "split"
+             mr_1, ..); optionally ROOT/dataset.json with "labels", "channel_names", "split", "targets"
     nnU-Net  ROOT/dataset.json, imagesTr/CASE_0000.nii.gz (channels _0000, _0001, ..), labelsTr/CASE.nii.gz, and as
              additions targetsTr/CASE.nii.gz (the CT) and masksTr/CASE.nii.gz; imagesTs, .. are the test split;
              "file_ending" in dataset.json may be any that is read
     list     a .csv or .json of rows: case, mr (or mr_0, mr_1, ..), ct, labels, mask, split; all but case and mr are
              optional, paths are relative to the list; label names in labels.json beside it, {name: value}, or in the
              JSON itself: {"labels": {..}, "cases": [rows]}
+    images   a list with a column image (PNG or JPEG) in place of mr; all columns but case and split are targets
+             (image_list.py)
+
+Beside the CT and the labels a cohort may have any other targets: "targets" in dataset.json or in the JSON list, or
+targets.json beside a CSV, {"pet": {"unit": "SUV"}, "vessels": {"labels": {"background": 0, "artery": 1}}}: one with
+"labels" is a label map, any other intensities. Their files are CASE/pet.nii.gz, petTr/CASE.nii.gz, a column pet.
 
 Only the MR is needed to predict. A case is in the split `train` unless something says otherwise; a "split" in
 dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.
 
 Nothing is lost without a word: a file that is called as one that is looked for, but of a format that isn't read, an
-entry of dataset.json that is nearly one that means something, a file that is nearly called dataset.json or labels.json
-where that is not there, a link that leads nowhere, a number of cases that isn't the one announced, a row without a
-split among rows that have one, and a file that stands for two things are refused; other entries and images that nothing
-reads, by their names, their formats or the depth of their folder, are told.
+entry of dataset.json that is nearly one that means something, a file that is nearly called dataset.json, labels.json or
+targets.json where that is not there, a link that leads nowhere, a number of cases that isn't the one announced, a row
+without a split among rows that have one, and a file that stands for two things are refused; other entries and images
+that nothing reads, by their names, their formats or the depth of their folder, are told.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
+import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +41,36 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import read_json
-from .notes import Note
+from .cases import SPLITS, Case, Cohort, LoadedCase, check_case_name, check_label_names, check_split
+from .image_list import image_cohort
+from .lists import check_each_has_a_split, check_text, csv_rows, declared, json_rows, outside
+from .targets import HU, Target
 from .volumes import FORMATS, Grid, onto, read_labels, read_volume, volume_stem
 
-SPLITS = ("train", "val", "test")
-CLIP_HU = (-1024.0, 3000.0)
-"""CTs are clipped to this, to be learnt and before anything is measured, as in the SynthRAD challenge."""
-RANGE_HU = CLIP_HU[1] - CLIP_HU[0]
-"""The peak of a PSNR."""
+__all__ = [
+    "SPLITS",
+    "USUAL",
+    "WIDE_REGIONS",
+    "Case",
+    "Cohort",
+    "LoadedCase",
+    "check_case_name",
+    "check_label_names",
+    "check_same_channels",
+    "check_same_targets",
+    "check_split",
+    "files",
+    "load_case",
+    "read_cohort",
+    "unnamed_channels",
+    "unnamed_labels",
+]
+
 WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
-_TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
-_OPTIONAL = ("ct", "labels", "mask")
+USUAL = {"ct": Target("ct", "intensities", HU), "labels": Target("labels", "labels")}
+"""The targets of volumes that need not be declared."""
+_FOLDERS = {"ct": "targets", "labels": "labels", "mask": "masks"}  # in nnU-Net's layout; other targets: their names
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
-_ROLE = re.compile(r"(mr(_\d+)?|ct|labels|mask)", re.I)
 # What may lie beside a volume and have its name: descriptions, transforms, pictures, but no voxels.
 _BESIDE = re.compile(
     r"""\.(json|txt|csv|tsv|md|log|xml|ya?ml|toml|ini|pdf|html|rtf|docx?|xlsx?|od[st]|bval|bvec|tfm|mat|png|jpe?g|svg|gif
@@ -57,7 +80,7 @@ _BESIDE = re.compile(
 # Images, or one slice of them, in formats that aren't read.
 _UNREAD = re.compile(r".+\.(dcm|dicom|ima|mgz|mgh|mnc|hdr|img|nii\.(bz2|xz|zst|zip))", re.I)
 DEPTH = 4  # how many folders deep images that nothing reads are looked for
-_MEANING = ("labels", "split", "channel_names", "file_ending")  # entries of dataset.json that are read
+_MEANING = ("labels", "split", "channel_names", "file_ending", "targets")  # entries of dataset.json that are read
 # nnU-Net's own, of the Decathlon before it, and the phantom's: they say nothing that is needed here.
 _KNOWN = re.compile(
     r"""name|description|dataset_name|tensorImageSize|reference|licen[cs]e|release|data_release|numTraining|numTest
@@ -65,47 +88,6 @@ _KNOWN = re.compile(
     |difficulty""",
     re.X,
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """The files of one patient: MR channels (at least one), and what there is of CT, labels and body mask."""
-
-    name: str
-    inputs: tuple[Path, ...]
-    ct: Path | None
-    labels: Path | None
-    mask: Path | None
-    split: str
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """label_names: name -> value, 0 .. n-1 with "background" 0; empty where no case has labels or nobody named them."""
-
-    root: Path
-    cases: tuple[Case, ...]
-    label_names: dict[str, int]
-    channel_names: tuple[str, ...]
-    source: Path | None = None  # the list, if it is one
-
-    def split(self, name: str) -> tuple[Case, ...]:
-        """The cases of split train, val or test, in the cohort's order."""
-        check_split(name, "split")
-        return tuple(case for case in self.cases if case.split == name)
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedCase:
-    """The voxels of one case on one grid: inputs float32 [C, Z, Y, X] as scanned, ct float32 [Z, Y, X] in HU, labels
-    uint8 [Z, Y, X], mask bool [Z, Y, X]; None where the case has no such file."""
-
-    inputs: np.ndarray
-    ct: np.ndarray | None
-    labels: np.ndarray | None
-    mask: np.ndarray | None
-    grid: Grid
-    notes: tuple[Note, ...] = ()  # of all files
 
 
 def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
@@ -124,32 +106,73 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
         _check_called(meta_path)
         meta = _read_object(meta_path) if os.path.lexists(meta_path) or nnunet else {}
         _check_entries(meta, meta_path)
-        cases = _nnunet_cases(path, meta) if nnunet else _folder_cases(path)
+        targets = _targets(meta, meta_path, meta_path)
+        cases = _nnunet_cases(path, meta, targets) if nnunet else _folder_cases(path, targets)
         _tell_unread(path, cases)
         if "split" in meta:
             cases = _split_cases(cases, meta["split"], meta_path)
-        return _checked(path, cases, meta, meta_path)
+        return _checked(path, cases, targets, meta, meta_path)
 
-    if path.suffix.lower() == ".csv":
-        rows, meta, meta_path = _csv_rows(path), {}, path
-    elif path.suffix.lower() == ".json":
-        rows, meta, meta_path = *_json_rows(path), path
-    else:
+    if path.suffix.lower() not in (".csv", ".json"):
         raise InputError(f"{path}: expected a folder, a .csv or a .json")
-    beside = path.with_name("labels.json")
-    if "labels" not in meta and beside != path:
-        _check_called(beside, path)
-        if os.path.lexists(beside):
-            meta, meta_path = {**meta, "labels": read_json(beside)}, beside
-    _check_each_has_a_split(rows)
-    cases = [_row_case(path, where, row, allow_outside) for where, row in rows]
-    return replace(_checked(path.parent, cases, meta, meta_path), source=path)
+    rows, meta = csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{path.parent}: no cases")
+    rows = itertools.chain([first], rows)
+    if "image" in first[1] and not any(map(_MR_COLUMN.fullmatch, first[1])):
+        meta, said = _beside(path, meta, "targets")
+        about = declared(meta.get("targets", {}), said["targets"], "classes")
+        return image_cohort(path, rows, about, said["targets"], allow_outside)
+    meta, said = _beside(path, meta, "labels", "targets")
+    targets, listed = _targets(meta, said["labels"], said["targets"]), list(rows)
+    check_each_has_a_split(listed)
+    cases = [_row_case(path, where, row, targets, allow_outside) for where, row in listed]
+    return replace(_checked(path.parent, cases, targets, meta, path), source=path)
+
+
+def _beside(path: Path, meta: dict[str, Any], *entries: str) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a list says besides its rows, with these entries from files of their names beside it, if it doesn't have
+    them itself; and where each was said."""
+    said = {}
+    for entry in entries:
+        said[entry], beside = path, path.with_name(f"{entry}.json")
+        if entry not in meta and beside != path:
+            _check_called(beside, path)
+            if os.path.lexists(beside):
+                meta, said[entry] = {**meta, entry: read_json(beside)}, beside
+    return meta, said
+
+
+def _targets(meta: dict[str, Any], labels_path: Path, targets_path: Path) -> dict[str, Target]:
+    """All targets of volumes that may be there, by name: the usual ones, and those that are declared."""
+    found = dict(USUAL)
+    if "labels" in meta:
+        where = str(labels_path)
+        names = _check_organ_names(check_label_names(meta["labels"], where), where)
+        found["labels"] = replace(found["labels"], names=names)
+    for name, about in declared(meta.get("targets", {}), targets_path, "labels").items():
+        where = f"{targets_path}: target {name!r}"
+        if name == "labels" and "labels" in meta:
+            raise InputError(f"{where} is described, and names of labels are given beside it, expected one of them")
+        if near := [other for other in found if other.lower() == name.lower() and other != name]:
+            raise InputError(f"{where} differs from {near[0]!r} in capital letters alone, expected another name")
+        if "labels" not in about:
+            found[name] = Target(name, "intensities", about.get("unit", ""))
+        elif "unit" in about:
+            raise InputError(f"{where} has labels and a unit, expected one of them")
+        elif about["labels"] == {}:
+            found[name] = Target(name, "labels")
+        else:
+            names = _check_organ_names(check_label_names(about["labels"], where), where)
+            found[name] = Target(name, "labels", names=names)
+    return found
 
 
 def files(case: Case) -> dict[str, tuple[Path, ...]]:
-    """The files of a case by what they are: mr, and ct, labels, mask where there is one."""
-    optional = {"ct": case.ct, "labels": case.labels, "mask": case.mask}
-    return {"mr": case.inputs} | {role: (path,) for role, path in optional.items() if path is not None}
+    """The files of a case by what they are: mr, its targets, and mask, if there is one."""
+    targets = {name: (path,) for name, path in case.targets.items()}
+    return {"mr": case.inputs} | targets | ({} if case.mask is None else {"mask": (case.mask,)})
 
 
 def _roles(case: Case) -> Iterable[tuple[str, Path]]:
@@ -159,44 +182,21 @@ def _roles(case: Case) -> Iterable[tuple[str, Path]]:
             yield role if len(paths) == 1 else f"{role}_{index}", path
 
 
-def load_case(case: Case, label_names: dict[str, int]) -> LoadedCase:
-    """Reads every file of the case and checks them against each other.
+def load_case(case: Case, targets: Mapping[str, Target]) -> LoadedCase:
+    """Reads the files of a case, of its targets those that are named, and checks them against each other.
 
-    label_names: the values that may occur in the labels; empty: any.
-    Raises InputError: what `read_volume` and `read_labels` raise, files on different grids, an unknown label value,
-    an empty mask. Warns (UserWarning) of files that say two places (`LoadedCase.notes` has all that there is to tell).
+    Raises InputError: what `read_volume` and `read_labels` raise, files on different grids, a label value without a
+    name, where labels have names, an empty mask. Warns (UserWarning) of files that say two places (`LoadedCase.notes`
+    has all that there is to tell).
     """
     try:
-        loaded = _load(case, label_names)
+        loaded = _load(case, targets)
     except InputError as error:
         raise InputError(f"case {case.name}: {error}") from error
     for note in loaded.notes:
         if note.kind == "forms":
             warnings.warn(note.text, stacklevel=2)
     return loaded
-
-
-def check_split(name: Any, where: str) -> str:
-    if name not in SPLITS:
-        raise InputError(f"{where}: unknown split {name!r}, expected one of {', '.join(SPLITS)}")
-    return name
-
-
-def check_case_name(name: Any, where: str) -> str:
-    """Case names become folder names: no separators, nothing hidden, not too long, no name of a file beside them."""
-    plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
-    if not plain or len(name.encode()) > 200 or name in _TAKEN:
-        raise InputError(f"{where}: case name {name!r} can't be a folder name")
-    return name
-
-
-def check_label_names(labels: Any, where: str) -> dict[str, int]:
-    """{name: value} with "background" 0 and the values 0 .. n-1 once each (they index the network's outputs)."""
-    if not isinstance(labels, dict) or not all(type(value) is int for value in labels.values()):
-        raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
-    if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
-        raise InputError(f'{where}: labels {labels!r}, expected "background": 0 and the values 0, 1, 2, .. once each')
-    return labels
 
 
 def _check_organ_names(labels: dict[str, int], where: str) -> dict[str, int]:
@@ -217,23 +217,41 @@ def unnamed_channels(count: int) -> tuple[str, ...]:
     return ("MR",) if count == 1 else tuple(f"MR_{index}" for index in range(count))
 
 
-def check_same_labels(labels: dict[str, int], cohort: Cohort, where: str) -> None:
-    """InputError if the labels of a run and of a cohort differ in names or values. (What nobody named can't differ.)"""
-    theirs = cohort.label_names
-    if theirs and labels != theirs and unnamed_labels(len(labels) - 1) not in (labels, theirs):
-        raise InputError(f"{where}: the run's labels are {labels}, the cohort's {theirs}, expected the same")
+def check_same_targets(targets: Mapping[str, Target], cohort: Cohort, where: str) -> None:
+    """InputError if a target of a run and the one of its name in a cohort differ in kind, unit, or names or values of
+    labels or classes. (What nobody named can't differ.)"""
+    for name, ours in targets.items():
+        theirs = cohort.targets.get(name)
+        if theirs is None:
+            continue
+        if ours.kind != theirs.kind:
+            raise InputError(
+                f"{where}: the run's {name} are {ours.kind}, the cohort's {theirs.kind}, expected the same"
+            )
+        if ours.unit and theirs.unit and ours.unit != theirs.unit:
+            said = f"the run's {name} are in {ours.unit!r}, the cohort's in {theirs.unit!r}"
+            raise InputError(f"{where}: {said}, expected the same")
+        if ours.kind == "labels" and unnamed_labels(len(ours.names) - 1) in (ours.names, theirs.names):
+            continue
+        if theirs.names and ours.names != theirs.names:
+            said = f"the run's {name} are {ours.names}, the cohort's {theirs.names}"
+            more = " (targets.json beside its list can name all classes)" if ours.kind == "class" else ""
+            raise InputError(f"{where}: {said}, expected the same{more}")
 
 
 def check_same_channels(channels: tuple[str, ...], cohort: Cohort, where: str) -> None:
-    """InputError if the MR channels of a run and of a cohort differ in number, names or order."""
+    """InputError if the MR channels of a run and of a cohort differ in number, names or order. (Images say themselves
+    what they are, when they are read.)"""
     theirs = cohort.channel_names
+    if cohort.images:
+        return
     unnamed = unnamed_channels(len(channels)) in (channels, theirs)
     if len(channels) != len(theirs) or (channels != theirs and not unnamed):
         names = [", ".join(one) for one in (theirs, channels)]
         raise InputError(f"{where}: MR channels {names[0]}, the run was trained on {names[1]}, expected the same")
 
 
-def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
+def _load(case: Case, targets: Mapping[str, Target]) -> LoadedCase:
     first, grid = read_volume(case.inputs[0])
     notes = list(grid.notes)
 
@@ -245,16 +263,19 @@ def _load(case: Case, label_names: dict[str, int]) -> LoadedCase:
         return array_here
 
     inputs = np.stack([first, *(on_grid(read_volume, path) for path in case.inputs[1:])])
-    ct = on_grid(read_volume, case.ct) if case.ct else None
-    labels = on_grid(read_labels, case.labels) if case.labels else None
+    found = {}
+    for name, path in case.targets.items():
+        if name in targets:
+            found[name] = on_grid(read_labels if targets[name].kind == "labels" else read_volume, path)
     mask = on_grid(read_labels, case.mask) > 0 if case.mask else None
-    if labels is not None and label_names:
-        unknown = np.setdiff1d(labels, list(label_names.values()))
-        if unknown.size:
-            raise InputError(f"{case.labels} holds label value {unknown[0]}, expected one of {label_names}")
+    for name, array in found.items():
+        if names := targets[name].names:
+            unknown = np.setdiff1d(array, list(names.values()))
+            if unknown.size:
+                raise InputError(f"{case.targets[name]} holds label value {unknown[0]}, expected one of {names}")
     if mask is not None and not mask.any():
         raise InputError(f"{case.mask} is an empty mask, expected voxels above 0")
-    return LoadedCase(inputs, ct, labels, mask, grid, tuple(notes))
+    return LoadedCase(inputs, found, mask, grid, tuple(notes))
 
 
 def _check_called(path: Path, *others: Path) -> None:
@@ -267,7 +288,8 @@ def _check_called(path: Path, *others: Path) -> None:
             raise InputError(f"{child}: nothing is read from a file of this name, did you mean {path.name!r}?")
 
 
-def _folder_cases(root: Path) -> list[Case]:
+def _folder_cases(root: Path, targets: Mapping[str, Target]) -> list[Case]:
+    roles = {name.lower() for name in (*targets, "mask")}
     for child in sorted(root.glob("[!.]*")):
         if not child.exists():
             raise InputError(f"{child}: a link that leads nowhere, expected the folder of a case")
@@ -277,17 +299,17 @@ def _folder_cases(root: Path) -> list[Case]:
         entries = sorted(folder.iterdir())
         for file in entries:
             stem = volume_stem(file.name)
-            if stem is None or not (_MR_COLUMN.fullmatch(stem) or stem in _OPTIONAL):
+            if stem is None or not (_MR_COLUMN.fullmatch(stem) or stem in targets or stem == "mask"):
                 continue
             if stem in files:
                 raise InputError(f"case {folder.name}: both {files[stem]} and {file.name} are there, expected one")
             files[stem] = file
         for file in entries:
-            role = _ROLE.fullmatch(file.name.partition(".")[0])
-            if role and role[0].lower() not in files:
+            role = file.name.partition(".")[0].lower()
+            if (role in roles or _MR_COLUMN.fullmatch(role)) and role not in map(str.lower, files):
                 _check_format(file, FORMATS)
         if files:  # other folders (overviews, documents) are no cases
-            cases.append(_case(folder.name, files, "train", str(folder)))
+            cases.append(_case(folder.name, files, targets, "train", str(folder)))
     if not cases:
         raise InputError(f"{root}: no cases; expected a folder per case with mr.nii.gz, imagesTr/, a .csv or a .json")
     return cases
@@ -341,14 +363,19 @@ def _visible_files(folder: Path, depth: int) -> Iterator[Path]:
             yield child
 
 
-def _nnunet_cases(root: Path, meta: dict[str, Any]) -> list[Case]:
+def _nnunet_cases(root: Path, meta: dict[str, Any], targets: Mapping[str, Target]) -> list[Case]:
     ending = meta.get("file_ending", ".nii.gz")
     if not isinstance(ending, str) or not ending.startswith(".") or volume_stem(ending) != "":
         raise InputError(f"{root / 'dataset.json'}: file_ending {ending!r}, expected {FORMATS}")
+    if taken := [name for name in targets if name.lower() in ("images", "targets", "masks")]:
+        raise InputError(
+            f"{root / 'dataset.json'}: target {taken[0]!r}, but {taken[0]}Tr has another meaning, expected another name"
+        )
     cases = []
+    folders = {"images": "mr"} | {_FOLDERS.get(column, column): column for column in ("labels", "ct", "mask", *targets)}
     for suffix, split in (("Tr", "train"), ("Ts", "test")):
         found: dict[str, dict[str, Path]] = {}
-        for kind, column in (("images", "mr"), ("labels", "labels"), ("targets", "ct"), ("masks", "mask")):
+        for kind, column in folders.items():
             for name, file in _with_ending(root / (kind + suffix), ending).items():
                 key = column
                 if column == "mr":
@@ -357,7 +384,7 @@ def _nnunet_cases(root: Path, meta: dict[str, Any]) -> list[Case]:
                         raise InputError(f"{file}: expected CASE_0000{ending}, with four digits for the channel")
                     name, key = match[1], f"mr_{int(match[2])}"
                 found.setdefault(name, {})[key] = file
-        cases += [_case(name, files, split, str(root)) for name, files in sorted(found.items())]
+        cases += [_case(name, files, targets, split, str(root)) for name, files in sorted(found.items())]
         announced = meta.get("numTraining", len(found))
         if suffix == "Tr" and (root / "imagesTr").is_dir() and announced != len(found):
             raise InputError(
@@ -407,69 +434,26 @@ def _split_cases(cases: list[Case], split: Any, source: Path) -> list[Case]:
     return [replace(case, split=place[case.name]) for case in cases]
 
 
-def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) for every row of the table."""
-    rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
-            columns = [column.strip() for column in next(reader, [])]
-            if len(set(columns)) != len(columns):
-                raise InputError(f"{path}: a column is there twice in {', '.join(columns)}")
-            for values in reader:
-                if not values:
-                    continue
-                where = f"{path}, line {reader.line_num}"
-                if len(values) != len(columns):
-                    raise InputError(f"{where}: {len(values)} values for {len(columns)} columns")
-                rows.append((where, dict(zip(columns, map(str.strip, values), strict=True))))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as CSV ({error})") from error
-    return rows
-
-
-def _json_rows(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-    """(where, row) for every row of the list, and what the object form says besides."""
-    content = read_json(path)
-    meta = content if isinstance(content, dict) else {"cases": content}
-    rows = meta.get("cases")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f'{path}: expected a list of rows {{"case": .., "mr": ..}} or {{"labels": .., "cases": [..]}}')
-    unknown = sorted(meta.keys() - {"cases", "labels", "channel_names"})
+def _row_case(
+    source: Path, where: str, row: dict[str, Any], targets: Mapping[str, Target], allow_outside: bool
+) -> Case:
+    unknown = [key for key in row if not (_MR_COLUMN.fullmatch(key) or key in ("case", "split", "mask", *targets))]
     if unknown:
-        raise InputError(f"{path}: unknown entry {unknown[0]!r}, expected labels, channel_names, cases")
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)], meta
-
-
-def _check_each_has_a_split(rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """InputError if some rows say their split and others don't: these may be any."""
-    without = [where for where, row in rows if row.get("split") in ("", None)]
-    if without and len(without) < len(rows):
-        raise InputError(f"{without[0]}: no split, but other rows have one; expected one in every row, or in none")
-
-
-def _row_case(source: Path, where: str, row: dict[str, Any], allow_outside: bool) -> Case:
-    unknown = [key for key in row if not (_MR_COLUMN.fullmatch(key) or key in ("case", "split", *_OPTIONAL))]
-    if unknown:
-        raise InputError(
-            f"{where}: unknown column {unknown[0]!r}, expected case, mr (mr_0, ..), ct, labels, mask, split"
-        )
+        columns = ", ".join(("case, mr (mr_0, ..)", *targets, "mask", "split"))
+        raise InputError(f"{where}: unknown column {unknown[0]!r}, expected {columns}")
     given = {key: value for key, value in row.items() if value not in ("", None)}
     for key, value in given.items():
-        if not isinstance(value, str) or "\0" in value:
-            raise InputError(f"{where}: {key} is {value!r}, expected text")
-        if value != value.strip():
-            raise InputError(f"{where}: {key} is {value!r}, expected no spaces around it")
+        check_text(value, where, key)
     name = check_case_name(given.pop("case", ""), where)
     split = check_split(given.pop("split", "train"), where)
     files = {key: source.parent / value for key, value in given.items()}
     for key, file in files.items():
         if not allow_outside and not file.resolve().is_relative_to(source.parent.resolve()):
-            raise InputError(f"{where}: {key} {given[key]} is outside the list's folder; allow_outside=True permits it")
-    return _case(name, files, split, where)
+            raise outside(where, key, given[key])
+    return _case(name, files, targets, split, where)
 
 
-def _case(name: str, files: dict[str, Path], split: str, where: str) -> Case:
+def _case(name: str, files: dict[str, Path], targets: Mapping[str, Target], split: str, where: str) -> Case:
     """A case from its files by column; the MR channels are mr, or mr_0 .. mr_n without gaps."""
     found = [key for key in files if _MR_COLUMN.fullmatch(key)]
     if not found:
@@ -478,10 +462,12 @@ def _case(name: str, files: dict[str, Path], split: str, where: str) -> Case:
     if set(found) != set(channels):
         raise InputError(f"{where}: case {name} has {', '.join(sorted(found))}, expected mr, or mr_0, mr_1, ..")
     inputs = tuple(files[key] for key in channels)
-    return Case(name, inputs, files.get("ct"), files.get("labels"), files.get("mask"), split)
+    return Case(name, inputs, {key: files[key] for key in targets if key in files}, files.get("mask"), split)
 
 
-def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Path) -> Cohort:
+def _checked(
+    root: Path, cases: list[Case], targets: Mapping[str, Target], meta: dict[str, Any], meta_path: Path
+) -> Cohort:
     """The cohort, after the checks that hold for every layout."""
     if not cases:
         raise InputError(f"{root}: no cases")
@@ -501,11 +487,8 @@ def _checked(root: Path, cases: list[Case], meta: dict[str, Any], meta_path: Pat
             owner = owners.setdefault(os.path.realpath(file), use := f"the {role} of case {case.name}")
             if owner != use:
                 raise InputError(f"case {case.name}: {file} is {use} and {owner}, expected a file of its own for each")
-    where = str(meta_path)
-    label_names = _check_organ_names(check_label_names(meta["labels"], where), where) if "labels" in meta else {}
-    if all(case.labels is None for case in cases):
-        label_names = {}
-    return Cohort(root, tuple(cases), label_names, _channel_names(meta, meta_path, channels))
+    there = {name: one for name, one in targets.items() if any(name in case.targets for case in cases)}
+    return Cohort(root, tuple(cases), there, _channel_names(meta, meta_path, channels))
 
 
 def _channel_names(meta: dict[str, Any], source: Path, channels: int) -> tuple[str, ...]:

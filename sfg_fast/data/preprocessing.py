@@ -1,8 +1,8 @@
-"""From a cohort of NIfTI files to memory maps: every case checked, normalised and written, in parallel.
+"""From a cohort of files to memory maps: every case checked, normalised and written, in parallel.
 
-A case is written to a folder of its own, which appears when it is complete. So a run that was killed goes on where it
-was, and a second run writes only cases whose files have changed: each is known by a hash of its files' contents and
-of everything else that its arrays depend on. The layout of the folder: cache.py.
+A case, or a block of images (blocks.py), is written to a folder of its own, which appears when it is complete. So a run
+that was killed goes on where it was, and a second run writes only what has changed: each is known by a hash of its
+files' contents and of everything else that its arrays depend on. The layout of the folder: cache.py.
 """
 
 from __future__ import annotations
@@ -19,26 +19,31 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import check_vacant, locked, make_folder, one_line, read_json, sha256_of, sweep, write_json
-from .cache import ENTRY, TARGETS, VERSION, Cache
-from .cohort import CLIP_HU, Case, Cohort, LoadedCase, files, load_case, unnamed_labels
+from ..files import check_vacant, locked, make_folder, read_json, sha256_of, sweep, write_json
+from .blocks import blocks_of, pixels_of, process_block
+from .cache import DTYPES, ENTRY, VERSION, Cache
+from .cases import Case, Cohort, LoadedCase
+from .cohort import USUAL, files, load_case, unnamed_labels
+from .images import CHANNEL_NAMES, MAX_PIXELS
 from .notes import Note
+from .targets import CLIP_HU, HU, Target
 from .volumes import volume_files, volume_shape, volume_stem
+from .written import complete, write
 
 MARKER = "preprocess.json"  # says whose cache a folder is, also before the manifest is written
-_FILES = {"inputs.npy", "mask.npy", *(f"{target}.npy" for target in TARGETS)}
 # Memory per voxel and MR channel that a case takes while it is written: 13 to 18 measured, more if it has to be scaled.
 BYTES_AT_WORK = 34
+DECODED_BYTES = 2**28  # the same for an image that is resized, whose own size is not known before
 FEW = 1e-3  # the share of the voxels, the brightest, that must not decide alone how the others are scaled
 TOLD_SQUASH, REFUSED_SQUASH = 3.0, 100.0  # how far they may move the scale, in SDs of the others
 # The same for more voxels, at both ends. Where so many do it, they may be all that there is to see: what is refused is
@@ -53,23 +58,47 @@ WHOLE = 0.995  # a body of this share of the volume is none
 PLAUSIBLE_MEDIAN, PLAUSIBLE_MEAN = (-500.0, 300.0), (-500.0, 500.0)
 
 
+Done = tuple[dict[str, Any] | None, dict[str, str]]
+"""The entry in the manifest of a case or block (None: it can't be used), and why which case, or image, is refused."""
+
+
+class _Work(NamedTuple):
+    """What there is to write: jobs with a name and a split, how each is done, the bytes that each takes on the disk,
+    and one in memory at most; what a job is called, and what the manifest says of images and channels."""
+
+    jobs: Sequence[Any]
+    do: Callable[[Any], Done]
+    disk: list[int]
+    memory: int
+    unit: str
+    images: dict[str, bool] | None
+    channel_names: tuple[str, ...]
+
+
 def preprocess(
-    cohort: Cohort, out: Path | str, progress: bool = True, *, processes: int = 1, on_bad_case: str = "stop"
+    cohort: Cohort,
+    out: Path | str,
+    progress: bool = True,
+    *,
+    processes: int = 1,
+    on_bad_case: str = "stop",
+    size: Sequence[int] | None = None,
 ) -> Cache:
     """Reads, checks and normalises every case of the cohort and writes the cache to folder `out`: new, empty, or of an
     earlier run for the same cohort, of which unchanged cases are kept.
 
-    processes: how many cases at once, each in a process of its own (fewer if memory is short). on_bad_case: "stop" at
-    the first case that can't be used, or "skip" it; the manifest then has the reasons, {"rejected": {case: reason}}.
-    The body mask is the case's own file, else `body_mask` of its CT, else the whole volume. Labels that nobody named
-    become "label_1", "label_2", .. CTs are clipped to `CLIP_HU`. What a person should know of a case that is used all
-    the same is in its "notes" in the manifest.
+    processes: how many cases (or blocks of images) at once, each in a process of its own (fewer if memory is short).
+    on_bad_case: "stop" at the first case or image that can't be used, or "skip" it; the manifest then has the reasons,
+    {"rejected": {case: reason}}. size: height and width that images are resized to; without it all must have one.
+    The body mask is the case's own file, else `body_mask` of its first target in HU, else the whole volume. Labels that
+    nobody named become "label_1", "label_2", .. Targets in HU are clipped to `CLIP_HU`. What a person should know of a
+    case that is used all the same is in its "notes" in the manifest.
 
-    Raises InputError, naming the case, for whatever `load_case` refuses, an MR without contrast, or whose contrast a
-    few voxels take (`foreground_statistics`), a CT that can't be in HU (`check_hounsfield`), labels that are background
-    in every case, label values with gaps that nobody named, no case that can be used, a disk that is too full for all
-    of it, and a folder that holds anything else. Complete cases then stay for the next run; if there is none, nothing
-    of the output remains. Raises ChildProcessError if a process dies.
+    Raises InputError, naming the case, for whatever `load_case` or `load_image` refuses, an MR without contrast, or
+    whose contrast a few voxels take (`foreground_statistics`), a CT that can't be in HU (`check_hounsfield`), labels
+    that are background in every case, label values with gaps that nobody named, no case that can be used, a disk that
+    is too full for all of it, and a folder that holds anything else. Complete cases then stay for the next run; if
+    there is none, nothing of the output remains. Raises ChildProcessError if a process dies.
     """
     from tqdm import tqdm
 
@@ -78,41 +107,71 @@ def preprocess(
         raise InputError(f"on_bad_case={on_bad_case!r}: expected stop or skip")
     if processes < 1:
         raise InputError(f"processes={processes}: expected at least one")
+    _check_size(cohort, size)
     entries: dict[str, dict[str, Any]] = {}
     rejected: dict[str, str] = {}
     with _output(cohort, out):
-        work = functools.partial(_process, cohort.label_names, out)
-        bar = functools.partial(tqdm, total=len(cohort.cases), unit="case", disable=not progress)
-        voxels = [_voxels(case) for case in bar(cohort.cases, desc="headers")]
-        fitting = _that_fit_in_memory(max(voxels), len(cohort.channel_names))
-        processes = min(processes, len(cohort.cases), fitting)
-        _check_space(cohort, voxels, out, processes, progress)
+        work = _blocks(cohort, out, bad, size) if cohort.images else _volumes(cohort, out, progress)
+        processes = min(processes, len(work.jobs), _that_fit_in_memory(work.memory))
+        _check_space(work, out, processes, progress)
         with _pool(processes) as each:
-            for case, entry in zip(cohort.cases, bar(each(work, cohort.cases), desc="preprocess"), strict=True):
-                if isinstance(entry, str):
-                    if bad:
-                        raise InputError(entry)
-                    rejected[case.name] = entry
-                else:
-                    entries[case.name] = {"split": case.split, **entry}
+            bar = tqdm(each(work.do, work.jobs), "preprocess", len(work.jobs), unit=work.unit, disable=not progress)
+            for job, (entry, refused) in zip(work.jobs, bar, strict=True):
+                if refused and bad:
+                    raise InputError(next(iter(refused.values())))
+                rejected |= refused
+                if entry is not None:
+                    entries[job.name] = {"split": job.split, **entry}
         if not entries:
             raise InputError(f"{cohort.root}: no case can be used; the first: {next(iter(rejected.values()))}")
-        label_names = _named(cohort, entries)
-        for entry in entries.values():
-            if (counts := entry["label_voxels"]) is not None:
-                entry["label_voxels"] = counts + [0] * (len(label_names) - len(counts))
+        targets = _named(cohort, entries)
         for name in _case_folders(out) - entries.keys():  # cases that the cohort no longer has
             (out / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(out / name)
         manifest = {
             "version": VERSION,
-            "label_names": label_names,
-            "channel_names": list(cohort.channel_names),
+            "targets": {name: target.to_json() for name, target in targets.items()},
+            "channel_names": list(work.channel_names),
+            "images": work.images,
             "cases": entries,
             "rejected": rejected,
         }
         write_json(out / "manifest.json", manifest)
     return Cache(out)
+
+
+def _check_size(cohort: Cohort, size: Sequence[int] | None) -> None:
+    if size is None:
+        return
+    if not cohort.images:
+        raise InputError(f"size={list(size)}: {cohort.source or cohort.root} has volumes, expected images to resize")
+    if len(size) != 2 or not 1 <= min(size) <= math.prod(size) <= MAX_PIXELS:
+        raise InputError(f"size={list(size)}: expected height and width in pixels, {MAX_PIXELS} pixels at most")
+
+
+def _volumes(cohort: Cohort, out: Path, progress: bool) -> _Work:
+    from tqdm import tqdm
+
+    bar = tqdm(cohort.cases, "headers", unit="case", disable=not progress)
+    voxels = [_voxels(case) for case in bar]
+    channels = len(cohort.channel_names)
+    disk = [
+        n * (4 * channels + 1 + sum(DTYPES[cohort.targets[name].kind].itemsize for name in case.targets))
+        for case, n in zip(cohort.cases, voxels, strict=True)
+    ]
+    memory = max(voxels) * (channels * BYTES_AT_WORK + 4 * len(cohort.targets.keys() - USUAL.keys()))
+    do = functools.partial(_process, cohort.targets, out)
+    return _Work(cohort.cases, do, disk, memory, "case", None, cohort.channel_names)
+
+
+def _blocks(cohort: Cohort, out: Path, stop: bool, size: Sequence[int] | None) -> _Work:
+    pixels = pixels_of(cohort, None if size is None else (size[0], size[1]), skip=not stop)
+    blocks = blocks_of(cohort, pixels)
+    each = pixels.bytes + sum(DTYPES[target.kind].itemsize for target in cohort.targets.values())
+    disk = [len(block.cases) * each for block in blocks]
+    memory = 2 * max(disk) + (DECODED_BYTES if pixels.resized else 4 * pixels.bytes)
+    do = functools.partial(process_block, cohort.targets, pixels, not stop, out)
+    return _Work(blocks, do, disk, memory, "block", {"resized": pixels.resized}, CHANNEL_NAMES[pixels.channels])
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -149,20 +208,19 @@ def _case_folders(out: Path) -> set[str]:
     return {file.parent.name for file in out.glob("[!.]*/case.json")}
 
 
-def _check_space(cohort: Cohort, voxels: list[int], out: Path, processes: int, progress: bool) -> None:
+def _check_space(work: _Work, out: Path, processes: int, progress: bool) -> None:
     """Says what the cases that are not there yet will take on the disk; InputError if there is less."""
-    complete = _case_folders(out)
-    new = [(case, n) for case, n in zip(cohort.cases, voxels, strict=True) if case.name not in complete]
-    needed = sum(n * (4 * len(case.inputs) + 4 * bool(case.ct) + bool(case.labels) + 1) for case, n in new)
-    free = shutil.disk_usage(out).free
+    there = _case_folders(out)
+    new = [needed for job, needed in zip(work.jobs, work.disk, strict=True) if job.name not in there]
+    needed, free, unit = sum(new), shutil.disk_usage(out).free, f"{work.unit}s"
     if progress:
         print(
-            f"{len(new)} of {len(cohort.cases)} cases to write, {_size(needed)}; {_size(free)} free; "
+            f"{len(new)} of {len(work.jobs)} {unit} to write, {_size(needed)}; {_size(free)} free; "
             f"{processes} at a time",
             file=sys.stderr,
         )
     if needed > free:
-        raise InputError(f"{out}: {_size(needed)} are needed for {len(new)} cases, but only {_size(free)} are free")
+        raise InputError(f"{out}: {_size(needed)} are needed for {len(new)} {unit}, but only {_size(free)} are free")
 
 
 def _size(number: float) -> str:
@@ -205,13 +263,13 @@ def _start_worker() -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _that_fit_in_memory(largest: int, channels: int) -> int:
-    """How many cases of this many voxels fit into the free memory, at least one."""
+def _that_fit_in_memory(needed: int) -> int:
+    """How many jobs of so many bytes fit into the free memory, at least one."""
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return sys.maxsize  # not known here
-    return max(1, free // max(1, largest * channels * BYTES_AT_WORK))
+    return max(1, free // max(1, needed))
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
@@ -225,23 +283,25 @@ def _voxels(case: Case) -> int:
         return 0
 
 
-def _process(label_names: dict[str, int], out: Path, case: Case) -> dict[str, Any] | str:
-    """Writes the case, if its folder isn't complete and up to date: its entry in the manifest, or why it is refused."""
+def _process(targets: Mapping[str, Target], out: Path, case: Case) -> Done:
+    """Writes the case, if its folder isn't complete and up to date."""
     try:
-        source = _content_hash(case, label_names)
-        if (entry := _complete(out / case.name, source)) is not None:
-            return entry
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all that there is to tell is in the notes
-            loaded = load_case(case, label_names)
-        return _write_case(case, loaded, source, out)
+        source = _content_hash(case, targets)
+        arrays = {"inputs", "mask", *case.targets}
+        if (entry := complete(out / case.name, source, ENTRY - {"split"}, arrays)) is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # all that there is to tell is in the notes
+                loaded = load_case(case, targets)
+            entry = _write_case(case, loaded, targets, source, out)
+        return entry, {}
     except InputError as error:
-        return str(error)
+        return None, {case.name: str(error)}
 
 
-def _content_hash(case: Case, label_names: dict[str, int]) -> str:
+def _content_hash(case: Case, targets: Mapping[str, Target]) -> str:
     """Of the contents of all files, what they are, and what else the arrays depend on."""
-    found: list[Any] = [VERSION, label_names]
+    about = [[name, targets[name].kind, targets[name].unit, targets[name].names] for name in case.targets]
+    found: list[Any] = [VERSION, about]
     for role, paths in files(case).items():
         for path in paths:
             kind = path.name[len(volume_stem(path.name) or path.name) :].lower()  # by which it is read
@@ -249,71 +309,57 @@ def _content_hash(case: Case, label_names: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _complete(folder: Path, source: str) -> dict[str, Any] | None:
-    """The entry of a case that is there, whole, and of these very files."""
-    try:
-        entry = read_json(folder / "case.json")
-        sums = entry["checksums"]
-        known = entry["source"] == source and set(entry) == ENTRY - {"split"} and set(sums) <= _FILES
-        if known and all(sha256_of(folder / name) == found for name, found in sums.items()):
-            return entry
-    except (InputError, AttributeError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _write_case(case: Case, loaded: LoadedCase, source: str, out: Path) -> dict[str, Any]:
+def _write_case(
+    case: Case, loaded: LoadedCase, targets: Mapping[str, Target], source: str, out: Path
+) -> dict[str, Any]:
     """Writes the arrays of one case; returns its entry in the manifest."""
     notes = list(loaded.notes)
+    found = dict(loaded.targets)
+    in_hu = [name for name in found if targets[name].unit == HU]
+    file = case.inputs[0].parent
     try:
         statistics = foreground_statistics(loaded.inputs)
-        if loaded.ct is not None:
-            check_hounsfield(loaded.ct)
-            loaded = dataclasses.replace(loaded, ct=loaded.ct.clip(*CLIP_HU))
+        for name in in_hu:
+            file = case.targets[name]
+            check_hounsfield(found[name])
+            found[name] = found[name].clip(*CLIP_HU)
         if loaded.mask is not None:
             mask, mask_from = loaded.mask, "file"
-        elif loaded.ct is not None:
-            mask, mask_from = body_mask(loaded.ct), "ct"
+        elif in_hu:
+            file = case.targets[in_hu[0]]
+            mask, mask_from = body_mask(found[in_hu[0]]), in_hu[0]
         else:
             mask, mask_from = np.ones(loaded.inputs.shape[1:], bool), "volume"
     except InputError as error:
-        raise InputError(f"case {case.name} ({case.inputs[0].parent}): {error}") from error
+        raise InputError(f"case {case.name} ({file}): {error}") from error
     notes += [
         Note("mr", f"case {case.name} ({path}): {said}") for path, said in _strange(case, loaded.inputs, statistics)
     ]
-    if loaded.ct is not None and (said := _implausible(loaded.ct[mask]) or _whole(mask, mask_from)):
-        notes.append(Note("ct", f"case {case.name} ({case.ct}): {said}"))
-    arrays = {"inputs": np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1)), "mask": mask}
-    arrays |= {target: found for target in TARGETS if (found := getattr(loaded, target)) is not None}
-    partial, folder = out / f".partial-{os.getpid()}-{case.name}", out / case.name
-    try:
-        partial.mkdir()
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
-        entry = {
-            "shape": list(mask.shape),
-            "spacing": list(loaded.grid.spacing),
-            "grid": loaded.grid.to_json(),
-            "targets": [target for target in TARGETS if target in arrays],
-            "mask_from": mask_from,
-            "mr_foreground": [{"mean": mean, "sd": deviation} for mean, deviation in statistics],
-            "ct_body_mean": None if loaded.ct is None else float(loaded.ct[mask].mean(dtype=np.float64)),
-            "label_voxels": None if loaded.labels is None else np.bincount(loaded.labels.ravel()).tolist(),
-            "foreground_slices": None if loaded.labels is None else _runs(np.any(loaded.labels, axis=(1, 2))),
-            "notes": [note.to_json() for note in notes],
-            "source": source,
-            "checksums": {f"{name}.npy": sha256_of(partial / f"{name}.npy") for name in arrays},
-        }
-        write_json(partial / "case.json", entry)
-        if folder.exists():  # of an earlier version of the files, or damaged
-            (out / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise OSError(f"{folder}: can't be written ({one_line(error)})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return entry
+    for name in in_hu:
+        if said := _implausible(found[name][mask]) or _whole(mask, loaded.mask is None and name == in_hu[0]):
+            notes.append(Note("ct", f"case {case.name} ({case.targets[name]}): {said}"))
+    labels = [array for name, array in found.items() if targets[name].kind == "labels"]
+    entry = {
+        "shape": list(mask.shape),
+        "spacing": list(loaded.grid.spacing),
+        "grid": loaded.grid.to_json(),
+        "targets": {name: _counted(targets[name], array, mask) for name, array in found.items()},
+        "mask_from": mask_from,
+        "mr_foreground": [{"mean": mean, "sd": deviation} for mean, deviation in statistics],
+        "foreground_slices": _runs(np.any([np.any(one, axis=(1, 2)) for one in labels], axis=0)) if labels else None,
+        "notes": [note.to_json() for note in notes],
+    }
+    inputs = np.ascontiguousarray(normalise(loaded.inputs).swapaxes(0, 1))
+    arrays = {"inputs": inputs, "mask": mask, **found}
+    return write(out / case.name, arrays, entry, source, out / "manifest.json")
+
+
+def _counted(target: Target, array: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of a target of a case: mean and SD in the mask, or the voxels of each label."""
+    if target.kind == "labels":
+        return {"counts": np.bincount(array.ravel()).tolist()}
+    inside = array[mask]
+    return {"mean": float(inside.mean(dtype=np.float64)), "sd": float(inside.std(dtype=np.float64))}
 
 
 def _runs(where: np.ndarray) -> list[list[int]]:
@@ -322,18 +368,35 @@ def _runs(where: np.ndarray) -> list[list[int]]:
     return edges.reshape(-1, 2).tolist()
 
 
-def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """The cohort's label names, or label_1, label_2, .. for the values found."""
-    counts = [entry["label_voxels"] for entry in entries.values() if entry["label_voxels"] is not None]
-    if not counts:
-        return {}
+def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, Target]:
+    """The cohort's targets that any case has; labels that nobody named get names, and all get a count in each case."""
+    found = {}
+    for name, target in cohort.targets.items():
+        counted = [one["targets"][name] for one in entries.values() if name in one["targets"]]
+        if not counted:
+            continue
+        if target.kind == "labels":
+            names = _label_names(cohort, target, [one["counts"] for one in counted])
+            target = dataclasses.replace(target, names=names)
+            for one in counted:
+                one["counts"] = one["counts"] + [0] * (len(names) - len(one["counts"]))
+        found[name] = target
+    return found
+
+
+def _label_names(cohort: Cohort, target: Target, counts: list[list[int]]) -> dict[str, int]:
+    """The names of labels as the cohort says, or label_1, label_2, .. for the values found."""
     values = sorted({value for one in counts for value, count in enumerate(one) if count})
     if values == [0]:
-        raise InputError(f"{cohort.root}: the labels of every case are all background, expected at least one organ")
-    if cohort.label_names:
-        return cohort.label_names
+        raise InputError(
+            f"{cohort.root}: the {target.name} of every case are all background, expected at least one organ"
+        )
+    if target.names:
+        return target.names
     if values[-1] != len(set(values) | {0}) - 1:
-        raise InputError(f"{cohort.root}: the label files hold the values {values}, expected 0, 1, 2, .. without gaps")
+        several = sum(one.kind == "labels" for one in cohort.targets.values()) > 1
+        which = f"the label files of {target.name!r}" if several else "the label files"
+        raise InputError(f"{cohort.root}: {which} hold the values {values}, expected 0, 1, 2, .. without gaps")
     return unnamed_labels(values[-1])
 
 
@@ -434,10 +497,10 @@ def _implausible(body: np.ndarray) -> str:
     return ""
 
 
-def _whole(mask: np.ndarray, mask_from: str) -> str:
+def _whole(mask: np.ndarray, found: bool) -> str:
     """What is strange about a body that was found in a CT, nothing if there is air around it."""
     share = float(mask.mean())
-    if mask_from != "ct" or share <= WHOLE:
+    if not found or share <= WHOLE:
         return ""
     return f"the body fills the whole volume ({share:.0%}), expected air around it, at -1000 HU; is the CT rescaled?"
 

@@ -1,34 +1,84 @@
-"""Random axial slices for training, as a function of the seed and the position in the run alone.
+"""Random axial slices, or images, for training, as a function of the seed and the position in the run alone.
 
 So a resumed run needs no state, several processes share the work without talking to each other, and it doesn't matter
-how many workers read ahead. Slices are read through the memory maps of a few cases at a time: the memory of a process
+how many workers read ahead. They are read through the memory maps of a few cases at a time: the memory of a process
 does not grow with the cohort.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ..errors import InputError
-from .cache import TARGETS, Cache, CaseArrays
-from .cohort import CLIP_HU
+from .cache import DTYPES, BlockArrays, Cache, CaseArrays
 
-AIR_HU = CLIP_HU[0]
 OPEN_CASES = 16  # small cohorts stay open; opening a case takes half a millisecond
+OPEN_BLOCKS = 1024  # a batch of images is from all of them; an open block is nothing but a few maps
 
 
-class SliceSampler:
+class _Sampler:
+    """Batches of a split, each a function of the seed and the step. Several processes (`rank` of `ranks`) take turns:
+    batch `step` of all of them together is what one process with `batch * ranks` examples has."""
+
+    examples: ClassVar[str]
+    """What they are, in a word."""
+    open_at_a_time: ClassVar[int]
+
+    def __init__(self, cache: Cache, split: str, batch: int, seed: int, rank: int, ranks: int) -> None:
+        self.names = cache.names(split)
+        if not self.names:
+            raise InputError(f"{cache.path}: no case in split {split}")
+        self._cache = cache
+        self._entries = [cache.cases[name] for name in self.names]
+        self._targets = [target for name, target in cache.targets.items() if cache.has(name, split)]
+        self.batch_size, self.seed = batch, seed
+        self._rank, self._ranks = rank, ranks
+        self._remember()
+
+    def _remember(self) -> None:
+        self._order = lru_cache(2)(self._new_order)
+        self._open = lru_cache(self.open_at_a_time)(self._opened)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_open")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
+
+    def _opened(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def _new_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(self._in_an_epoch())
+
+    def _in_an_epoch(self) -> int:
+        raise NotImplementedError
+
+    def _positions(self, step: int) -> range:
+        """Of the examples of a batch in the run."""
+        first = (step * self._ranks + self._rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def _index(self, position: int) -> int:
+        """Which case, or image, is at this position of the run."""
+        epoch, place = divmod(position, self._in_an_epoch())
+        return int(self._order(epoch)[place])
+
+
+class SliceSampler(_Sampler):
     """Batches of random slices of a split.
 
     The cases come up in a new random order in every epoch, each once; an example is a slice of its case, and with
     `patch` (height, width) a random window of the slice. `foreground` is the share of examples (of cases with labels)
-    that must show a labelled voxel; the rest are drawn uniformly. A slice smaller than the window is centred in it and
-    padded: MR with the slice's own minimum per channel, CT with AIR_HU, labels with 0, mask with False. Without `patch`
-    whole slices are given, which then need one shape in all cases of the split.
+    that must show a labelled voxel, of any label map; the rest are drawn uniformly. A slice smaller than the window is
+    centred in it and padded: MR with the slice's own minimum per channel, intensities with their `Target.padding`,
+    labels with 0, mask with False. Without `patch` whole slices are given, which then need one shape in all cases of
+    the split.
     With `bias` the MR of each example is multiplied by a random field as a receive coil makes it, on the scanner's
     scale: exp(bias * (a + b y + c x)), a, b, c standard normal and y, x from -1 to 1 over the window.
 
@@ -37,6 +87,9 @@ class SliceSampler:
     serves torch's DataLoader. Raises InputError for an empty split or values out of range, and at an example whose
     arrays are others than when its case was first opened.
     """
+
+    examples = "slices"
+    open_at_a_time = OPEN_CASES
 
     def __init__(
         self,
@@ -51,17 +104,14 @@ class SliceSampler:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.names = cache.names(split)
-        if not self.names:
-            raise InputError(f"{cache.path}: no case in split {split}")
+        super().__init__(cache, split, batch, seed, rank, ranks)
+        if cache.images is not None:
+            raise InputError(f"{cache.path}: a cohort of images, expected one of volumes")
         if batch < 1 or seed < 0 or (patch is not None and min(patch) < 1) or not 0 <= foreground <= 1:
             raise InputError(
                 f"batch {batch}, patch {patch}, seed {seed}, foreground {foreground}: expected batch and patch >= 1, "
                 "seed >= 0, foreground from 0 to 1"
             )
-        self._cache = cache
-        self._entries = [cache.cases[name] for name in self.names]
-        self._targets = [target for target in TARGETS if cache.has(target, split)]
         if patch is None:
             patch = tuple(self._entries[0]["shape"][1:])
             for name, entry in zip(self.names, self._entries, strict=True):
@@ -70,46 +120,41 @@ class SliceSampler:
                         f"{cache.path}: slices of {self.names[0]} are {patch}, of {name} {tuple(entry['shape'][1:])}; "
                         "train on patches (patch=(height, width)) or resample to one shape"
                     )
-        self.batch_size, self.patch, self.seed, self.bias, self.foreground = batch, patch, seed, bias, foreground
-        self._rank, self._ranks = rank, ranks
-        self._remember()
+        self.patch, self.bias, self.foreground = patch, bias, foreground
 
     def __len__(self) -> int:
         return sum(entry["shape"][0] for entry in self._entries)
 
-    def _remember(self) -> None:
-        self._order = lru_cache(2)(self._new_order)
-        self._open = lru_cache(OPEN_CASES)(self._cache.case)
+    def _opened(self, name: str) -> CaseArrays:
+        return self._cache.case(name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_open")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._remember()
+    def _in_an_epoch(self) -> int:
+        return len(self.names)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names, and
-        if any case of the split has them "ct" float32 [N, 1, H, W] in HU and "labels" int64 [N, H, W], with "has_ct"
-        and "has_labels" bool [N]: an example of a case without holds AIR_HU, or 0."""
+        of each target that any case of the split has, by its name, intensities float32 [N, 1, H, W], labels int64
+        [N, H, W], and "has_NAME" bool [N]: an example of a case without holds what is padded with."""
         n, (h, w) = self.batch_size, self.patch
         arrays: dict[str, np.ndarray] = {
             "inputs": np.empty((n, self._cache.in_channels, h, w), np.float32),
             "mask": np.zeros((n, 1, h, w), bool),
         }
-        if "ct" in self._targets:
-            arrays["ct"] = np.full((n, 1, h, w), AIR_HU, np.float32)
-        if "labels" in self._targets:
-            arrays["labels"] = np.zeros((n, h, w), np.int64)
-        arrays |= {f"has_{target}": np.zeros(n, bool) for target in self._targets}
-        first = (step * self._ranks + self._rank) * n
-        names = [self._example(first + i, {key: array[i : i + 1] for key, array in arrays.items()}) for i in range(n)]
+        for target in self._targets:
+            if target.kind == "labels":
+                arrays[target.name] = np.zeros((n, h, w), np.int64)
+            else:
+                arrays[target.name] = np.full((n, 1, h, w), target.padding, np.float32)
+        arrays |= {f"has_{target.name}": np.zeros(n, bool) for target in self._targets}
+        names = [
+            self._example(position, {key: array[i : i + 1] for key, array in arrays.items()})
+            for i, position in enumerate(self._positions(step))
+        ]
         return {key: torch.from_numpy(array) for key, array in arrays.items()} | {"case": names}
 
     def _example(self, position: int, out: dict[str, np.ndarray]) -> str:
         """Writes the example at this position of the run to `out`, arrays [1, ..]; returns its case."""
-        epoch, place = divmod(position, len(self.names))
-        index = int(self._order(epoch)[place])
+        index = self._index(position)
         entry, case = self._entries[index], self._open(self.names[index])
         self._cache.check_unchanged(self.names[index])
         rng = np.random.default_rng([self.seed, 1, position])
@@ -125,14 +170,10 @@ class SliceSampler:
             zero = np.array([-one["mean"] / one["sd"] for one in entry["mr_foreground"]], np.float32)[:, None, None]
             out["inputs"][0] = (out["inputs"][0] - zero) * _coil(rng, self.bias, h, w) + zero
         out["mask"][0, ..., to_y, to_x] = case.mask[z, from_y, from_x]
-        for target in self._targets:
-            if (values := getattr(case, target)) is not None:
-                out[target][0, ..., to_y, to_x] = values[z, from_y, from_x]
-                out[f"has_{target}"][0] = True
+        for name, values in case.targets.items():
+            out[name][0, ..., to_y, to_x] = values[z, from_y, from_x]
+            out[f"has_{name}"][0] = True
         return self.names[index]
-
-    def _new_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.names))
 
     def _slice(
         self, rng: np.random.Generator, entry: dict[str, Any], case: CaseArrays
@@ -142,10 +183,100 @@ class SliceSampler:
         if not runs or rng.random() >= self.foreground:
             return int(rng.integers(entry["shape"][0])), None
         z = int(rng.choice(np.concatenate([np.arange(first, last) for first, last in runs])))
-        assert case.labels is not None
-        labelled = np.flatnonzero(case.labels[z])
+        maps = [array[z] for name, array in case.targets.items() if self._cache.targets[name].kind == "labels"]
+        labelled = np.flatnonzero(np.any(maps, axis=0))
         y, x = divmod(int(labelled[rng.integers(len(labelled))]), case.mask.shape[2])
         return z, (y, x)
+
+
+class ImageSampler(_Sampler):
+    """Batches of random images of a split.
+
+    All images come up in a new random order in every epoch, each once. With `flip` each is mirrored, left to right,
+    with a probability of 1/2; with `shift` it is moved by up to so many pixels up or down and left or right, at random,
+    and its edges are repeated. Processes share the work as those of a `SliceSampler` do. len() is the number of images
+    in the split. Raises InputError for an empty split or values out of range, and at a batch with images of a block
+    that is another than when it was first opened.
+    """
+
+    examples = "images"
+    open_at_a_time = OPEN_BLOCKS
+
+    def __init__(
+        self,
+        cache: Cache,
+        split: str,
+        batch: int,
+        seed: int,
+        *,
+        flip: bool = False,
+        shift: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        super().__init__(cache, split, batch, seed, rank, ranks)
+        form = cache.images
+        if form is None:
+            raise InputError(f"{cache.path}: a cohort of volumes, expected one of images")
+        if batch < 1 or seed < 0 or not 0 <= shift < min(form.size):
+            raise InputError(
+                f"batch {batch}, seed {seed}, shift {shift}: expected batch >= 1, seed >= 0, and 0 <= shift < "
+                f"{min(form.size)}, the images' smaller side"
+            )
+        self.form, self.flip, self.shift = form, flip, shift
+        self._ends = np.cumsum([entry["shape"][0] for entry in self._entries])  # of each block among the images
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _opened(self, name: str) -> BlockArrays:
+        return self._cache.block(name)
+
+    def _in_an_epoch(self) -> int:
+        return len(self)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """The batch of a step: "inputs" float32 [N, C, H, W], normalised, "case" a list of N names, and of each target
+        that any image of the split has, by its name, numbers float32 [N], classes int64 [N], and "has_NAME" bool [N];
+        0 where it is missing."""
+        n = self.batch_size
+        pixels = np.empty((n, self.form.channels, *self.form.size), np.uint8)
+        values = {target.name: np.empty(n, DTYPES[target.kind]) for target in self._targets}
+        names, seen = [], set()
+        for i, position in enumerate(self._positions(step)):
+            index = self._index(position)
+            number = int(np.searchsorted(self._ends, index, "right"))
+            block, place = self._open(self.names[number]), index - int(self._ends[number])
+            if number not in seen:
+                self._cache.check_unchanged(self.names[number])
+                seen.add(number)
+            pixels[i] = self._moved(block.inputs[place], position)
+            for target in self._targets:
+                values[target.name][i] = block.targets[target.name][place]
+            names.append(block.names[place].decode())
+        batch: dict[str, Any] = {"inputs": torch.from_numpy(self.form.normalised(pixels)), "case": names}
+        for target in self._targets:
+            found = values[target.name]
+            there = found >= 0 if target.kind == "class" else ~np.isnan(found)
+            dtype = np.int64 if target.kind == "class" else np.float32
+            batch[target.name] = torch.from_numpy(np.where(there, found, 0).astype(dtype))
+            batch[f"has_{target.name}"] = torch.from_numpy(there)
+        return batch
+
+    def _moved(self, image: np.ndarray, position: int) -> np.ndarray:
+        """The image [C, H, W] as this position of the run has it, mirrored and shifted."""
+        if not self.flip and not self.shift:
+            return image
+        rng = np.random.default_rng([self.seed, 1, position])
+        if self.flip and rng.random() < 0.5:
+            image = image[:, :, ::-1]
+        if self.shift:
+            down, right = rng.integers(-self.shift, self.shift + 1, 2)
+            _, height, width = image.shape
+            rows = (np.arange(height) - down).clip(0, height - 1)
+            columns = (np.arange(width) - right).clip(0, width - 1)
+            image = image[:, rows[:, None], columns]
+        return image
 
 
 def _window(rng: np.random.Generator, size: int, wanted: int, around: int | None) -> tuple[slice, slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,23 +10,21 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..data.cohort import (
-    Case,
-    Cohort,
-    LoadedCase,
-    check_label_names,
-    check_same_labels,
-    files,
-    load_case,
-    unnamed_labels,
-)
+from ..data.cases import Case, Cohort, LoadedCase
+from ..data.cohort import check_same_targets, files, load_case, unnamed_labels
+from ..data.lists import csv_rows
 from ..data.preprocessing import body_mask
+from ..data.targets import HU, Target
 from ..data.volumes import Grid, onto, read_labels, read_volume, volume_files
 from ..errors import InputError
 from ..files import read_json, sha256_of
-from .metrics import Metrics, case_metrics, metrics_document, read_metrics
+from ..tasks import Task, TaskAsJson, file_stems, from_json, leading, own_tasks
+from ..tasks.task import Scene
+from ..training.config import difference
+from .metrics import Metrics, case_metrics, metrics_document, read_metrics, tasks_of
 
 ABOUT = "predictions.json"
+TABLE = "predictions.csv"
 CHECKPOINTS = ("final", "best")
 Hashes = dict[str, dict[str, list[str]]]  # for each case the SHA-256 of its files by what they are
 
@@ -33,69 +32,110 @@ Hashes = dict[str, dict[str, list[str]]]  # for each case the SHA-256 of its fil
 class About(TypedDict, total=False):
     """predictions.json: what `predict` says of its predictions.
 
-    labels, channels: names of label values and of MR channels. digest: of the checkpoint `checkpoint`; with `draws`,
-    `by` and `patch` it says how the CT and the labels came about. cases: for each case the SHA-256 of its MR files;
-    files: for each case the SHA-256 of the files in its folder, by name; both stand here before the folder appears.
-    finished: whether all cases that were asked for are there.
+    tasks: what was predicted. channels: names of the inputs' channels. digest: of the checkpoint `checkpoint`; with
+    `draws`, `by`, `statistics` and `patch` it says how the predictions came about. cases: for each case the SHA-256 of
+    its MR files, or of its image; files: for each case the SHA-256 of the files in its folder, by name; both stand here
+    before the folder appears. table: of images, the SHA-256 of predictions.csv, likewise. finished: whether all cases
+    that were asked for are there.
     """
 
-    labels: dict[str, int]
     channels: list[str]
     checkpoint: str
     digest: str
     draws: int
     by: str
+    statistics: str
     patch: list[int] | None
+    tasks: dict[str, TaskAsJson]
     cases: dict[str, list[str]]
     files: dict[str, dict[str, str]]
+    table: str
     finished: bool
 
 
 class Evaluated(Metrics):
-    """metrics.json of `evaluate`: for each predicted case also the SHA-256 of the files that were compared: of the
-    prediction by name, of the cohort's by what they are."""
+    """metrics.json of `evaluate`, and what was compared. predictions: for each predicted case the SHA-256 of its files
+    by name; of images that of their table, under "". cohort: for each case the SHA-256 of its files by what they are;
+    of an image its true values."""
 
     predictions: dict[str, dict[str, str]]
     cohort: Hashes
 
 
-def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
-    """Metrics of every case that has a folder in `predictions`; the content of metrics.json.
+# --- metrics.json -----------------------------------------------------------------------------------------------------
 
-    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, of other labels or MR
+
+def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
+    """Metrics of every case that has a prediction there; the content of metrics.json.
+
+    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, of other targets or
     files than the cohort's, or not as `predict` wrote it.
     """
-    from tqdm import tqdm
-
     about = about_predictions(predictions)
     predicted = predicted_cases(predictions, cohort, about)
     if about.get("finished") is False:
         warnings.warn(f"{predictions}: predict was interrupted there, some cases may lack", stacklevel=2)
-    if names := about.get("labels"):
-        check_same_labels(names, cohort, str(predictions / ABOUT))
-    label_names = cohort.label_names or _names_found(predictions, predicted)
-    cases, read, compared = {}, {}, {}
-    for case in tqdm(predicted, desc="evaluate", unit="case"):
-        truth = load_case(case, label_names)
-        ct, labels = read_prediction(predictions, case, truth)
-        read[case.name] = _hashes(predictions / case.name)
-        compared[case.name] = _hashes_of(case)
-        if (ct is None or truth.ct is None) and (labels is None or truth.labels is None):
-            continue  # nothing to compare with
+    tasks, targets = predicted_tasks(predictions, cohort, predicted, about)
+    score = _score_images if cohort.images else _score_volumes
+    cases = {name: found for name, found in score(predictions, predicted, tasks, targets).items() if found}
+    if not cases:
+        raise InputError(f"{cohort.root}: no predicted case has anything to compare with")
+    return {
+        **metrics_document(cases, tasks),
+        "predictions": _hashes(predictions, predicted, tasks),
+        "cohort": {case.name: _compared(case) for case in predicted},
+    }
+
+
+def _score_volumes(
+    folder: Path, cases: Sequence[Case], tasks: Mapping[str, Task], targets: Mapping[str, Target]
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    scored = {}
+    for case in tqdm(cases, desc="evaluate", unit="case"):
+        truth = load_case(case, targets)
+        predicted = read_prediction(folder, case, truth, tasks)
         try:
-            cases[case.name] = case_metrics(truth.ct, ct, truth.labels, labels, mask_of(truth), label_names)
+            scored[case.name] = case_metrics(tasks, truth.targets, predicted, scene_of(truth, targets))
         except InputError as error:
             raise InputError(f"case {case.name}: {error}") from error
-    if not cases:
-        raise InputError(f"{cohort.root}: no predicted case has a CT or labels to compare with")
-    return {**metrics_document(cases, label_names), "predictions": read, "cohort": compared}
+    return scored
 
 
-def read_evaluated(metrics: Path, predictions: Path, cohort: Cohort, predicted: Sequence[Case]) -> dict[str, Any]:
+def _score_images(
+    folder: Path, cases: Sequence[Case], tasks: Mapping[str, Task], targets: Mapping[str, Target]
+) -> dict[str, Any]:
+    path, stems = folder / TABLE, file_stems(tasks)
+    columns, rows = read_table(path)
+    if not any(stem in columns for stem in stems.values()):
+        expected = f"expected case and {' or '.join(stems.values())}"
+        raise InputError(f"{path}: columns {', '.join(columns)}, {expected}")
+    scored = {}
+    for case in cases:
+        cells = dict(zip(columns, rows[case.name], strict=True))
+        predicted = {}
+        for name, stem in stems.items():
+            if cell := cells.get(stem):
+                try:
+                    predicted[name] = tasks[name].value(cell)
+                except ValueError as error:
+                    expected = (
+                        f"one of {', '.join(tasks[name].of.names)}" if tasks[name].of.names else "a finite number"
+                    )
+                    said = f"{stem} of case {case.name} is {cell!r}, expected {expected}"
+                    raise InputError(f"{path}: {said}") from error
+        scored[case.name] = case_metrics(tasks, case.values, predicted, None)
+    return scored
+
+
+def read_evaluated(
+    metrics: Path, predictions: Path, cohort: Cohort, predicted: Sequence[Case], tasks: Mapping[str, Task]
+) -> dict[str, Any]:
     """metrics.json of these very predictions, compared with this cohort. InputError if it can't be read, or is of other
     ones."""
     document = read_metrics(metrics, Evaluated)
-    read, now = document["predictions"], {case.name: _hashes(predictions / case.name) for case in predicted}
+    read, now = document["predictions"], _hashes(predictions, predicted, tasks)
     for name in sorted(read.keys() | now.keys()):
         if name not in read or name not in now:
             where, other = (predictions, metrics) if name in now else (metrics, predictions)
@@ -105,46 +145,96 @@ def read_evaluated(metrics: Path, predictions: Path, cohort: Cohort, predicted: 
                 path = predictions / name / file
                 raise InputError(f"{metrics}: it was not made from {path} as it is now; run evaluate again")
     for case in predicted:
-        if document["cohort"].get(case.name) != _hashes_of(case):
-            where = case.inputs[0].parent
-            raise InputError(
-                f"{metrics}: case {case.name} was compared with other files than those in {where}; run evaluate again"
-            )
-    names = document["conventions"]["label_names"]
-    if cohort.label_names and names != cohort.label_names:
-        raise InputError(
-            f"{metrics}: conventions.label_names {names}, the cohort's are {cohort.label_names}; run evaluate again"
-        )
+        if document["cohort"].get(case.name) != _compared(case):
+            what = f"values than those of {cohort.source}"
+            if not cohort.images:
+                what = f"files than those in {case.inputs[0].parent}"
+            raise InputError(f"{metrics}: case {case.name} was compared with other {what}; run evaluate again")
+    if found := tasks_differ(tasks_of(document), tasks):
+        key, there, own = found
+        raise InputError(f"{metrics}: conventions.tasks.{key} is {there!r}, the cohort's {own!r}; run evaluate again")
     return document
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Of the files of a predicted case that are compared."""
-    paths = [folder / f"{name}.nii.gz" for name in ("ct", "labels")]
-    return {path.name: sha256_of(path) for path in paths if path.exists()}
+def tasks_differ(these: Mapping[str, Task], others: Mapping[str, Task]) -> tuple[str, Any, Any] | None:
+    """The first place in which two descriptions of tasks differ, and what each has there; None if they are the same."""
+    here, there = ({name: dataclasses.asdict(task) for name, task in tasks.items()} for tasks in (these, others))
+    return difference(here, there)
 
 
-def hashes_of_mr(case: Case) -> list[str]:
-    """Of the case's MR files, and of those that hold their voxels."""
-    return _hashes_of(case)["mr"]
+def _hashes(folder: Path, cases: Sequence[Case], tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
+    """Of the files of predictions that are compared."""
+    if next(iter(tasks.values())).per_image:
+        return {"": {TABLE: sha256_of(folder / TABLE)}}
+    names = [file_name(tasks, name) for name in tasks]
+    paths = {case.name: [folder / case.name / name for name in names] for case in cases}
+    return {case: {path.name: sha256_of(path) for path in found if path.exists()} for case, found in paths.items()}
 
 
-def _hashes_of(case: Case) -> dict[str, list[str]]:
+def _compared(case: Case) -> dict[str, list[str]]:
+    """What predictions of a case are compared with: the hashes of its files, or the values of an image."""
+    if case.values:
+        return {target: [repr(value)] for target, value in case.values.items()}
     return {
         role: [sha256_of(file) for path in paths for file in volume_files(path)] for role, paths in files(case).items()
     }
 
 
+def hashes_of_inputs(case: Case) -> list[str]:
+    """Of the case's MR files, and of those that hold their voxels; or of its image."""
+    return [sha256_of(file) for path in case.inputs for file in volume_files(path)]
+
+
+# --- what is there ----------------------------------------------------------------------------------------------------
+
+
 def predicted_cases(folder: Path, cohort: Cohort, about: About) -> list[Case]:
-    """The cohort's cases that have a folder there. InputError if none has; or if `about`, what predict says of them,
-    says that a case is of other MR files than the cohort's, or that its files are others."""
+    """The cohort's cases that have a prediction there: a folder, or of images a row of the table. InputError if none
+    has; or if `about`, what predict says of them, says that a case is of other files than the cohort's, or that what it
+    wrote is no longer that."""
+    if cohort.images:
+        return _predicted_images(folder, cohort, about)
     predicted = [case for case in cohort.cases if (folder / case.name).is_dir()]
     if not predicted:
-        what = "prediction of a case of the cohort (CASE/ct.nii.gz, CASE/labels.nii.gz)"
-        raise InputError(f"{folder}: holds no {what}")
+        names = about_tasks(about) or own_tasks(cohort.targets)
+        what = ", ".join(f"CASE/{file_name(names, name)}" for name in names)
+        raise InputError(f"{folder}: holds no prediction of a case of the cohort ({what})")
     for case in cohort.cases if "digest" in about else ():
         _check_as_predicted(folder, case, about)
     return predicted
+
+
+def _predicted_images(folder: Path, cohort: Cohort, about: About) -> list[Case]:
+    path = folder / TABLE
+    if not path.exists() and about.get("finished") is False:
+        raise InputError(f"{folder}: predict was interrupted there, expected {TABLE}; predict --resume goes on")
+    if "digest" in about and about.get("table") != sha256_of(path):
+        raise InputError(f"{path}: not as predict wrote it; predict --resume makes it again")
+    _, rows = read_table(path)
+    predicted = [case for case in cohort.cases if case.name in rows]
+    if not predicted:
+        raise InputError(f"{path}: holds no prediction of an image of the cohort")
+    for case in predicted if "digest" in about else ():
+        if about.get("cases", {}).get(case.name) != hashes_of_inputs(case):
+            raise _of_another("image", folder, case)
+    return predicted
+
+
+def read_table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns of a table of predictions of images, and the cells of each row by case. InputError for a table that
+    can't be read, has no column `case`, or a case twice."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    columns: list[str] = []
+    rows: dict[str, list[str]] = {}
+    for where, row in csv_rows(path)[0]:
+        columns = list(row)
+        if "case" not in row:
+            raise InputError(f"{path}: columns {', '.join(columns)}, expected one that is called case")
+        if row["case"] in rows:
+            raise InputError(f"{where}: case {row['case']} is there twice, expected once")
+        rows[row["case"]] = list(row.values())
+    return columns, rows
 
 
 def _check_as_predicted(folder: Path, case: Case, about: About) -> None:
@@ -157,14 +247,16 @@ def _check_as_predicted(folder: Path, case: Case, about: About) -> None:
     if not listed:
         where = f"{folder / ABOUT}: there is a folder {case.name}, but no such case is listed"
         raise InputError(f"{where}, expected the predictions of one run alone")
-    if about["cases"][case.name] != hashes_of_mr(case):
-        raise InputError(
-            f"{folder / ABOUT}: case {case.name} was predicted from another MR than {case.inputs[0]}, expected the "
-            "cohort that was predicted"
-        )
+    if about["cases"][case.name] != hashes_of_inputs(case):
+        raise _of_another("MR", folder, case)
     if wrong := file_that_differs(path, about.get("files", {}).get(case.name, {})):
         what = "not as predict wrote it" if wrong.exists() else f"no such file, but {ABOUT} lists it"
         raise InputError(f"{wrong}: {what}; predict --resume makes it again")
+
+
+def _of_another(what: str, folder: Path, case: Case) -> InputError:
+    said = f"case {case.name} was predicted from another {what} than {case.inputs[0]}"
+    return InputError(f"{folder / ABOUT}: {said}, expected the cohort that was predicted")
 
 
 def file_that_differs(folder: Path, listed: Mapping[str, str]) -> Path | None:
@@ -176,56 +268,113 @@ def file_that_differs(folder: Path, listed: Mapping[str, str]) -> Path | None:
     return None
 
 
+# --- what it is -------------------------------------------------------------------------------------------------------
+
+
 def about_predictions(folder: Path) -> About:
     """What `predict` says of its predictions. Nothing of others'. InputError if that can't be."""
     path = folder / ABOUT
     if not path.exists():
         return {}
     about: About = read_json(path, About)
-    if names := about.get("labels"):
-        check_label_names(names, str(path))
+    try:
+        about_tasks(about)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if about.get("checkpoint", "final") not in CHECKPOINTS:
         raise InputError(f"{path}: checkpoint is {about['checkpoint']!r}, expected {' or '.join(CHECKPOINTS)}")
     return about
 
 
-def _names_found(predictions: Path, cases: list[Case]) -> dict[str, int]:
-    """For a cohort that doesn't name its labels: label_1, label_2, .. as in preprocessing."""
-    paths = [predictions / case.name / "labels.nii.gz" for case in cases]
-    paths = [path for path in paths if path.exists()] + [case.labels for case in cases if case.labels is not None]
-    return unnamed_labels(max(int(read_labels(path)[0].max()) for path in paths)) if paths else {}
+def about_tasks(about: About) -> dict[str, Task]:
+    """The tasks that `predict` says it predicted; none of others' predictions."""
+    return from_json(about["tasks"]) if "tasks" in about else {}
 
 
-def mask_of(case: LoadedCase) -> np.ndarray:
+def predicted_tasks(
+    folder: Path, cohort: Cohort, predicted: Sequence[Case], about: About
+) -> tuple[dict[str, Task], dict[str, Target]]:
+    """The tasks of predictions, those that `predict` says of, else one for each target of the cohort, and the cohort's
+    targets. Labels that the cohort doesn't name are named as the run's, else label_1, label_2, .. as in preprocessing.
+
+    InputError if the tasks are of other targets than the cohort's.
+    """
+    tasks = about_tasks(about) or own_tasks(cohort.targets)
+    if not tasks:
+        raise InputError(f"{cohort.root}: it has no target, expected something to compare with")
+    check_same_targets({task.target: task.of for task in tasks.values()}, cohort, str(folder / ABOUT))
+    targets = dict(cohort.targets)
+    for key, target in targets.items():
+        if target.kind == "labels" and not target.names:
+            own = {name: task for name, task in tasks.items() if task.target == key}
+            names = next((task.of.names for task in own.values()), {})
+            if names == unnamed_labels(len(names) - 1) or not names:
+                files = [folder / case.name / file_name(tasks, name) for case in predicted for name in own]
+                files = [path for path in files if path.exists()]
+                files += [case.targets[key] for case in predicted if key in case.targets]
+                names = unnamed_labels(max((int(read_labels(path)[0].max()) for path in files), default=0))
+            targets[key] = dataclasses.replace(target, names=names)
+    for name, task in tasks.items():
+        if task.of.kind == "labels" and task.target in targets:
+            about_it = dataclasses.replace(task.of, names=targets[task.target].names)
+            tasks[name] = dataclasses.replace(task, about=about_it)
+    return tasks, targets
+
+
+def file_name(tasks: Mapping[str, Task], name: str, key: str = "") -> str:
+    """The file of a task's prediction in the folder of a case, or of what else is predicted (`Task.predicted`)."""
+    stem = file_stems(tasks)[name]
+    if not key:
+        return f"{stem}.nii.gz"
+    return f"{key}.nii.gz" if name == leading(tasks) else f"{key}_{stem}.nii.gz"
+
+
+# --- volumes ----------------------------------------------------------------------------------------------------------
+
+
+def scene_of(case: LoadedCase, targets: Mapping[str, Target]) -> Scene:
+    """Where the volumes of a case are measured: its mask, and the labels of the first label map of these targets."""
+    regions = {}
+    name = next((name for name, target in targets.items() if target.kind == "labels"), None)
+    if name is not None and name in case.targets:
+        labels = case.targets[name]
+        regions = {"organs": labels != 0}
+        regions |= {label: labels == value for label, value in targets[name].names.items() if value != 0}
+    return Scene(mask_of(case, targets), regions)
+
+
+def mask_of(case: LoadedCase, targets: Mapping[str, Target]) -> np.ndarray:
     """The body mask bool [Z, Y, X] as in preprocessing: the case's own, else from its CT, else everything."""
     if case.mask is not None:
         return case.mask
-    if case.ct is not None:
-        return body_mask(case.ct)
+    for name, volume in case.targets.items():
+        if targets[name].unit == HU:
+            return body_mask(volume)
     return np.ones(case.inputs.shape[1:], bool)
 
 
-def read_prediction(folder: Path, case: Case, truth: LoadedCase) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(ct in HU, labels) of a predicted case, [Z, Y, X], None where there is no such file."""
-    ct, labels = _read(folder, "ct", read_volume, case, truth), _read(folder, "labels", read_labels, case, truth)
-    if ct is None and labels is None:
-        raise InputError(f"{folder / case.name}: holds neither ct.nii.gz nor labels.nii.gz")
-    return ct, labels
+def read_prediction(folder: Path, case: Case, truth: LoadedCase, tasks: Mapping[str, Task]) -> dict[str, np.ndarray]:
+    """The predictions of a case by task, [Z, Y, X], those that there are."""
+    names = {name: file_name(tasks, name) for name in tasks}
+    reader = {name: read_labels if task.reads == "labels" else read_volume for name, task in tasks.items()}
+    found = {name: _read(folder / case.name / file, reader[name], case, truth) for name, file in names.items()}
+    there = {name: array for name, array in found.items() if array is not None}
+    if not there:
+        what = ("neither " if len(names) > 1 else "no ") + " nor ".join(names.values())
+        raise InputError(f"{folder / case.name}: holds {what}")
+    return there
 
 
-def read_uncertainty(folder: Path, case: Case, truth: LoadedCase) -> np.ndarray | None:
-    """The uncertainty of a predicted case, [Z, Y, X], None where there is none."""
-    return _read(folder, "uncertainty", read_volume, case, truth)
+def read_uncertainty(folder: Path, case: Case, truth: LoadedCase, tasks: Mapping[str, Task]) -> dict[str, np.ndarray]:
+    """The uncertainty of each task's prediction of a case, [Z, Y, X], where there is one."""
+    paths = {name: folder / case.name / file_name(tasks, name, "uncertainty") for name in tasks}
+    found = {name: _read(path, read_volume, case, truth) for name, path in paths.items()}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def _read(
-    folder: Path,
-    name: str,
-    read: Callable[[Path], tuple[np.ndarray, Grid]],
-    case: Case,
-    truth: LoadedCase,
+    path: Path, read: Callable[[Path], tuple[np.ndarray, Grid]], case: Case, truth: LoadedCase
 ) -> np.ndarray | None:
-    path = folder / case.name / f"{name}.nii.gz"
     if not path.exists():
         return None
     array, grid = read(path)

@@ -5,43 +5,49 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..data.images import ImageForm
 from ..errors import InputError
 from ..files import make_folder, replacing
 from ..networks.controls import draws_from_constant_p
 from ..networks.freeze import freeze
+from ..tasks import Task
 from ..training.run import load_run
 
 
 class Deployed(nn.Module):
-    """A frozen network in the units of its users: ct [N, 1, H, W] in HU (with a predicted SD as second channel, in HU,
-    if the run has one) and organs [N, classes, H, W] as probabilities."""
+    """A frozen network in the units of its users: {task: `Task.deployed` of its output}.
 
-    def __init__(self, network: nn.Module, unit_hu: float) -> None:
+    It reads MR slices [N, channels, H, W], minus the mean of the volume's foreground, over its SD (as `preprocess` does
+    it); or, with `images`, images [N, channels, H, W] of 0 .. 255, of the size that it was trained on, which it
+    normalises itself.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, network: nn.Module, tasks: Mapping[str, Task], images: ImageForm | None) -> None:
         super().__init__()
-        self.network, self.unit_hu = network, unit_hu
+        self.network, self.tasks, self.images = network, dict(tasks), images
+        form = ([0.0], [1.0]) if images is None else (images.mean, images.sd)
+        for name, values in zip(("mean", "sd"), form, strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
 
-    def forward(self, mr: Tensor) -> dict[str, Tensor]:
-        """mr [N, channels, H, W]: minus the mean of the volume's foreground, over its SD (as `preprocess` does it)."""
-        y = self.network(mr)
-        found = {}
-        if "ct" in y:
-            ct = y["ct"]
-            ct = ct if ct.shape[1] == 1 else torch.cat([ct[:, :1], ct[:, 1:].exp()], 1)
-            found["ct"] = ct * self.unit_hu
-        if "organs" in y:
-            found["organs"] = y["organs"].softmax(1)
-        return found
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if self.images is not None:
+            x = (x - self.mean) / self.sd
+        return {name: self.tasks[name].deployed(y) for name, y in self.network(x).items()}
 
 
 def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Deployed:
-    """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2; any batch and image size.
+    """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2, for any number of MR slices, which may
+    have any size, or of images of the size that it was trained on.
 
     Returns what was exported. Raises InputError for a file of another kind, one that is there already, a run with a
     constant p, unknown tasks, or ONNX without the packages for it.
@@ -55,23 +61,25 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     trained = load_run(run)
     if draws_from_constant_p(trained.model):
         raise InputError(f"{run}: its grouping is drawn from a constant p, there is no learnt architecture to freeze")
+    images, channels = trained.images, len(trained.channel_names)
+    dynamic = {0: torch.export.Dim("batch")}
+    if images is None:
+        dynamic |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    example = torch.zeros(2, channels, *((48, 40) if images is None else images.size))
     try:
-        frozen = freeze(trained.model, tasks=tasks)
+        frozen = freeze(trained.model, tasks=tasks, example=example)
     except ValueError as error:
         raise InputError(f"{run}: {error}") from error
-    deployed = Deployed(frozen, trained.config.objective.ct_scale_hu).eval()
-    example = torch.zeros(2, len(trained.channel_names), 48, 40)
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-    shapes = ({0: batch, 2: height, 3: width},)
+    deployed = Deployed(frozen, trained.tasks, images).eval()
     make_folder(out.parent)
     with replacing(out) as temporary, _silence():
         temporary.touch()  # if it can't be, that is known before the work
-        program = torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+        program = torch.export.export(deployed, (example,), dynamic_shapes=(dynamic,))
         content = io.BytesIO()  # the writer of torch ends the whole process where the disk is full
         if out.suffix == ".pt2":
             torch.export.save(program, content)
         else:
-            content.write(_onnx(program, list(deployed(example))))
+            content.write(_onnx(program, "mr" if images is None else "image", list(deployed(example))))
         temporary.write_bytes(content.getbuffer())
     return deployed
 
@@ -90,11 +98,11 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _onnx(program: torch.export.ExportedProgram, outputs: list[str]) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, source: str, outputs: list[str]) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError("ONNX needs two more packages, pip install 'sfg_fast[onnx]'") from error
-    exported = torch.onnx.export(program, (), dynamo=True, input_names=["mr"], output_names=outputs, verbose=False)
+    exported = torch.onnx.export(program, (), dynamo=True, input_names=[source], output_names=outputs, verbose=False)
     assert exported is not None
     return exported.model_proto.SerializeToString()

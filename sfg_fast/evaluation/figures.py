@@ -1,4 +1,5 @@
-"""The figures of a run: where kernels went (Fig. 3 left), what they see (Fig. 3 right), the training, the cases.
+"""The figures of a run: where kernels went (Fig. 3 left), what they see (Fig. 3 right), the training, the cases, and
+of cohorts of images the predictions against the truth.
 
 Every function returns a matplotlib `Figure` of its own; nothing touches pyplot or a display. Colours are those of
 Fig. 3: first task blue, shared green, second task pink; hatching keeps them apart in grey. All slices are [Y, X]
@@ -24,15 +25,13 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import replacing
-from .metrics import heading, organ_values
+from ..tables import heading
+from ..tasks.task import Contours, Matrix, Panel, Scatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
-
-CT_WINDOW_HU = (-400, 1000)
-"""Display window of both CTs: fat, muscle and bone apart; gas black."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,8 +46,7 @@ class _Style(NamedTuple):
 _SHARED_STYLE = _Style("#4daf6a", "...")
 _TASK_COLOURS = ("#4a86c5", "#e57fb0", "#e0a030", "#8b6bb5", "#a0755a", "#45b5bd")
 _TASK_HATCHES = ("///", "\\\\\\", "xxx", "+++", "ooo", "---")
-_ORGAN_COLOURS = ("#ffb000", "#29b6f6", "#ff5252", "#69d26e", "#d05ce3", "#ff8a50", "#00c4a7", "#e6ee56")
-_LABELS = "labels"
+_LABEL_COLOURS = ("#ffb000", "#29b6f6", "#ff5252", "#69d26e", "#d05ce3", "#ff8a50", "#00c4a7", "#e6ee56")
 _NO_ALLOCATION = "This network draws no filter groups:\nthere is no allocation to show."
 
 
@@ -153,35 +151,32 @@ def entropy(history: Mapping[str, Any]) -> Figure:
     return figure
 
 
-PSNR, DICE = "held-out PSNR in mask [dB]", "held-out Dice, mean"
-
-
 @_by_defaults
 def curves(history: Mapping[str, Any]) -> Figure:
-    """Course of training: objective (eq. 2), negative log likelihood of each task, PSNR (dB) and Dice of a held-out
-    slice and (points) of the validation split, temperature, learning rate. A series without any number has no panel;
-    None is a gap between measurements."""
-    recorded = history["curves"]
-    named = {"objective (eq. 2)": recorded["objective"]}
-    named |= {f"negative log likelihood: {task}": values for task, values in recorded["nll"].items()}
-    named |= {PSNR: recorded["psnr"], DICE: recorded["dice"]}
-    named |= {"temperature": recorded["temperature"], "learning rate": recorded["learning_rate"]}
-    series = {title: np.array(values, dtype=float) for title, values in named.items()}  # None becomes NaN
-    series = {title: values for title, values in series.items() if np.isfinite(values).any()}
+    """Course of training: objective (eq. 2), negative log likelihood of each task, its scores on held-out examples and
+    (points) on the validation split, temperature, learning rate. A series without any number has no panel; None is a
+    gap between measurements."""
+    recorded, looks = history["curves"], history["validation"]
+    styles = _styles(history["groups"])
+    series = [_Series("objective (eq. 2)", recorded["objective"])]
+    for task, values in recorded["nll"].items():
+        series.append(_Series(f"negative log likelihood: {task}", values, styles[task].colour))
+    for name, values in recorded["scores"].items():
+        colour = styles[name.partition("/")[0]].colour
+        series.append(_Series(f"held-out {history['titles'][name]}", values, colour, looks["scores"][name]))
+    series += [_Series(name.replace("_", " "), recorded[name]) for name in ("temperature", "learning_rate")]
+    series = [one for one in series if np.isfinite(np.array(one.values, dtype=float)).any()]
     if not series:
         return _message("No training step was recorded.")
-    styles = _styles(history["groups"])
-    colours = {f"negative log likelihood: {task}": styles[task].colour for task in recorded["nll"]}
     steps = np.array(recorded["step"])
     figure, panels = _panels(len(series), 4, 3, 2.1)
-    for axes, (title, values) in zip(panels, series.items(), strict=True):
+    for axes, (title, recorded_values, colour, validation) in zip(panels, series, strict=True):
+        values = np.array(recorded_values, dtype=float)  # None becomes NaN
         there = np.isfinite(values)
-        colour = colours.get(title, "0.25")
         axes.plot(steps[there], values[there], color=colour, linewidth=1.2, marker=_marker(steps[there]))
-        if title in (PSNR, DICE):
-            measured = history["validation"]["psnr" if title == PSNR else "dice"]
-            points = np.array(measured, dtype=float)
-            axes.plot(history["validation"]["step"], points, "o", color=colour, markersize=4, fillstyle="none")
+        if validation is not None:
+            points = np.array(validation, dtype=float)
+            axes.plot(looks["step"], points, "o", color=colour, markersize=4, fillstyle="none")
         axes.set_title(_literal(title), fontsize=10)
         axes.set_yscale("log" if title == "learning rate" else "linear")
         axes.tick_params(labelsize=8)
@@ -189,6 +184,15 @@ def curves(history: Mapping[str, Any]) -> Figure:
         _strip(axes)
     figure.supxlabel("training step", fontsize=10)
     return figure
+
+
+class _Series(NamedTuple):
+    """A panel of `curves`: a value for each recorded step, and for each look at the validation split."""
+
+    title: str
+    values: Sequence[float | None]
+    colour: str = "0.25"
+    validation: Sequence[float | None] | None = None
 
 
 @_by_defaults
@@ -304,73 +308,106 @@ def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-@_by_defaults
-def case_panel(
-    mr: np.ndarray | None,
-    ct_true: np.ndarray | None,
-    ct_pred: np.ndarray | None,
-    labels_true: np.ndarray | None,
-    labels_pred: np.ndarray | None,
-    uncertainty: np.ndarray | None,
-    spacing: tuple[float, float],
-    title: str,
-    label_names: Mapping[str, int],
-    uncertainty_unit: str = "HU",
-) -> Figure:
-    """One slice of one case: MR | CT | synthetic CT | difference | labels on the MR | uncertainty.
+def mr_panel(mr: np.ndarray) -> Panel:
+    """The picture of an MR slice [Y, X]."""
+    return Panel("MR", mr, _mr_scale(mr))
 
-    A panel without its data is left out. The difference is synthetic minus true, its scale symmetric about 0. In the
-    labels panel the truth is solid, the prediction dashed.
+
+def uncertainty_panel(uncertainty: np.ndarray, task: str, unit: str) -> Panel:
+    """The picture of a slice [Y, X] of a task's standard deviation over draws."""
+    return Panel(f"{task}: SD over draws", uncertainty, {"cmap": "magma", "vmin": 0}, unit)
+
+
+@_by_defaults
+def case_panel(panels: Sequence[Panel], spacing: tuple[float, float], title: str) -> Figure:
+    """One slice of one case, as its tasks picture it: MR | CT | synthetic CT | difference | labels on the MR | ..
+
+    Outlines of the truth are solid, those of the prediction dashed.
 
     Args:
-        mr, ct_true, ct_pred: [Y, X]; any scale, HU, HU.
-        labels_true, labels_pred: [Y, X], integers, 0 = background.
-        uncertainty: [Y, X], standard deviation over draws, in `uncertainty_unit`.
+        panels: of one shape [Y, X].
         spacing: (y, x) in mm per pixel.
-        label_names: name -> label value; value 0, the background, may be left out.
 
     Raises:
-        InputError: no image at all, or slices of different shapes.
+        InputError: no panel at all, or slices of different shapes.
     """
-    shapes = {
-        plane.shape for plane in (mr, ct_true, ct_pred, labels_true, labels_pred, uncertainty) if plane is not None
-    }
-    if len(shapes) > 1:
-        raise InputError(f"the slices of case {title!r} differ in shape: {sorted(shapes)}")
-    ct_scale = {"cmap": "gray", "vmin": CT_WINDOW_HU[0], "vmax": CT_WINDOW_HU[1]}
-    panels: list[tuple[str, np.ndarray, dict[str, Any], str]] = []  # name, image, scale, unit of the colour bar
-    if mr is not None:
-        panels.append(("MR", mr, _mr_scale(mr), ""))
-    if ct_true is not None:
-        panels.append(("CT", ct_true, ct_scale, "HU"))
-    if ct_pred is not None:
-        panels.append(("synthetic CT", ct_pred, ct_scale, "HU"))
     if not panels:
         raise InputError(f"case {title!r} has no image to show")
-    _, background, background_scale, _ = panels[0]
-    if ct_true is not None and ct_pred is not None:
-        difference = np.subtract(ct_pred, ct_true, dtype=np.float32)
-        panels.append(("synthetic CT - CT", difference, _difference_scale(difference), "HU"))
-    if labels_true is not None or labels_pred is not None:
-        panels.append((_LABELS, background, background_scale, ""))
-    if uncertainty is not None:
-        panels.append(("uncertainty: SD over draws", uncertainty, {"cmap": "magma", "vmin": 0}, uncertainty_unit))
-
-    extent = _extent(background, spacing)
-    figure, all_axes = _panels(len(panels), 3, 3.6, 3 * extent[3] / extent[1] + 0.5)
-    for axes, (name, image, scale, unit) in zip(all_axes, panels, strict=True):
-        drawn = _show(axes, image, extent, **scale)
+    shapes = {panel.plane.shape for panel in panels}
+    for panel in panels:
+        if panel.contours is not None:
+            shapes |= {labels.shape for labels in panel.contours[:2] if labels is not None}
+    if len(shapes) > 1:
+        raise InputError(f"the slices of case {title!r} differ in shape: {sorted(shapes)}")
+    extent = _extent(panels[0].plane, spacing)
+    figure, all_axes = _panels(len(panels), 3 if len(panels) <= 6 else 4, 3.6, 3 * extent[3] / extent[1] + 0.5)
+    colours = itertools.cycle(_LABEL_COLOURS)
+    handles: dict[str, Any] = {}  # of the legend
+    maps = sum(panel.contours is not None for panel in panels)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        drawn = _show(axes, panel.plane, extent, **panel.scale)
         _mark_sides(axes)
-        axes.set_title(name, fontsize=10)
-        if unit:
+        axes.set_title(_literal(panel.title), fontsize=10)
+        if panel.unit:
             bar = figure.colorbar(drawn, cax=axes.inset_axes((1.02, 0, 0.04, 1)))
-            bar.ax.set_title(unit, fontsize=8)
+            bar.ax.set_title(_literal(panel.unit), fontsize=8)
             bar.ax.tick_params(labelsize=7)
-        if name == _LABELS:
-            handles = _draw_contours(axes, spacing, labels_true, labels_pred, label_names)
-            columns = int(figure.get_figwidth() / 1.4)
-            figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
+        if panel.contours is not None:
+            of_labels = dict(zip(panel.contours.names, colours, strict=False))
+            of = f" ({panel.title})" if maps > 1 else ""
+            handles |= _draw_contours(axes, spacing, panel.contours, of_labels, of)
+    if handles:
+        columns = int(figure.get_figwidth() / 1.4)
+        figure.legend(handles=handles.values(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(_literal(title), fontsize=11)
+    return figure
+
+
+@_by_defaults
+def chart(shown: Scatter | Matrix) -> Figure:
+    """The predictions of a task against the truth, all images together."""
+    return _scatter(shown) if isinstance(shown, Scatter) else _matrix(shown)
+
+
+def _scatter(shown: Scatter) -> Figure:
+    """Predicted against true numbers, and the line where they are equal."""
+    if not shown.true.size:
+        return _message("No image has both a true value and a predicted one.")
+    figure = _figure(5, 5)
+    axes = figure.subplots()
+    both = np.concatenate([shown.true, shown.predicted])
+    margin = 0.03 * (both.max() - both.min()) or 1.0
+    ends = (both.min() - margin, both.max() + margin)
+    alpha = min(0.7, max(0.02, 5 / math.sqrt(shown.true.size)))
+    axes.scatter(shown.true, shown.predicted, s=12, color=_TASK_COLOURS[0], alpha=alpha, linewidths=0)
+    axes.plot(ends, ends, color="0.3", linestyle="--", linewidth=1)
+    unit = f" [{shown.unit}]" if shown.unit else ""
+    axes.set(xlim=ends, ylim=ends, aspect="equal", title=_literal(shown.title))
+    axes.set(xlabel=_literal(f"true{unit}"), ylabel=_literal(f"predicted{unit}"))
+    axes.grid(alpha=0.25)
+    _strip(axes)
+    return figure
+
+
+def _matrix(shown: Matrix) -> Figure:
+    """Confusion matrix: counts, coloured by their share of the true class."""
+    size = len(shown.names)
+    cells = min(size, 20)
+    figure = _figure(2.2 + 0.6 * cells, 1.8 + 0.5 * cells)
+    axes = figure.subplots()
+    shares = shown.counts / np.maximum(shown.counts.sum(1, keepdims=True), 1)
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (true, predicted), count in np.ndenumerate(shown.counts if size == cells else np.empty((0, 0))):
+        dark = shares[true, predicted] > 0.6
+        axes.text(predicted, true, str(count), ha="center", va="center", fontsize=9, color="white" if dark else "0.1")
+    names = list(map(_literal, shown.names))
+    axes.set_xticks(range(size), names, rotation=30, ha="right")
+    axes.set_yticks(range(size), names)
+    axes.set(xlabel="predicted", ylabel="true", title=_literal(shown.title))
+    axes.tick_params(length=0)
+    bar = figure.colorbar(drawn)
+    bar.ax.set_title("share", fontsize=8)
+    bar.ax.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -479,35 +516,27 @@ def _mr_scale(mr: np.ndarray) -> dict[str, Any]:
     return {"cmap": "gray", "vmin": low, "vmax": high}
 
 
-def _difference_scale(difference: np.ndarray) -> dict[str, Any]:
-    """Symmetric about 0; whole hundreds of HU, so that slices of like quality share a scale."""
-    limit = 100 * max(1, math.ceil(np.percentile(np.abs(difference), 99) / 100))
-    return {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-
-
 def _draw_contours(
-    axes: Axes,
-    spacing: tuple[float, float],
-    labels_true: np.ndarray | None,
-    labels_pred: np.ndarray | None,
-    label_names: Mapping[str, int],
-) -> list[Any]:
-    """Draws the outline of each organ and returns the handles of their legend."""
+    axes: Axes, spacing: tuple[float, float], contours: Contours, colours: Mapping[str, str], of: str
+) -> dict[str, Any]:
+    """Draws the outline of each label and returns the handles of their legend, by what they stand for; `of`: what is
+    said behind a label's name."""
     from matplotlib.lines import Line2D
 
-    organs = organ_values(label_names)
-    colours = dict(zip(organs, itertools.cycle(_ORGAN_COLOURS), strict=False))
-    handles, shown = [], set()
-    for labels, drawing in ((labels_true, "truth"), (labels_pred, "prediction")):
+    handles: dict[str, Any] = {}
+    shown = set()
+    for labels, drawing, line in ((contours.true, "truth", "-"), (contours.predicted, "prediction", "--")):
         if labels is None:
             continue
-        line: Any = "-" if drawing == "truth" else "--"
-        handles.append(Line2D([], [], color="0.2", linestyle=line, label=drawing))
-        for name, value in organs.items():
+        style: Any = line
+        handles[f"{line} {drawing}"] = Line2D([], [], color="0.2", linestyle=style, label=drawing)
+        for name, value in contours.names.items():
             inside = np.pad(_radiological(labels == value), 1)  # the padding closes the outline at the slice's edge
             if inside.any():
                 shown.add(name)
                 y, x = ((np.arange(size) - 0.5) * step for size, step in zip(inside.shape, spacing, strict=True))
-                axes.contour(x, y, inside, levels=[0.5], colors=[colours[name]], linestyles=line, linewidths=1.4)
-    key = {name: _literal(heading(name)) for name in organs if name in shown}
-    return handles + [Line2D([], [], color=colours[name], linewidth=3, label=text) for name, text in key.items()]
+                axes.contour(x, y, inside, levels=[0.5], colors=[colours[name]], linestyles=style, linewidths=1.4)
+    for name, colour in colours.items():
+        if name in shown:
+            handles[f"{name}{of}"] = Line2D([], [], color=colour, linewidth=3, label=_literal(f"{heading(name)}{of}"))
+    return handles

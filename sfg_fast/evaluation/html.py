@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import replacing
+from ..tables import Table
+from ..tasks import Measure, Task, of_images
 from .figures import to_data_uri
-from .metrics import Table, heading, number_at, summary_tables
+from .metrics import columns, number_of, rules_of, summary_tables, summary_value, tasks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,10 +74,10 @@ def write_report(
         sections.append(section("Notes", bullets(notes)))
     if document:
         tables = "".join(map(table, summary_tables(document)))
-        sections.append(section("Results", tables + conventions(document["conventions"]["rules"])))
+        sections.append(section("Results", tables + conventions(rules_of(document))))
     if figures:
         sections.append(section("Figures", "".join(figure(caption, drawn) for caption, drawn in figures)))
-    if document:
+    if document and not of_images(tasks_of(document)):  # thousands of images, of persons, have no rows
         sections.append(section("Cases", table(_case_table(document))))
     write_page(path, title, sections, config_yaml)
 
@@ -106,53 +108,40 @@ def bullets(sentences: Sequence[str]) -> str:
 
 def _cards(document: Mapping[str, Any]) -> str:
     """The headline numbers: mean over the cases, SD beneath."""
-    summary = document["summary"]
-    cards = []
-    if "ct" in summary:
-        overall = summary["ct"]["overall"]
-        cards += [
-            _card("PSNR in mask", overall["psnr_in_mask"], ".2f", " dB"),
-            _card("PSNR gained over the mean CT", summary["psnr_gain"], "+.2f", " dB"),
-            _card("mean absolute error in mask", overall["mae_hu"], ".1f", " HU"),
-        ]
-    if "dice" in summary:
-        cards.append(_card("mean Dice of the organs", summary["dice_mean"], ".3f", ""))
+    cards = [_card(task, measure, document) for task in _scored(document) for measure in task.measures]
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _card(name: str, value: Mapping[str, Any], form: str, unit: str) -> str:
-    n = value["n"]
-    spread = f"SD {_number(value['sd'], form.lstrip('+'))}{unit}, {n} case{'' if n == 1 else 's'}"
+def _scored(document: Mapping[str, Any]) -> list[Task]:
+    return [task for name, task in tasks_of(document).items() if name in document["summary"]]
+
+
+def _card(task: Task, measure: Measure, document: Mapping[str, Any]) -> str:
+    value = summary_value(document, measure)
+    unit = f" {escape(measure.unit)}" if measure.unit else ""
+    n, kind = value["n"], "image" if task.per_image else "case"
+    mean, sd = _number(value["mean"], measure), _number(value["sd"], measure._replace(signed=False))
+    name = f"{task.title}: {measure.title.partition(' [')[0]}"
     return (
-        f'<div class="card"><span>{name}</span><b>{_number(value["mean"], form)}{unit}</b><span>{spread}</span></div>'
+        f'<div class="card"><span>{escape(name)}</span>'
+        f"<b>{mean}{unit}</b><span>SD {sd}{unit}, {n} {kind}{'' if n == 1 else 's'}</span></div>"
     )
 
 
 def conventions(rules: Mapping[str, str]) -> str:
-    """How the numbers are measured: the rules of a `metrics_document`."""
+    """How the numbers are measured: `rules_of` a `metrics_document`."""
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(rule)}</dd>" for term, rule in rules.items())
     return f'<aside class="conventions"><strong>How these numbers are measured</strong><dl>{terms}</dl></aside>'
 
 
 def _case_table(document: Mapping[str, Any]) -> Table:
-    """One row per case: the CT overall and in bone, the Dice of each organ; a hyphen where there is no number."""
-    summary = document["summary"]
-    columns: list[tuple[str, str, tuple[str, ...]]] = []  # heading, format, where the number is in a case
-    if "ct" in summary:
-        columns = [
-            ("PSNR in mask [dB]", ".2f", ("ct", "overall", "psnr_in_mask")),
-            ("gain [dB]", "+.2f", ("psnr_gain",)),
-            ("PSNR of bones [dB]", ".2f", ("ct", "bones", "psnr_in_mask")),
-            ("MAE [HU]", ".1f", ("ct", "overall", "mae_hu")),
-        ]
-    if "dice" in summary:
-        columns.append(("Dice", ".3f", ("dice_mean",)))
-        columns += [(heading(organ), ".3f", ("dice", organ)) for organ in summary["dice"]]
+    """One row per case: of each task the headline numbers and the details; a hyphen where there is no number."""
+    shown = columns((task, (*task.measures, *task.details)) for task in _scored(document))
     rows = [
-        [name, *(_number(number_at(case, place), form) for _, form, place in columns)]
+        [name, *(_number(number_of(case, measure), measure) for _, measure in shown)]
         for name, case in document["cases"].items()
     ]
-    return Table("CT in the mask, and Dice of each organ", ["Case", *(title for title, _, _ in columns)], rows)
+    return Table("Each case", ["Case", *(one.title for one in shown)], rows)
 
 
 def table(part: Table) -> str:
@@ -181,5 +170,5 @@ def figure(caption: str, drawn: Figure) -> str:
     return f'<figure><img src="{to_data_uri(drawn)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, measure: Measure) -> str:
+    return "-" if value is None else format(value, f"{'+' if measure.signed else ''}.{measure.digits}f")

@@ -1,105 +1,125 @@
-"""From a trained run and MR volumes to synthetic CT, organ labels and an uncertainty map, as NIfTI."""
+"""From a trained run and a cohort to predictions: of volumes as NIfTI, of images as a table, all with uncertainty."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.cohort import Case, Cohort, check_same_channels, load_case
+from ..data.cases import Case, Cohort
+from ..data.cohort import check_same_channels, load_case
+from ..data.images import load_images
 from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
 from ..files import alone_in, check_vacant, read_json, sha256_of, sweep, write_json
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
+from ..tasks import file_stems, to_json
 from ..training.parallel import choose_device
 from ..training.run import load_run
-from .evaluate import ABOUT, About, file_that_differs, hashes_of_mr
+from .evaluate import ABOUT, TABLE, About, file_name, file_that_differs, hashes_of_inputs
 
 SLICES_AT_ONCE = 16
+IMAGES_AT_ONCE = 64
 PATCH_OVERLAP = 0.5
 # Patches are weighted by a Gaussian around their centre, where a network has seen most context.
 PATCH_WEIGHTING = "gaussian"
+BY = {
+    "map": "the most probable architecture",
+    "draws": "the mean over drawn architectures",
+    "mode": "drawn architectures, of numbers their mean, of classes the most frequent one",
+}
+STATISTICS = {"running": "those of training", "batch": "those of each batch that is predicted"}
 
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One volume, axes [Z, Y, X]: ct float32 in HU and labels uint8 (None if the run has no such task), and uncertainty
-    float32: the SD over drawn architectures of the CT in HU, or without a CT task the root of the summed variances of
-    the class probabilities. Zero where nothing is drawn. noise float32: the CT's SD in HU as the network predicts it,
-    None unless the run has `objective.ct_noise` heteroscedastic."""
-
-    ct: np.ndarray | None
-    labels: np.ndarray | None
-    uncertainty: np.ndarray
-    noise: np.ndarray | None = None
+Predicted = dict[str, dict[str, np.ndarray]]
+"""By task what `Task.predicted` says: "" the prediction itself, "uncertainty", its SD over drawn architectures, .. Of a
+volume each is [Z, Y, X], of images [N]."""
 
 
 class Predictor:
     """A trained run, ready to predict, with its `final` network or the `best` on the validation split.
+
+    Attributes:
+        tasks: of the run. images: how its images are prepared; None: it was trained on volumes.
 
     Raises InputError for a folder that is no run or a checkpoint of another one.
     """
 
     def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
         trained = load_run(run, checkpoint)
-        self.config, self.label_names, self.channel_names = trained.config, trained.label_names, trained.channel_names
-        self.splits, self.checkpoint, self.digest = trained.cases, checkpoint, trained.digest
-        self.history = trained.history
+        self.config, self.tasks, self.channel_names = trained.config, trained.tasks, trained.channel_names
+        self.images, self.splits, self.checkpoint = trained.images, trained.cases, checkpoint
+        self.digest, self.history = trained.digest, trained.history
         self.device, self.model = choose_device(device), trained.model
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
         self.constant_p = draws_from_constant_p(self.model)
         self.draws_anything = not all(layer.assigned for layer in sfg_layers(self.model).values())
 
-    def volume(self, inputs: np.ndarray, draws: int, by: str = "map") -> Prediction:
+    def volume(self, inputs: np.ndarray, draws: int, by: str = "map", statistics: str = "running") -> Predicted:
         """Predict one volume slice by slice; in-plane patches are aggregated.
 
-        inputs: raw MR [C, Z, Y, X]. The uncertainty comes from `draws` drawn architectures, the same for all slices;
-        the CT and the labels from the most probable architecture (`by` = "map"), or from the mean over the drawn ones
-        ("draws"; always, if p is constant).
+        inputs: raw MR [C, Z, Y, X]. The uncertainty comes from `draws` drawn architectures, the same for all slices.
+        by: what the prediction itself comes from: the most probable architecture ("map"), the mean over the drawn ones
+        ("draws"; instead of "map" also where p is constant), or that of numbers and the class that most of them choose
+        ("mode"; the uncertainty of classes is then that of these choices). statistics: what is normalised by, the
+        "running" statistics of training, or those of each "batch" of slices, as the authors' public code does.
         """
         slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
-        averaged = self.constant_p or (by == "draws" and self.draws_anything)
-        mean, variance = self._slices(slices, draws if averaged else 0)
-        if draws and self.draws_anything and not averaged:
-            variance = self._slices(slices, draws)[1]
-        ct = labels = noise = None
-        start, unit = 0, self.config.objective.ct_scale_hu
-        if "ct" in self.config.tasks:
-            ct, start = mean[:, 0].numpy() * unit, 1
-            if self.config.objective.ct_noise == "heteroscedastic":
-                noise, start = mean[:, 1].numpy() * unit, 2
-        if "organs" in self.config.tasks:
-            labels = mean[:, start:].argmax(1).to(torch.uint8).numpy()
-        spread = variance[:, 0].sqrt() * unit if start else variance.sum(1).sqrt()
-        return Prediction(ct, labels, spread.numpy(), noise)
+        return self._predicted(slices, draws, by, statistics)
 
-    def _slices(self, slices: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of all outputs side by side (CT and its predicted SD in units, class probabilities), [Z,
-        outputs, Y, X]."""
+    def of_images(
+        self, images: Sequence[Case] | np.ndarray, draws: int, by: str = "map", statistics: str = "running"
+    ) -> Predicted:
+        """Predict images: cases, or [N, C, H, W] as `load_images` gives it. The rest as for `volume`."""
+        parts = []
+        for start in range(0, len(images), IMAGES_AT_ONCE):  # never all of them in memory
+            batch = images[start : start + IMAGES_AT_ONCE]
+            if not isinstance(batch, np.ndarray):
+                assert self.images is not None, "the run was trained on volumes"
+                batch = load_images(batch, self.images)
+            parts.append(self._predicted(torch.from_numpy(batch), draws, by, statistics))
+        return {
+            name: {key: np.concatenate([part[name][key] for part in parts]) for key in found}
+            for name, found in parts[0].items()
+        }
+
+    def _predicted(self, x: Tensor, draws: int, by: str, statistics: str) -> Predicted:
+        """x [N, C, H, W] as the network reads it."""
+        averaged = self.constant_p or (by != "map" and self.draws_anything)
+        votes = averaged and by == "mode"
+        mean, variance = self._moments(x, draws if averaged else 0, votes, statistics)
+        if draws and self.draws_anything and not averaged:
+            variance = self._moments(x, draws, votes, statistics)[1]
+        sizes = [task.outputs for task in self.tasks.values()]
+        parts = zip(self.tasks.items(), mean.split(sizes, 1), variance.split(sizes, 1), strict=True)
+        return {name: task.predicted(its_mean, its_variance) for (name, task), its_mean, its_variance in parts}
+
+    def _moments(self, x: Tensor, draws: int, votes: bool, statistics: str) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the linked outputs of all tasks side by side, [N, outputs, ..]."""
         means, variances = [], []
         self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
         # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
-        for batch in slices.split(SLICES_AT_ONCE):
+        for batch in x.split(IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE):
             with torch.random.fork_rng():
-                y = self._patches(batch.to(self.device), draws).cpu()
+                y = self._patches(batch.to(self.device), draws, votes, statistics).cpu()
             mean, variance = y.chunk(2, 1)
             means.append(mean)
             variances.append(variance)
         return torch.cat(means), torch.cat(variances)
 
-    def _patches(self, batch: Tensor, draws: int) -> Tensor:
+    def _patches(self, batch: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
         if self.config.patch is None:
-            return self._predict(batch, draws)
+            return self._predict(batch, draws, votes, statistics)
         from monai.inferers import sliding_window_inference
 
         height, width = self.config.patch
@@ -112,19 +132,18 @@ class Predictor:
             padded,
             (height, width),
             SLICES_AT_ONCE,
-            lambda patches: self._predict(patches, draws),
+            lambda patches: self._predict(patches, draws, votes, statistics),
             overlap=PATCH_OVERLAP,
             mode=PATCH_WEIGHTING,
         )
         assert isinstance(y, Tensor)
         return y[:, :, top : top + batch.shape[2], left : left + batch.shape[3]]
 
-    def _predict(self, x: Tensor, draws: int) -> Tensor:
+    def _predict(self, x: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
         torch.manual_seed(self.config.seed)
-        found = predict(self.model, x, draws, {"organs": lambda y: y.softmax(1), "ct": _with_sd})
-        means = [found[task][0] for task in ("ct", "organs") if task in found]
-        variances = [found[task][1] for task in ("ct", "organs") if task in found]
-        return torch.cat([*means, *variances], 1)
+        links = {name: lambda y, task=task: task.link(y, votes) for name, task in self.tasks.items()}
+        found = predict(self.model, x, draws, links, statistics=statistics)
+        return torch.cat([found[name][moment] for moment in (0, 1) for name in self.tasks], 1)
 
     def of_split(self, cohort: Cohort, split: str) -> tuple[Case, ...]:
         """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says."""
@@ -143,45 +162,61 @@ class Predictor:
         draws: int,
         by: str = "map",
         resume: bool = False,
+        statistics: str = "running",
     ) -> Iterator[tuple[str, Path]]:
-        """Predict cases of a cohort one by one into OUT/CASE/{ct,labels,uncertainty,noise}.nii.gz, same affine and
-        shape as the MR; a case's folder appears when it is complete. OUT/predictions.json says what they are (`About`).
+        """Predict cases of a cohort one by one into OUT, and say in OUT/predictions.json what they are (`About`).
+
+        Of volumes OUT/CASE/ holds a file for each task, called as its target, and uncertainty.nii.gz, with the affine
+        and shape of the MR (`file_name`); a case's folder appears when it is complete. Of images OUT/predictions.csv
+        holds a row for each; it appears when all are complete, until then the rows are in predictions.csv.part.
 
         OUT must be new or empty; with `resume` it may hold predictions of this very run, made in the same way: those of
-        the same MR files are kept, where all their files are as they were written. `draws` and `by` as for `volume`.
-        Yields (case, folder) as each is done. Whatever ends it, complete cases stay; if there is none, nothing of the
-        output remains.
+        the same input files are kept, where they are as they were written. `draws`, `by` and `statistics` as for
+        `volume`. Yields (case, its folder or the table) as each is done. Whatever ends it, what is complete stays; if
+        that is nothing, nothing of the output remains.
 
-        Raises InputError, before anything is done, for `draws` or `by` that can't be, or other MR channels than the
-        run's; and for an OUT that holds anything else, or that another process is writing to.
+        Raises InputError, before anything is done, for `draws`, `by` or `statistics` that can't be, or a cohort of
+        another kind than the run's, or with other channels; and for an OUT that holds anything else, or that another
+        process is writing to.
         """
+        if cohort.images != (self.images is not None):
+            kinds = ["images" if images else "volumes" for images in (cohort.images, not cohort.images)]
+            raise InputError(f"{cohort.root}: a cohort of {kinds[0]}, the run was trained on {kinds[1]}")
         check_same_channels(self.channel_names, cohort, str(cohort.root))
-        if by not in ("map", "draws"):
-            raise InputError(f"by={by!r}: expected map (argmax p) or draws (the mean over drawn architectures)")
-        least = int(self.constant_p or by == "draws")
+        for option, value, known in (("by", by, BY), ("statistics", statistics, STATISTICS)):
+            if value not in known:
+                expected = ", or ".join(f"{word} ({meaning})" for word, meaning in known.items())
+                raise InputError(f"{option}={value!r}: expected {expected}")
+        least = int(self.constant_p or by != "map")
         if draws < least:
             raise InputError(f"draws={draws}: expected at least {least} drawn architectures")
-        return self._one_by_one(cases, out, draws, by, resume)
-
-    def _one_by_one(
-        self, cases: Sequence[Case], out: Path, draws: int, by: str, resume: bool
-    ) -> Iterator[tuple[str, Path]]:
         how: About = {
-            "labels": self.label_names,
             "channels": list(self.channel_names),
             "checkpoint": self.checkpoint,
             "digest": self.digest,
             "draws": draws,
             "by": by,
+            "statistics": statistics,
             "patch": self.config.patch,
+            "tasks": to_json(self.tasks),
         }
-        with _filling(out, how, resume) as (known, written):
+        return (self._table if cohort.images else self._one_by_one)(cases, out, how, resume)
+
+    # --- volumes ------------------------------------------------------------------------------------------------------
+
+    def _one_by_one(self, cases: Sequence[Case], out: Path, how: About, resume: bool) -> Iterator[tuple[str, Path]]:
+        def anything(saved: About) -> bool:
+            return any((out / name).is_dir() for name in saved["cases"])
+
+        with _filling(out, how, resume, anything) as saved:
+            known, written = saved["cases"], saved.setdefault("files", {})
+            write_json(out / ABOUT, {**how, "cases": known, "files": written, "finished": False})
             for case in cases:
-                folder, content = out / case.name, hashes_of_mr(case)
+                folder, content = out / case.name, hashes_of_inputs(case)
                 kept = known.get(case.name) == content and folder.is_dir()
                 if not kept or file_that_differs(folder, written.get(case.name, {})):
                     partial = out / f".partial-{os.getpid()}-{case.name}"
-                    self._write(case, partial, draws, by)
+                    self._write(case, partial, how)
                     if folder.exists():  # of other MR files, or damaged
                         shutil.rmtree(folder)
                     known[case.name] = content
@@ -191,34 +226,101 @@ class Predictor:
                 yield case.name, folder
             write_json(out / ABOUT, {**how, "cases": known, "files": written, "finished": True})
 
-    def _write(self, case: Case, folder: Path, draws: int, by: str) -> None:
+    def _write(self, case: Case, folder: Path, how: About) -> None:
         """Predict one case into a new folder."""
-        mr_only = dataclasses.replace(case, ct=None, labels=None, mask=None)
-        loaded = load_case(mr_only, {})
+        loaded = load_case(dataclasses.replace(case, targets={}, mask=None), {})
         try:
-            result = self.volume(loaded.inputs, draws, by)
+            result = self.volume(loaded.inputs, how["draws"], how["by"], how["statistics"])
         except InputError as error:
             raise InputError(f"case {case.name} ({case.inputs[0]}): {error}") from error
         folder.mkdir()
-        files: dict[str, tuple[np.ndarray | None, Any]] = {
-            "ct": (result.ct, np.float32),
-            "labels": (result.labels, np.uint8),
-            "uncertainty": (result.uncertainty, np.float32),
-            "noise": (result.noise, np.float32),
-        }
-        for name, (array, dtype) in files.items():
-            if array is not None:
-                write_volume(folder / f"{name}.nii.gz", array, loaded.grid, dtype)
+        for name, found in result.items():
+            for key, array in found.items():
+                dtype = np.float32 if key else self.tasks[name].dtype
+                write_volume(folder / file_name(self.tasks, name, key), array, loaded.grid, dtype)
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    def _table(self, cases: Sequence[Case], out: Path, how: About, resume: bool) -> Iterator[tuple[str, Path]]:
+        table, part = out / TABLE, out / f"{TABLE}.part"
+        with _filling(out, how, resume, lambda saved: table.exists() or part.exists()) as saved:
+            hashes = {case.name: hashes_of_inputs(case) for case in cases}
+            if table.exists() and saved.get("table") == sha256_of(table):
+                os.replace(table, part)
+            unchanged = {name for name, found in hashes.items() if saved["cases"].get(name) == found}
+            if how["statistics"] == "batch" and list(saved["cases"].items()) != list(hashes.items()):
+                unchanged = set()  # what is in a batch moves its other predictions, too
+            done = _cut_behind_whole_rows(part, self._columns(), list(hashes), unchanged)
+            write_json(out / ABOUT, {**how, "cases": hashes, "finished": False})
+            for start in range(0, len(cases), IMAGES_AT_ONCE):
+                batch = cases[start : start + IMAGES_AT_ONCE]
+                if start + len(batch) > done:  # a batch is predicted as a whole, as it would have been before
+                    rows = self._rows(batch, how)[max(0, done - start) :]
+                    text = _as_text(rows if part.exists() else [self._columns(), *rows])
+                    with part.open("ab") as file:
+                        file.write(text)
+                for case in batch:
+                    yield case.name, table
+            about = {**how, "cases": hashes, "table": sha256_of(part)}
+            write_json(out / ABOUT, {**about, "finished": False})
+            os.replace(part, table)
+            write_json(out / ABOUT, {**about, "finished": True})
+
+    def _columns(self) -> list[str]:
+        """Of the table: case, and for each task its prediction and what else it predicts."""
+        columns = ["case"]
+        for name, stem in file_stems(self.tasks).items():
+            nothing = torch.zeros(1, self.tasks[name].outputs)
+            columns += [f"{stem}_{key}" if key else stem for key in self.tasks[name].predicted(nothing, nothing)]
+        return columns
+
+    def _rows(self, cases: Sequence[Case], how: About) -> list[list[str]]:
+        columns = [[case.name for case in cases]]
+        for name, found in self.of_images(cases, how["draws"], how["by"], how["statistics"]).items():
+            for key, values in found.items():
+                columns.append([repr(float(value)) if key else self.tasks[name].cell(value) for value in values])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _as_text(rows: Sequence[Sequence[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _cut_behind_whole_rows(table: Path, columns: list[str], names: list[str], unchanged: set[str]) -> int:
+    """Cuts a table, if there is one, behind the last of its first rows that are whole, as a kill may not have left it,
+    and are those of the named images, which have not changed. Returns how many that are."""
+    if not table.exists():
+        return 0
+    size = count = 0
+    for number, line in enumerate(table.read_bytes().split(b"\n")[:-1]):
+        try:
+            cells = next(csv.reader([line.decode()]), [])
+        except (UnicodeDecodeError, csv.Error):
+            break
+        if number == 0:
+            good = cells == columns
+        else:
+            good = len(cells) == len(columns) and [cells[0]] == names[number - 1 : number] and cells[0] in unchanged
+        if not good:
+            break
+        size, count = size + len(line) + 1, number
+    if count:
+        os.truncate(table, size)
+    else:
+        table.unlink()
+    return count
 
 
 @contextmanager
-def _filling(out: Path, how: About, resume: bool) -> Iterator[tuple[dict[str, list[str]], dict[str, dict[str, str]]]]:
-    """OUT, for this process alone, to be filled with predictions made in this way; gives the cases that are there, with
-    the hashes of their MR files, and of the files written. InputError if OUT holds anything else."""
+def _filling(out: Path, how: About, resume: bool, anything: Callable[[About], bool]) -> Iterator[About]:
+    """OUT, for this process alone, to be filled with predictions made in this way; gives what predictions.json says of
+    those that are there. If the block fails and there is not `anything` of them, that file is removed. InputError if
+    OUT holds anything else."""
     about = out / ABOUT
     with alone_in(out):
-        known: dict[str, list[str]] = {}
-        written: dict[str, dict[str, str]] = {}
+        saved: About = {}
         if about.exists() and resume:
             saved = read_json(about, About)
             for key, value in how.items():
@@ -226,20 +328,14 @@ def _filling(out: Path, how: About, resume: bool) -> Iterator[tuple[dict[str, li
                     what = "the digest of the checkpoint" if key == "digest" else key
                     found = f"the predictions there have {saved.get(key)!r}, expected the same or another folder"
                     raise InputError(f"{about}: {what} is {value!r} now, {found}")
-            known, written = saved.get("cases", {}), saved.get("files", {})
         else:
             check_vacant(out, "name a new one" + (", or --resume goes on" if about.exists() else ""))
+        saved.setdefault("cases", {})
         try:
             sweep(out)
-            write_json(about, {**how, "cases": known, "files": written, "finished": False})
-            yield known, written
+            yield saved
         except BaseException:  # Ctrl-C too
             sweep(out)
-            if not any((out / name).is_dir() for name in known):
+            if not anything(saved):
                 about.unlink(missing_ok=True)
             raise
-
-
-def _with_sd(y: Tensor) -> Tensor:
-    """A CT output: of two channels, the second is the log of the SD."""
-    return y if y.shape[1] == 1 else torch.cat([y[:, :1], y[:, 1:].exp()], 1)

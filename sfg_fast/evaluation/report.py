@@ -1,9 +1,12 @@
-"""The report of a run: what it learnt, how well it predicts, and pictures of every predicted case."""
+"""The report of a run: what it learnt, how well it predicts, and pictures of every predicted case.
+
+Of cohorts of images nothing is pictured but numbers, and no image has a row: they may be faces.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,33 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..data.cohort import Cohort, LoadedCase, check_same_channels, check_same_labels, load_case
+from ..data.cases import Case, Cohort, LoadedCase
+from ..data.cohort import check_same_channels, check_same_targets, load_case
 from ..data.preprocessing import normalise
+from ..data.targets import Target
 from ..errors import InputError
 from ..files import make_folder, read_json, read_text
 from ..layers.conv import Features
 from ..networks.controls import entropy, sfg_layers
+from ..tasks import Task
 from ..training.config import difference, read_config
 from ..training.run import load_run
 from . import figures
-from .evaluate import ABOUT, about_predictions, predicted_cases, read_evaluated, read_prediction, read_uncertainty
+from .evaluate import (
+    ABOUT,
+    about_predictions,
+    about_tasks,
+    predicted_cases,
+    predicted_tasks,
+    read_evaluated,
+    read_prediction,
+    read_uncertainty,
+    tasks_differ,
+)
 from .html import write_report
-from .predict import Predictor
+from .predict import BY, Predictor
+
+Drawn = list[tuple[str, str, Figure]]  # name of the file, caption, figure
 
 KERNELS_SHOWN = 4
 
@@ -41,12 +59,13 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         raise InputError(
             f"{predictions / ABOUT}: predicted by another run than {where}, expected that one (or predict again)"
         )
-    if about.get("labels", predictor.label_names) != predictor.label_names:
-        raise InputError(
-            f"{predictions / ABOUT}: labels are {about['labels']}, the run's are {predictor.label_names}, expected the "
-            "same"
-        )
-    check_same_labels(predictor.label_names, cohort, str(run))
+    if (said := about_tasks(about)) and (found := tasks_differ(said, predictor.tasks)):
+        key, there, own = found
+        raise InputError(f"{predictions / ABOUT}: tasks.{key} is {there!r}, the run's is {own!r}, expected the same")
+    if cohort.images != (predictor.images is not None):
+        kind = "images" if predictor.images is not None else "volumes"
+        raise InputError(f"{cohort.root}: the run was trained on {kind}, expected a cohort of such")
+    check_same_targets({task.target: task.of for task in predictor.tasks.values()}, cohort, str(run))
     check_same_channels(predictor.channel_names, cohort, str(cohort.root))
     shown = read_config(run / "config.yaml")
     if found := difference(dataclasses.asdict(shown), dataclasses.asdict(predictor.config)):
@@ -55,44 +74,15 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
             f"{run / 'config.yaml'}: {key} is {there!r}, the run was trained with {trained!r}, expected that"
         )
     cases = predicted_cases(predictions, cohort, about)
-    document = read_evaluated(metrics, predictions, cohort, cases)
+    tasks, targets = predicted_tasks(predictions, cohort, cases, about)
+    document = read_evaluated(metrics, predictions, cohort, cases, tasks)
     folder = out.parent / "figures"
     make_folder(folder)
-    whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
-    drawn: list[tuple[str, str, Figure]] = [
-        (
-            "allocation",
-            "Learned allocation: share of the kernels' probability in each group, by layer (paper, Fig. 3 left).",
-            figures.allocation(history),
-        ),
-        ("allocation_over_training", "Allocation over training.", figures.allocation_over_training(history)),
-        ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
-        ("curves", f"Training. PSNR and Dice: one {whose} slice, to watch, not to report.", figures.curves(history)),
-    ]
-    for index, case in enumerate(cases):
-        loaded = load_case(case, cohort.label_names)
-        ct, labels = read_prediction(predictions, case, loaded)
-        uncertainty = read_uncertainty(predictions, case, loaded)
-        z = telling_slice(loaded)
-        in_plane = loaded.grid.spacing[1:]
-        if index == 0:
-            image = loaded.inputs[0, z]
-            maps = activation_maps(predictor, loaded.inputs, z)
-            caption = "Activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
-            drawn.append(("activation_maps", caption, figures.activation_maps(image, maps, in_plane)))
-        panel = figures.case_panel(
-            loaded.inputs[0, z],
-            _slice(loaded.ct, z),
-            _slice(ct, z),
-            _slice(loaded.labels, z),
-            _slice(labels, z),
-            _slice(uncertainty, z),
-            in_plane,
-            f"{case.name}, axial slice {z}",
-            predictor.label_names,
-            "HU" if "ct" in predictor.config.tasks else "probability",
-        )
-        drawn.append((f"case_{case.name}", f"Case {case.name}.", panel))
+    drawn = _learnt(history, predictor)
+    if cohort.images:
+        drawn += _charts(tasks, document)
+    else:
+        drawn += _cases(predictor, cases, predictions, tasks, targets)
     for name, _, figure in drawn:
         figures.save(figure, folder / f"{name}.png")
     write_report(
@@ -103,6 +93,67 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
         figures=[(caption, figure) for _, caption, figure in drawn],
         notes=_notes(predictor, len(cases), about),
     )
+
+
+def _learnt(history: dict[str, Any], predictor: Predictor) -> Drawn:
+    """What the network learnt, and how."""
+    whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
+    scored = f"a few {whose} images" if predictor.images is not None else f"one {whose} slice"
+    return [
+        (
+            "allocation",
+            "Learned allocation: share of the kernels' probability in each group, by layer (paper, Fig. 3 left).",
+            figures.allocation(history),
+        ),
+        ("allocation_over_training", "Allocation over training.", figures.allocation_over_training(history)),
+        ("entropy", "Mean entropy of the grouping probabilities.", figures.entropy(history)),
+        (
+            "curves",
+            f"Training. The scores of each task are of {scored}, to watch, not to report.",
+            figures.curves(history),
+        ),
+    ]
+
+
+def _charts(tasks: Mapping[str, Task], document: Mapping[str, Any]) -> Drawn:
+    """The predictions of each task against the truth, of all images."""
+    drawn: Drawn = []
+    for name, task in tasks.items():
+        scored = [case[name] for case in document["cases"].values() if name in case]
+        shown = task.chart(scored)
+        if shown is not None and scored:
+            caption = f"{task.title}: predictions against the truth, {len(scored)} images."
+            drawn.append((f"task_{name}", caption, figures.chart(shown)))
+    return drawn
+
+
+def _cases(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    predictions: Path,
+    tasks: Mapping[str, Task],
+    targets: Mapping[str, Target],
+) -> Drawn:
+    """A slice of every predicted case, and what kernels see of the first."""
+    drawn: Drawn = []
+    for index, case in enumerate(cases):
+        loaded = load_case(case, targets)
+        predicted = read_prediction(predictions, case, loaded, tasks)
+        uncertainty = read_uncertainty(predictions, case, loaded, tasks)
+        z = telling_slice(loaded, targets)
+        image, in_plane = loaded.inputs[0, z], loaded.grid.spacing[1:]
+        if index == 0:
+            maps = activation_maps(predictor, loaded.inputs, z)
+            caption = "Activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
+            drawn.append(("activation_maps", caption, figures.activation_maps(image, maps, in_plane)))
+        panels = [background := figures.mr_panel(image)]
+        for name, task in tasks.items():
+            panels += task.panels(background, _slice(loaded.targets, task.target, z), _slice(predicted, name, z))
+        for name, volume in uncertainty.items():
+            panels.append(figures.uncertainty_panel(volume[z], name, tasks[name].uncertainty_unit))
+        panel = figures.case_panel(panels, in_plane, f"{case.name}, axial slice {z}")
+        drawn.append((f"case_{case.name}", f"Case {case.name}.", panel))
+    return drawn
 
 
 def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
@@ -148,28 +199,37 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
     return maps
 
 
-def telling_slice(case: LoadedCase) -> int:
+def telling_slice(case: LoadedCase, targets: Mapping[str, Target]) -> int:
     """The slice with most labels, else the middle one."""
-    if case.labels is None or not case.labels.any():
-        return case.inputs.shape[1] // 2
-    return int((case.labels > 0).sum((1, 2)).argmax())
+    labels = [volume for name, volume in case.targets.items() if targets[name].kind == "labels"]
+    counts = np.sum([(volume > 0).sum((1, 2)) for volume in labels], axis=0)
+    return int(counts.argmax()) if np.any(counts) else case.inputs.shape[1] // 2
 
 
-def _slice(volume: np.ndarray | None, z: int) -> np.ndarray | None:
-    return None if volume is None else volume[z]
+def _slice(volumes: Mapping[str, np.ndarray], name: str, z: int) -> np.ndarray | None:
+    return volumes[name][z] if name in volumes else None
 
 
 def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[str]:
     """`about`: what predict says of the predictions."""
     config = predictor.config
-    averaged = predictor.constant_p or about.get("by") == "draws"
-    whose = "the mean over drawn architectures" if averaged else "those of the most probable architecture"
+    residual = "" if config.network.residual is None else f", residual blocks {config.network.residual}"
+    of = "images" if predictor.images is not None else "cases"
+    by = about.get("by", "")
+    if by == "map" and predictor.constant_p:
+        by = "draws"
+    made = f"from {BY[by]}, checkpoint {about.get('checkpoint')}" if by in BY else "from elsewhere"
     notes = [
-        f"Method {config.network.method}, residual blocks {config.network.residual}, {config.schedule.steps} steps, "
-        f"{cases} cases predicted.",
-        f"CT and labels are {whose}, checkpoint {about.get('checkpoint', 'unknown')}.",
+        f"Network {config.network.name}, method {config.network.method}{residual}, {config.schedule.steps} steps, "
+        f"{cases} {of} predicted.",
+        f"The predictions come {made}.",
         "The uncertainty is the SD over drawn architectures; it is no measure of all that can be wrong.",
     ]
+    if about.get("statistics") == "batch":
+        notes.append(
+            "Features were normalised by the statistics of each batch that was predicted, not by those of training: a "
+            "prediction depends on what else was in its batch."
+        )
     if about.get("finished") is False:
         notes.append("predict was interrupted: some cases may lack.")
     if config.schedule.draw_until < 1 and config.network.method == "sfg":

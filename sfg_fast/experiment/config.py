@@ -6,13 +6,15 @@ import copy
 import dataclasses
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import check_shape, one_line
 from ..networks.methods import METHODS
-from ..training.config import TASKS, TrainConfig
+from ..tasks import TaskOptions, of_images, read_tasks
+from ..training.config import TrainConfig
 from ..training.config import check as check_training
 
 PAPER_ROWS: dict[str, dict[str, Any]] = {
@@ -24,8 +26,14 @@ PAPER_ROWS: dict[str, dict[str, Any]] = {
 }
 """The rows of Table 1."""
 
-PER_RUN = {"data", "out", "tasks", "seed", "folds", "fold"}
+PER_RUN = {"data", "out", "seed", "folds", "fold"}
 """Options of a training that the experiment sets itself."""
+
+TAKEN = ("network.method", "network.grouping")
+"""Options of a training that a row says by `method` and `grouping_of`."""
+
+OF_ROWS = ("method", "grouping_of", "published")
+"""What a row has beside options of a training."""
 
 ALL = "all"
 """The name of the set of all test cases beside the `subsets`."""
@@ -36,16 +44,24 @@ class ExperimentConfig:
     """An experiment.
 
     Args:
-        cohort: folder or list, as for `sfg-fast preprocess`, with train and test cases that have CT and labels.
+        cohort: folder or list, as for `sfg-fast preprocess`, with train and test cases that have the tasks' targets.
         out: folder to be made: cache/, runs/, metrics.json, table.md, report.html, figures/.
         train: the training of every row: the options of `sfg-fast train`.
         methods: the rows of the table in their order: name -> {method: .., and options of `train` that this row has
-            otherwise, such as network.estimator: reinmax}.
-        seeds: of weights, draws and slices; a training for each.
+            otherwise, such as network.estimator: reinmax}. Of method retrain: grouping_of: the row whose learnt
+            grouping is trained anew, with the same seed. published: {task: value} to print beside the row's own.
+        seeds: of weights, draws and examples; a training for each.
         reference: the row that is tested against each other row; null: the one of method sfg without options of its
             own, else the last.
-        subsets: name -> n: tables of their own for the first n test cases, beside those of all.
-        draws: drawn architectures that a prediction of constant p is the mean of.
+        split: which cases are predicted and scored: "test"; or "val", to choose settings by.
+        subsets: name -> n: tables of their own for the first n of these cases, beside those of all.
+        draws: drawn architectures that a prediction is the mean (or mode) of: with `by` draws or mode, and always where
+            p is constant.
+        by: what predicts: "map", the most probable architecture; "draws", the mean over drawn ones; "mode", the mean of
+            numbers and the most frequent class, as in the authors' code.
+        statistics: "running"; or "batch", normalise with the statistics of what is predicted, as in the authors' code.
+        checkpoint: "final", or "best": that of the best look at the validation split.
+        size: height and width that images are resized to; null for none.
         processes: trainings (and cases of preprocessing) at a time on the CPU. On GPUs: one training for each.
     """
 
@@ -55,8 +71,13 @@ class ExperimentConfig:
     methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: copy.deepcopy(PAPER_ROWS))
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
     reference: str | None = None
+    split: str = "test"
     subsets: dict[str, int] = dataclasses.field(default_factory=dict)
     draws: int = 16
+    by: str = "map"
+    statistics: str = "running"
+    checkpoint: str = "final"
+    size: list[int] | None = None
     processes: int = 1
 
 
@@ -107,6 +128,7 @@ def check(config: ExperimentConfig) -> None:
     folded = [name.casefold() for name in config.methods]
     if twice := [name for name in config.methods if folded.count(name.casefold()) > 1]:
         refuse("methods", twice, "names that differ in more than upper and lower case")
+        _check_row(config, name, row)
     if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
         refuse("seeds", config.seeds, "at least one number, each at least 0 and there once")
     if config.reference is not None and config.reference not in config.methods:
@@ -114,20 +136,51 @@ def check(config: ExperimentConfig) -> None:
     for name, count in config.subsets.items():
         if name == ALL or count < 1:
             refuse("subsets", {name: count}, f"a name (not {ALL}) and a number of test cases, at least 1")
+    for key, value, choices in (
+        ("split", config.split, ("test", "val")),
+        ("by", config.by, ("map", "draws", "mode")),
+        ("statistics", config.statistics, ("running", "batch")),
+        ("checkpoint", config.checkpoint, ("final", "best")),
+    ):
+        if value not in choices:
+            refuse(key, value, f"one of {', '.join(choices)}")
+    if config.size is not None and (len(config.size) != 2 or min(config.size) < 1):
+        refuse("size", config.size, "null, or height and width in pixels")
+    if config.size is not None and not of_images(read_tasks(config.train.tasks)):
+        refuse("size", config.size, "null, because the tasks are of volumes")
     for key, count in (("draws", config.draws), ("processes", config.processes)):
         if count < 1:
             refuse(key, count, "at least 1")
     jobs(config)
 
 
+def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None:
+    """InputError for what a row has beside options of a training."""
+    where = f"methods[{name!r}]"
+    if (row["method"] == "retrain") != ("grouping_of" in row):
+        given = repr(row.get("grouping_of"))
+        expected = "a row of method sfg" if row["method"] == "retrain" else "it with method retrain alone"
+        raise InputError(f"{where}: grouping_of={given}, expected {expected}")
+    of = config.methods.get(row.get("grouping_of", ""), {})
+    if "grouping_of" in row and of.get("method") != "sfg":
+        raise InputError(f"{where}: grouping_of={row['grouping_of']!r}, expected the name of a row of method sfg")
+    published = row.get("published", {})
+    check_shape(published, dict[str, float], where, "published")
+    tasks = read_tasks(config.train.tasks)
+    if unknown := [task for task in published if task not in tasks]:
+        raise InputError(f"{where}: published has {unknown[0]!r}, expected tasks: {', '.join(tasks)}")
+
+
 def reference_row(config: ExperimentConfig) -> str:
     """The row that is tested against the others."""
-    plain = [name for name, row in config.methods.items() if row == {"method": "sfg"}]
+    rows = {name: row.keys() - {"published"} for name, row in config.methods.items()}
+    plain = [name for name, keys in rows.items() if keys == {"method"} and config.methods[name]["method"] == "sfg"]
     return config.reference or (plain or list(config.methods))[-1]
 
 
 def jobs(config: ExperimentConfig) -> list[Job]:
-    """Everything that has to be trained: seed by seed, so that a whole table stands early.
+    """Everything that has to be trained: seed by seed, so that a whole table stands early; what takes a grouping after
+    those who learn it.
 
     Raises InputError for a row with an option that a training does not have, or a value that it can't have.
     """
@@ -136,11 +189,29 @@ def jobs(config: ExperimentConfig) -> list[Job]:
     for seed in config.seeds:
         for name, train in of_rows.items():
             folder = Path(config.out) / "runs" / name / f"seed_{seed}"
-            alone = train.network.method == "one_task"
-            parts = [(folder / task, [task]) for task in TASKS] if alone else [(folder, list(TASKS))]
-            trainings = [dataclasses.replace(train, out=str(out), tasks=tasks, seed=seed) for out, tasks in parts]
+            if (of := config.methods[name].get("grouping_of")) is not None:
+                learnt = str(Path(config.out) / "runs" / of / f"seed_{seed}")
+                train = dataclasses.replace(train, network=dataclasses.replace(train.network, grouping=learnt))
+            parts: dict[Path, Any] = {folder: train.tasks}
+            if train.network.method == "one_task":
+                parts = {folder / task: _only(task, train.tasks) for task in read_tasks(train.tasks)}
+            trainings = [
+                dataclasses.replace(train, out=str(out), tasks=tasks, seed=seed) for out, tasks in parts.items()
+            ]
             found.append(Job(name, seed, folder, trainings))
     return found
+
+
+def _only(task: str, tasks: TaskOptions) -> TaskOptions:
+    """The options of one of the tasks."""
+    return {task: tasks[task]} if isinstance(tasks, dict) else [task]
+
+
+def waves(every: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that don't wait for each other: first those that learn, then those that take what was learnt."""
+    takes = [job.trainings[0].network.grouping is not None for job in every]
+    parts = [[job for job, late in zip(every, takes, strict=True) if late == wave] for wave in (False, True)]
+    return [part for part in parts if part]
 
 
 def _training(config: ExperimentConfig, name: str) -> TrainConfig:
@@ -148,14 +219,14 @@ def _training(config: ExperimentConfig, name: str) -> TrainConfig:
     from jsonargparse import ArgumentError, ArgumentParser
 
     where, train = f"methods[{name!r}]", config.train
-    row = {key: value for key, value in config.methods[name].items() if key != "method"}
+    row = {key: value for key, value in config.methods[name].items() if key not in OF_ROWS}
     options = {key: value for key, value in dataclasses.asdict(train).items() if key not in PER_RUN}
     for key, value in row.items():
         *parents, last = key.split(".")
         part: Any = options
         for parent in parents:
             part = part.get(parent) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or last not in part or isinstance(part[last], dict) or key == "network.method":
+        if not isinstance(part, dict) or last not in part or isinstance(part[last], dict) or key in TAKEN:
             raise InputError(f"{where}: {key}={value!r}, expected options of a training such as network.estimator")
         part[last] = value
     parser = ArgumentParser(exit_on_error=False)
@@ -166,6 +237,8 @@ def _training(config: ExperimentConfig, name: str) -> TrainConfig:
         raise InputError(f"{where}: {one_line(error)}") from error
     found = TrainConfig(data=train.data, out=train.out, **parsed.as_dict())
     found.network.method = config.methods[name]["method"]
+    if found.network.method == "retrain":
+        found.network.grouping = str(Path(config.out) / "runs" / config.methods[name]["grouping_of"])  # of no seed yet
     if found.network.method == "one_task" and isinstance(found.network.init, list):
         found.network.init = "uniform"  # its grouping is fixed, and probabilities of three groups do not fit its two
     try:

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.cohort import Case, load_case
+from ..data.targets import Target
 from ..evaluation import figures, html
 from ..evaluation.predict import Predictor
 from ..evaluation.report import activation_maps, telling_slice
 from ..files import make_folder, read_text, replacing, write_json
 from ..networks.controls import map_assignment, sfg_layers
 from ..reference import SFGConv2d
+from ..tasks import Measure, read_tasks, to_json
+from ..training.run import load_run
 from .config import ALL, ExperimentConfig, Job, reference_row
-from .table import OVERALL, Scores, Section, comparisons, section, subject_means, to_markdown
+from .table import FEW, Rows, Scores, Section, comparisons, section, subject_means, to_compare, to_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,33 +30,44 @@ def write_results(
     every: Sequence[Job],
     documents: Mapping[str, Mapping[int, Any]],
     subsets: Mapping[str, list[str]],
-    shown: Case,
+    shown: Case | None,
+    targets: Mapping[str, Target],
 ) -> None:
     """Write the results into `config.out`, each file whole or not at all.
 
     every: the jobs, all done; documents: {row: {seed: its metrics.json}}; subsets: {name: test cases}, all of them
-    under "all"; shown: the case whose activation maps are drawn.
+    under "all"; shown: the case whose activation maps are drawn, None for none; targets: the cohort's.
     """
     out, reference = Path(config.out), reference_row(config)
     scores = {row: {seed: document["cases"] for seed, document in seeds.items()} for row, seeds in documents.items()}
-    conventions = next(iter(next(iter(documents.values())).values()))["conventions"]
+    tasks = read_tasks(config.train.tasks, targets)
+    measures, about = to_compare(tasks), _about(config, documents)
+    rules = {
+        f"{name}: {term}" if len(tasks) > 1 else term: rule
+        for name, task in tasks.items()
+        for term, rule in task.rules().items()
+    }
     write_json(
         out / "metrics.json",
         {
-            "conventions": conventions,
+            "tasks": to_json(tasks),
+            "rules": rules,
             "reference": reference,
+            "published": about.published,
+            "parameters": about.parameters,
+            "flops": about.flops,
             "subsets": subsets,
             "methods": {row: {str(seed): cases for seed, cases in seeds.items()} for row, seeds in scores.items()},
-            "tests": {name: comparisons(scores, cases, reference) for name, cases in subsets.items()},
+            "tests": {name: comparisons(scores, cases, measures, reference) for name, cases in subsets.items()},
         },
     )
-    label_names = conventions["label_names"]
     sections = [
-        section(_title(name, len(cases)), scores, cases, label_names, reference) for name, cases in subsets.items()
+        section(_title(name, len(cases), config.split), scores, cases, tasks, reference, about)
+        for name, cases in subsets.items()
     ]
     with replacing(out / "table.md") as partial:
-        partial.write_text(to_markdown(sections, conventions["rules"]), encoding="utf-8")
-    drawn = _figures(config, every, scores, subsets[ALL], shown)
+        partial.write_text(to_markdown(sections, rules), encoding="utf-8")
+    drawn = _subjects(scores, subsets[ALL], measures) + _learnt(config, every, shown, targets)
     make_folder(out / "figures")
     for name, _, figure in drawn:
         figures.save(figure, out / "figures" / f"{name}.png")
@@ -64,50 +78,65 @@ def write_results(
         [
             *map(_html, sections),
             html.section("Figures", pictures),
-            html.section("Measures", html.conventions(conventions["rules"])),
+            html.section("Measures", html.conventions(rules)),
         ],
         read_text(out / "experiment.yaml"),
     )
 
 
-def _title(name: str, count: int) -> str:
-    return f"All {count} test cases" if name == ALL else f"{name}: the first {count} test cases"
+def _about(config: ExperimentConfig, documents: Mapping[str, Mapping[int, Any]]) -> Rows:
+    methods = config.methods
+    one_task = [name for name, row in methods.items() if row["method"] == "one_task"]
+    return Rows(
+        published={name: row["published"] for name, row in methods.items() if "published" in row},
+        parameters={name: next(iter(seeds.values()))["parameters"] for name, seeds in documents.items()},
+        flops={name: _mean([one["flops"] for one in seeds.values()]) for name, seeds in documents.items()},
+        single=one_task[0] if one_task else None,
+    )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _title(name: str, count: int, split: str) -> str:
+    return f"All {count} {split} cases" if name == ALL else f"{name}: the first {count} {split} cases"
 
 
 def _html(part: Section) -> str:
     return html.section(part.title, "".join(map(html.table, part.tables)) + html.bullets(part.notes))
 
 
-def _figures(
-    config: ExperimentConfig, every: Sequence[Job], scores: Scores, cases: Sequence[str], shown: Case
-) -> list[tuple[str, str, Figure]]:
-    """(file name, caption, figure): all subjects; and what every row that learns its grouping has learnt, with the
-    first seed."""
-    measures = [measure for measure in OVERALL if not measure.less_is_better]
+def _subjects(scores: Scores, cases: Sequence[str], measures: Sequence[Measure]) -> list[tuple[str, str, Figure]]:
+    """(file name, caption, figure) of all subjects, unless there are too many to be told apart."""
+    if len(cases) > FEW:
+        return []
     strips = {
-        measure.title: dict(zip(scores, subject_means(scores, cases, measure.place).tolist(), strict=True))
+        measure.title: dict(
+            zip(scores, (measure.factor * subject_means(scores, cases, measure.place)).tolist(), strict=True)
+        )
         for measure in measures
     }
-    drawn = [("subjects", "Each test case, averaged over seeds; a bar is a method's mean.", figures.subjects(strips))]
+    caption = "Each test case, averaged over seeds; a bar is a method's mean."
+    return [("subjects", caption, figures.subjects(strips))]
+
+
+def _learnt(
+    config: ExperimentConfig, every: Sequence[Job], shown: Case | None, targets: Mapping[str, Target]
+) -> list[tuple[str, str, Figure]]:
+    """(file name, caption, figure) of what every row that learns its grouping has learnt, with the first seed."""
+    drawn = []
     for job in every:
         if job.trainings[0].network.method != "sfg" or job.seed != config.seeds[0]:
             continue
-        predictor = Predictor(job.folder, config.train.device)
-        history = predictor.history
-        case = load_case(shown, {})
-        z = telling_slice(case)
-        maps = activation_maps(predictor, case.inputs, z)
+        predictor = Predictor(job.folder, config.train.device, config.checkpoint)
+        history = load_run(job.folder).history  # to the end of the training, whatever predicts
         of = f"{job.row}, seed {job.seed}"
         drawn += [
             (
                 f"allocation {job.row}",
                 f"{of}: share of the kernels' probability in each group, by layer (paper, Fig. 3 left).",
                 figures.allocation(history),
-            ),
-            (
-                f"activation_maps {job.row}",
-                f"{of}: activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right).",
-                figures.activation_maps(case.inputs[0, z], maps, (case.grid.spacing[1], case.grid.spacing[2])),
             ),
             (
                 f"allocation_over_training {job.row}",
@@ -121,6 +150,14 @@ def _figures(
                 figures.architecture(_kernels(predictor), history["groups"]),
             ),
         ]
+        if shown is not None:
+            case = load_case(shown, targets)
+            z = telling_slice(case, targets)
+            maps = activation_maps(predictor, case.inputs, z)
+            caption = "activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
+            spacing = (case.grid.spacing[1], case.grid.spacing[2])
+            picture = figures.activation_maps(case.inputs[0, z], maps, spacing)
+            drawn.append((f"activation_maps {job.row}", f"{of}: {caption}", picture))
     return drawn
 
 

@@ -2,8 +2,8 @@
 
     OUT/experiment.yaml                        the configuration
     OUT/cache/                                 the preprocessed cohort
-    OUT/runs/METHOD/seed_S[/TASK]              a run as `sfg-fast train` leaves it (TASK: one-task networks)
-    OUT/runs/METHOD/seed_S/metrics.json        the test cases' metrics; written last: this job is done
+    OUT/runs/ROW/seed_S[/TASK]                 a run as `sfg-fast train` leaves it (TASK: one-task networks)
+    OUT/runs/ROW/seed_S/metrics.json           the test cases' metrics; written last: this job is done
     OUT/metrics.json, table.md, report.html, figures/
 
 Killed at any moment, the same experiment goes on; what is done is not done again.
@@ -18,30 +18,35 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from .. import backends
 from ..data.cache import Cache
 from ..data.cohort import Case, load_case, read_cohort
 from ..data.preprocessing import preprocess
+from ..data.targets import Target
+from ..data.volumes import volume_shape
 from ..errors import InputError, Preempted
-from ..evaluation.evaluate import mask_of
+from ..evaluation.evaluate import scene_of
 from ..evaluation.metrics import Metrics, case_metrics, metrics_document, read_metrics
 from ..evaluation.predict import Predictor
 from ..files import alone_in, check_vacant, read_json, replacing, write_json
 from ..gpu.gpu_check import gpu_check
+from ..networks.cost import flops, parameters
+from ..tasks import Task, read_tasks
 from ..training.config import TrainConfig, difference, read_config
 from ..training.parallel import choose_device
 from ..training.run import AboutData, build_network, load_run
 from ..training.trainer import Trainer
-from .config import ALL, ExperimentConfig, Job, check, jobs
+from .config import ALL, ExperimentConfig, Job, check, jobs, waves
 from .report import write_results
 
 
@@ -53,49 +58,79 @@ def run_experiment(config: ExperimentConfig) -> None:
     """
     check(config)
     out, cohort = Path(config.out), read_cohort(Path(config.cohort))
-    test = cohort.split("test")
+    test = cohort.split(config.split)
     if not test:
-        raise InputError(f"cohort={config.cohort!r}: it has no test cases, expected at least one")
-    if bare := [case.name for case in test if case.ct is None and case.labels is None]:
-        raise InputError(f"cohort={config.cohort!r}: test case {bare[0]} has neither CT nor labels to compare with")
+        raise InputError(f"cohort={config.cohort!r}: it has no {config.split} cases, expected at least one")
+    tasks = read_tasks(config.train.tasks, cohort.targets)
+    targets = [task.target for task in tasks.values()]
+    for case in test:
+        if not any(target in case.targets or target in case.values for target in targets):
+            what = f"has none of {', '.join(targets)} to compare with"
+            raise InputError(f"cohort={config.cohort!r}: {config.split} case {case.name} {what}")
     for name, count in config.subsets.items():
         if count > len(test):
-            raise InputError(f"subsets={ {name: count} }: the cohort has {len(test)} test cases, expected at most that")
+            raise InputError(
+                f"subsets={ {name: count} }: the cohort has {len(test)} {config.split} cases, expected at most that"
+            )
     settings = out / "experiment.yaml"
     with alone_in(out):
         if not settings.exists():
             check_vacant(out)
-        cache = preprocess(cohort, out / "cache", processes=config.processes)
+        size = None if config.size is None else (config.size[0], config.size[1])
+        cache = preprocess(cohort, out / "cache", processes=config.processes, size=size)
         every = jobs(config)
         _check_networks(every, cache)
         names = [case.name for case in test]
-        _check_unchanged(every, cache, config.draws, names)
+        _check_unchanged(every, cache, config, names)
         with replacing(settings) as partial:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-        work = functools.partial(_complete, test=test, label_names=cache.label_names, draws=config.draws)
+        work = functools.partial(_complete, test=test, targets=cache.targets, config=config)
         try:
             left, places = [job for job in every if not _scores(job).exists()], _places(config)
             if left and places[0] is not None and config.train.gpu_check == "on" and backends.current() == "auto":
                 gpu_check(torch.device("cuda", places[0]))  # once, before all runs would want to at the same time
-            _do(left, work, len(every), places)
+            _do(waves(left), work, len(every), places)
         except Preempted as error:
             raise Preempted(f"{out}: stopped by SIGTERM, everything is saved; the same command goes on") from error
         documents: dict[str, dict[int, Any]] = {name: {} for name in config.methods}
         for job in every:
             documents[job.row][job.seed] = read_metrics(_scores(job), Scored)
         subsets = {name: names[:count] for name, count in config.subsets.items()}
-        write_results(config, every, documents, {**subsets, ALL: names}, test[0])
+        shown = None if cohort.images else test[0]
+        write_results(config, every, documents, {**subsets, ALL: names}, shown, cache.targets)
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 
-class Scored(Metrics):
-    """metrics.json of a job: the `metrics_document` of the test cases, how many draws their predictions are means of,
-    and the digests of the networks that predicted."""
+class How(NamedTuple):
+    """How a job predicts: by `draws` drawn architectures, 0 for none; `by` and `statistics` as in the configuration;
+    with which `checkpoint`."""
 
     draws: int
+    by: str
+    statistics: str
+    checkpoint: str
+
+
+def _how(job: Job, config: ExperimentConfig) -> How:
+    """A constant p has no most probable architecture, only the mean over draws; what is fixed draws nothing."""
+    method, by = job.trainings[0].network.method, config.by
+    if method == "constant_p":
+        by = "draws" if by == "map" else by
+    elif method != "sfg":
+        by = "map"
+    return How(0 if by == "map" else config.draws, by, config.statistics, config.checkpoint)
+
+
+class Scored(Metrics):
+    """metrics.json of a job: the `metrics_document` of the test cases; how they were predicted, and the digests of the
+    networks that did; what these cost: trained weights, and FLOPs of a prediction of one image."""
+
+    how: dict[str, Any]
     digests: list[str]
+    parameters: int
+    flops: float
 
 
 def _scores(job: Job) -> Path:
@@ -106,37 +141,67 @@ def _final(training: TrainConfig) -> Path:
     return Path(training.out) / "checkpoints" / "final.pt"
 
 
-def _complete(job: Job, test: Sequence[Case], label_names: dict[str, int], draws: int) -> None:
+def _complete(job: Job, test: Sequence[Case], targets: Mapping[str, Target], config: ExperimentConfig) -> None:
     """Train what is not trained yet, then score the test cases."""
     for training in job.trainings:
         if not _final(training).exists():
             with alone_in(Path(training.out)):
                 Trainer(training, resume=True).run()
-    predictors = [Predictor(Path(training.out), training.device) for training in job.trainings]
-    cases = {case.name: _score(case, predictors, label_names, draws) for case in test}
-    how = {"draws": _draws(job, draws), "digests": [predictor.digest for predictor in predictors]}
-    write_json(_scores(job), {**how, **metrics_document(cases, label_names)})
+    how = _how(job, config)
+    predictors = [Predictor(Path(training.out), training.device, how.checkpoint) for training in job.trainings]
+    tasks = {name: task for predictor in predictors for name, task in predictor.tasks.items()}
+    if predictors[0].images is None:
+        cases = {case.name: _score(case, predictors, how, tasks, targets) for case in test}
+    else:
+        cases = _score_images(test, predictors, how, tasks)
+    cost = {
+        "parameters": sum(parameters(predictor.model) for predictor in predictors),
+        "flops": sum(flops(predictor.model, _example(predictor, test[0])) for predictor in predictors),
+    }
+    digests = [predictor.digest for predictor in predictors]
+    write_json(_scores(job), {"how": how._asdict(), "digests": digests, **cost, **metrics_document(cases, tasks)})
 
 
-def _score(case: Case, predictors: Sequence[Predictor], label_names: dict[str, int], draws: int) -> dict[str, Any]:
-    """The metrics of a case from the CT and the labels of whichever network predicts them."""
-    truth = load_case(case, label_names)
-    found: dict[str, np.ndarray] = {}
+def _score(
+    case: Case,
+    predictors: Sequence[Predictor],
+    how: How,
+    tasks: Mapping[str, Task],
+    targets: Mapping[str, Target],
+) -> dict[str, Any]:
+    """The metrics of a case from the volumes of whichever network predicts them."""
+    truth = load_case(case, targets)
+    predicted: dict[str, np.ndarray] = {}
     for predictor in predictors:
-        # The most probable architecture; a constant p has none, only the mean over draws.
-        prediction = predictor.volume(truth.inputs, draws if predictor.constant_p else 0)
-        for name, array in (("ct", prediction.ct), ("labels", prediction.labels)):
-            if array is not None:
-                found[name] = array
+        volumes = predictor.volume(truth.inputs, how.draws, how.by, how.statistics)
+        predicted |= {task: parts[""] for task, parts in volumes.items()}
     try:
-        return case_metrics(truth.ct, found["ct"], truth.labels, found["labels"], mask_of(truth), label_names)
+        return case_metrics(tasks, truth.targets, predicted, scene_of(truth, targets))
     except InputError as error:
         raise InputError(f"case {case.name}: {error}") from error
 
 
-def _draws(job: Job, draws: int) -> int:
-    """How many draws the predictions of this job are means of; 0 for argmax p."""
-    return draws if job.trainings[0].network.method == "constant_p" else 0
+def _score_images(
+    test: Sequence[Case], predictors: Sequence[Predictor], how: How, tasks: Mapping[str, Task]
+) -> dict[str, Any]:
+    """The metrics of each image from whichever network predicts it."""
+    predicted: dict[str, np.ndarray] = {}
+    for predictor in predictors:
+        values = predictor.of_images(test, how.draws, how.by, how.statistics)
+        predicted |= {task: parts[""] for task, parts in values.items()}
+    return {
+        case.name: case_metrics(tasks, case.values, {name: values[i] for name, values in predicted.items()}, None)
+        for i, case in enumerate(test)
+    }
+
+
+def _example(predictor: Predictor, case: Case) -> Tensor:
+    """An image of the size that the network is run on."""
+    if predictor.images is not None:
+        shape = (predictor.images.channels, *predictor.images.size)
+    else:
+        shape = (len(case.inputs), *(predictor.config.patch or volume_shape(case.inputs[0])[1:]))
+    return torch.zeros(1, *shape, device=predictor.device)
 
 
 # --- before anything is trained ---------------------------------------------------------------------------------------
@@ -147,12 +212,12 @@ def _check_networks(every: Sequence[Job], cache: Cache) -> None:
     for job in every:
         for training in job.trainings:
             try:
-                build_network(training, cache.in_channels, len(cache.label_names))
+                build_network(training, cache.in_channels, read_tasks(training.tasks, cache.targets))
             except InputError as error:
                 raise InputError(f"methods[{job.row!r}]: {error}") from error
 
 
-def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int, test: list[str]) -> None:
+def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfig, test: list[str]) -> None:
     """InputError, naming the first difference, if runs are there of another configuration or cohort, or a file of
     theirs can't be read."""
     for job in every:
@@ -175,8 +240,10 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, draws: int, test: list[
         for folder, digest in zip(finished, digests, strict=True):
             if digest not in done["digests"]:
                 raise InputError(f"{_scores(job)}: not the scores of {folder} as it is now; remove one of them")
-        if (drawn := done["draws"]) != _draws(job, draws):
-            raise InputError(f"draws={draws}: {job.folder} was predicted by {drawn}, expected the same or another out")
+        for key, now in _how(job, config)._asdict().items():
+            if (before := done["how"].get(key)) != now:
+                there = f"{job.folder} was predicted with {before!r}, expected the same or another out"
+                raise InputError(f"{key}={now!r}: {there}")
         if different := set(test) ^ done["cases"].keys():
             where = f"{_scores(job)}: its cases are not the cohort's test cases"
             raise InputError(f"{where} ({min(different)} is in one of them), expected the same")
@@ -194,18 +261,20 @@ def _places(config: ExperimentConfig) -> list[int | None]:
     return [None] * config.processes
 
 
-def _do(left: Sequence[Job], work: Callable[[Job], None], total: int, places: list[int | None]) -> None:
+def _do(left: Sequence[Sequence[Job]], work: Callable[[Job], None], total: int, places: list[int | None]) -> None:
+    """left: waves of jobs, each of which needs what those before it have learnt."""
     from tqdm import tqdm
 
-    with tqdm(total=total, initial=total - len(left), desc="experiment", unit="run") as bar:
-        if len(places) == 1:
-            for job in left:
+    with tqdm(total=total, initial=total - sum(map(len, left)), desc="experiment", unit="run") as bar:
+        for wave in left:
+            if len(places) > 1:
+                with _sigterm_raises():
+                    _in_processes(wave, work, places, bar.update)
+                continue
+            for job in wave:
                 bar.set_postfix_str(f"{job.row}, seed {job.seed}")
                 work(job)
                 bar.update()
-        else:
-            with _sigterm_raises():
-                _in_processes(left, work, places, bar.update)
 
 
 def _in_processes(

@@ -1,28 +1,27 @@
 """The tables of an experiment: Table 1 for every row, and how sure its differences are.
 
-Scores of a row are `{seed: {case: case_metrics}}`; `Scores` are those of all rows, in the order of the table. Whatever
-is averaged, the seeds are averaged first, for each subject; then mean and SD are over subjects, and so are the tests.
+Scores of a row are `{seed: {case: {task: metrics}}}`; `Scores` are those of all rows, in the order of the table.
+Whatever is averaged, the seeds are averaged first, for each subject; then mean and SD are over subjects, and so are the
+tests.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..evaluation.metrics import Table, cell, heading, markdown, number_at, organ_values, spread
+from ..tables import Table, cell, markdown, number_at, spread
+from ..tasks import Measure, Task
 
 Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
-
-class Measure(NamedTuple):
-    """A column: its heading, where its number is in a case's metrics, decimals, and whether less is better."""
-
-    title: str
-    place: tuple[str, ...]
-    digits: int
-    less_is_better: bool = False
+RESAMPLES = 9999
+"""Of a bootstrap: the least p that it can give is 2 / 10,000."""
+FEW = 50
+"""Up to so many subjects a table has their SD; of thousands, each right or wrong, it says nothing."""
 
 
 class Section(NamedTuple):
@@ -33,56 +32,68 @@ class Section(NamedTuple):
     notes: list[str]
 
 
-OVERALL = (
-    Measure("PSNR in mask [dB]", ("ct", "overall", "psnr_in_mask"), 2),
-    Measure("MAE [HU]", ("ct", "overall", "mae_hu"), 1, less_is_better=True),
-    Measure("Dice", ("dice_mean",), 3),
-)
-"""What is tested."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the table knows of each row, beside its scores.
 
-_CT_TABLES = (
-    ("(a) CT synthesis: PSNR in the mask [dB]", "psnr_in_mask", 2, False),
-    ("(a) CT synthesis: PSNR with zero outside [dB]", "psnr_zero_outside", 2, False),
-    ("(a) CT synthesis: MAE [HU]", "mae_hu", 1, True),
-)
+    published: of each task, where somebody has published it. parameters: trained weights; flops: of a prediction of one
+    image; each of all networks of the row. single: the row of one-task networks that relative changes are against,
+    None without one.
+    """
+
+    published: Mapping[str, Mapping[str, float]]
+    parameters: Mapping[str, int]
+    flops: Mapping[str, float]
+    single: str | None
+
+
+def to_compare(tasks: Mapping[str, Task]) -> list[Measure]:
+    """The measures that differences between methods are tested of; the task stands before titles that several have."""
+    found = [(name, measure) for name, task in tasks.items() for measure in task.measures if measure.tested]
+    titles = [measure.title for _, measure in found]
+    alike = {title for title in titles if titles.count(title) > 1}
+    return [m._replace(title=f"{name}: {m.title}") if m.title in alike else m for name, m in found]
 
 
 def section(
-    title: str, scores: Scores, cases: Sequence[str], label_names: Mapping[str, int], reference: str
+    title: str, scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], reference: str, about: Rows
 ) -> Section:
-    """Table 1 (a) and (b), the tests of the row `reference` against each other row, and the spread over seeds, for
-    these cases. What nobody was scored for is left out."""
-    organs = list(organ_values(label_names))
-    tables = []
-    for caption, key, digits, less in _CT_TABLES:
-        regions = ["overall", "bones", "organs", *organs]
-        columns = [Measure(heading(region), ("ct", region, key), digits, less) for region in regions]
-        tables.append(_score_table(caption, scores, cases, columns))
-    columns = [Measure("Overall", ("dice_mean",), 3)]
-    columns += [Measure(heading(organ), ("dice", organ), 3) for organ in organs]
-    tables.append(_score_table("(b) Segmentation: Dice", scores, cases, columns))
-    compared = comparisons(scores, cases, reference)
+    """An overview, a table for each row of each task (Table 1 (a) and (b)), the tests of the row `reference` against
+    each other row, and the spread over seeds, for these cases. What nobody was scored for is left out."""
+    tables = [_overview(scores, cases, tasks, about)]
+    regions = _regions(scores, cases, tasks)
+    for letter, task in zip("abcdefghijklmnopqrstuvwxyz", tasks.values(), strict=False):
+        for row in task.rows(regions):
+            caption = f"({letter}) {row.caption}" + (f": {row.title}" if row.title else "")
+            tables.append(_score_table(caption, scores, cases, row.columns))
+    measures = to_compare(tasks)
+    compared = comparisons(scores, cases, measures, reference)
+    tables += [_test_table(compared, measures, reference), _seed_table(scores, cases, measures)]
     seeds = len(next(iter(scores.values())))
+    spreads = "mean (SD)" if len(cases) <= FEW else "means"
     return Section(
         title,
-        [table for table in (*tables, _test_table(compared, reference), _seed_table(scores, cases)) if table.rows],
+        [table for table in tables if table.rows],
         [
-            f"Cells are mean (SD) over {len(cases)} subjects, each averaged over {seeds} seeds first. Bold: best; "
+            f"Cells are {spreads} over {len(cases)} subjects, each averaged over {seeds} seeds first. Bold: best; "
             "italic: second best.",
-            *_about_tests(compared, reference),
+            *_about_overview(tasks, about),
+            *_about_tests(compared, measures, reference),
         ],
     )
 
 
-def comparisons(scores: Scores, cases: Sequence[str], reference: str) -> list[dict[str, Any]]:
-    """The row `reference` against each other row, for each measure of `OVERALL` that there is.
+def comparisons(
+    scores: Scores, cases: Sequence[str], measures: Sequence[Measure], reference: str
+) -> list[dict[str, Any]]:
+    """The row `reference` against each other row, for each measure that there is.
 
     Returns a list of {"measure", "method", "n": subjects with both numbers, "difference": mean of reference minus
-    other, "p": of a paired two-sided Wilcoxon signed-rank test, "p_holm": corrected for the comparisons of the
-    measure}; the last three are None for n = 0.
+    other, as it is shown, "p": of a paired two-sided test over subjects (`Measure.test`), "p_holm": corrected for the
+    comparisons of the measure}; the last three are None for n = 0.
     """
     found = []
-    for measure in OVERALL:
+    for measure in measures:
         values = subject_means(scores, cases, measure.place)
         if not np.isfinite(values).any():
             continue
@@ -90,7 +101,7 @@ def comparisons(scores: Scores, cases: Sequence[str], reference: str) -> list[di
         rows: list[dict[str, Any]] = []
         for name, other in zip(scores, values, strict=True):
             if name != reference:
-                difference = (own - other)[np.isfinite(own - other)]
+                difference = measure.factor * (own - other)[np.isfinite(own - other)]
                 some = len(difference) > 0
                 rows.append(
                     {
@@ -98,11 +109,11 @@ def comparisons(scores: Scores, cases: Sequence[str], reference: str) -> list[di
                         "method": name,
                         "n": len(difference),
                         "difference": float(difference.mean()) if some else None,
-                        "p": wilcoxon(difference) if some else None,
+                        "p": TESTS[measure.test](difference) if some else None,
                     }
                 )
-        tested = [row for row in rows if row["p"] is not None]
-        corrected = iter(holm([row["p"] for row in tested]))
+        tested_rows = [row for row in rows if row["p"] is not None]
+        corrected = iter(holm([row["p"] for row in tested_rows]))
         found += [{**row, "p_holm": None if row["p"] is None else next(corrected)} for row in rows]
     return found
 
@@ -114,6 +125,25 @@ def wilcoxon(differences: np.ndarray) -> float:
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
+def bootstrap(differences: np.ndarray) -> float:
+    """p of the two-sided bootstrap test that the mean of paired differences [n] is 0: twice the share of resampled
+    means on the other side of 0 (Efron, Tibshirani 1993), at least 2 / (RESAMPLES + 1). The same numbers give the
+    same p."""
+    from scipy import stats
+
+    if len(differences) < 2 or not differences.any():
+        return 1.0
+    found = stats.bootstrap(
+        (differences,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", random_state=0
+    )
+    means = found.bootstrap_distribution
+    beyond = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    return min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))
+
+
+TESTS = {"wilcoxon": wilcoxon, "bootstrap": bootstrap}
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """The p of several tests, corrected after Holm (1979), in the same order."""
     corrected, largest = [0.0] * len(p), 0.0
@@ -123,13 +153,26 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
+def relative_change(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], single: str) -> np.ndarray:
+    """Delta p, [rows, seeds], in percent: by how much a row is better than the one-task networks of the same seed, the
+    mean over tasks of the relative change of `Task.relative` (Maninis, Radosavovic, Kokkinos 2019, eq. 4). NaN where a
+    task has no number."""
+    changes = []
+    for task in tasks.values():
+        means = _mean(values_of(scores, cases, task.relative.place), 2)  # [rows, seeds]
+        alone = means[list(scores).index(single)]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            changes.append((-1 if task.relative.less_is_better else 1) * (means - alone) / alone)
+    return 100 * np.mean(changes, axis=0)
+
+
 def subject_means(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.ndarray:
     """[rows, cases]: the number at a place of the metrics, averaged over the seeds that have one; NaN without any."""
-    return _mean(_values(scores, cases, place), 1)
+    return _mean(values_of(scores, cases, place), 1)
 
 
 def to_markdown(sections: Sequence[Section], rules: Mapping[str, str]) -> str:
-    """Sections as a Markdown document. rules: how the numbers are measured, from a `metrics_document`."""
+    """Sections as a Markdown document. rules: how the numbers are measured."""
     parts = []
     for title, tables, notes in sections:
         parts.append(f"## {title}\n")
@@ -140,7 +183,7 @@ def to_markdown(sections: Sequence[Section], rules: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _values(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.ndarray:
+def values_of(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.ndarray:
     """[rows, seeds, cases], NaN where there is no number."""
     return np.array(
         [[[number_at(by_case[case], place) for case in cases] for by_case in row.values()] for row in scores.values()],
@@ -153,31 +196,101 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     return np.ma.masked_invalid(values).mean(axis).filled(np.nan)
 
 
+def _regions(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task]) -> list[str]:
+    """The regions of labels that any case has."""
+    own = {"overall", "bones"}
+    found: dict[str, None] = {}
+    for by_seed in scores.values():
+        for by_case in by_seed.values():
+            for case in cases:
+                for task in tasks:
+                    found |= dict.fromkeys(by_case[case].get(task, {}).get("regions", {}))
+    return [name for name in found if name not in own]
+
+
+def _overview(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], about: Rows) -> Table:
+    """Each task's number with its SD over seeds, what was published, Delta p, and what a row costs."""
+    header, rows = ["Method"], [[name] for name in scores]
+
+    def column(title: str, cells: Sequence[str]) -> None:
+        header.append(title)
+        for row, text in zip(rows, cells, strict=True):
+            row.append(text)
+
+    for name, task in tasks.items():
+        measure = task.relative
+        means = measure.factor * _mean(values_of(scores, cases, measure.place), 2)
+        column(f"{name}: {measure.title}", _marked(means, measure))
+        if any(name in row for row in about.published.values()):
+            texts = [_number(about.published.get(row, {}).get(name), measure.digits) for row in scores]
+            column(f"{name}: published", texts)
+    if about.single is not None:
+        column("Delta p [%]", _marked(relative_change(scores, cases, tasks, about.single), _DELTA))
+    column("parameters", [f"{about.parameters[row]:,}" for row in scores])
+    column("MFLOPs per image", [f"{about.flops[row] / 1e6:.1f}" for row in scores])
+    return Table("Overview: mean (SD over seeds)", header, rows)
+
+
+_DELTA = Measure("Delta p [%]", (), 1)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _marked(by_seed: np.ndarray, measure: Measure) -> list[str]:
+    """Cells of values [rows, seeds], the best and the second best marked."""
+    spreads = [spread(row[np.isfinite(row)]) for row in by_seed]
+    marks = _marks([one["mean"] for one in spreads], measure)
+    texts = [cell(one, measure.digits, by_seed.shape[1]) for one in spreads]
+    return [f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True)]
+
+
+def _about_overview(tasks: Mapping[str, Task], about: Rows) -> list[str]:
+    found = []
+    if about.single is not None:
+        numbers = " and ".join(f"{name}: {task.relative.title}" for name, task in tasks.items())
+        found.append(
+            f"Delta p: by how many percent a row is better than {about.single}, the mean over tasks of the relative "
+            f"change ({numbers}), for each seed."
+        )
+    found.append(
+        "Parameters: weights that were trained, of all networks of a row; MFLOPs: of one pass of all of them over one "
+        "image, a multiplication and an addition counting as two."
+    )
+    return found
+
+
 def _score_table(caption: str, scores: Scores, cases: Sequence[str], columns: Sequence[Measure]) -> Table:
     """A row for each method; without any rows, if no method has a number in the first column."""
     cells = []
     for measure in columns:
-        values = subject_means(scores, cases, measure.place)
+        values = measure.factor * subject_means(scores, cases, measure.place)
         if measure is columns[0] and not np.isfinite(values).any():
             return Table(caption, [], [])
         spreads = [spread(row[np.isfinite(row)]) for row in values]
         marks = _marks([row["mean"] for row in spreads], measure)
         texts = [cell(row, measure.digits, len(cases)) for row in spreads]
+        if len(cases) > FEW:
+            texts = [_number(row["mean"], measure.digits) for row in spreads]
         cells.append([f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True)])
     rows = [[name, *row] for name, *row in zip(scores, *cells, strict=True)]
     return Table(caption, ["Method", *(measure.title for measure in columns)], rows)
 
 
 def _marks(means: Sequence[float | None], measure: Measure) -> list[str]:
-    """`**` for the best and `*` for the second best, as they are printed: what reads the same is marked the same."""
+    """`**` for the best and `*` for the second best, as they are printed: what reads the same is marked the same.
+    Nothing where the sign matters."""
+    if measure.signed:
+        return [""] * len(means)
     shown = [None if mean is None else round(mean, measure.digits) for mean in means]
     ranking = sorted({value for value in shown if value is not None}, reverse=not measure.less_is_better)
     marks = dict(zip(ranking, ("**", "*"), strict=False))
     return ["" if value is None else marks.get(value, "") for value in shown]
 
 
-def _test_table(compared: Sequence[Mapping[str, Any]], reference: str) -> Table:
-    digits = {measure.title: measure.digits for measure in OVERALL}
+def _test_table(compared: Sequence[Mapping[str, Any]], measures: Sequence[Measure], reference: str) -> Table:
+    digits = {measure.title: measure.digits for measure in measures}
     header, rows = ["Against"], {row["method"]: [row["method"]] for row in compared}
     for title in dict.fromkeys(row["measure"] for row in compared):
         header += [f"{title}: difference", "n", "p", "p (Holm)"]
@@ -188,29 +301,38 @@ def _test_table(compared: Sequence[Mapping[str, Any]], reference: str) -> Table:
     return Table(f"{reference} minus each other row", header, list(rows.values()))
 
 
-def _about_tests(compared: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+def _about_tests(compared: Sequence[Mapping[str, Any]], measures: Sequence[Measure], reference: str) -> list[str]:
     """What the tests are, and what so many subjects can show at all."""
     if not compared:
         return []
     n = max(row["n"] for row in compared)
     others = len({row["method"] for row in compared})
-    least = 2 / 2**n
-    first = (
-        f"Tests: {reference} against each other row, paired two-sided Wilcoxon signed-rank test over subjects, seeds "
-        f"averaged first; p (Holm) is corrected for the {others} comparisons of a measure."
-    )
-    bound = f"With {n} subjects the least p is 2/2^{n} = {least:.3g}"
-    if least > 0.05:
-        return [first, f"{bound}: no difference, whatever its size, can reach 0.05."]
-    if others * least > 0.05:
-        return [first, f"{bound}, corrected for {others} comparisons {others * least:.3g}: it cannot reach 0.05."]
-    return [first, f"{bound}, corrected for {others} comparisons {min(1.0, others * least):.3g}."]
+    tests = {measure.test for measure in measures if measure.title in {row["measure"] for row in compared}}
+    what = {
+        "wilcoxon": "paired two-sided Wilcoxon signed-rank test over subjects",
+        "bootstrap": f"paired two-sided bootstrap over subjects ({RESAMPLES} resamples)",
+    }
+    named = " or ".join(text for test, text in what.items() if test in tests)
+    found = [
+        f"Tests: {reference} against each other row, {named}, seeds averaged first (so they say nothing of other "
+        f"seeds); p (Holm) is corrected for the {others} comparisons of a measure."
+    ]
+    if "wilcoxon" in tests:
+        least = 2 / 2**n
+        bound = f"With {n} subjects the least p is 2/2^{n} = {least:.3g}"
+        if least > 0.05:
+            found.append(f"{bound}: no difference, whatever its size, can reach 0.05.")
+        elif others * least > 0.05:
+            found.append(f"{bound}, corrected for {others} comparisons {others * least:.3g}: it cannot reach 0.05.")
+        else:
+            found.append(f"{bound}, corrected for {others} comparisons {min(1.0, others * least):.3g}.")
+    return found
 
 
-def _seed_table(scores: Scores, cases: Sequence[str]) -> Table:
+def _seed_table(scores: Scores, cases: Sequence[str], measures: Sequence[Measure]) -> Table:
     header, rows = ["Method"], [[name] for name in scores]
-    for measure in OVERALL:
-        means = _mean(_values(scores, cases, measure.place), 2)  # [rows, seeds]
+    for measure in measures:
+        means = measure.factor * _mean(values_of(scores, cases, measure.place), 2)  # [rows, seeds]
         if np.isfinite(means).any():
             header.append(measure.title)
             for row, values in zip(rows, means, strict=True):

@@ -84,6 +84,16 @@ def set_estimator(model: nn.Module, name: str | Estimator, every: int = 1) -> No
         layer.estimator, layer.every = name, every
 
 
+def set_noise_on(model: nn.Module, noise_on: str) -> None:
+    """Choose what the noise of all layers' draws is added to: "log_p" (the default, the paper's: groups are drawn with
+    probability p), or "p", as the authors' public code has it: with probability softmax(p). See `GroupGates`.
+
+    Raises ValueError for another word.
+    """
+    for layer in sfg_layers(model).values():
+        layer.noise_on = noise_on
+
+
 @contextlib.contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
     """Draw assignments inside the `with`, also in `eval()` (fixed ones stay)."""
@@ -99,7 +109,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """`eval()` inside the `with`; after it every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -110,14 +120,31 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, which is in `eval()`, normalisations use the statistics of each batch. After it the running
+    ones are what they were."""
+    norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, *, lr: float | None = None, logits_factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """Groups of parameters for any optimiser of torch: `AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)`.
 
     Nothing decays the logits of the groupings: decay would draw p towards uniform, whatever is learnt. Nor biases and
-    scales of normalisations, as is usual; `weight_decay` is for the rest. `lr`: a learning rate for all groups; the
-    logits' is `logits_factor` times as large (p learns slowly; the training command takes 10).
+    scales of normalisations, as is usual, nor what a module calls `not_decayed`; `weight_decay` is for the rest.
+    `lr`: a learning rate for all groups; the logits' is `logits_factor` times as large (p learns slowly; the training
+    command takes 10).
 
     Returns groups named "weights", with a decay "not_decayed", and "logits", of the parameters that require a gradient;
     none is empty. Raises ValueError for a `logits_factor` without `lr`.
@@ -125,9 +152,10 @@ def parameter_groups(
     if lr is None and logits_factor != 1:
         raise ValueError(f"logits_factor={logits_factor}: expected lr, too, which it multiplies")
     logits = {id(layer.logits): layer.logits for layer in sfg_layers(model).values()}
+    spared = {id(getattr(one, name)) for one in model.modules() for name in getattr(one, "not_decayed", ())}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "not_decayed": [], "logits": []}
     for parameter in model.parameters():
-        decays = parameter.dim() > 1 or not weight_decay
+        decays = not weight_decay or (parameter.dim() > 1 and id(parameter) not in spared)
         kind = "logits" if id(parameter) in logits else "weights" if decays else "not_decayed"
         if parameter.requires_grad:
             groups[kind].append(parameter)
@@ -194,7 +222,7 @@ def recalibrate(
         if isinstance(module, SFGConv2d) and module.norm is not None
     }
     try:
-        with _evaluating(model):
+        with evaluating(model):
             if best is not None:
                 assign(model, best)
             for norm in norms:
@@ -267,15 +295,24 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, x: Tensor, draws: int = 0, links: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    model: nn.Module,
+    x: Tensor,
+    draws: int = 0,
+    links: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    *,
+    statistics: str = "running",
 ) -> dict[str, Prediction]:
     """Prediction of a multi-task model, {task: (mean, variance)}, each as the model's own output.
 
     draws = 0: argmax p (`map`), variance zero. draws = S > 0: mean and variance (divided by S) over S drawn
     architectures. Constant p (estimator `none`) has no meaningful argmax and needs draws.
     `links` are applied to a task's output before averaging, e.g. {"organs": lambda y: y.softmax(1)}.
-    Raises ValueError for negative `draws`, or draws = 0 with constant p.
+    `statistics`: what normalisations use, the "running" ones of training; or those of this "batch", as the authors'
+    public code does (of each draw its own): a prediction then depends on what else is in the batch.
+    Raises ValueError for negative `draws`, draws = 0 with constant p, or another word for `statistics`.
     """
+    if statistics not in ("running", "batch"):
+        raise ValueError(f"statistics={statistics!r} is unknown, expected 'running' or 'batch'")
     if draws < 0:
         raise ValueError(f"draws={draws}: expected 0 (argmax p) or a number of draws")
     if draws == 0:
@@ -285,7 +322,12 @@ def predict(
     links = links or {}
     mean: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: no cancellation for HU offsets)
-    with _evaluating(model), sampling(model) if draws else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if draws:
+            stack.enter_context(sampling(model))
+        if statistics == "batch":
+            stack.enter_context(_batch_statistics(model))
         for draw in range(max(draws, 1)):
             for task, y in model(x).items():
                 y = links[task](y) if task in links else y

@@ -9,7 +9,7 @@ SFG-layers followed by 1x1 convolutional layers applied to the merged features."
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
+from .parts import Column, ReadTask, ResidualBlock
 
 RESIDUAL = ("separate", "routed")
 
@@ -32,14 +33,19 @@ class SFGHighResNet(nn.Module):
         blocks: residual blocks in each stage.
         residual: "separate" (the paper's: T+1 stacks with weights of their own, merge by concatenation + 1x1) or
             "routed" (the blocks' convolutions are SFG layers, merge by summation; several times cheaper).
-        method: "sfg" or one of the paper's four baselines, which are special cases of this class (`methods.METHODS`):
-            "one_task", "hard_sharing", "constant_mask", "constant_p".
+        method: "sfg" or one of the others of `methods.METHODS` that are special cases of this class: the paper's four
+            baselines "one_task", "hard_sharing", "constant_mask", "constant_p", and "even_split", "retrain".
         norm, init, estimator: as in `SFGConv2d`.
+        noise_on: see `GroupGates`.
 
     Raises:
         ValueError: for an unknown `residual` or `method`, a `width` that is neither a number nor three, several
-            outputs with `method="one_task"`.
+            outputs with `method="one_task"`, `method="cross_stitch"` (`CrossStitch`).
     """
+
+    per_image = False  # a value for each voxel, not for each image
+    least_size = 1
+    sizes = ("width", "blocks", "residual")  # the options that say how large the network is
 
     def __init__(
         self,
@@ -53,20 +59,17 @@ class SFGHighResNet(nn.Module):
         norm: str | None = "batch",
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
+        noise_on: str = "log_p",
     ) -> None:
         super().__init__()
-        if residual not in RESIDUAL:
-            raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
-        widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
-        if len(widths) != 3:
-            raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
+        widths = _widths(width, residual)
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
         tasks = tuple(outputs)
         options = layer_options(method, tasks, norm, init, estimator)
 
         stages, channels = [], in_channels
         for stage, wide in enumerate(widths):
-            sfg = SFGConv2d(channels, wide, 3, padding=1, activation="relu", **options)
+            sfg = _layer(channels, wide, options)
             modules: dict[str, nn.Module] = {"sfg": sfg}
             if residual == "separate":
                 modules["blocks"] = nn.Sequential(
@@ -74,17 +77,15 @@ class SFGHighResNet(nn.Module):
                 )
                 modules["merge"] = Merge(wide, tasks)
             else:
-                modules["blocks"] = nn.Sequential(*(RoutedBlock(sfg, 2**stage, **options) for _ in range(blocks)))
+                modules["blocks"] = nn.Sequential(*_routed(sfg, blocks, stage, options))
             stages.append(nn.ModuleDict(modules))
             channels = wide
         self.stages = nn.ModuleList(stages)
-        self.final = nn.Sequential(
-            *(SFGConv2d(channels, channels, 3, padding=1, activation="relu", **options) for _ in range(2))
-        )
+        self.final = nn.Sequential(*(_layer(channels, channels, options) for _ in range(2)))
         self.heads = Heads(channels, outputs)
         he_initialise(self)
-        nn.init.normal_(self.heads.conv.weight, 0.0, 0.05)  # small, so that training starts from their biases
-        fix_grouping(self, method)
+        _start_from_biases(self.heads.conv)
+        fix_grouping(self, method, noise_on)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
@@ -93,3 +94,54 @@ class SFGHighResNet(nn.Module):
             parts += [stage["sfg"], *stage["blocks"]]  # type: ignore[index]
             parts += [stage["merge"]] if "merge" in stage else []  # type: ignore[index,operator]
         return self.heads(drawn_first([*parts, *self.final], x))
+
+    @staticmethod
+    def column(
+        in_channels: int,
+        task: str,
+        outputs: int,
+        options: Mapping[str, Any],
+        width: int | Sequence[int] = 16,
+        blocks: int = 3,
+        residual: str = "separate",
+    ) -> Column:
+        """A network of this architecture for one task; `options`: of its layers. With `residual="separate"` it has one
+        stack of residual blocks in each stage, and nothing to merge."""
+        stages: list[list[nn.Module]] = []
+        channels = in_channels
+        for stage, wide in enumerate(_widths(width, residual)):
+            sfg, read = _layer(channels, wide, options), ReadTask(task)
+            if residual == "separate":
+                plain = (ResidualBlock(wide, 2**stage, block == 0, options["norm"]) for block in range(blocks))
+                stages.append([sfg, read, *plain])
+            else:
+                stages.append([sfg, *_routed(sfg, blocks, stage, options), read])
+            channels = wide
+        final = [_layer(channels, channels, options), _layer(channels, channels, options), ReadTask(task)]
+        head = nn.Conv2d(channels, outputs, 1)
+        _start_from_biases(head)
+        return Column(stages, final, head)
+
+
+def _widths(width: int | Sequence[int], residual: str) -> tuple[int, ...]:
+    if residual not in RESIDUAL:
+        raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
+    widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
+    if len(widths) != 3:
+        raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
+    return widths
+
+
+def _layer(channels: int, kernels: int, options: Mapping[str, Any]) -> SFGConv2d:
+    return SFGConv2d(channels, kernels, 3, padding=1, activation="relu", **options)
+
+
+def _routed(trunk: SFGConv2d, blocks: int, stage: int, options: Mapping[str, Any]) -> Iterable[nn.Module]:
+    return (RoutedBlock(trunk, 2**stage, **options) for _ in range(blocks))
+
+
+def _start_from_biases(head: nn.Conv2d) -> None:
+    """Small weights, so that training starts from the biases."""
+    nn.init.normal_(head.weight, 0.0, 0.05)
+    assert head.bias is not None
+    nn.init.zeros_(head.bias)

@@ -1,4 +1,5 @@
-"""The paper's methods: all are special cases of an SFG network, by configuration (section 3, "Baselines")."""
+"""The methods that are compared. The paper's are special cases of an SFG network, by configuration (section 3,
+"Baselines"); so is all else but cross-stitch networks, which are networks of their own (cross_stitch.py)."""
 
 from __future__ import annotations
 
@@ -16,23 +17,36 @@ METHODS = {
     "constant_mask": "a fixed even split of the kernels, 1/(T+1) each",
     "constant_p": "p = 1/(T+1) for every group, never learnt; drawn anew at every step",
     "sfg": "the grouping is learnt",
+    "even_split": "no kernel is shared: a fixed even split among the tasks, learnt jointly",
+    "cross_stitch": "a network for each task, which read one another after every stage (Misra et al. 2016)",
+    "retrain": "as sfg, but the grouping is fixed from the start: one that another run has learnt",
 }
 
 
 def layer_options(
     method: str, tasks: Sequence[str], norm: str | None, init: str | Sequence[Any] | Tensor, estimator: str
 ) -> dict[str, Any]:
-    """Options of the network's SFG layers. Raises ValueError for an unknown method, or several tasks with one_task."""
+    """Options of the network's SFG layers. Raises ValueError for an unknown method, several tasks with one_task,
+    cross_stitch, or a task whose name no module can have.
+
+    With `retrain` the grouping is drawn from a constant p, as with `constant_p`, until `assign` fixes it.
+    """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(METHODS)}")
+    if method == "cross_stitch":
+        raise ValueError("method='cross_stitch' is a network of its own, expected networks.build.build(..)")
+    for task in tasks:  # heads, and parts of frozen networks, are called so
+        if "." in task or hasattr(nn.ModuleDict(), task):
+            raise ValueError(f"outputs: a module of torch can't be called {task!r}, expected another name for the task")
     if method == "one_task" and len(tasks) != 1:
         raise ValueError(f"method='one_task' needs exactly one output, got {list(tasks)}")
     options = {"tasks": tuple(tasks), "norm": norm, "bias": norm is None, "init": init, "estimator": estimator}
-    return options | {"init": "uniform", "estimator": "none"} if method == "constant_p" else options
+    constant = {"init": "uniform", "estimator": "none"}
+    return options | constant if method in ("constant_p", "retrain") else options
 
 
-def fix_grouping(network: nn.Module, method: str) -> None:
-    """Assign what the method has fixed."""
+def fix_grouping(network: nn.Module, method: str, noise_on: str = "log_p") -> None:
+    """Assign what the method has fixed, and set what the noise of all draws is added to."""
     for module in network.modules():
         if not isinstance(module, SFGConv2d) or module.shares_grouping:
             continue
@@ -43,6 +57,9 @@ def fix_grouping(network: nn.Module, method: str) -> None:
             module.assign(torch.zeros(kernels, dtype=torch.int64))
         elif method == "constant_mask":
             module.assign(torch.arange(kernels) * groups // kernels)
+        elif method == "even_split":
+            module.assign(1 + torch.arange(kernels) * (groups - 1) // kernels)
+        module.noise_on = noise_on
         if method != "sfg":
             module.estimator = "none"
 

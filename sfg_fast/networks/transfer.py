@@ -53,7 +53,7 @@ def transfer(
 
     Raises:
         ValueError: unknown tasks, layers of other shapes, a source drawn from a constant p, a target whose grouping is
-            not learnt, nothing to learn beside what is frozen.
+            not learnt, nothing to learn beside what is frozen, or a target that would draw kernels into frozen groups.
     """
     layers, sources = sfg_layers(target), sfg_layers(source)
     groups = _groups(layers, sources, tasks)
@@ -63,6 +63,8 @@ def transfer(
     new = [group for group in range(len(names)) if group not in groups]
     if freeze and not new:
         raise ValueError(f"freeze: each task of the target ({', '.join(names[1:])}) would be frozen, nothing to learn")
+    if freeze and any(layer.noise_on == "p" for layer in layers.values()):
+        raise ValueError("freeze: the target's noise is on p, which draws kernels into every group, expected 'log_p'")
 
     transferred, assignments = {}, {}
     for name, layer in layers.items():

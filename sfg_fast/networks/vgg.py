@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layers.conv import SFGConv2d
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
+from .parts import Column, ReadTask, check_size
 
 # Kernels of each convolution, in units of the first one's; "pool": halve the image.
 VGG11: tuple[int | str, ...] = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool")
@@ -26,10 +27,14 @@ class SFGVGG(nn.Module):
         in_channels: channels of the image.
         outputs: outputs of each task, in order: classes, or 1 (or more) for regression, e.g. {"gender": 2, "age": 1}.
         width: kernels of the first convolution (VGG-11: 64).
-        method, norm, init, estimator: as in `SFGHighResNet`.
+        method, norm, init, estimator, noise_on: as in `SFGHighResNet`.
 
     Images need at least 32 rows and columns. Raises ValueError as `SFGHighResNet` does.
     """
+
+    per_image = True  # a value for each image, not for each voxel
+    least_size = 32
+    sizes = ("width",)  # the options that say how large the network is
 
     def __init__(
         self,
@@ -41,26 +46,47 @@ class SFGVGG(nn.Module):
         norm: str | None = "batch",
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
+        noise_on: str = "log_p",
     ) -> None:
         super().__init__()
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
-        options = layer_options(method, tuple(outputs), norm, init, estimator)
-        layers, channels = [], in_channels
-        for size, following in zip(VGG11, (*VGG11[1:], None), strict=True):
-            if isinstance(size, int):
-                # The maximum stands before the gate: of a kernel that was not drawn it would be one of zeros behind it,
-                # and tell its gate nothing.
-                activation = "relu_pool" if following == "pool" else "relu"
-                layers.append(SFGConv2d(channels, width * size, 3, padding=1, activation=activation, **options))
-                channels = width * size
+        layers = _layers(in_channels, width, layer_options(method, tuple(outputs), norm, init, estimator))
+        channels = layers[-1].out_channels
         self.features = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({task: nn.Linear(channels, size) for task, size in outputs.items()})
         he_initialise(self)
-        fix_grouping(self, method)
+        fix_grouping(self, method, noise_on)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task]]}."""
-        if min(x.shape[2:]) < 32:
-            raise ValueError(f"the image has size {tuple(x.shape[2:])}, expected at least (32, 32)")
+        check_size(x, self.least_size)
         features = drawn_first(self.features, x)
         return {task: head(features.merged(task).mean((2, 3))) for task, head in self.heads.items()}
+
+    @staticmethod
+    def column(in_channels: int, task: str, outputs: int, options: Mapping[str, Any], width: int = 64) -> Column:
+        """A network of this architecture for one task, whose stages end with a pooling. `options`: of its layers."""
+        stages: list[list[nn.Module]] = [[]]
+        for layer in _layers(in_channels, width, options):
+            stages[-1].append(layer)
+            if layer.activation == "relu_pool":
+                stages[-1].append(ReadTask(task))
+                stages.append([])
+        channels = layer.out_channels
+        final = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return Column(stages[:-1], final, nn.Linear(channels, outputs))
+
+
+def _layers(in_channels: int, width: int, options: Mapping[str, Any]) -> list[SFGConv2d]:
+    if not isinstance(width, int):
+        raise ValueError(f"width={width!r}: expected a number, of the kernels of vgg's first convolution")
+    layers: list[SFGConv2d] = []
+    channels = in_channels
+    for size, following in zip(VGG11, (*VGG11[1:], None), strict=True):
+        if isinstance(size, int):
+            # The maximum stands before the gate: of a kernel that was not drawn it would be one of zeros behind it,
+            # and tell its gate nothing.
+            activation = "relu_pool" if following == "pool" else "relu"
+            layers.append(SFGConv2d(channels, width * size, 3, padding=1, activation=activation, **options))
+            channels = width * size
+    return layers

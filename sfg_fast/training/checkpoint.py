@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import InputError
 from ..files import one_line
 
-VERSION = 3
+VERSION = 4
 KEYS = {
     "model",
     "objective",

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import check_shape, one_line, read_text
+from ..networks.build import NETWORKS
+from ..networks.methods import METHODS
+from ..tasks import USUAL, TaskOptions, of_images, read_tasks
 
-TASKS = ("ct", "organs")
 PRECISIONS = ("float32", "bfloat16")
 DECAYS = ("cosine", "polynomial", "constant")
 # What may differ in a run that is resumed: it moves nothing but files and time.
@@ -19,50 +21,51 @@ OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad
 
 @dataclasses.dataclass
 class NetworkConfig:
-    """The network (`SFGHighResNet`).
+    """The network.
 
     Args:
-        width: channels of the three stages.
-        blocks: residual blocks in each stage.
-        residual: "separate" (the paper's) or "routed" (cheaper).
-        method: "sfg", or a baseline: one_task, hard_sharing, constant_mask, constant_p.
+        name: "highresnet" (`SFGHighResNet`), for a value per voxel, or "vgg" (`SFGVGG`), for a value per image.
+        width: channels of highresnet's three stages, or of vgg's first convolution; null: [16, 32, 64], or 64.
+        blocks: of highresnet: residual blocks in each stage; null: 3.
+        residual: of highresnet: "separate" (the paper's) or "routed" (cheaper); null: separate.
+        method: "sfg", or another: one_task, hard_sharing, constant_mask, constant_p, even_split, cross_stitch, retrain
+            (docs/network.md).
         norm: "batch", or null for none.
         init: initial p: a name (uniform, dirichlet, mostly_shared, mostly_specific, vertex), or probabilities, shared
             first.
         estimator: gradient estimator of the grouping: straight_through, gumbel_softmax, gumbel_rao, reinmax or
             selected.
+        noise_on: what the noise of a draw is added to: "log_p", so that groups are drawn with probability p; or "p", as
+            in the authors' public code: they are drawn with probability softmax(p).
         every: look at the groups that kernels were not drawn into at every n-th step only: cheaper, the same mean.
+        grouping: of method retrain: folder of a finished run, whose most probable assignment is fixed from the start.
     """
 
-    width: list[int] = dataclasses.field(default_factory=lambda: [16, 32, 64])
-    blocks: int = 3
-    residual: str = "separate"
+    name: str = "highresnet"
+    width: int | list[int] | None = None
+    blocks: int | None = None
+    residual: str | None = None
     method: str = "sfg"
     norm: str | None = "batch"
     init: str | list[float] = "mostly_shared"
     estimator: str = "straight_through"
+    noise_on: str = "log_p"
     every: int = 1
+    grouping: str | None = None
 
 
 @dataclasses.dataclass
 class ObjectiveConfig:
-    """The objective, eq. 2.
+    """The penalties of the objective, eq. 2. (Its likelihoods are the tasks'.)
 
     Args:
         lambda1: weight of the sum of squared kernel norms.
         lambda2: weight of the sum of entropies of the grouping probabilities. Large ones keep p from deciding
             (docs/experiment.md).
-        ct_scale_hu: unit of the network's CT output in HU; also the SD of its Gaussian likelihood while that is fixed.
-        ct_noise: SD of the CT likelihood: "fixed"; "learned", a parameter that weighs the task by its noise; or
-            "heteroscedastic", predicted for every voxel.
-        organs_noise: "fixed", or "learned": a parameter that weighs the task by its noise.
     """
 
     lambda1: float = 1e-3
     lambda2: float = 1e-3
-    ct_scale_hu: float = 400.0
-    ct_noise: str = "fixed"
-    organs_noise: str = "fixed"
 
 
 @dataclasses.dataclass
@@ -71,7 +74,7 @@ class ScheduleConfig:
 
     Args:
         steps: optimiser steps.
-        batch: slices (or patches) in a mini-batch of one process; M of eq. 2 is batch x accumulate x processes.
+        batch: slices, patches or images in a mini-batch of one process; M of eq. 2 is batch x accumulate x processes.
         accumulate: mini-batches whose gradients are added up for a step, each with a draw of its own.
         learning_rate: of Adam, for weights.
         logits_factor: the logits' learning rate is this many times the weights'.
@@ -128,36 +131,41 @@ class TrainConfig:
     Args:
         data: folder made by `sfg-fast preprocess`.
         out: run folder to be made: config.yaml, checkpoints/, history.json, summary.json, progress.png, tensorboard/.
-        tasks: which of ct, organs to learn.
+        tasks: what to learn: name -> {kind: .., options of the kind} (docs/tasks.md); or names alone, of ct, organs.
         folds: train on k - 1 of k parts of the cohort's train and val cases and validate on the other, one after the
             other, to OUT/fold_0 ..; the parts are in DATA/splits_final.json. null: the cohort's own split.
         fold: only this one of the folds, 0 .. k - 1.
-        patch: height and width of random in-plane patches in voxels; null for whole slices.
-        foreground: share of the slices (or patches) that must show an organ.
-        bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none.
+        patch: height and width of random in-plane patches in voxels; null for whole slices. (Of volumes.)
+        foreground: share of the slices (or patches) that must show a label. (Of volumes.)
+        bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none. (Of
+            volumes.)
+        flip: augmentation: mirror every second image, left to right. (Of images.)
+        shift: augmentation: move images by up to so many pixels. (Of images.)
         seed: of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         gpu_check: "on": if this GPU was never checked, `sfg-fast gpu-check` runs before the first step (a minute), so
             that the fastest kernels that are right are taken; "off": it does not, and such a GPU takes `masked`.
         precision: "float32", or "bfloat16" where autocast allows it.
-        workers: processes that read slices ahead; 0: none.
+        workers: processes that read ahead; 0: none.
         same_assignment: one draw for all processes, and batch statistics over all of them (as one process with the
             whole batch). Otherwise each process draws its own.
-        log_every: steps between looks at a held-out slice and at the grouping.
+        log_every: steps between looks at held-out examples and at the grouping.
         checkpoint_every: steps between checkpoints, and between looks at the validation split.
-        validation_slices: how many slices of the validation split are looked at.
+        validation_slices: how many slices (or images) of the validation split are looked at.
         keep: how many checkpoints to resume from are kept.
         max_bad_steps: how many steps with a gradient that isn't finite are left out before the run gives up.
     """
 
     data: str
     out: str
-    tasks: list[str] = dataclasses.field(default_factory=lambda: list(TASKS))
+    tasks: TaskOptions = dataclasses.field(default_factory=lambda: list(USUAL))
     folds: int | None = None
     fold: int | None = None
     patch: list[int] | None = None
     foreground: float = 0.33
     bias: float = 0.1
+    flip: bool = False
+    shift: int = 0
     seed: int = 0
     device: str = "auto"
     gpu_check: str = "on"
@@ -231,13 +239,8 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"{key}={value!r}: expected {expected}")
 
     check_shape(dataclasses.asdict(config), TrainConfig, "the configuration")
-    schedule, objective = config.schedule, config.objective
-    if (
-        not config.tasks
-        or any(task not in TASKS for task in config.tasks)
-        or len(set(config.tasks)) < len(config.tasks)
-    ):
-        refuse("tasks", config.tasks, f"one or more of {', '.join(TASKS)}, each once")
+    schedule, objective, network = config.schedule, config.objective, config.network
+    _check_examples(config)
     if config.patch is not None and (len(config.patch) != 2 or min(config.patch) < 1):
         refuse("patch", config.patch, "null, or height and width in voxels")
     for key, count in {
@@ -245,8 +248,8 @@ def check(config: TrainConfig) -> None:
         "schedule.batch": schedule.batch,
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
-        "network.blocks": config.network.blocks,
-        "network.every": config.network.every,
+        "network.blocks": 1 if network.blocks is None else network.blocks,
+        "network.every": network.every,
         "schedule.accumulate": schedule.accumulate,
         "validation_slices": config.validation_slices,
         "keep": config.keep,
@@ -259,7 +262,6 @@ def check(config: TrainConfig) -> None:
         "schedule.temperature_end": schedule.temperature_end,
         "schedule.temperature_until": schedule.temperature_until,
         "schedule.clip": schedule.clip,
-        "objective.ct_scale_hu": objective.ct_scale_hu,
     }.items():
         if not rate > 0:
             refuse(key, rate, "a positive number")
@@ -270,6 +272,7 @@ def check(config: TrainConfig) -> None:
         "schedule.warmup": schedule.warmup,
         "schedule.logits_factor": schedule.logits_factor,
         "bias": config.bias,
+        "shift": config.shift,
         "objective.lambda1": objective.lambda1,
         "objective.lambda2": objective.lambda2,
     }.items():
@@ -286,6 +289,9 @@ def check(config: TrainConfig) -> None:
         ("precision", config.precision, PRECISIONS),
         ("gpu_check", config.gpu_check, ("on", "off")),
         ("schedule.decay", schedule.decay, DECAYS),
+        ("network.name", network.name, NETWORKS),
+        ("network.method", network.method, METHODS),
+        ("network.noise_on", network.noise_on, ("log_p", "p")),
     ):
         if value not in choices:
             refuse(key, value, f"one of {', '.join(choices)}")
@@ -299,15 +305,40 @@ def check(config: TrainConfig) -> None:
         refuse("folds", config.folds, "null, or at least 2")
     if config.fold is not None and not 0 <= config.fold < (config.folds or 0):
         refuse("fold", config.fold, "null, or a number below folds" if config.folds else "null, because folds is")
-    if config.network.estimator == "none":
+    if network.estimator == "none":
         refuse("network.estimator", "none", "an estimator that learns p (for a constant p: network.method constant_p)")
-    if min(config.network.width, default=0) < 1:
-        refuse("network.width", config.network.width, "three numbers of channels, each at least 1")
+    widths = network.width if isinstance(network.width, list) else [network.width or 1]
+    if min(widths, default=0) < 1 or network.width == 0:
+        refuse("network.width", network.width, "numbers of channels, each at least 1")
+    if (network.method == "retrain") != (network.grouping is not None):
+        expected = "the folder of a run" if network.grouping is None else "null, or network.method retrain"
+        refuse("network.grouping", network.grouping, expected)
     if config.transfer.run is None and (config.transfer.freeze or config.transfer.tasks is not None):
         refuse("transfer.run", None, "the folder of a run, because transfer.tasks or transfer.freeze is set")
     if schedule.temperature_end > schedule.temperature_start:
         refuse("schedule.temperature_end", schedule.temperature_end, "at most schedule.temperature_start")
-    if objective.ct_noise not in ("fixed", "learned", "heteroscedastic"):
-        refuse("objective.ct_noise", objective.ct_noise, "fixed, learned or heteroscedastic")
-    if objective.organs_noise not in ("fixed", "learned"):
-        refuse("objective.organs_noise", objective.organs_noise, "fixed or learned")
+
+
+def _check_examples(config: TrainConfig) -> None:
+    """InputError for tasks that can't be, and for options that examples of their kind, slices or images, don't have."""
+    tasks = read_tasks(config.tasks)
+    images, network = of_images(tasks), NETWORKS.get(config.network.name)
+    if network is not None and network.per_image != images:
+        what = "a value per image" if network.per_image else "a value per voxel"
+        fitting = ", ".join(name for name, one in NETWORKS.items() if one.per_image == images)
+        first = next(iter(tasks.values()))
+        raise InputError(
+            f"network.name={config.network.name!r}: it gives {what}, expected {fitting} for {first.name} ({first.kind})"
+        )
+    for key, value, for_images in (
+        ("patch", config.patch, False),
+        ("folds", config.folds, False),
+        ("flip", config.flip, True),
+        ("shift", config.shift, True),
+    ):
+        if value and images != for_images:
+            kind = "images" if for_images else "volumes"
+            raise InputError(f"{key}={value!r}: it is for cohorts of {kind}, expected none for these tasks")
+    for name, task in tasks.items():
+        if config.flip and not getattr(task, "flips", False):
+            raise InputError(f"flip=True: a mirrored image has another {name} (tasks.{name}.flips), expected false")

@@ -73,8 +73,7 @@ class Look(TypedDict):
     """A look at the validation split: None for what was not measured."""
 
     nll: float | None
-    psnr: float | None
-    dice: float | None
+    scores: dict[str, float | None]
 
 
 class Validation(TypedDict):
@@ -95,11 +94,17 @@ def last_look(fold: Path) -> dict[str, Any] | None:
 def summarise(out: Path, folds: int) -> dict[str, Any]:
     """The last validation of every fold (all are finished), mean and SD over them; written to OUT/summary.json."""
     found = {f"fold_{fold}": last_look(out / f"fold_{fold}") for fold in range(folds)}
-    spread: dict[str, Any] = {}
-    for name in ("nll", "psnr", "dice"):
-        values = [value for one in found.values() if one and (value := one[name]) is not None]
-        sd = statistics.stdev(values) if len(values) > 1 else None
-        spread[name] = {"mean": statistics.mean(values), "sd": sd} if values else None
+    looks = [one for one in found.values() if one]
+    names = dict.fromkeys(name for one in looks for name in one["scores"])
+    spread = {"nll": _spread([one["nll"] for one in looks])}
+    spread |= {name: _spread([one["scores"].get(name) for one in looks]) for name in names}
     document = {"folds": found, "summary": spread}
     write_json(out / "summary.json", document)
     return document
+
+
+def _spread(numbers: list[float | None]) -> dict[str, float | None] | None:
+    """Mean and SD of those that were measured; None if none was."""
+    values = [value for value in numbers if value is not None]
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "sd": sd} if values else None

@@ -4,6 +4,7 @@ from, and for others to read in RUN/history.json."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypedDict
 
 from torch import nn
@@ -12,21 +13,19 @@ from ..errors import InputError
 from ..files import check_shape, shown
 from ..networks.controls import entropy, sfg_layers
 
-CURVES = ("step", "objective", "psnr", "dice", "temperature", "learning_rate")
-VALIDATION = ("step", "nll", "psnr", "dice")
+CURVES = ("step", "objective", "temperature", "learning_rate")
 SHARES_TOLERANCE = 1e-3  # means of float32, that add up to 1
 
 
 class Curves(TypedDict):
-    """A value for each recorded step."""
+    """A value for each recorded step; nll: of each task; scores: of each "TASK/SCORE" (`tasks.Score`)."""
 
     step: list[int]
     objective: list[float | None]
-    psnr: list[float | None]
-    dice: list[float | None]
     temperature: list[float | None]
     learning_rate: list[float]
     nll: dict[str, list[float | None]]
+    scores: dict[str, list[float | None]]
 
 
 class Allocation(TypedDict):
@@ -42,14 +41,14 @@ class Validation(TypedDict):
 
     step: list[int]
     nll: list[float | None]
-    psnr: list[float | None]
-    dice: list[float | None]
+    scores: dict[str, list[float | None]]
 
 
 class History(TypedDict):
-    """What the figures of a run are drawn from."""
+    """What the figures of a run are drawn from. titles: what each "TASK/SCORE" is called."""
 
     groups: list[str]
+    titles: dict[str, str]
     curves: Curves
     allocation: Allocation
     validation: Validation
@@ -66,10 +65,16 @@ def check_history(history: Any, where: str) -> None:
     recorded = {f"curves.{name}": curves[name] for name in CURVES} | {"allocation.step": allocation["step"]}
     for place, named in (
         ("curves.nll", curves["nll"]),
+        ("curves.scores", curves["scores"]),
         *((f"allocation.{n}", allocation[n]) for n in ("p", "entropy")),
     ):
         recorded |= {f"{place}.{name}": values for name, values in named.items()}
-    looks = {f"validation.{name}": validation[name] for name in VALIDATION}
+    looks = {f"validation.{name}": validation[name] for name in ("step", "nll")}
+    looks |= {f"validation.scores.{name}": values for name, values in validation["scores"].items()}
+    for place, named in (("curves", curves["scores"]), ("validation", validation["scores"])):
+        if list(named) != list(history["titles"]):
+            found, expected = ", ".join(named), ", ".join(history["titles"])
+            raise InputError(f"{where}: history.{place}.scores are {found}; expected those of titles: {expected}")
     for lists, expected in ((recorded, steps), (looks, validation["step"])):
         for place, values in lists.items():
             if len(values) != len(expected) or not steps:
@@ -95,23 +100,31 @@ def check_history(history: Any, where: str) -> None:
                 )
 
 
-def empty_history(model: nn.Module, tasks: list[str]) -> dict[str, Any]:
+def empty_history(model: nn.Module, tasks: Iterable[str], titles: dict[str, str]) -> dict[str, Any]:
     """Lists to append to. `validation`: at every checkpoint, nll summed over tasks; `bad_steps`: what was left out."""
     names = list(sfg_layers(model))
     return {
         "groups": ["shared", *tasks],
-        "curves": {**{name: [] for name in CURVES}, "nll": {task: [] for task in tasks}},
+        "titles": titles,
+        "curves": {
+            **{name: [] for name in CURVES},
+            "nll": {task: [] for task in tasks},
+            "scores": {name: [] for name in titles},
+        },
         "allocation": {"step": [], "p": {name: [] for name in names}, "entropy": {name: [] for name in names}},
-        "validation": {name: [] for name in VALIDATION},
+        "validation": {"step": [], "nll": [], "scores": {name: [] for name in titles}},
         "bad_steps": [],
     }
 
 
 def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: dict[str, float]) -> dict[str, float]:
-    """Append a row of the curves and p of every layer. Returns what a tensorboard shows of it, by name."""
+    """Append a row of the curves, of their scores and p of every layer. Returns what a tensorboard shows of it, by
+    name."""
     curves, allocation = history["curves"], history["allocation"]
     for name in CURVES:
         curves[name].append(_known(row[name]))
+    for name, value in row["scores"].items():
+        curves["scores"][name].append(_known(value))
     for task, value in nll.items():  # NaN, if no example of the batch has a target
         curves["nll"][task].append(_known(value))
     allocation["step"].append(row["step"])
@@ -121,8 +134,9 @@ def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: 
         p = layer.log_p().detach().exp() if learnt else layer.probabilities()
         allocation["p"][name].append(p.mean(0).tolist())
         allocation["entropy"][name].append(entropy(layer).mean().item() if learnt else 0.0)
-    scalars = {**row, **{f"nll/{task}": value for task, value in nll.items()}}
-    board = {name: value for name, value in scalars.items() if name != "step" and value is not None}
+    scalars = {name: row[name] for name in CURVES[1:]} | row["scores"]
+    scalars |= {f"nll/{task}": value for task, value in nll.items()}
+    board = {name: value for name, value in scalars.items() if value is not None}
     for name, rows in allocation["p"].items():
         board |= {f"allocation/{name}/{group}": p for group, p in zip(history["groups"], rows[-1], strict=True)}
     return {name: value for name, value in board.items() if not math.isnan(value)}

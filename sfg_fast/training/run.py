@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data.cache import Cache
-from ..data.cohort import check_label_names
+from ..data.images import ImageForm
+from ..data.targets import Target, TargetAsJson
 from ..errors import InputError
-from ..files import check_shape, read_json, shown
-from ..networks.controls import set_estimator
-from ..networks.highresnet import SFGHighResNet
+from ..files import check_shape, one_line, read_json, shown
+from ..networks.build import build, head_bias
+from ..networks.controls import assign, draws_from_constant_p, map_assignment, set_estimator, sfg_layers
 from ..networks.transfer import transfer
+from ..tasks import Task, read_tasks
 from . import checkpoint
 from .config import TrainConfig, TransferConfig, difference, from_saved
 from .history import check_history
 
 
-def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHighResNet:
-    """The configured network for images of `in_channels` channels and `organs` classes. InputError if it can't be."""
-    sizes = {"ct": 2 if config.objective.ct_noise == "heteroscedastic" else 1, "organs": organs}
-    outputs = {task: sizes[task] for task in config.tasks}
+def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:
+    """The configured network for images of `in_channels` channels. InputError if it can't be."""
     network = config.network
     try:
-        model = SFGHighResNet(
+        model = build(
+            network.name,
             in_channels,
-            outputs,
-            network.width,
-            network.blocks,
-            network.residual,
+            {name: task.outputs for name, task in tasks.items()},
+            width=network.width,
+            blocks=network.blocks,
+            residual=network.residual,
             method=network.method,
             norm=network.norm,
             init=network.init,
             estimator=network.estimator,
+            noise_on=network.noise_on,
         )
         if network.method == "sfg":
             set_estimator(model, network.estimator, network.every)
@@ -45,26 +46,29 @@ def build_network(config: TrainConfig, in_channels: int, organs: int) -> SFGHigh
 
 
 class AboutData(TypedDict):
-    """What a run is trained on, in data.json and in each of its checkpoints; `cases`: those of each split."""
+    """What a run is trained on, in data.json and in each of its checkpoints. targets: with the statistics of the
+    training cases; images: their `ImageForm`, None for volumes; cases: those of each split."""
 
     in_channels: int
     channel_names: list[str]
-    labels: dict[str, int]
+    targets: dict[str, TargetAsJson]
+    images: dict[str, Any] | None
     cases: dict[str, list[str]]
     fingerprint: str
 
 
 class Run(NamedTuple):
     """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
-    predictions by draws; `label_names`: name -> label value; `channel_names`: of the MR;
-    `cases`: the names of those in each split, as the run (or fold) had them; `history`: of its course, to draw;
-    `digest`: of the checkpoint."""
+    predictions by draws; `tasks`: bound to what it was trained on; `channel_names`: of the MR; `images`: how images are
+    prepared, None for volumes; `cases`: the names of those in each split, as the run (or fold) had them; `history`: of
+    its course, to draw; `digest`: of the checkpoint."""
 
     config: TrainConfig
-    model: SFGHighResNet
+    model: nn.Module
+    tasks: dict[str, Task]
     drawn_statistics: dict[str, Tensor]
-    label_names: dict[str, int]
     channel_names: tuple[str, ...]
+    images: ImageForm | None
     cases: dict[str, list[str]]
     history: dict[str, Any]
     digest: str
@@ -91,15 +95,17 @@ def load_run(folder: Path, which: str = "final") -> Run:
     data = _about_data(state["data"], path)
     check_data(folder, data)
     check_history(state["history"], str(path))
-    labels, channels = data["labels"], tuple(data["channel_names"])
-    model = build_network(config, len(channels), max(labels.values(), default=0) + 1)
+    channels, images = tuple(data["channel_names"]), data["images"]
+    tasks = _tasks(config, data, path)
+    model = build_network(config, data["in_channels"], tasks)
     checkpoint.load_weights(model, state["model"], path)
     return Run(
         config,
         model,
+        tasks,
         state["drawn_statistics"],
-        labels,
         channels,
+        None if images is None else ImageForm.from_json(images),
         data["cases"],
         state["history"],
         state["digest"],
@@ -117,48 +123,59 @@ def check_data(folder: Path, trained: dict[str, Any]) -> None:
 def _about_data(found: Any, path: Path) -> dict[str, Any]:
     """What a checkpoint says that the run was trained on. InputError if that can't be."""
     check_shape(found, AboutData, str(path), "data")
-    channels, names, labels = found["in_channels"], found["channel_names"], found["labels"]
+    channels, names = found["in_channels"], found["channel_names"]
     if channels < 1:
-        raise InputError(f"{path}: in_channels {channels!r}, expected the number of MR channels of the run")
+        raise InputError(f"{path}: in_channels {channels!r}, expected the number of channels of the run's images")
     if len(names) != channels:
-        raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} MR channels")
-    if labels:
-        check_label_names(labels, str(path))
+        raise InputError(f"{path}: channel_names {names!r}, expected the names of {channels} channels")
     return found
+
+
+def _tasks(config: TrainConfig, data: dict[str, Any], path: Path) -> dict[str, Task]:
+    """The tasks of a run, bound to what it was trained on."""
+    try:
+        return read_tasks(config.tasks, {name: Target.from_json(name, one) for name, one in data["targets"].items()})
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its tasks don't fit its targets ({one_line(error)}), expected those of a run"
+        ) from error
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-def starting_network(config: TrainConfig, cache: Cache) -> SFGHighResNet:
-    """The configured network as training starts from it: heads at the mean CT and the classes' frequencies, filters of
-    another run where they are transferred. InputError if it can't be."""
-    model = build_network(config, cache.in_channels, max(cache.label_names.values(), default=0) + 1)
-    _start_from_the_mean(model, cache, config)
+def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:
+    """The configured network as training starts from it: heads at the targets' means, filters of another run where they
+    are transferred, or another run's grouping. InputError if it can't be."""
+    model = build_network(config, in_channels, tasks)
+    for name, task in tasks.items():
+        head_bias(model, name).copy_(task.start())
     if config.transfer.run is not None:
         _transfer(model, config.transfer)
+    if config.network.grouping is not None:
+        _take_grouping(model, config.network.grouping)
     return model
 
 
-def _start_from_the_mean(model: SFGHighResNet, cache: Cache, config: TrainConfig) -> None:
-    """Head biases: the mean CT, and the classes' frequencies."""
-    if "ct" in config.tasks:
-        _head_bias(model, "ct")[0] = cache.mean_ct("train") / config.objective.ct_scale_hu
-    if "organs" in config.tasks:
-        frequencies = torch.as_tensor(cache.class_frequencies("train"), dtype=torch.float32)
-        _head_bias(model, "organs").copy_(frequencies.clamp_min(1e-6).log())
+def _take_grouping(model: nn.Module, run: str) -> None:
+    """Fix the most probable assignment of another run."""
+    learnt = load_run(Path(run)).model
+    try:
+        if draws_from_constant_p(learnt):
+            raise ValueError("its grouping is drawn from a constant p")
+        own, theirs = ({n: layer.group_names for n, layer in sfg_layers(one).items()} for one in (model, learnt))
+        if own != theirs:
+            raise ValueError(f"its SFG layers and their groups are {theirs}, those of this network {own}")
+        assign(model, map_assignment(learnt))
+    except ValueError as error:
+        expected = "a run of the same network and tasks that learnt its grouping"
+        raise InputError(f"network.grouping={run!r}: {one_line(error)}; expected {expected}") from error
 
 
-def _transfer(model: SFGHighResNet, config: TransferConfig) -> None:
+def _transfer(model: nn.Module, config: TransferConfig) -> None:
     """Start from another run's filters. (A resumed run does so, too, and then loads its own; the frozen stay.)"""
     assert config.run is not None
     try:
         transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)
     except ValueError as error:
         raise InputError(f"transfer.run={config.run!r}: {str(error).removeprefix('transfer: ')}") from error
-
-
-def _head_bias(model: SFGHighResNet, task: str) -> Tensor:
-    bias = model.heads.conv.bias
-    assert bias is not None
-    return bias.data[model.heads.rows(task)]

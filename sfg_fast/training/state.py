@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from .. import backends, kernel_choice
 from ..data.cache import Cache
 from ..data.cohort import SPLITS
-from ..data.sampler import SliceSampler
+from ..data.sampler import ImageSampler, SliceSampler
 from ..errors import InputError
 from ..files import make_folder, replacing, write_json
 from ..gpu.gpu_check import gpu_check
 from ..norm import synchronise
+from ..tasks import read_tasks
 from . import checkpoint
 from .config import TrainConfig, check, difference
 from .folds import last_look, make_splits, read_fold
@@ -30,19 +32,18 @@ from .onlookers import Onlooker, tell
 from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
 from .run import check_data, starting_network
 from .schedule import build_optimiser
-from .validation import held_out_slice
-
-TARGETS = {"ct": "ct", "organs": "labels"}  # what each task learns from
+from .validation import held_out, titles
 
 
 class TrainingState:
-    """The network, objective and optimiser at a step, what was seen so far, and where the slices come from.
+    """The network, objective and optimiser at a step, what was seen so far, and where the examples come from.
 
     Attributes:
+        tasks: what is learnt, bound to the cohort's targets.
         step: optimiser steps done. `history`: see `history.empty_history`.
         best: the best row of the validation so far, or None; `stale`: how many looks ago, since groupings are fixed.
-        sampler, validation: slices to train on, and of the validation split (None without one); `calibration`: those
-            that running statistics are re-estimated from; `monitored`: one held-out slice.
+        sampler, validation: examples to train on, and of the validation split (None without one); `calibration`: those
+            that running statistics are re-estimated from; `monitored`: a batch that is watched.
     """
 
     def __init__(
@@ -63,29 +64,34 @@ class TrainingState:
                 raise InputError(f"folds={config.folds!r}: a run is one fold, expected fold to be given")
             self.processes.main_does(lambda: make_splits(cache, config.folds or 0))
             cache = read_fold(cache, config.folds, config.fold)
+        tasks = read_tasks(config.tasks, cache.targets)
+        for task in tasks.values():
+            if not cache.has(task.target):
+                raise InputError(f"{config.data}: task {task.name!r} needs {task.target}, and no training case has any")
+        described = cache.described("train")
+        self.tasks = read_tasks(config.tasks, described)
         self._make_samplers(cache)
-        for task in config.tasks:
-            if not cache.has(TARGETS[task]):
-                raise InputError(f"{config.data}: task {task!r} needs {TARGETS[task]}, and no training case has any")
+        self.counts = {split: cache.count(split) for split in SPLITS}  # of cases or images
 
         resumes = resume and any(self.checkpoints.glob("*.pt"))
         if not resumes:
             self._choose_kernels()
         torch.manual_seed(config.seed)
-        self.model = starting_network(config, cache)
+        self.model = starting_network(config, cache.in_channels, self.tasks)
         if config.same_assignment and self.processes.count > 1:
             synchronise(self.model)
         self.model.to(self.device)
-        self.objective = Objective(tuple(config.tasks), config.objective).to(self.device)
+        self.objective = Objective(self.tasks, config.objective).to(self.device)
         self.optimiser = build_optimiser(config.schedule, self.model, self.objective)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.stale = 0  # checkpoints since the best
-        self.history = empty_history(self.model, config.tasks)
+        self.history = empty_history(self.model, self.tasks, titles(self.tasks))
         self.about_data: dict[str, Any] = {
             "in_channels": cache.in_channels,
             "channel_names": list(cache.channel_names),
-            "labels": cache.label_names,
+            "targets": {name: target.to_json() for name, target in described.items()},
+            "images": None if cache.images is None else cache.images.to_json(),
             "cases": {split: cache.names(split) for split in SPLITS},
             "fingerprint": cache.fingerprint(),
         }
@@ -98,14 +104,19 @@ class TrainingState:
 
     def _make_samplers(self, cache: Cache) -> None:
         config, processes = self.config, self.processes
-        patch = None if config.patch is None else (config.patch[0], config.patch[1])
-        options = (config.schedule.batch, patch, config.seed)
-        augmented = (*options, config.bias, config.foreground)
-        rank, ranks = processes.rank, processes.count
-        self.sampler = SliceSampler(cache, "train", *augmented, rank=rank, ranks=ranks)
-        self.calibration = SliceSampler(cache, "train", *augmented)  # the same in all processes
-        self.validation = SliceSampler(cache, "val", *options, rank=rank, ranks=ranks) if cache.names("val") else None
-        self.monitored = held_out_slice(cache)
+        own: dict[str, Any] = {"rank": processes.rank, "ranks": processes.count}
+        make: Callable[..., SliceSampler | ImageSampler]
+        if cache.images is None:
+            patch = None if config.patch is None else (config.patch[0], config.patch[1])
+            make = functools.partial(SliceSampler, cache, batch=config.schedule.batch, patch=patch, seed=config.seed)
+            augmented: dict[str, Any] = {"bias": config.bias, "foreground": config.foreground}
+        else:
+            make = functools.partial(ImageSampler, cache, batch=config.schedule.batch, seed=config.seed)
+            augmented = {"flip": config.flip, "shift": config.shift}
+        self.sampler = make(split="train", **augmented, **own)
+        self.calibration = make(split="train", **augmented)  # the same in all processes
+        self.validation = make(split="val", **own) if cache.names("val") else None
+        self.monitored = held_out(cache)
         if config.schedule.patience is not None and self.validation is None:
             raise InputError(
                 f"schedule.patience={config.schedule.patience!r}: {config.data} has no case of split val, expected one"

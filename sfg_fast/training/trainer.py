@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, Preempted
 from ..files import write_json
 from ..networks.controls import assign, draws_from_constant_p, norm_buffers, recalibrate, sfg_layers
-from ..networks.highresnet import SFGHighResNet
+from ..tasks import Task
 from . import checkpoint
 from .config import TrainConfig
 from .history import record
@@ -25,7 +25,7 @@ from .objective import Objective
 from .onlookers import Onlooker, quiet_writers, tell
 from .parallel import own_random_numbers
 from .schedule import apply_schedule
-from .state import TARGETS, TrainingState, seed_of
+from .state import TrainingState, seed_of
 from .validation import scores, tally, validate
 
 RECALIBRATION_BATCHES = 16
@@ -34,9 +34,12 @@ RECALIBRATION_BATCHES = 16
 class _Loss(nn.Module):
     """Network and objective as one module: what DistributedDataParallel averages the gradients of."""
 
-    def __init__(self, model: SFGHighResNet, objective: Objective, total: int, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, tasks: Mapping[str, Task], total: int, precision: str
+    ) -> None:
         super().__init__()
-        self.model, self.objective, self.total, self.precision = model, objective, total, precision
+        self.model, self.objective, self.tasks = model, objective, tasks
+        self.total, self.precision = total, precision
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Eq. 2 divided by N, so that the learning rate doesn't depend on the cohort's size; the mean negative
@@ -45,8 +48,8 @@ class _Loss(nn.Module):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.model(inputs)
         outputs = {task: y.to(torch.promote_types(y.dtype, torch.float32)) for task, y in outputs.items()}
-        targets = {task: batch[TARGETS[task]] for task in outputs}
-        present = {task: batch[f"has_{TARGETS[task]}"] for task in outputs}
+        targets = {name: batch[task.target] for name, task in self.tasks.items()}
+        present = {name: batch[f"has_{task.target}"] for name, task in self.tasks.items()}
         value, nll = self.objective(self.model, outputs, targets, self.total, present)
         return value / self.total, nll, outputs
 
@@ -69,7 +72,7 @@ class Trainer(TrainingState):
         observe: Callable[[dict[str, Any], Path], None] = lambda history, folder: None,
     ) -> None:
         super().__init__(config, resume, observe)
-        loss = _Loss(self.model, self.objective, len(self.sampler), config.precision).to(self.device)
+        loss = _Loss(self.model, self.objective, self.tasks, len(self.sampler), config.precision).to(self.device)
         self.loss = self.processes.averaged(loss)
         self._statistics = [self.model.get_buffer(name) for name in norm_buffers(self.model)]
         self._batches: Iterator[dict[str, Any]] | None = None
@@ -146,7 +149,7 @@ class Trainer(TrainingState):
             raise InputError(traceback.splitlines()[-1].removeprefix("sfg_fast.errors.InputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
-                raise ChildProcessError(f"a worker that reads slices died ({error}); --resume goes on") from error
+                raise ChildProcessError(f"a worker that reads ahead died ({error}); --resume goes on") from error
             raise
         self._waited += time.perf_counter() - before
         return self._on_device(batch)
@@ -168,7 +171,7 @@ class Trainer(TrainingState):
             objective = float(value.detach()) * len(self.sampler)
             terms.append({"objective": objective, **{f"nll/{task}": float(one) for task, one in nll.items()}})
             if not math.isfinite(objective):
-                suspects += _not_finite(batch, outputs)
+                suspects += _not_finite(batch, outputs, [task.target for task in self.tasks.values()])
         norm = nn.utils.clip_grad_norm_(self.optimiser.param_groups[0]["params"], schedule.clip)
         good = torch.isfinite(norm)
         for logits in (p for group in self.optimiser.param_groups[1:] for p in group["params"]):
@@ -207,12 +210,14 @@ class Trainer(TrainingState):
     def _postfix(self, terms: dict[str, float], timing: dict[str, Any]) -> dict[str, str]:
         curves = self.history["curves"]
         text = {name[4:]: f"{value:.3f}" for name, value in terms.items() if name.startswith("nll/")}
-        for name, unit in (("psnr", "dB"), ("dice", "")):
-            if curves[name] and curves[name][-1] is not None:
-                text[name] = f"{curves[name][-1]:.2f}{unit}"
+        for name, task in self.tasks.items():
+            for score in task.scores:
+                values = curves["scores"][f"{name}/{score.name}"]
+                if values and values[-1] is not None:
+                    text[f"{name} {score.name}"] = f"{values[-1]:.{score.digits}f}{score.unit}"
         text["temp"] = f"{self._layers()[0].temperature.item():.2f}" if self._layers() else "-"
         rate, schedule = timing.get("rate") or 0.0, self.config.schedule
-        text["slices/s"] = f"{rate * schedule.batch * schedule.accumulate * self.processes.count:.0f}"
+        text[f"{self.sampler.examples}/s"] = f"{rate * schedule.batch * schedule.accumulate * self.processes.count:.0f}"
         text["waited"] = f"{self._waited_share():.0%}"
         return text
 
@@ -230,22 +235,22 @@ class Trainer(TrainingState):
         row = {
             "step": self.step,
             "objective": terms["objective"],
-            **self._look(),
+            "scores": self._look(),
             "temperature": self._layers()[0].temperature.item() if self._layers() else None,
             "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
-        nll = {task: terms[f"nll/{task}"] for task in self.config.tasks}
+        nll = {task: terms[f"nll/{task}"] for task in self.tasks}
         for name, value in record(self.history, self.model, row, nll).items():
             board(lambda it: it.add_scalar(name, value, self.step))  # noqa: B023
 
     @torch.no_grad()
     def _look(self) -> dict[str, float | None]:
-        """PSNR in the mask (dB) and mean Dice on one held-out slice."""
+        """The scores of the batch that is watched."""
         batch = self._on_device(self.monitored)
         self.model.eval()
         with own_random_numbers(self.device):  # a network with constant p draws here
             outputs = self.model(batch["inputs"])
-        return scores(tally(outputs, batch, self.config.objective.ct_scale_hu))
+        return scores(self.tasks, tally(self.tasks, outputs, batch))
 
     def _validate(self) -> None:
         """Look at the validation split, if there is one: a row of the history, and whether it is the best so far."""
@@ -256,14 +261,18 @@ class Trainer(TrainingState):
         wanted = min(config.validation_slices, len(self.validation))
         batches = (self._on_device(self.validation[i]) for i in range(math.ceil(wanted / together)))
         with own_random_numbers(self.device, seed_of(config.seed, self.step)):
-            here = validate(self.model, self.objective, self._calibration(), batches, config.objective.ct_scale_hu)
+            here = validate(self.model, self.objective, self.tasks, self._calibration(), batches)
         every = self.processes.gathered({name: value.cpu() for name, value in here.items()})
         sums = {name: torch.stack([one[name] for one in every]).sum(0) for name in here}
-        nll = [(sums[f"nll/{task}"] / sums[f"examples/{task}"]).item() for task in config.tasks]
+        nll = [(sums[f"nll of {task}"] / sums[f"examples of {task}"]).item() for task in self.tasks]
         known = [value for value in nll if math.isfinite(value)]
-        row = {"step": self.step, "nll": sum(known) if known else None, **scores(sums)}
-        for name, value in row.items():
-            self.history["validation"][name].append(value)
+        row: dict[str, Any] = {"step": self.step, "nll": sum(known) if known else None}
+        row["scores"] = scores(self.tasks, sums)
+        looks = self.history["validation"]
+        looks["step"].append(self.step)
+        looks["nll"].append(row["nll"])
+        for name, value in row["scores"].items():
+            looks["scores"][name].append(value)
         if row["nll"] is not None and (self.best is None or row["nll"] < self.best["nll"]):
             self.best, self.stale = row, 0
         elif self.step / schedule.steps >= schedule.draw_until:
@@ -307,16 +316,19 @@ class Trainer(TrainingState):
     def _summarise(self) -> None:
         """RUN/summary.json: the run in a few numbers."""
         validation = self.history["validation"]
-        last = {name: values[-1] for name, values in validation.items()} if validation["step"] else None
+        last = None
+        if validation["step"]:
+            ends = {name: values[-1] for name, values in validation["scores"].items()}
+            last = {"step": validation["step"][-1], "nll": validation["nll"][-1], "scores": ends}
         p = self.history["allocation"]["p"]
         summary = {
             "steps": self.step,
             "stopped_early": self._stopped_early(),
             "processes": self.processes.count,
-            "cases": {split: len(names) for split, names in self.about_data["cases"].items()},
+            "cases": self.counts,
             "validation": {"best": self.best, "last": last},
             "bad_steps": len(self.history["bad_steps"]),
-            "waited_for_slices": self._waited_share(),
+            "waited_for_examples": self._waited_share(),
             "groups": self.history["groups"],
             "mean_p": {name: rows[-1] for name, rows in p.items() if rows},
         }
@@ -338,11 +350,11 @@ def _asked_to_stop() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _not_finite(batch: dict[str, Any], outputs: dict[str, Tensor]) -> list[str]:
+def _not_finite(batch: dict[str, Any], outputs: dict[str, Tensor], targets: list[str]) -> list[str]:
     """The cases that brought numbers which aren't finite: in their arrays, else in the outputs."""
-    given = [batch["inputs"], *(batch[name] for name in ("ct",) if name in batch)]
+    given = [batch["inputs"], *(batch[name] for name in targets)]
     for tensors in (given, list(outputs.values())):
-        bad = torch.stack([~torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors]).any(0)
+        bad = torch.stack([~torch.isfinite(tensor).reshape(len(tensor), -1).all(1) for tensor in tensors]).any(0)
         if bad.any():
             return [name for name, is_bad in zip(batch["case"], bad.tolist(), strict=True) if is_bad]
     return list(batch["case"])

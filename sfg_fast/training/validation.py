@@ -1,11 +1,10 @@
-"""How good the network is on slices that it is not trained on: something to watch and to stop by, not a result.
+"""How good the network is on examples that it is not trained on: something to watch and to stop by, not a result.
 
-Results come from whole volumes: `sfg-fast predict` and `evaluate`.
+Results come from whole volumes, or all images: `sfg-fast predict` and `evaluate`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,50 +14,49 @@ import torch
 from torch import Tensor, nn
 
 from ..data.cache import Cache
-from ..data.cohort import RANGE_HU
+from ..data.sampler import ImageSampler
 from ..networks.controls import draws_from_constant_p, norm_buffers, recalibrate
+from ..tasks import Task
 from .objective import Objective
 
+IMAGES_WATCHED = 256
 
-def tally(outputs: Mapping[str, Tensor], batch: Mapping[str, Any], ct_scale_hu: float) -> dict[str, Tensor]:
-    """Sums over a batch that add up over batches: squared error in the mask and its voxels; per label overlap and
-    sizes. float64."""
+
+def tally(tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Sums over a batch that add up over batches, "TASK/SUM" (`Task.tally`), of the tasks that it has targets of."""
     sums: dict[str, Tensor] = {}
-    if "ct" in outputs and "ct" in batch:
-        there = batch["mask"] & batch["has_ct"][:, None, None, None]
-        error = (outputs["ct"][:, :1] * ct_scale_hu - batch["ct"])[there].double()
-        sums |= {"squared": error.square().sum(), "voxels": there.sum().double()}
-    if "organs" in outputs and "labels" in batch:
-        classes, there = outputs["organs"].shape[1], batch["has_labels"]
-        predicted, true = outputs["organs"].argmax(1)[there], batch["labels"][there]
-        count = [
-            torch.bincount(x.flatten(), minlength=classes) for x in (predicted[predicted == true], predicted, true)
-        ]
-        sums |= {"overlap": count[0].double(), "predicted": count[1].double(), "true": count[2].double()}
+    for name, task in tasks.items():
+        if name in outputs and task.target in batch:
+            there = batch[f"has_{task.target}"]
+            found = task.tally(outputs[name], batch[task.target], there, batch.get("mask"))
+            sums |= {f"{name}/{key}": value for key, value in found.items()}
     return sums
 
 
-def scores(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """PSNR in the mask (dB) and the mean Dice of the organs that are there; None for what was not measured."""
-    found: dict[str, float | None] = {"psnr": None, "dice": None}
-    if "voxels" in sums and sums["voxels"] > 0:
-        mean = (sums["squared"] / sums["voxels"]).item()
-        found["psnr"] = 10 * math.log10(RANGE_HU**2 / max(mean, 1e-12)) if math.isfinite(mean) else None
-    if "true" in sums and (organs := sums["true"][1:] > 0).any():
-        dice = 2 * sums["overlap"][1:] / (sums["predicted"] + sums["true"])[1:]
-        found["dice"] = dice[organs].mean().item()
+def scores(tasks: Mapping[str, Task], sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """ "TASK/SCORE" from these sums; None for what was not measured."""
+    found: dict[str, float | None] = {}
+    for name, task in tasks.items():
+        own = {key.removeprefix(f"{name}/"): value for key, value in sums.items() if key.startswith(f"{name}/")}
+        found |= {f"{name}/{score}": value for score, value in task.scored(own).items()}
     return found
+
+
+def titles(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """What "TASK/SCORE" is called in a figure."""
+    return {f"{name}/{score.name}": f"{name}: {score.title}" for name, task in tasks.items() for score in task.scores}
 
 
 @torch.no_grad()
 def validate(
     model: nn.Module,
     objective: Objective,
+    tasks: Mapping[str, Task],
     calibration: Iterable[Tensor],
     batches: Iterable[dict[str, Any]],
-    ct_scale_hu: float,
 ) -> dict[str, Tensor]:
-    """Sums (`tally`) over the batches, and of the negative log-likelihood of each task and how many examples have it.
+    """Sums (`tally`) over the batches, and "nll of TASK", "examples of TASK": of the negative log-likelihood of each
+    task, and how many examples have it.
 
     As in prediction: argmax p, with running statistics of that very assignment (from the `calibration` images), or
     draws where p is constant. Statistics and mode are left as they were.
@@ -71,31 +69,33 @@ def validate(
         model.eval()
         for batch in batches:
             outputs = {task: y.float() for task, y in model(batch["inputs"]).items()}
-            found = tally(outputs, batch, ct_scale_hu)
-            for task, name in (("ct", "ct"), ("organs", "labels")):
-                if task in outputs:
-                    nll = outputs[task].new_zeros(0, dtype=torch.float64)  # if no case of the split has the target
-                    if name in batch:
-                        nll = -objective.likelihoods[task](outputs[task], batch[name])[batch[f"has_{name}"]].double()
-                    found |= {f"nll/{task}": nll.sum(), f"examples/{task}": nll.new_tensor(len(nll))}
+            found = tally(tasks, outputs, batch)
+            for name, task in tasks.items():
+                nll = outputs[name].new_zeros(0, dtype=torch.float64)  # if no case of the split has the target
+                if task.target in batch:
+                    there = batch[f"has_{task.target}"]
+                    nll = -objective.likelihoods[name](outputs[name], batch[task.target], there)[there].double()
+                found |= {f"nll of {name}": nll.sum(), f"examples of {name}": nll.new_tensor(len(nll))}
             sums = {name: sums[name] + value if sums else value for name, value in found.items()}
     model.load_state_dict(before, strict=False)
     model.train(training)
     return sums
 
 
-def held_out_slice(cache: Cache) -> dict[str, Tensor]:
-    """The slice with most labelled voxels (else the middle one) of the first case that is not trained on, as a batch of
-    one."""
-    names = cache.names("val") or cache.names("test") or cache.names("train")
-    case = cache.case(names[0])
-    z = int((case.labels > 0).sum((1, 2)).argmax()) if case.labels is not None else len(case.inputs) // 2
-    there = torch.tensor([True])
+def held_out(cache: Cache) -> dict[str, Any]:
+    """A batch that is not trained on. Of volumes: one slice, that with most labelled voxels (else the middle one) of
+    the first case. Of images: the first ones of a random order."""
+    split = next(split for split in ("val", "test", "train") if cache.names(split))
+    if cache.images is not None:
+        return ImageSampler(cache, split, IMAGES_WATCHED, seed=0)[0]
+    case = cache.case(cache.names(split)[0])
+    labelled = [case.targets[name] > 0 for name in case.targets if cache.targets[name].kind == "labels"]
+    z = int(np.sum([one.sum((1, 2)) for one in labelled], 0).argmax()) if labelled else len(case.inputs) // 2
     found = {"inputs": _tensor(case.inputs[z]), "mask": _tensor(case.mask[z])[None]}
-    if case.ct is not None:
-        found |= {"ct": _tensor(case.ct[z])[None], "has_ct": there}
-    if case.labels is not None:
-        found |= {"labels": _tensor(case.labels[z]).long(), "has_labels": there}
+    for name, volume in case.targets.items():
+        one = _tensor(volume[z])
+        found[name] = one.long() if cache.targets[name].kind == "labels" else one[None]
+        found[f"has_{name}"] = torch.tensor([True])
     return found
 
 

@@ -1,8 +1,11 @@
-"""A cohort of three small cases whose every voxel is known."""
+"""A cohort of three small cases whose every voxel is known, and one of small images."""
 
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sfg_fast.data import Cohort, Grid, read_cohort, write_volume
 
@@ -37,7 +40,55 @@ def write_cohort(root, names="abc", leave_out=()) -> Cohort:
     return read_cohort(root)
 
 
+def volume(path: Path, array: np.ndarray) -> None:
+    """Writes [Z, Y, X] as float32 on the cohort's grid."""
+    z, y, x = array.shape
+    write_volume(path, array, Grid(AFFINE, (x, y, z)), np.float32)
+
+
 def spoil(cohort: Cohort, file: str, value, case="b") -> Cohort:
-    z, y, x = SHAPES[case]
-    write_volume(cohort.root / case / f"{file}.nii", np.full((z, y, x), value), Grid(AFFINE, (x, y, z)), np.float32)
+    volume(cohort.root / case / f"{file}.nii", np.full(SHAPES[case], value))
     return cohort
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def picture(index: int, size: tuple[int, int] = (8, 6), channels: int = 3) -> np.ndarray:
+    """uint8 [H, W, C] (of one channel [H, W]): noise around a brightness of its own."""
+    rng = np.random.default_rng(index)
+    shape = (*size, channels) if channels > 1 else size
+    return (rng.integers(0, 120, shape) + 4 * (index % 34)).astype(np.uint8)
+
+
+def row_of(index: int, count: int) -> dict[str, str]:
+    """Of an image in the list: 60 % training, 20 % validation, 20 % test; every tenth age and every seventh gender is
+    missing."""
+    return {
+        "image": f"faces/{index:04d}.png",
+        "split": "train" if index < 0.6 * count else "val" if index < 0.8 * count else "test",
+        "age": "" if index % 10 == 9 else str(20 + index % 34),
+        "gender": "" if index % 7 == 6 else ("male", "female")[index % 2],
+    }
+
+
+def small_images(
+    root: Path, count: int = 20, size: tuple[int, int] = (8, 6), channels: int = 3, ending: str = ".png"
+) -> Path:
+    """Writes ROOT/list.csv, ROOT/targets.json (age in years; gender: male, female) and the images `picture(index)`, of
+    size (height, width); the path of the list."""
+    (root / "faces").mkdir(parents=True)
+    rows = [row_of(index, count) for index in range(count)]
+    for index, row in enumerate(rows):
+        row["image"] = row["image"].replace(".png", ending)
+        Image.fromarray(picture(index, size, channels)).save(root / row["image"])
+    (root / "targets.json").write_text('{"age": {"unit": "years"}, "gender": {"classes": ["male", "female"]}}')
+    return write_list(root / "list.csv", rows)
+
+
+def write_list(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

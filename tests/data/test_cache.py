@@ -39,21 +39,25 @@ def test_preprocess_writes_what_was_read(cache):
     for name, shape in SHAPES.items():
         case, raw = cache.case(name), arrays(name)
         np.testing.assert_allclose(case.inputs, expected_inputs(name), atol=1e-4)
-        np.testing.assert_array_equal(case.ct, raw["ct"])
-        np.testing.assert_array_equal(case.labels, raw["labels"])
+        np.testing.assert_array_equal(case.targets["ct"], raw["ct"])
+        np.testing.assert_array_equal(case.targets["labels"], raw["labels"])
         np.testing.assert_array_equal(case.mask, raw["mask"] > 0)
-        types = [array.dtype.name for array in (case.inputs, case.ct, case.labels, case.mask)]
+        types = [array.dtype.name for array in (case.inputs, *case.targets.values(), case.mask)]
         assert types == ["float32", "float32", "uint8", "bool"]
         grid = Grid.from_json(cache.cases[name]["grid"])
         assert grid.shape == shape[::-1]
         np.testing.assert_array_equal(grid.affine, AFFINE)
-        for array in (case.inputs, case.ct, case.labels, case.mask):
+        for array in (case.inputs, *case.targets.values(), case.mask):
             assert isinstance(origin(array), mmap.mmap)
             assert not array.flags.writeable
 
 
 def test_manifest(cache):
-    assert (cache.label_names, cache.in_channels) == (LABELS, 2)
+    assert (cache.targets["labels"].names, cache.in_channels, cache.images) == (LABELS, 2, None)
+    assert {name: (one.kind, one.unit) for name, one in cache.targets.items()} == {
+        "ct": ("intensities", "HU"),
+        "labels": ("labels", ""),
+    }
     assert (cache.names("train"), cache.names("val"), cache.names("test")) == (["a", "b"], [], ["c"])
     assert (cache.has("ct"), cache.has("labels"), cache.has("ct", "val"), cache.has("mr")) == (True, True, False, False)
     with pytest.raises(InputError, match="unknown split 'all'"):
@@ -66,37 +70,41 @@ def test_manifest(cache):
         [entry["mr_foreground"][0]["mean"], entry["mr_foreground"][0]["sd"]], [bright.mean(), bright.std()], rtol=1e-5
     )
     counts = sum(np.bincount(arrays(name)["labels"].ravel()) for name in "ab")
-    np.testing.assert_allclose(cache.class_frequencies(), counts / counts.sum())
-    means = {name: arrays(name)["ct"][arrays(name)["mask"] > 0].mean() for name in "abc"}
-    np.testing.assert_allclose(cache.mean_ct(), (means["a"] + means["b"]) / 2)
-    np.testing.assert_allclose(cache.mean_ct("test"), means["c"])
+    described = cache.described()
+    np.testing.assert_allclose(described["labels"].statistics["frequencies"], counts / counts.sum())
+    inside = {name: arrays(name)["ct"][arrays(name)["mask"] > 0] for name in "abc"}
+    assert described["ct"].statistics == {
+        "mean": pytest.approx((inside["a"].mean() + inside["b"].mean()) / 2),
+        "sd": pytest.approx((inside["a"].std() + inside["b"].std()) / 2),
+    }
+    assert cache.described("test")["ct"].statistics["mean"] == pytest.approx(inside["c"].mean())
+    assert cache.described("val") == {}
+    assert (cache.count(), cache.count("train"), cache.count("test", "ct"), cache.count("val", "ct")) == (3, 2, 1, 0)
     assert cache.rejected == {}
 
 
 def test_mr_only(tmp_path):
     cohort = write_cohort(tmp_path / "cohort", "c", [("c", kind) for kind in ("ct", "labels", "mask")])
     cache = preprocess(cohort, tmp_path / "cache", progress=False)
-    assert cache.label_names == {}
-    for statistic, message in ((cache.mean_ct, "no case of split test has a CT"), (cache.class_frequencies, "labels")):
-        with pytest.raises(InputError, match=message):
-            statistic("test")
+    assert cache.targets == cache.described("test") == {}
 
 
+EMPTY = '{"version": 5, "targets": {}, "images": null, "channel_names": [], "rejected": {}, '
 BAD_MANIFESTS = {
     "not JSON": ("{", "not readable as JSON"),
-    "a list": ("[]", "version None, expected 4; preprocess"),
-    "version": ('{"version": 0}', "version 0, expected 4; preprocess"),
-    "cut": ('{"version": 4}', "not a valid manifest .'label_names'.; preprocess"),
+    "a list": ("[]", "version None, expected 5; preprocess"),
+    "version": ('{"version": 0}', "version 0, expected 5; preprocess"),
+    "cut": ('{"version": 5}', "not a valid manifest .'targets'.; preprocess"),
     "cases a list": (
-        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": []}',
+        EMPTY + '"cases": []}',
         "not a valid manifest",
     ),
     "case cut": (
-        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"a": {"split": "train"}}}',
+        EMPTY + '"cases": {"a": {"split": "train"}}}',
         "not a valid manifest",
     ),
     "case escapes": (
-        '{"version": 4, "label_names": {}, "channel_names": [], "rejected": {}, "cases": {"../a": {"split": "train"}}}',
+        EMPTY + '"cases": {"../a": {"split": "train"}}}',
         "case name '../a' can't be a folder name",
     ),
 }
@@ -134,11 +142,18 @@ def test_damaged_arrays_are_refused(cache):
 ENTRIES = {
     "shape": [[4, 7], [4, 7, 0], [4, 7, 6.0], [4, 7, 5], [2**20, 2**20, 2**20], "abc", None],
     "split": ["all", None, [1]],
-    "targets": [["mr"], ["ct", "ct"], ["ct"], 7],
+    "targets": [
+        {"mr": {}},
+        ["ct"],
+        7,
+        {"ct": {"mean": 0.0, "sd": 1.0}},
+        {"ct": {"mean": 0.0, "sd": -1.0}, "labels": {"counts": [1, 2, 3]}},
+        {"ct": {"mean": float("nan"), "sd": 1.0}, "labels": {"counts": [1, 2, 3]}},
+        {"ct": {"mean": 0.0}, "labels": {"counts": [1, 2, 3]}},
+        *({"labels": {"counts": counts}} for counts in (None, [1], [1, 2, -3], [1, 2, "x"])),
+    ],
     "mr_foreground": [[], [{"mean": 1}], [{"mean": 1, "sd": 0}] * 2, [{"mean": "x", "sd": 1}] * 2],
-    "ct_body_mean": [None, "x", float("nan")],
-    "label_voxels": [None, [1], [1, 2, -3], [1, 2, "x"]],
-    "foreground_slices": [[[0, 9]], [[2, 2]], [3], "x"],
+    "foreground_slices": [None, [[0, 9]], [[2, 2]], [3], "x"],
     "grid": [{}, {"affine": [[0] * 4] * 4, "shape": [6, 7, 4]}, None],
     "notes": [None, {}, ["x"], [{"kind": "ct"}], [{"kind": "ct", "text": 1}]],
     "colour": ["green"],
@@ -167,7 +182,7 @@ def test_other_splits(cache):
     other = cache.with_splits({"train": ["c"], "val": ["a"]})
     assert (other.names("train"), other.names("val"), other.names("test")) == (["c"], ["a"], [])
     assert cache.names("train") == ["a", "b"]
-    np.testing.assert_array_equal(other.case("c").ct, cache.case("c").ct)
+    np.testing.assert_array_equal(other.case("c").inputs, cache.case("c").inputs)
 
 
 # --- arrays that change while they are used ---------------------------------------------------------------------------
@@ -235,7 +250,7 @@ def test_opened_again_it_must_be_the_same(cache):
     replaced_folder(cache.path / "a")
     with pytest.raises(InputError, match=CHANGED):
         cache.with_splits({"train": ["a"]}).case("a")
-    assert Cache(cache.path).case("a").ct is not None
+    assert Cache(cache.path).case("a").targets
 
 
 def test_a_case_of_other_files_than_the_manifest_says_is_refused(cohort, cache):
@@ -246,8 +261,8 @@ def test_a_case_of_other_files_than_the_manifest_says_is_refused(cohort, cache):
         InputError, match=r"a/case\.json: the case was written again from other files than the manifest"
     ):
         old.case("a")
-    assert old.case("b").ct is not None
-    assert Cache(cache.path).case("a").ct is not None
+    assert old.case("b").targets
+    assert Cache(cache.path).case("a").targets
 
 
 def write_cohort_again(cohort):
@@ -265,7 +280,7 @@ def test_all_arrays_of_a_case_are_of_one_version(cache, monkeypatch):
     shutil.copytree(cache.path / "a", other)
     np.save(other / "ct.npy", np.full(SHAPES["a"], 7, np.float32))
     np.save(other / "labels.npy", np.full(SHAPES["a"], 1, np.uint8))
-    before, opened = cache.case("a").ct.copy(), cache_module._open
+    before, opened = cache.case("a").targets["ct"].copy(), cache_module._open
 
     def swapped(file, *rest):
         found = opened(file, *rest)
@@ -275,7 +290,7 @@ def test_all_arrays_of_a_case_are_of_one_version(cache, monkeypatch):
         return found
 
     monkeypatch.setattr(cache_module, "_open", swapped)
-    np.testing.assert_array_equal(Cache(cache.path).case("a").ct, before)
+    np.testing.assert_array_equal(Cache(cache.path).case("a").targets["ct"], before)
 
 
 def test_a_case_without_its_own_entry_is_refused(cache):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from sfg_fast.data import Case, Grid, load_case, read_cohort, write_volume
+from sfg_fast.data import Case, Grid, Target, load_case, read_cohort, write_volume
+from sfg_fast.data.cohort import USUAL
 from sfg_fast.errors import InputError
 
 GRID = Grid(np.diag([2.0, 2, 3, 1]), (4, 3, 2))
 SHAPE = GRID.array_shape
 LABELS = {"background": 0, "prostate": 1, "bladder": 2}
+NAMED = {**USUAL, "labels": Target("labels", "labels", names=LABELS)}
 
 
 def nifti(path: Path, value=0, grid=GRID, dtype="uint8") -> Path:
@@ -73,10 +75,17 @@ def test_folder_layout(tmp_path):
     cohort = read_cohort(folders(tmp_path))
     a, b = tmp_path / "a", tmp_path / "b"
     assert cohort.cases == (
-        Case("a", (a / "mr.nii.gz",), a / "ct.nii.gz", a / "labels.nii.gz", a / "mask.nii.gz", "train"),
-        Case("b", (b / "mr.nii",), None, None, None, "train"),
+        Case(
+            "a",
+            (a / "mr.nii.gz",),
+            {"ct": a / "ct.nii.gz", "labels": a / "labels.nii.gz"},
+            a / "mask.nii.gz",
+            "train",
+        ),
+        Case("b", (b / "mr.nii",), {}, None, "train"),
     )
-    assert (cohort.root, cohort.label_names, cohort.channel_names) == (tmp_path, {}, ("MR",))
+    assert (cohort.root, cohort.targets, cohort.channel_names) == (tmp_path, USUAL, ("MR",))
+    assert not cohort.images
 
 
 def test_folder_layout_with_dataset_json(tmp_path):
@@ -88,7 +97,7 @@ def test_folder_layout_with_dataset_json(tmp_path):
     )
     cohort = read_cohort(str(root))
     assert [(case.name, case.split) for case in cohort.cases] == [("a", "test"), ("b", "train")]
-    assert (cohort.label_names, cohort.channel_names) == (LABELS, ("T2",))
+    assert (cohort.targets["labels"].names, cohort.channel_names) == (LABELS, ("T2",))
     assert [[case.name for case in cohort.split(name)] for name in ("train", "val", "test")] == [["b"], [], ["a"]]
     with pytest.raises(InputError, match="unknown split 'Test'"):
         cohort.split("Test")
@@ -99,35 +108,33 @@ def test_nnunet_layout(tmp_path):
     a, b, c = cohort.cases
     assert [(case.name, case.split) for case in (a, b, c)] == [("a", "train"), ("b", "train"), ("c", "test")]
     assert a.inputs == (tmp_path / "imagesTr" / "a_0000.nii.gz", tmp_path / "imagesTr" / "a_0001.nii.gz")
-    assert (a.ct, a.labels) == (tmp_path / "targetsTr" / "a.nii.gz", tmp_path / "labelsTr" / "a.nii.gz")
-    assert (a.mask, c.ct) == (tmp_path / "masksTr" / "a.nii.gz", tmp_path / "targetsTs" / "c.nii.gz")
-    assert (b.ct, b.labels, b.mask, c.labels) == (None,) * 4
-    assert (cohort.label_names, cohort.channel_names) == (LABELS, ("T1", "T2"))
+    assert a.targets == {"ct": tmp_path / "targetsTr" / "a.nii.gz", "labels": tmp_path / "labelsTr" / "a.nii.gz"}
+    assert (a.mask, c.targets) == (tmp_path / "masksTr" / "a.nii.gz", {"ct": tmp_path / "targetsTs" / "c.nii.gz"})
+    assert (b.targets, b.mask) == ({}, None)
+    assert (cohort.targets["labels"].names, cohort.channel_names) == (LABELS, ("T1", "T2"))
 
 
 def test_csv_layout(tmp_path):
     cohort = read_cohort(table(tmp_path))
     assert [(case.name, case.split) for case in cohort.cases] == [("b", "test"), ("a", "train")]
-    assert cohort.cases[1].labels == tmp_path / "a" / "labels.nii.gz"
-    assert (cohort.cases[0].ct, cohort.label_names) == (None, LABELS)
+    assert cohort.cases[1].targets["labels"] == tmp_path / "a" / "labels.nii.gz"
+    assert (cohort.cases[0].targets, cohort.targets["labels"].names) == ({}, LABELS)
 
 
 def test_json_layouts(tmp_path):
     path = as_json(tmp_path, channel_names={"0": "T2"})
     cohort = read_cohort(path)
     assert [(case.name, case.split) for case in cohort.cases] == [("a", "val")]
-    assert (cohort.label_names, cohort.channel_names) == (LABELS, ("T2",))
+    assert (cohort.targets["labels"].names, cohort.channel_names) == (LABELS, ("T2",))
     path.write_text(json.dumps([{"case": "b", "mr_1": "a/mr.nii.gz", "mr_0": "b/mr.nii", "ct": None}]))
     cohort = read_cohort(path)
-    assert cohort.cases == (
-        Case("b", (tmp_path / "b" / "mr.nii", tmp_path / "a" / "mr.nii.gz"), None, None, None, "train"),
-    )
+    assert cohort.cases == (Case("b", (tmp_path / "b" / "mr.nii", tmp_path / "a" / "mr.nii.gz"), {}, None, "train"),)
     assert cohort.channel_names == ("MR_0", "MR_1")
 
 
 def test_label_names_without_labels_are_dropped(tmp_path):
     rows = [{"case": "b", "mr": "b/mr.nii"}]
-    assert read_cohort(as_json(tmp_path, rows)).label_names == {}
+    assert read_cohort(as_json(tmp_path, rows)).targets == {}
 
 
 def test_files_outside_need_permission(tmp_path):
@@ -315,38 +322,40 @@ def case(tmp_path) -> Case:
     return Case(
         "p1",
         (nifti(tmp_path / "mr_0.nii", numbers / 2, dtype="float32"), nifti(tmp_path / "mr_1.nii", numbers)),
-        nifti(tmp_path / "ct.nii.gz", numbers - 1000, dtype="int16"),
-        nifti(tmp_path / "labels.nii.gz", numbers % 3),
+        {
+            "ct": nifti(tmp_path / "ct.nii.gz", numbers - 1000, dtype="int16"),
+            "labels": nifti(tmp_path / "labels.nii.gz", numbers % 3),
+        },
         nifti(tmp_path / "mask.nii.gz", (numbers > 5) * 255),
         "train",
     )
 
 
 def test_load_case(case):
-    loaded = load_case(case, LABELS)
+    loaded = load_case(case, NAMED)
     numbers = np.arange(24).reshape(SHAPE)
     np.testing.assert_array_equal(loaded.inputs, np.stack([numbers / 2, numbers]))
-    np.testing.assert_array_equal(loaded.ct, numbers - 1000)
-    np.testing.assert_array_equal(loaded.labels, numbers % 3)
+    np.testing.assert_array_equal(loaded.targets["ct"], numbers - 1000)
+    np.testing.assert_array_equal(loaded.targets["labels"], numbers % 3)
     np.testing.assert_array_equal(loaded.mask, numbers > 5)
-    types = [array.dtype.name for array in (loaded.inputs, loaded.ct, loaded.labels, loaded.mask)]
+    types = [array.dtype.name for array in (loaded.inputs, *loaded.targets.values(), loaded.mask)]
     assert types == ["float32", "float32", "uint8", "bool"]
     assert loaded.grid.shape == GRID.shape
 
 
 def test_load_case_with_mr_only(case):
-    loaded = load_case(Case("p2", case.inputs[:1], None, None, None, "test"), {})
+    loaded = load_case(Case("p2", case.inputs[:1], {}, None, "test"), USUAL)
     assert loaded.inputs.shape == (1, *SHAPE)
-    assert (loaded.ct, loaded.labels, loaded.mask) == (None, None, None)
+    assert (loaded.targets, loaded.mask) == ({}, None)
 
 
 def test_files_of_a_case_may_be_stored_in_different_orientations(case):
     """The CT mirrored on disk, voxel by voxel the same place."""
-    before = load_case(case, {}).ct
+    before = load_case(case, USUAL).targets["ct"]
     affine = GRID.affine.copy()
     affine[0] = [-2, 0, 0, 6]
-    write_volume(case.ct, before, Grid(affine, GRID.shape), "int16")
-    np.testing.assert_array_equal(load_case(case, {}).ct, before)
+    write_volume(case.targets["ct"], before, Grid(affine, GRID.shape), "int16")
+    np.testing.assert_array_equal(load_case(case, USUAL).targets["ct"], before)
 
 
 SHIFTED = Grid(GRID.affine + np.outer([0, 1, 0, 0], [0, 0, 0, 1]), GRID.shape)
@@ -369,20 +378,21 @@ BAD_FILES = {
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_bad_cases_are_refused(case, what):
     which, content, message = BAD_FILES[what]
-    nifti(case.inputs[which] if isinstance(which, int) else getattr(case, which), **content)
+    paths = {"mask": case.mask, **case.targets, 1: case.inputs[1]}
+    nifti(paths[which], **content)
     with pytest.raises(InputError, match=f"^case p1: .*{message}"):
-        load_case(case, LABELS)
+        load_case(case, NAMED)
 
 
 def test_without_names_any_label_passes(case):
-    nifti(case.labels, 7)
-    assert load_case(case, {}).labels.max() == 7
+    nifti(case.targets["labels"], 7)
+    assert load_case(case, USUAL).targets["labels"].max() == 7
 
 
 def test_a_broken_file_names_the_case(case):
-    case.ct.write_bytes(case.ct.read_bytes()[:40])
+    case.targets["ct"].write_bytes(case.targets["ct"].read_bytes()[:40])
     with pytest.raises(InputError, match=r"^case p1: .*ct.nii.gz: "):
-        load_case(case, LABELS)
+        load_case(case, NAMED)
 
 
 def test_volumes_with_other_names_are_told(tmp_path):
@@ -397,7 +407,7 @@ def test_volumes_in_other_folders_of_nnunet_are_told(tmp_path):
         nifti(tmp_path / f"{name}.nii")
     (tmp_path / "dataset.json").write_text('{"file_ending": ".nii"}')
     with pytest.warns(UserWarning, match="1 images are not read, by their names, .*: targetTr/a.nii"):
-        assert read_cohort(tmp_path).cases[0].ct is None
+        assert list(read_cohort(tmp_path).cases[0].targets) == ["labels"]
 
 
 UNREAD = {
@@ -561,9 +571,9 @@ def test_a_name_twice_in_labels_json_is_refused(tmp_path):
 def test_what_may_lie_beside_a_volume(tmp_path):
     """Descriptions of it, other formats of it, the voxels of its header."""
     make = beside(folders, "a/mr.json", "a/ct.dcm", "b/ct.json", "b/mr.raw", "b/labels.PNG")
-    assert [case.ct is None for case in read_cohort(make(tmp_path)).cases] == [False, True]
+    assert ["ct" in case.targets for case in read_cohort(make(tmp_path)).cases] == [True, False]
     make = beside(nnunet, "imagesTr/a_0000.json", "labelsTr/a.raw", "targetsTr/b.txt")
-    assert read_cohort(make(tmp_path / "nnunet")).cases[1].ct is None
+    assert read_cohort(make(tmp_path / "nnunet")).cases[1].targets == {}
 
 
 def test_unknown_entries_are_told_and_known_ones_are_not(tmp_path, recwarn):
@@ -579,11 +589,14 @@ def test_endings_in_any_case_of_letters(tmp_path):
     (tmp_path / "a" / "ct.nii.gz").rename(tmp_path / "a" / "ct.NII.GZ")
     (tmp_path / "b" / "mr.nii").rename(tmp_path / "b" / "mr.Nii")
     a, b = read_cohort(tmp_path).cases
-    assert (a.ct.name, b.inputs[0].name) == ("ct.NII.GZ", "mr.Nii")
-    assert load_case(a, {}).ct.max() == 1
+    assert (a.targets["ct"].name, b.inputs[0].name) == ("ct.NII.GZ", "mr.Nii")
+    assert load_case(a, USUAL).targets["ct"].max() == 1
     assert load_case(b, {}).inputs.shape == (1, *SHAPE)
     assert (
-        read_cohort(beside(without(nnunet, "labelsTr/a.nii.gz"), "labelsTr/a.NII.gz")(tmp_path / "n")).cases[0].labels
+        "labels"
+        in read_cohort(beside(without(nnunet, "labelsTr/a.nii.gz"), "labelsTr/a.NII.gz")(tmp_path / "n"))
+        .cases[0]
+        .targets
     )
 
 
@@ -599,7 +612,7 @@ def test_other_formats_in_both_layouts(tmp_path, ending):
     change(tmp_path / "nnunet" / "dataset.json", file_ending=ending)
     for layout in ("folder", "nnunet"):
         (case,) = read_cohort(tmp_path / layout).cases
-        loaded = load_case(case, {})
-        np.testing.assert_array_equal(loaded.ct, loaded.inputs[0])
-        np.testing.assert_array_equal(loaded.labels, loaded.inputs[0])
-        assert loaded.ct.max() == 23
+        loaded = load_case(case, USUAL)
+        np.testing.assert_array_equal(loaded.targets["ct"], loaded.inputs[0])
+        np.testing.assert_array_equal(loaded.targets["labels"], loaded.inputs[0])
+        assert loaded.targets["ct"].max() == 23

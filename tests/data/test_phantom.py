@@ -158,20 +158,20 @@ def test_difficulty_is_written_down(tmp_path):
 
 def test_written_cohort(written):
     cohort = read_cohort(written)
-    assert cohort.label_names == LABELS
+    assert cohort.targets["labels"].names == LABELS
     assert [(case.name, case.split) for case in cohort.cases] == [
         ("phantom_000", "train"),
         ("phantom_001", "train"),
         ("phantom_002", "test"),
     ]
     for index, case in enumerate(cohort.cases):
-        expected, loaded = make_case((5, index), 32, 8), load_case(case, cohort.label_names)
+        expected, loaded = make_case((5, index), 32, 8), load_case(case, cohort.targets)
         np.testing.assert_array_equal(loaded.inputs[0], expected.mr)
-        np.testing.assert_array_equal(loaded.ct, np.rint(expected.ct))
-        np.testing.assert_array_equal(loaded.labels, expected.labels)
+        np.testing.assert_array_equal(loaded.targets["ct"], np.rint(expected.ct))
+        np.testing.assert_array_equal(loaded.targets["labels"], expected.labels)
         np.testing.assert_array_equal(loaded.mask, expected.mask)
         np.testing.assert_allclose(loaded.grid.spacing, (18, 12.5, 12.5))
-        types = [nib.load(path).get_data_dtype().name for path in (*case.inputs, case.ct, case.labels, case.mask)]
+        types = [nib.load(path).get_data_dtype().name for path in (*case.inputs, *case.targets.values(), case.mask)]
         assert types == ["float32", "int16", "uint8", "uint8"]
 
 

@@ -1,5 +1,6 @@
 """Preprocessing: what it writes, what it keeps, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from sfg_fast.data import (
     read_cohort,
     write_volume,
 )
+from sfg_fast.data.cohort import USUAL
 from sfg_fast.data.notes import told
 from sfg_fast.errors import InputError
 from sfg_fast.files import locked
@@ -41,11 +43,14 @@ def test_preprocess_twice_gives_the_same_bytes(tmp_path, cohort, cache):
         assert (cache.path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
+def unnamed(cohort):
+    return dataclasses.replace(cohort, targets=USUAL)
+
+
 def test_unnamed_labels_get_names(tmp_path, cohort):
-    unnamed = Cohort(cohort.root, cohort.cases, {}, cohort.channel_names)
-    cache = preprocess(unnamed, tmp_path / "cache", progress=False)
-    assert cache.label_names == {"background": 0, "label_1": 1, "label_2": 2}
-    assert len(cache.class_frequencies()) == 3
+    cache = preprocess(unnamed(cohort), tmp_path / "cache", progress=False)
+    assert cache.targets["labels"].names == {"background": 0, "label_1": 1, "label_2": 2}
+    assert len(cache.described()["labels"].statistics["frequencies"]) == 3
 
 
 def test_where_the_mask_comes_from(tmp_path):
@@ -54,7 +59,7 @@ def test_where_the_mask_comes_from(tmp_path):
     np.testing.assert_array_equal(cache.case("a").mask, body_mask(arrays("a")["ct"]))
     assert cache.case("b").mask.all()
     assert [cache.cases[name]["mask_from"] for name in "abc"] == ["ct", "volume", "file"]
-    assert (cache.case("b").ct, cache.case("b").labels) == (None, None)
+    assert cache.case("b").targets == {}
     assert (cache.has("ct"), cache.has("ct", "test"), cache.has("labels", "val")) == (True, True, False)
 
 
@@ -99,17 +104,12 @@ def all_background(cohort):
 
 def unnamed_gap(cohort):
     spoil(cohort, "labels", 200)
-    return Cohort(cohort.root, cohort.cases, {}, cohort.channel_names)
+    return unnamed(cohort)
 
 
 def no_body(cohort):
     spoil(cohort, "ct", -1000)
-    return Cohort(
-        cohort.root,
-        tuple(Case(c.name, c.inputs, c.ct, c.labels, None, c.split) for c in cohort.cases),
-        cohort.label_names,
-        cohort.channel_names,
-    )
+    return dataclasses.replace(cohort, cases=tuple(dataclasses.replace(case, mask=None) for case in cohort.cases))
 
 
 BAD_COHORTS = {
@@ -146,10 +146,10 @@ def watched(monkeypatch, act=lambda case: None):
     """The names of the cases that are read from now on."""
     seen = []
 
-    def load(case, label_names):
+    def load(case, targets):
         act(case)
         seen.append(case.name)
-        return load_case(case, label_names)
+        return load_case(case, targets)
 
     load_case = preprocessing.load_case
     monkeypatch.setattr(preprocessing, "load_case", load)
@@ -251,7 +251,7 @@ def test_only_what_changed_is_redone(tmp_path, cohort, cache, monkeypatch, chang
 
 
 def test_a_case_that_left_the_cohort_leaves_the_cache(tmp_path, cohort, cache):
-    without = Cohort(cohort.root, cohort.cases[1:], cohort.label_names, cohort.channel_names)
+    without = dataclasses.replace(cohort, cases=cohort.cases[1:])
     assert set(preprocess(without, cache.path, progress=False).cases) == {"b", "c"}
     assert not (cache.path / "a").exists()
 
@@ -326,9 +326,9 @@ def test_a_disk_that_is_too_full_is_refused_before_it_starts(tmp_path, cohort, m
 
 def test_few_processes_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(preprocessing.os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 340}.get)
-    assert preprocessing._that_fit_in_memory(5000, 1) == 2
-    assert preprocessing._that_fit_in_memory(5000, 2) == 1
-    assert preprocessing._that_fit_in_memory(5000000, 1) == 1
+    assert preprocessing._that_fit_in_memory(5000 * 34) == 2
+    assert preprocessing._that_fit_in_memory(5001 * 34) == 1
+    assert preprocessing._that_fit_in_memory(5000000 * 34) == 1
 
 
 def test_folders_of_something_else_are_refused(tmp_path, cohort, cache):
@@ -357,8 +357,9 @@ def test_cts_are_clipped_to_what_is_scored(tmp_path):
     z, y, x = ct.shape
     write_volume(cohort.root / "b" / "ct.nii", ct, Grid(AFFINE, (x, y, z)), np.float32)
     cache = preprocess(cohort, tmp_path / "cache", progress=False)
-    np.testing.assert_array_equal(cache.case("b").ct, ct.clip(-1024, 3000))
-    assert cache.cases["b"]["ct_body_mean"] == pytest.approx(cache.case("b").ct[cache.case("b").mask].mean())
+    np.testing.assert_array_equal(cache.case("b").targets["ct"], ct.clip(-1024, 3000))
+    inside = cache.case("b").targets["ct"][cache.case("b").mask]
+    assert cache.cases["b"]["targets"]["ct"]["mean"] == pytest.approx(inside.mean())
 
 
 def unscaled(padding):
@@ -419,7 +420,7 @@ def test_an_mr_that_a_few_voxels_scale_is_told(tmp_path, cohort):
     affine = Grid(AFFINE, (16, 16, 16))
     for values, expected in (((), []), ((1500,), []), ((3e4, 2e4), ["mr"])):
         write_volume(tmp_path / "mr.nii", bright(values), affine, np.float32)
-        case = Case("x", (tmp_path / "mr.nii",), None, None, None, "train")
+        case = Case("x", (tmp_path / "mr.nii",), {}, None, "train")
         cache = preprocess(Cohort(tmp_path, (case,), {}, ("MR",)), tmp_path / f"out_{len(values)}", progress=False)
         assert [note["kind"] for note in cache.cases["x"]["notes"]] == expected
     assert f"case x ({tmp_path / 'mr.nii'}): a few voxels, up to 30000, decide" in cache.cases["x"]["notes"][0]["text"]
@@ -466,7 +467,7 @@ def test_an_mr_that_turned_negative_at_16_bits_is_told(tmp_path):
 def notes_of(folder, mr):
     """What is told of a case of this MR alone."""
     write_volume(folder / "mr.nii", mr, Grid(AFFINE, mr.shape[::-1]), mr.dtype)
-    case = Case("x", (folder / "mr.nii",), None, None, None, "train")
+    case = Case("x", (folder / "mr.nii",), {}, None, "train")
     out = Path(tempfile.mkdtemp(dir=folder))
     cache = preprocess(Cohort(folder, (case,), {}, ("MR",)), out, progress=False)
     return [note["text"] for note in cache.cases["x"]["notes"]]
@@ -511,7 +512,7 @@ def test_notes_of_all_files_are_in_the_manifest_and_told(tmp_path, cohort, recwa
 
 def test_voxels_beside_a_header_are_content_too(tmp_path, cohort):
     path = tmp_path / "mr.mhd"
-    case = Case("x", (path,), None, None, None, "train")
+    case = Case("x", (path,), {}, None, "train")
     found = []
     for seed in (0, 0, 1):
         voxels = np.random.default_rng(seed).gamma(2, 100, (4, 5, 6)).astype(np.float32)

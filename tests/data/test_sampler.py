@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sfg_fast.data import Grid, SliceSampler, preprocess, write_volume
-from sfg_fast.data import sampler as sampler_module
 from sfg_fast.errors import InputError
 
 from .small_cohort import AFFINE, SHAPES, write_cohort
@@ -52,8 +51,8 @@ def test_patches_are_pieces_of_the_volumes(cache):
         places[name].add((z, y, x))
         piece = (slice(y, y + 3), slice(x, x + 4))
         np.testing.assert_array_equal(batch["inputs"][i], case.inputs[(z, slice(None), *piece)])
-        np.testing.assert_array_equal(batch["ct"][i, 0], case.ct[(z, *piece)])
-        np.testing.assert_array_equal(batch["labels"][i], case.labels[(z, *piece)])
+        np.testing.assert_array_equal(batch["ct"][i, 0], case.targets["ct"][(z, *piece)])
+        np.testing.assert_array_equal(batch["labels"][i], case.targets["labels"][(z, *piece)])
         np.testing.assert_array_equal(batch["mask"][i, 0], case.mask[(z, *piece)])
     for name, found in places.items():  # every slice, row and column start comes up
         for axis, size in enumerate((SHAPES[name][0], SHAPES[name][1] - 2, SHAPES[name][2] - 3)):
@@ -96,8 +95,8 @@ def test_small_slices_are_centred_and_padded(cache):
     np.testing.assert_array_equal(window[:, 1:6], case.inputs[z, :, :, x : x + 8])
     for channel in (0, 1):
         assert (window[channel, [0, 6, 7]] == case.inputs[z, channel].min()).all()
-    np.testing.assert_array_equal(batch["ct"][i], np.pad(case.ct[piece], wide, constant_values=-1024))
-    np.testing.assert_array_equal(batch["labels"][i], np.pad(case.labels[piece], wide)[0])
+    np.testing.assert_array_equal(batch["ct"][i], np.pad(case.targets["ct"][piece], wide, constant_values=-1024))
+    np.testing.assert_array_equal(batch["labels"][i], np.pad(case.targets["labels"][piece], wide)[0])
     np.testing.assert_array_equal(batch["mask"][i], np.pad(case.mask[piece], wide))
 
 
@@ -147,7 +146,7 @@ def test_processes_share_the_batches_of_one(cache, patch):
 
 def test_few_cases_are_open_at_a_time(cache, monkeypatch):
     """What a process holds is what it was asked for: arrays of the batch, and the maps of a few cases."""
-    monkeypatch.setattr(sampler_module, "OPEN_CASES", 1)
+    monkeypatch.setattr(SliceSampler, "open_at_a_time", 1)
     opened, case = [], cache.case
     monkeypatch.setattr(cache, "case", lambda name: opened.append(weakref.ref(found := case(name))) or found)
     sampler = SliceSampler(cache, "train", 4, (3, 3), 0, 0.1, 0.5)

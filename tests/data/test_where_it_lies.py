@@ -4,7 +4,6 @@ A NIfTI header says in two forms, with two codes and a unit, where its voxels li
 read: a prediction must say all of it as its MR does.
 """
 
-import dataclasses
 import json
 import struct
 import sys
@@ -15,9 +14,11 @@ import pytest
 import SimpleITK as sitk
 
 from sfg_fast.data import Case, Grid, load_case, read_labels, read_volume, same_grid, write_volume
+from sfg_fast.data.cohort import USUAL
 from sfg_fast.data.volumes import onto
 from sfg_fast.errors import InputError
 from sfg_fast.evaluation.evaluate import read_prediction
+from sfg_fast.tasks import own_tasks
 
 from .test_volumes import patched
 
@@ -170,10 +171,10 @@ def test_every_file_of_a_case_lies_at_one_place(tmp_path, what, ending):
         written = tmp_path / f"{name}{ending.lower()}"
         sitk.WriteImage(sitk.Cast(image, pixel), str(written))
         written.rename(tmp_path / f"{name}{ending}")
-    case = Case("a", (mr,), tmp_path / f"ct{ending}", tmp_path / f"labels{ending}", None, "train")
-    loaded = load_case(case, {})
-    np.testing.assert_array_equal(loaded.ct, loaded.inputs[0])
-    np.testing.assert_array_equal(loaded.labels, loaded.inputs[0])
+    case = Case("a", (mr,), {"ct": tmp_path / f"ct{ending}", "labels": tmp_path / f"labels{ending}"}, None, "train")
+    loaded = load_case(case, USUAL)
+    np.testing.assert_array_equal(loaded.targets["ct"], loaded.inputs[0])
+    np.testing.assert_array_equal(loaded.targets["labels"], loaded.inputs[0])
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
@@ -207,18 +208,18 @@ def test_the_unit_counts(tmp_path):
 def tie(folder, degrees_ct):
     """An MR at 45 degrees, and a CT a hair beside it, for which other patient axes are closest."""
     mr, ct = (nifti(folder / f"{name}.nii.gz", turned(by)) for name, by in (("mr", 45), ("ct", degrees_ct)))
-    return Case("a", (mr,), ct, None, None, "train")
+    return Case("a", (mr,), {"ct": ct}, None, "train")
 
 
 @pytest.mark.parametrize("degrees", [45 - 6e-5, 45, 45 + 6e-5])
 def test_at_45_degrees_both_files_are_turned_alike(tmp_path, degrees):
     case = tie(tmp_path, degrees)
-    loaded = load_case(case, {})
-    np.testing.assert_array_equal(loaded.ct, loaded.inputs[0])
+    loaded = load_case(case, USUAL)
+    np.testing.assert_array_equal(loaded.targets["ct"], loaded.inputs[0])
     (tmp_path / "out" / "a").mkdir(parents=True)
     (tmp_path / "ct.nii.gz").rename(tmp_path / "out" / "a" / "ct.nii.gz")
-    ct, _ = read_prediction(tmp_path / "out", case, dataclasses.replace(loaded, ct=None))
-    np.testing.assert_array_equal(ct, loaded.inputs[0])
+    found = read_prediction(tmp_path / "out", case, loaded, own_tasks({"ct": USUAL["ct"]}))
+    np.testing.assert_array_equal(found["ct"], loaded.inputs[0])
 
 
 def test_at_45_degrees_the_axes_do_tip_over(tmp_path):
@@ -247,9 +248,9 @@ def kinds(grid: Grid) -> list[str]:
 
 def test_forms_that_differ_are_told(tmp_path):
     path = nifti(tmp_path / "mr.nii", qform=moved(50))
-    case = Case("a", (path,), None, None, None, "train")
+    case = Case("a", (path,), {}, None, "train")
     with pytest.warns(UserWarning, match=r"mr\.nii: qform and sform lie 50 mm apart; the sform is used") as told:
-        loaded = load_case(case, {})
+        loaded = load_case(case, USUAL)
     assert [str(one.message) for one in told] == [note.text for note in loaded.notes]
     np.testing.assert_array_equal(loaded.grid.affine, AFFINE)
 

@@ -1,4 +1,4 @@
-"""The figures show the right numbers in the right place: bars, gaps, orientation, true proportions, outlines."""
+"""The figures show the right numbers in the right place: bars, gaps, orientation, proportions, outlines, counts."""
 
 import base64
 import math
@@ -13,6 +13,9 @@ from matplotlib.colors import to_rgb
 
 from sfg_fast.errors import InputError
 from sfg_fast.evaluation import figures
+from sfg_fast.tasks.task import Contours, Matrix, Panel, Scatter
+
+from .described import ct_and_organs
 
 LAYERS = ["first", "deep.conv1", "last"]
 FINAL = np.array([[0.9, 0.06, 0.04], [0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])  # shared, ct, organs
@@ -27,12 +30,12 @@ def history():
             "step": [0, 10, 20, 30],
             "objective": [4.0, 3.0, 2.0, 1.5],
             "nll": {"ct": [3.0, 2.0, 1.0, 0.5], "organs": [1.0, 0.9, 0.8, 0.7]},
-            "psnr": [None, 21.0, None, 23.0],
-            "dice": [None, None, None, None],
+            "scores": {"ct/psnr": [None, 21.0, None, 23.0], "organs/dice": [None, None, None, None]},
             "temperature": [1.0, 0.8, 0.6, 0.4],
             "learning_rate": [1e-3, 1e-3, 1e-4, 1e-5],
         },
-        "validation": {"step": [20], "nll": [1.0], "psnr": [22.0], "dice": [None]},
+        "titles": {"ct/psnr": "ct: PSNR in mask [dB]", "organs/dice": "organs: mean Dice"},
+        "validation": {"step": [20], "nll": [1.0], "scores": {"ct/psnr": [22.0], "organs/dice": [None]}},
         "allocation": {
             "step": [0, 15, 30],
             "p": {layer: [third, third, row.tolist()] for layer, row in zip(LAYERS, FINAL, strict=True)},
@@ -52,7 +55,7 @@ def _shown(figure, axes):
     page = _pixels(figure)
     box = axes.get_window_extent()
     height = page.shape[0]
-    return page[int(height - box.y1) + 2 : int(height - box.y0) - 2, int(box.x0) + 3 : int(box.x1) - 2]
+    return page[int(height - box.y1) + 3 : int(height - box.y0) - 3, int(box.x0) + 3 : int(box.x1) - 3]
 
 
 def _panel(figure, title):
@@ -138,39 +141,49 @@ def test_curves_skip_what_was_not_measured(history):
         "objective (eq. 2)",
         "negative log likelihood: ct",
         "negative log likelihood: organs",
-        "held-out PSNR in mask [dB]",
+        "held-out ct: PSNR in mask [dB]",
         "temperature",
         "learning rate",
     ]
-    psnr, validation = _panel(figure, "held-out PSNR in mask [dB]").lines
+    psnr, validation = _panel(figure, "held-out ct: PSNR in mask [dB]").lines
     assert (psnr.get_xdata().tolist(), psnr.get_ydata().tolist()) == ([10, 30], [21, 23])
     assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([20], [22])
     assert _panel(figure, "learning rate").get_yscale() == "log"
     bar = figures.allocation(history).axes[0].containers[0][0]
     (ct,) = _panel(figure, "negative log likelihood: ct").lines
-    assert to_rgb(ct.get_color()) == to_rgb(bar.get_facecolor())
+    assert to_rgb(ct.get_color()) == to_rgb(psnr.get_color()) == to_rgb(bar.get_facecolor())
 
 
 def test_curves_of_nothing(history):
-    empty = {name: [] for name in history["curves"]} | {"nll": {}}
+    empty = {name: [] for name in history["curves"]} | {"nll": {}, "scores": {}}
     assert "No training step" in figures.curves(history | {"curves": empty}).texts[0].get_text()
 
 
-def _case(**change):
-    rng = np.random.default_rng(0)
-    plane = rng.normal(0, 30, (12, 16))
-    case = {
-        "mr": plane,
-        "ct_true": plane,
-        "ct_pred": plane + 5,
-        "labels_true": np.zeros(plane.shape, np.uint8),
-        "labels_pred": np.zeros(plane.shape, np.uint8),
-        "uncertainty": np.abs(plane),
-        "spacing": (2.0, 1.0),
-        "title": "case",
-        "label_names": {"background": 0, "left_femur": 1, "bladder": 2},
+def _case(
+    mr=True,
+    ct_true=True,
+    ct_pred=True,
+    labels_true=True,
+    labels_pred=True,
+    uncertainty=True,
+    spacing=(2.0, 1.0),
+    title="case",
+    names=None,
+):
+    """What a report asks of `case_panel` for the paper's two tasks. Each plane: True for one made up, None for none."""
+    plane = np.random.default_rng(0).normal(0, 30, (12, 16))
+    given = {"mr": (mr, plane), "ct_true": (ct_true, plane), "ct_pred": (ct_pred, plane + 5)}
+    given |= {
+        name: (one, np.zeros(plane.shape, np.uint8)) for name, one in (("true", labels_true), ("pred", labels_pred))
     }
-    return case | change
+    found = {name: usual if one is True else one for name, (one, usual) in given.items()}
+    ct, organs = ct_and_organs(names or {"background": 0, "left_femur": 1, "bladder": 2}).values()
+    panels = [] if found["mr"] is None else [figures.mr_panel(found["mr"])]
+    panels += ct.panels(None, found["ct_true"], found["ct_pred"])
+    panels += organs.panels(panels[0], found["true"], found["pred"]) if panels else []
+    if uncertainty is not None:
+        panels.append(figures.uncertainty_panel(np.abs(plane), "ct", ct.uncertainty_unit))
+    return {"panels": panels, "spacing": spacing, "title": title}
 
 
 def test_radiological_orientation_on_the_page():
@@ -191,7 +204,7 @@ def test_radiological_orientation_on_the_page():
 def test_true_proportions():
     figure = figures.case_panel(**_case(spacing=(3.0, 0.5)))
     figure.draw_without_rendering()
-    for title in ("MR", "CT", "labels"):
+    for title in ("MR", "CT", "organs"):
         box = _panel(figure, title).get_window_extent()
         assert box.height / box.width == pytest.approx(12 * 3.0 / (16 * 0.5), rel=1e-3)
 
@@ -202,7 +215,7 @@ def test_outlines_lie_around_their_organ():
     prediction[2:5, 2:5] = 1
     prediction[11, 15] = 2  # one pixel in the corner, in the prediction alone
     figure = figures.case_panel(**_case(labels_true=truth, labels_pred=prediction))
-    axes = _panel(figure, "labels")
+    axes = _panel(figure, "organs")
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 16), (0, 24))  # the image fills the frame
     solid, *dashed = axes.collections
     # Drawn from the right: columns 1..3 of 16 lie 12 to 15 mm from the left edge; rows 2..4 at 2 mm lie 4 to 10 mm up.
@@ -238,14 +251,10 @@ def test_both_cts_share_a_scale():
 @pytest.mark.parametrize(
     ("absent", "panels"),
     [
-        ([], ["MR", "CT", "synthetic CT", "synthetic CT - CT", "labels", "uncertainty: SD over draws"]),
-        (["ct_true"], ["MR", "synthetic CT", "labels", "uncertainty: SD over draws"]),
-        (["ct_pred", "uncertainty", "labels_true"], ["MR", "CT", "labels"]),
+        ([], ["MR", "CT", "synthetic CT", "synthetic CT - CT", "organs", "ct: SD over draws"]),
+        (["ct_true"], ["MR", "synthetic CT", "organs", "ct: SD over draws"]),
+        (["ct_pred", "uncertainty", "labels_true"], ["MR", "CT", "organs"]),
         (["ct_true", "ct_pred", "labels_true", "labels_pred", "uncertainty"], ["MR"]),
-        (
-            ["mr", "labels_true", "labels_pred"],
-            ["CT", "synthetic CT", "synthetic CT - CT", "uncertainty: SD over draws"],
-        ),
     ],
 )
 def test_panels_without_data_are_left_out(absent, panels):
@@ -254,9 +263,75 @@ def test_panels_without_data_are_left_out(absent, panels):
 
 def test_bad_slices_are_named():
     with pytest.raises(InputError, match="'case' has no image"):
-        figures.case_panel(**_case(mr=None, ct_true=None, ct_pred=None))
-    with pytest.raises(InputError, match="differ in shape"):
-        figures.case_panel(**_case(ct_pred=np.zeros((5, 16))))
+        figures.case_panel([], (1.0, 1.0), "case")
+    for wrong in (
+        Panel("b", np.zeros((5, 16)), {}),
+        Panel("b", np.zeros((12, 16)), {}, "", Contours(None, np.zeros((9, 9)), {})),
+    ):
+        with pytest.raises(InputError, match="differ in shape"):
+            figures.case_panel([Panel("a", np.zeros((12, 16)), {}), wrong], (1.0, 1.0), "case")
+
+
+def test_each_panel_has_its_own_unit():
+    figure = figures.case_panel(**_case())
+    units = {axes.get_title(): [child.get_title() for child in axes.child_axes] for axes in figure.axes}
+    bars = ("CT", "synthetic CT", "synthetic CT - CT", "ct: SD over draws")
+    assert {title: units[title] for title in bars} == {title: ["HU"] for title in bars}
+    assert units["MR"] == units["organs"] == []
+
+
+def test_two_label_maps_are_told_apart():
+    """Of the same names: each has colours of its own, and the legend says which is which."""
+    plane, labels = np.zeros((12, 16)), np.zeros((12, 16), np.uint8)
+    labels[2:5, 1:4] = 1
+    maps = [
+        Panel(name, plane, {"cmap": "gray"}, "", Contours(labels, None, {"left": 1})) for name in ("organs", "vessels")
+    ]
+    figure = figures.case_panel(maps, (1.0, 1.0), "case")
+    colours = [_panel(figure, name).collections[0].get_edgecolor()[0] for name in ("organs", "vessels")]
+    assert to_rgb(colours[0]) != to_rgb(colours[1])
+    texts = {text.get_text(): line.get_color() for text, line in _legend(figure)}
+    assert list(texts) == ["truth", "Left (organs)", "Left (vessels)"]
+    assert [to_rgb(texts[f"Left ({name})"]) for name in ("organs", "vessels")] == [to_rgb(one) for one in colours]
+
+
+def _legend(figure):
+    (legend,) = figure.legends
+    return zip(legend.get_texts(), legend.get_lines(), strict=True)
+
+
+def test_a_scatter_has_a_point_for_each_image_and_the_line_of_equals():
+    true, predicted = np.array([20.0, 60.0, 35.0]), np.array([25.0, 50.0, 90.0])
+    figure = figures.chart(Scatter("Age", "years", true, predicted))
+    (axes,) = figure.axes
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.stack([true, predicted], 1))
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+    assert axes.get_xlim() == axes.get_ylim()
+    assert axes.get_xlim()[0] < 20
+    assert axes.get_xlim()[1] > 90
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("true [years]", "predicted [years]", "Age")
+    one = figures.chart(Scatter("Age", "", np.array([3.0]), np.array([3.0]))).axes[0]
+    assert one.get_xlim()[0] < 3 < one.get_xlim()[1]
+    assert one.get_xlabel() == "true"
+    assert "No image" in figures.chart(Scatter("Age", "", np.empty(0), np.empty(0))).texts[0].get_text()
+
+
+def test_a_confusion_matrix_has_the_true_classes_in_its_rows():
+    counts = np.array([[8, 2, 0], [1, 1, 0], [0, 0, 0]])  # no image of the third class
+    figure = figures.chart(Matrix("Gender", ("female", "$male$", "other"), counts))
+    axes = figure.axes[0]
+    found = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert found == {place: str(count) for place, count in np.ndenumerate(counts)}
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0.5, 0.5, 0], [0, 0, 0]])
+    figure.draw_without_rendering()
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["female", r"\$male\$", "other"]
+    # The first row is on top, and each number on its own field.
+    box = axes.texts[1].get_window_extent()
+    inverse = axes.transData.inverted().transform(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
+    np.testing.assert_allclose(inverse, [1, 0], atol=0.1)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
 
 
 def test_activation_maps_per_group():
@@ -278,8 +353,9 @@ def test_activation_maps_per_group():
 
 def test_a_dollar_is_only_a_dollar(history):
     history["groups"] = ["shared", r"$\ct$", "org$ns"]
-    history["curves"]["nll"] = {}
-    case = {"title": r"$\nonsense$", "label_names": {r"$\organ$": 1}, "labels_true": np.ones((12, 16), np.uint8)}
+    history["curves"] |= {"nll": {}, "scores": {}}
+    names = {"background": 0, r"$\organ$": 1}
+    case = {"title": r"$\nonsense$", "names": names, "labels_true": np.ones((12, 16), np.uint8)}
     panel = figures.case_panel(**_case(ct_true=None, ct_pred=None, uncertainty=None, **case))
     for figure in (figures.allocation(history), panel):
         figure.draw_without_rendering()  # a formula that can't be read would raise here

@@ -10,6 +10,8 @@ import pytest
 
 from sfg_fast.evaluation.metrics import case_metrics, metrics_document
 
+from .described import ct_and_organs, of_images, scored
+
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
@@ -59,9 +61,9 @@ def document():
     for name in ("first", "<second>"):
         true = rng.uniform(-1000, 1500, shape)
         labels = rng.integers(0, 3, (2, *shape))
-        cases[name] = case_metrics(true, true + rng.normal(0, 80, shape), *labels, np.ones(shape), NAMES)
-    cases["first"]["dice"]["bladder"] = None
-    return metrics_document(cases, NAMES)
+        cases[name] = scored(true, true + rng.normal(0, 80, shape), *labels, np.ones(shape), NAMES)
+    cases["first"]["organs"]["dice"]["bladder"] = None
+    return metrics_document(cases, ct_and_organs(NAMES))
 
 
 def _write(path, **change):
@@ -96,7 +98,7 @@ def test_page_stands_alone_and_escapes(tmp_path, document):
 def test_every_number_is_there(tmp_path, document):
     page = _Page(_write(tmp_path / "report.html", document=document))
     ct, dice, cases = page.tables
-    psnr = [case["ct"]["overall"]["psnr_in_mask"] for case in document["cases"].values()]
+    psnr = [case["ct"]["regions"]["overall"]["psnr_in_mask"] for case in document["cases"].values()]
     mean, sd = np.mean(psnr), np.std(psnr, ddof=1)
     assert ct[0] == ["", "Overall", "Bones", "Organs", "Bladder", "<b>femur"]
     assert ct[1][:2] == ["PSNR in mask [dB]", f"{mean:.2f} ({sd:.2f})"]
@@ -104,26 +106,34 @@ def test_every_number_is_there(tmp_path, document):
     assert dice[1][2].endswith(" n=1")
     assert [row[0] for row in cases] == ["Case", "first", "<second>"]
     assert cases[0][1:] == [
-        "PSNR in mask [dB]", "gain [dB]", "PSNR of bones [dB]", "MAE [HU]", "Dice", "Bladder", "<b>femur",
-    ]  # fmt: skip
+        "PSNR in mask [dB]",
+        "PSNR gained over the mean CT [dB]",
+        "MAE [HU]",
+        "PSNR of bones [dB]",
+        "Dice",
+        "Bladder",
+        "<b>femur",
+    ]
     for row, case in zip(cases[1:], document["cases"].values(), strict=True):
-        bladder = case["dice"]["bladder"]
+        regions, bladder = case["ct"]["regions"], case["organs"]["dice"]["bladder"]
         assert row[1:7] == [
-            f"{case['ct']['overall']['psnr_in_mask']:.2f}",
-            f"{case['psnr_gain']:+.2f}",
-            f"{case['ct']['bones']['psnr_in_mask']:.2f}",
-            f"{case['ct']['overall']['mae_hu']:.1f}",
-            f"{case['dice_mean']:.3f}",
+            f"{regions['overall']['psnr_in_mask']:.2f}",
+            f"{case['ct']['psnr_gain']:+.2f}",
+            f"{regions['overall']['mae']:.1f}",
+            f"{regions['bones']['psnr_in_mask']:.2f}",
+            f"{case['organs']['dice_mean']:.3f}",
             "-" if bladder is None else f"{bladder:.3f}",
         ]
+    assert "CT synthesis: PSNR in mask" in page.texts
     assert f"{mean:.2f} dB" in page.texts  # the headline
     assert f"SD {sd:.2f} dB, 2 cases" in page.texts
 
 
 def test_conventions_are_stated(tmp_path, document):
     page = _Page(_write(tmp_path / "report.html", document=document))
-    for rule in document["conventions"]["rules"].values():
-        assert rule in page.texts
+    for about in document["conventions"]["tasks"].values():
+        assert set(about["rules"].values()) <= set(page.texts)
+    assert document["conventions"]["rules"]["sd"] in page.texts
     stated = " ".join(page.texts)
     for fact in (
         "the patient's body",
@@ -137,10 +147,29 @@ def test_conventions_are_stated(tmp_path, document):
 
 
 def test_one_task_alone(tmp_path, document):
-    dice = {name: {key: case[key] for key in ("dice", "dice_mean")} for name, case in document["cases"].items()}
-    page = _Page(_write(tmp_path / "report.html", document=metrics_document(dice, NAMES)))
+    dice = {name: {"organs": case["organs"]} for name, case in document["cases"].items()}
+    page = _Page(_write(tmp_path / "report.html", document=metrics_document(dice, ct_and_organs(NAMES))))
     assert len(page.tables) == 2
     assert page.tables[1][0] == ["Case", "Dice", "Bladder", "<b>femur"]
+
+
+def test_no_image_has_a_row(tmp_path):
+    pairs = {"anna.png": (30.0, 33.0, 0), "bert.png": (40.0, 41.5, 1)}
+    cases = {
+        name: case_metrics(of_images(), {"age": true, "gender": gender}, {"age": predicted, "gender": 0}, None)
+        for name, (true, predicted, gender) in pairs.items()
+    }
+    text = _write(tmp_path / "report.html", document=metrics_document(cases, of_images()))
+    page = _Page(text)
+    assert "anna" not in text
+    assert [table[0] for table in page.tables] == [
+        ["", "MAE [years]", "Mean error [years]"],
+        ["", "Accuracy [%]", "of female [%]", "of male [%]"],
+    ]
+    assert {"Age: MAE", "2.25 years", "Age: Mean error", "+2.25 years", "Gender: Accuracy", "50.00 %"} <= set(
+        page.texts
+    )
+    assert "SD 1.06 years, 2 images" in page.texts
 
 
 def test_without_metrics(tmp_path):

@@ -17,6 +17,7 @@ import yaml
 
 from sfg_fast.cli import main
 from sfg_fast.data import load_case, read_cohort
+from sfg_fast.evaluation.evaluate import scene_of
 from sfg_fast.evaluation.metrics import case_metrics, summarise
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.experiment.config import PAPER_ROWS
@@ -116,7 +117,7 @@ def test_constant_p_stays_uniform_and_is_drawn(folder):
     logits = course(run, "logits")
     assert (logits == logits[0, 0]).all()
     assert (course(run, "fixed_gates") == -1).all()
-    assert json.loads((run / "metrics.json").read_text())["draws"] == DRAWS
+    assert json.loads((run / "metrics.json").read_text())["how"]["draws"] == DRAWS
 
 
 def test_sfg_learns_its_logits(folder):
@@ -124,7 +125,7 @@ def test_sfg_learns_its_logits(folder):
     logits = course(run, "logits")
     assert (logits[1] != logits[0]).any()
     assert (logits[2] != logits[1]).any()
-    assert json.loads((run / "metrics.json").read_text())["draws"] == 0
+    assert json.loads((run / "metrics.json").read_text())["how"]["draws"] == 0
 
 
 def test_rows_and_seeds_are_different_networks(folder):
@@ -142,11 +143,12 @@ def test_metrics_are_those_of_the_predictors(folder, row):
     saved = json.loads((run / "metrics.json").read_text())["cases"]
     assert list(saved) == ["phantom_002", "phantom_003"]
     for case in cohort.split("test"):
-        truth = load_case(case, cohort.label_names)
+        truth = load_case(case, cohort.targets)
         draws = DRAWS if row == "MT-constant p" else 0
-        found = {task: network.volume(truth.inputs, draws) for task, network in networks.items()}
-        volumes = (truth.ct, found["ct"].ct, truth.labels, found["organs"].labels, truth.mask)
-        assert saved[case.name] == json.loads(json.dumps(case_metrics(*volumes, cohort.label_names)))
+        tasks = {task: network.tasks[task] for task, network in networks.items()}
+        found = {task: network.volume(truth.inputs, draws)[task][""] for task, network in networks.items()}
+        expected = case_metrics(tasks, truth.targets, found, scene_of(truth, cohort.targets))
+        assert saved[case.name] == json.loads(json.dumps(expected))
 
 
 # --- what it leaves ---------------------------------------------------------------------------------------------------
@@ -165,12 +167,13 @@ def test_results(folder):
     table = (out / "table.md").read_text()
     assert "## paper: the first 1 test cases\n" in table
     every = table[table.index("## All 2 test cases\n") :]
-    header, _, *rows = [line for line in every.splitlines() if line.startswith("|")][:7]
+    first = every[every.index("(a) CT synthesis: PSNR in mask [dB]") :]
+    header, _, *rows = [line for line in first.splitlines() if line.startswith("|")][:7]
     assert header.split("|")[2].strip() == "Overall"
     assert [line.split("|")[1].strip() for line in rows] == list(PAPER_ROWS)
     by_seed = document["methods"]["MT-SFG"]
     values = [
-        statistics.mean(by_seed[seed][case]["ct"]["overall"]["psnr_in_mask"] for seed in ("0", "5"))
+        statistics.mean(by_seed[seed][case]["ct"]["regions"]["overall"]["psnr_in_mask"] for seed in ("0", "5"))
         for case in ("phantom_002", "phantom_003")
     ]
     cell = f"{statistics.mean(values):.2f} ({statistics.stdev(values):.2f})"
@@ -352,8 +355,8 @@ def test_a_changed_cohort_is_named(folder, capsys):
     ("options", "text"),
     [
         (
-            {"methods": {"a": {"method": "cross_stitch"}}},
-            "methods['a'].method='cross_stitch': expected one of",
+            {"methods": {"a": {"method": "sluice"}}},
+            "methods['a'].method='sluice': expected one of",
         ),
         ({"methods": {"a": {"network.blocks": 2}}}, "methods['a'].method=None: expected one of one_task"),
         ({"methods": {}}, "methods={}: expected at least one row"),
@@ -426,7 +429,7 @@ def test_two_at_the_same_time(folder, capsys):
     ("name", "content", "said"),
     [
         ("metrics.json", "[]", "it is [], expected an object"),
-        ("metrics.json", '{"draws": 0}', "there is no 'conventions'"),
+        ("metrics.json", '{"how": {}}', "there is no 'conventions'"),
         ("config.yaml", "[]", "its configuration is not one of this version"),
         ("config.yaml", b"\xfc", "not text in UTF-8"),
         ("data.json", "{}", "there is no 'in_channels'"),
@@ -471,8 +474,8 @@ def test_options_beside_the_file(folder):
 def test_a_test_case_with_nothing_to_compare_with_is_refused_before_anything_is_trained(folder, tmp_path, capsys):
     shutil.copytree(folder / "cohort", tmp_path / "cohort")
     case = read_cohort(tmp_path / "cohort").split("test")[1]
-    case.ct.unlink()
-    case.labels.unlink()
+    for path in case.targets.values():
+        path.unlink()
     assert main(["experiment", write_config(tmp_path, "out", **SMALL)]) == 2
-    assert f"test case {case.name} has neither CT nor labels to compare with" in capsys.readouterr().err
+    assert f"test case {case.name} has none of ct, labels to compare with" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

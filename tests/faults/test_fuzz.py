@@ -16,12 +16,25 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from PIL import Image
 
-from sfg_fast.data import Cache, SliceSampler, preprocess, read_cohort, read_labels, read_volume, write_phantom
+from sfg_fast.data import (
+    Cache,
+    ImageSampler,
+    SliceSampler,
+    preprocess,
+    read_cohort,
+    read_labels,
+    read_volume,
+    write_phantom,
+)
+from sfg_fast.data.images import read_image
 from sfg_fast.errors import InputError
 from sfg_fast.evaluation import figures, html, metrics
 from sfg_fast.training import checkpoint, history
 from sfg_fast.training.folds import read_fold
+
+from ..data.small_cohort import picture, small_images
 
 MEMORY = 64 * 2**20  # bytes that a file of a few kilobytes may take
 
@@ -153,9 +166,18 @@ ROWS = [
 ]
 
 
+DECLARED = {"pet": {"unit": "SUV"}, "vessels": {"labels": {"background": 0, "x": 1}}}
+IMAGES = [{"image": "a.png", "age": 3, "kind": "x", "split": "train"}, {"image": "b.png", "case": "b", "split": "val"}]
+
+
 @quick_and_long(150, 5_000)
 @pytest.mark.parametrize(
-    "content", [ROWS, {"labels": {"background": 0, "x": 1}, "channel_names": {"0": "T2"}, "cases": ROWS}]
+    "content",
+    [
+        ROWS,
+        {"labels": {"background": 0, "x": 1}, "channel_names": {"0": "T2"}, "targets": DECLARED, "cases": ROWS},
+        {"targets": {"age": {"unit": "y"}, "kind": {"classes": ["x", "y"]}}, "cases": IMAGES},
+    ],
 )
 def test_json_lists(tmp_path, examples, content):
     (tmp_path / "a.nii.gz").touch()
@@ -171,9 +193,16 @@ def test_json_lists(tmp_path, examples, content):
 
 
 @quick_and_long(150, 20_000)
-def test_csv_lists(tmp_path, examples):
+@pytest.mark.parametrize(
+    "original",
+    [
+        b"case,mr,ct,split\na,a.nii.gz,,train\nb,a.nii.gz,a.nii.gz,test\n",
+        b"image,age,kind,split\na.png,3,x,train\nb.png,-4.5e1,,test\n",
+    ],
+)
+def test_csv_lists(tmp_path, examples, original):
     (tmp_path / "a.nii.gz").touch()
-    path, original = tmp_path / "list.csv", b"case,mr,ct,split\na,a.nii.gz,,train\nb,a.nii.gz,a.nii.gz,test\n"
+    path = tmp_path / "list.csv"
     pieces = st.lists(
         st.tuples(
             st.integers(0, 60),
@@ -223,8 +252,7 @@ def test_cache_manifests(cache, tmp_path, examples):
     def look():
         opened = Cache(tmp_path)
         opened.fingerprint()
-        for statistic in (opened.class_frequencies, opened.mean_ct):
-            answers(statistic)
+        opened.described()
         return SliceSampler(opened, "train", 2, (8, 8), 0, 0.1, 0.5)[0]
 
     def check(changed):
@@ -233,6 +261,42 @@ def test_cache_manifests(cache, tmp_path, examples):
         assert batch is None or batch["inputs"].shape[2:] == (8, 8)
 
     fuzz(examples, alterations(original), check)
+
+
+@quick_and_long(100, 2_000)
+def test_manifests_of_images(tmp_path, examples):
+    cache = preprocess(read_cohort(small_images(tmp_path / "cohort")), tmp_path / "cache", progress=False)
+    original = json.loads((cache.path / "manifest.json").read_text())
+
+    def look():
+        opened = Cache(cache.path)
+        opened.fingerprint()
+        opened.described()
+        return ImageSampler(opened, "train", 2, 0, flip=True, shift=1)[0]
+
+    def check(changed):
+        (cache.path / "manifest.json").write_text(json.dumps(changed))
+        batch = answers(look)
+        assert batch is None or batch["inputs"].isfinite().all()
+
+    fuzz(examples, alterations(original), check)
+
+
+@quick_and_long(200, 20_000)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_image_files(tmp_path, examples, kind):
+    Image.fromarray(picture(0)).save(tmp_path / "a", kind)
+    original = (tmp_path / "a").read_bytes()
+    places = st.lists(
+        st.tuples(st.integers(0, len(original)), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4
+    )
+
+    def check(places):
+        (tmp_path / "a").write_bytes(with_changes(original, places))
+        found = answers(lambda: read_image(tmp_path / "a"))
+        assert found is None or found.dtype == np.uint8
+
+    fuzz(examples, places, check)
 
 
 @quick_and_long(150, 10_000)

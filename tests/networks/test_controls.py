@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,6 +14,7 @@ from sfg_fast import (
     SFGConv2d,
     SFGHighResNet,
     assign,
+    backend,
     parameter_groups,
     penalties,
     predict,
@@ -21,7 +23,10 @@ from sfg_fast import (
     set_estimator,
     set_temperature,
 )
+from sfg_fast.backends import available
+from sfg_fast.gates import gumbel_noise
 from sfg_fast.networks.controls import map_assignment, sfg_layers
+from tests import oracle
 
 
 def network(residual="routed", **options):
@@ -123,6 +128,79 @@ def test_predict_is_the_mean_and_variance_over_draws():
     with torch.no_grad():
         torch.testing.assert_close(best["ct"][0], model(x)["ct"])
     assert not best["ct"][1].any()
+
+
+class Normalised(nn.Module):
+    """SFG layers with a norm, and a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"norm": "batch", "bias": False, "activation": "relu", "padding": 1, "init": "dirichlet"}
+        self.first, self.second = SFGConv2d(1, 5, 3, **options), SFGConv2d(5, 6, 3, **options)
+        self.norm, self.head = nn.BatchNorm2d(6, momentum=None), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        h = self.second(self.first(x))
+        return {"a": self.head(self.norm(h.merged(1))), "b": self.head(h.merged(2))}
+
+    def plainly(self, x, gates):
+        """With the statistics of the batch, written out."""
+        for layer, z in zip((self.first, self.second), gates, strict=True):
+            norm = layer.norm.weight, layer.norm.bias, layer.norm.eps
+            x = oracle.sfg_layer(x, layer.weight, None, z, padding=1, relu=True, norm=norm)
+        a, b = x[1] + x[0], x[2] + x[0]
+        mean = a.mean((0, 2, 3), keepdim=True)
+        a = (a - mean) / ((a - mean).square().mean((0, 2, 3), keepdim=True) + self.norm.eps).sqrt()
+        a = a * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+        return {"a": self.head(a), "b": self.head(b)}
+
+
+@pytest.mark.parametrize("name", ["reference", "masked"] + ["native"] * available("native"))
+@pytest.mark.parametrize("draws", [0, 3])
+def test_predictions_with_batch_statistics(draws, name, float64):
+    """As written out; and running statistics, modes and later predictions are what they were."""
+    model = warmed(Normalised())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.norm.eval()  # whoever fine-tunes may have it so
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, layers = torch.randn(4, 1, 7, 6), (model.first, model.second)
+    torch.manual_seed(5)
+    each = []
+    for _ in range(max(draws, 1)):
+        log_p = [layer.logits.log_softmax(1) for layer in layers]
+        noisy = [one + gumbel_noise(one) if draws else one for one in log_p]
+        each.append(model.plainly(x, [F.one_hot(one.argmax(1), 3).to(x) for one in noisy]))
+    torch.manual_seed(5)
+    with backend(name):
+        running = predict(model, x)
+        torch.manual_seed(5)
+        found = predict(model, x, draws=draws, statistics="batch")
+        again = predict(model, x)
+    for task in ("a", "b"):
+        values = torch.stack([one[task] for one in each])
+        oracle.assert_close(found[task].mean, values.mean(0))
+        oracle.assert_close(found[task].variance, values.var(0, correction=0))
+        assert torch.equal(again[task].mean, running[task].mean)
+        assert not torch.equal(found[task].mean, running[task].mean)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [one.training for one in (model, model.first.norm, model.norm)] == [True, True, False]
+
+
+def test_a_failed_prediction_with_batch_statistics_changes_nothing():
+    model = warmed(network("separate", init="dirichlet"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def fails(y):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        predict(model, torch.randn(2, 1, 8, 8), draws=2, links={"organs": fails}, statistics="batch")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="statistics='drawn' is unknown, expected 'running' or 'batch'"):
+        predict(model, torch.randn(2, 1, 8, 8), statistics="drawn")
 
 
 def test_map_warns_where_kernels_tie():

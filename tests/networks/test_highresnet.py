@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from sfg_fast import SFGHighResNet, backend, penalties
+from sfg_fast import SFGHighResNet, backend, penalties, predict
 from sfg_fast.backends import available
-from sfg_fast.networks.controls import assign, set_estimator, sfg_layers
-from sfg_fast.networks.methods import METHODS
+from sfg_fast.networks.controls import assign, map_assignment, set_estimator, set_noise_on, sfg_layers
+from sfg_fast.networks.methods import METHODS as ALL_METHODS
 from tests.oracle import assert_close
 
 FAST = ["masked"] + ["native"] * available("native")
 OUTPUTS = {"ct": 1, "organs": 3}
+METHODS = [method for method in ALL_METHODS if method != "cross_stitch"]
 
 
 def network(residual, outputs=OUTPUTS, **options):
@@ -247,7 +248,7 @@ def test_methods_are_what_they_claim(method, residual):
     moved = any((layer.logits != before[name]).any() for name, layer in layers.items())
     changed = any((a != assignments[0]).any() for a in assignments)
     assert moved == (method == "sfg")
-    assert changed == (method in ("sfg", "constant_p"))
+    assert changed == (method in ("sfg", "constant_p", "retrain"))
     if method == "one_task":
         assert (assignments[0] == 1).all()
     if method == "hard_sharing":
@@ -256,7 +257,37 @@ def test_methods_are_what_they_claim(method, residual):
         for layer in layers.values():
             kept = torch.bincount(layer.fixed_assignment, minlength=3)
             assert kept.max() - kept.min() <= 1
+    if method == "even_split":
+        for layer in layers.values():
+            shared, *kept = torch.bincount(layer.fixed_assignment, minlength=3).tolist()
+            assert shared == 0
+            assert max(kept) - min(kept) <= 1
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_retrain_is_given_its_grouping():
+    """Until then it is drawn from p = 1/(T+1), whatever `init` says; then it is that one, also after a reload."""
+    found = map_assignment(network("routed", init="dirichlet"))
+    model = network("routed", method="retrain", init="mostly_shared")
+    with pytest.raises(ValueError, match="drawn from a constant p"):
+        predict(model, torch.randn(2, 2, 8, 8))
+    assert all((layer.probabilities() - 1 / 3).abs().max() < 1e-6 for layer in sfg_layers(model).values())
+    assign(model, found)
+    again = network("routed", method="retrain")
+    again.load_state_dict(model.state_dict())
+    for one in (model, again):
+        assert all(torch.equal(layer.draw().assignment, found[name]) for name, layer in sfg_layers(one).items())
+        predict(one, torch.randn(2, 2, 8, 8))
+
+
+@pytest.mark.parametrize("method", ["sfg", "constant_p"])
+def test_noise_on_p_reaches_all_layers(method):
+    model = network("routed", method=method, noise_on="p")
+    assert {layer.noise_on for layer in sfg_layers(model).values()} == {"p"}
+    set_noise_on(model, "log_p")
+    assert {layer.noise_on for layer in sfg_layers(model).values()} == {"log_p"}
+    with pytest.raises(ValueError, match="noise_on='q' is unknown"):
+        set_noise_on(model, "q")
 
 
 def test_any_number_of_tasks():
@@ -273,8 +304,16 @@ def test_any_number_of_tasks():
         ({"method": "soft"}, "method='soft'"),
         ({"method": "one_task"}, "exactly one output"),
         ({"width": (4, 8)}, r"width=\(4, 8\)"),
+        ({"noise_on": "q"}, "noise_on='q' is unknown, expected one of log_p, p"),
+        ({"method": "cross_stitch"}, "method='cross_stitch' is a network of its own"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         SFGHighResNet(1, OUTPUTS, **options)
+
+
+@pytest.mark.parametrize("name", ["type", "values", "training", "a.b"])
+def test_a_task_that_no_module_can_be_called_is_refused(name):
+    with pytest.raises(ValueError, match=f"a module of torch can't be called '{name}', expected another name"):
+        SFGHighResNet(1, {"ct": 1, name: 1})

@@ -4,13 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sfg_fast import SFGVGG, backend
+from sfg_fast import SFGVGG, backend, parameter_groups, penalties, predict, recalibrate
 from sfg_fast.backends import available
-from sfg_fast.networks.methods import METHODS
+from sfg_fast.networks.build import build
+from sfg_fast.networks.controls import draws_from_constant_p
+from sfg_fast.networks.methods import METHODS as ALL_METHODS
 from tests.oracle import assert_close
 
 BACKENDS = ["masked"] + ["native"] * available("native")
 OUTPUTS = {"class": 3, "age": 1, "left": 2}
+METHODS = [method for method in ALL_METHODS if method != "cross_stitch"]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -35,10 +38,28 @@ def test_every_method_has_its_grouping(method):
     model = SFGVGG(1, outputs, width=4, method=method)
     assert len(model.features) == 8  # VGG-11: eight convolutions and three fully connected layers, here one head a task
     groups = {tuple(layer.draw().assignment.unique().tolist()) for layer in model.features}
-    expected = {"one_task": {(1,)}, "hard_sharing": {(0,)}, "constant_mask": {(0, 1, 2, 3)}}
+    expected = {"one_task": {(1,)}, "hard_sharing": {(0,)}, "constant_mask": {(0, 1, 2, 3)}, "even_split": {(1, 2, 3)}}
     assert method not in expected or groups == expected[method]
     learns = [layer.learns_grouping for layer in model.features]
     assert all(learns) if method == "sfg" else not any(learns)
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("tasks", [1, 3, 5])
+def test_any_number_of_tasks_trains_and_predicts(tasks, method):
+    if method == "one_task":
+        tasks = 1
+    outputs = {f"task{number}": number % 3 + 1 for number in range(tasks)}
+    model = build("vgg", 2, outputs, method, width=6, init="mostly_shared")
+    x, groups = torch.randn(3, 2, 36, 33), parameter_groups(model, 0.1, lr=0.01, logits_factor=10)
+    loss = sum(y.square().mean() for y in model(x).values()) - penalties(model)[1]
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    torch.optim.AdamW(groups).step()
+    recalibrate(model, [x], drawn=draws_from_constant_p(model))
+    found = predict(model, x, draws=2 if draws_from_constant_p(model) else 0)
+    assert {task: tuple(one.mean.shape) for task, one in found.items()} == {t: (3, n) for t, n in outputs.items()}
+    assert all(one.mean.isfinite().all() for one in found.values())
 
 
 def test_learns_a_class_and_a_number():
@@ -64,3 +85,8 @@ def test_learns_a_class_and_a_number():
 def test_a_small_image_is_refused():
     with pytest.raises(ValueError, match=r"the image has size \(31, 40\), expected at least \(32, 32\)"):
         SFGVGG(1, {"a": 1}, width=2)(torch.zeros(1, 1, 31, 40))
+
+
+def test_a_width_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"width=\[16, 32, 64\]: expected a number"):
+        SFGVGG(1, {"a": 1}, width=[16, 32, 64])

@@ -7,13 +7,29 @@ import torch
 from torch.distributions import Categorical, Normal
 
 from sfg_fast import SFGHighResNet, penalties
+from sfg_fast.data.targets import Target
+from sfg_fast.tasks import read_tasks
+from sfg_fast.tasks.classes import CategoricalLikelihood
+from sfg_fast.tasks.numbers import GaussianLikelihood
 from sfg_fast.training.config import ObjectiveConfig
-from sfg_fast.training.objective import CategoricalLikelihood, GaussianLikelihood, Objective
+from sfg_fast.training.objective import Objective
+
+CT = Target("ct", "intensities", "HU")
+LABELS = Target("labels", "labels", names={"background": 0, "a": 1, "b": 2})
+ALL = {"ct": torch.ones(4).bool(), "organs": torch.ones(4).bool()}
+
+
+def both():
+    return read_tasks(["ct", "organs"], {"ct": CT, "labels": LABELS})
+
+
+def there(count):
+    return torch.ones(count).bool()
 
 
 def test_equation_2(float64):
     model = SFGHighResNet(1, {"ct": 1, "organs": 3}, width=(3, 3, 3), blocks=1, residual="routed", init="dirichlet")
-    objective = Objective(("ct", "organs"), ObjectiveConfig(lambda1=0.3, lambda2=0.7, ct_scale_hu=400.0))
+    objective = Objective(both(), ObjectiveConfig(lambda1=0.3, lambda2=0.7))
     m, n, size = 4, 60, 5
     outputs = {"ct": torch.randn(m, 1, size, size), "organs": torch.randn(m, 3, size, size)}
     targets = {"ct": torch.randn(m, 1, size, size) * 500, "organs": torch.randint(3, (m, size, size))}
@@ -27,15 +43,16 @@ def test_equation_2(float64):
                 log_likelihood += float(ct + organ) / size**2
     norms, entropies = (float(value) for value in penalties(model))
     expected = -n / m * log_likelihood + 0.3 * norms - 0.7 * entropies
-    value, nll = objective(model, outputs, targets, n)
+    value, nll = objective(model, outputs, targets, n, ALL)
     assert math.isclose(float(value), expected, rel_tol=1e-10)
     assert math.isclose(float(nll["ct"] + nll["organs"]), -log_likelihood / m, rel_tol=1e-10)
 
 
 def test_one_task_leaves_the_other_out():
     model = SFGHighResNet(1, {"organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
-    objective = Objective(("organs",), ObjectiveConfig())
-    value, nll = objective(model, {"organs": torch.randn(2, 3, 4, 4)}, {"organs": torch.zeros(2, 4, 4).long()}, 10)
+    objective = Objective(read_tasks(["organs"], {"labels": LABELS}), ObjectiveConfig())
+    outputs, targets = {"organs": torch.randn(2, 3, 4, 4)}, {"organs": torch.zeros(2, 4, 4).long()}
+    value, nll = objective(model, outputs, targets, 10, {"organs": there(2)})
     assert set(nll) == {"organs"}
     assert torch.isfinite(value)
 
@@ -46,7 +63,7 @@ def test_learned_noise_finds_the_standard_deviation():
     error = torch.randn(8, 1, 32, 32) * 120  # HU
     for _ in range(300):
         optimiser.zero_grad()
-        (-likelihood(torch.zeros_like(error), error)).mean().backward()
+        (-likelihood(torch.zeros_like(error), error, there(8))).mean().backward()
         optimiser.step()
     assert likelihood.log_sigma.exp().item() * 400 == pytest.approx(error.std().item(), rel=0.01)
 
@@ -60,7 +77,7 @@ def test_heteroscedastic_noise_is_predicted_for_every_voxel(float64):
     likelihood = GaussianLikelihood(400.0, "heteroscedastic")
     output, target = torch.randn(3, 2, 4, 5), torch.randn(3, 1, 4, 5) * 400
     exact = Normal(output[:, :1], output[:, 1:].exp()).log_prob(target / 400).mean((1, 2, 3))
-    torch.testing.assert_close(likelihood(output, target), exact)
+    torch.testing.assert_close(likelihood(output, target, there(3)), exact)
 
 
 def test_homoscedastic_weighting_is_kendalls(float64):
@@ -68,13 +85,13 @@ def test_homoscedastic_weighting_is_kendalls(float64):
     likelihood.log_sigma.data.fill_(0.3)
     output, target = torch.randn(3, 4, 5, 5), torch.randint(4, (3, 5, 5))
     log_p = Categorical(logits=output.movedim(1, -1)).log_prob(target).mean((1, 2))
-    torch.testing.assert_close(likelihood(output, target), log_p / math.exp(0.6) - 0.3)
+    torch.testing.assert_close(likelihood(output, target, there(3)), log_p / math.exp(0.6) - 0.3)
 
 
 def test_missing_targets_are_left_out_and_the_rest_is_unbiased(float64):
     """The mean over all batches of the data term is that of all examples, whoever has which target."""
     model = SFGHighResNet(1, {"ct": 1, "organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
-    objective = Objective(("ct", "organs"), ObjectiveConfig(lambda1=0.0, lambda2=0.0))
+    objective = Objective(both(), ObjectiveConfig(lambda1=0.0, lambda2=0.0))
     total, size = 6, 3
     outputs = {"ct": torch.randn(total, 1, size, size), "organs": torch.randn(total, 3, size, size)}
     targets = {"ct": torch.randn(total, 1, size, size), "organs": torch.randint(3, (total, size, size))}
@@ -94,7 +111,7 @@ def test_missing_targets_are_left_out_and_the_rest_is_unbiased(float64):
 
 
 def test_a_missing_target_has_no_gradient():
-    objective = Objective(("ct",), ObjectiveConfig())
+    objective = Objective(read_tasks(["ct"], {"ct": CT}), ObjectiveConfig())
     model = SFGHighResNet(1, {"ct": 1}, width=(3, 3, 3), blocks=1, residual="routed")
     output = torch.randn(2, 1, 3, 3, requires_grad=True)
     target = torch.full((2, 1, 3, 3), float("nan"))

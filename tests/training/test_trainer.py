@@ -18,7 +18,7 @@ from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.training import checkpoint
 from sfg_fast.training import trainer as trainer_module
-from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TransferConfig, difference
+from sfg_fast.training.config import NetworkConfig, ScheduleConfig, TransferConfig, difference
 from sfg_fast.training.folds import make_splits, read_fold
 from sfg_fast.training.run import load_run
 from sfg_fast.training.schedule import learning_rate_at
@@ -130,10 +130,10 @@ def test_heads_start_from_the_mean_ct_and_the_class_frequencies(cache, tmp_path)
 
     trainer = Trainer(config(cache, tmp_path / "run"))
     bias = trainer.model.heads.conv.bias
-    assert bias[0].item() * 400 == pytest.approx(Cache(cache).mean_ct(), rel=1e-5)
-    torch.testing.assert_close(
-        bias[1:].softmax(0), torch.tensor(Cache(cache).class_frequencies()).float(), atol=1e-5, rtol=0
-    )
+    found = {name: target.statistics for name, target in Cache(cache).described("train").items()}
+    assert bias[0].item() * 400 == pytest.approx(found["ct"]["mean"], rel=1e-5)
+    frequencies = torch.tensor(found["labels"]["frequencies"]).float()
+    torch.testing.assert_close(bias[1:].softmax(0), frequencies, atol=1e-5, rtol=0)
 
 
 def test_one_task(cache, tmp_path):
@@ -146,8 +146,8 @@ def test_cases_without_a_target_train_the_other_task(tmp_path):
     """One case has no CT, the other no labels: both train. Where there was no target the history has no number."""
     write_phantom(tmp_path / "cohort", cases=3, test=1, size=24, slices=6, progress=False)
     first, second = (case for case in read_cohort(tmp_path / "cohort").cases if case.split == "train")
-    first.ct.unlink()
-    second.labels.unlink()
+    first.targets["ct"].unlink()
+    second.targets["labels"].unlink()
     preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
     trainer = Trainer(config(tmp_path / "cache", tmp_path / "run", schedule={}, log_every=1))
     trainer.run()
@@ -166,14 +166,13 @@ def test_every_estimator_can_be_configured(cache, tmp_path, network):
 
 
 def test_predicted_noise(cache, tmp_path):
-    run = config(cache, tmp_path / "run")
-    run.objective = ObjectiveConfig(ct_noise="heteroscedastic", organs_noise="learned")
-    Trainer(run).run()
+    tasks = {"ct": {"noise": "heteroscedastic"}, "organs": {"noise": "learned"}}
+    Trainer(config(cache, tmp_path / "run", tasks=tasks)).run()
     case = Cache(cache).case(Cache(cache).names("test")[0])
     found = Predictor(tmp_path / "run").volume(np.ascontiguousarray(case.inputs.swapaxes(0, 1)), 2)
-    assert found.ct.shape == found.noise.shape == case.mask.shape
-    assert (found.noise > 0).all()
-    assert found.labels.max() < 6
+    assert found["ct"][""].shape == found["ct"]["noise"].shape == case.mask.shape
+    assert (found["ct"]["noise"] > 0).all()
+    assert found["organs"][""].max() < 6
 
 
 def test_constant_p_trains_and_keeps_p(cache, tmp_path):
@@ -200,10 +199,10 @@ def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache
     predictor = Predictor(tmp_path / "run")
     case = load_case(read_cohort(cache.parent / "cohort").split("test")[0], {})
     best, drawn = predictor.volume(case.inputs, 0), predictor.volume(case.inputs, 8)
-    assert (best.labels == drawn.labels).all()  # the prediction itself is that of argmax p
-    assert (best.ct == drawn.ct).all()
-    assert not best.uncertainty.any()
-    assert 1 < drawn.uncertainty.mean() < 2000
+    assert (best["organs"][""] == drawn["organs"][""]).all()  # the prediction itself is that of argmax p
+    assert (best["ct"][""] == drawn["ct"][""]).all()
+    assert not best["ct"]["uncertainty"].any()
+    assert 1 < drawn["ct"]["uncertainty"].mean() < 2000
 
 
 def test_prediction_by_the_mean_over_drawn_architectures(cache, tmp_path):
@@ -221,13 +220,12 @@ def test_prediction_by_the_mean_over_drawn_architectures(cache, tmp_path):
     with torch.no_grad(), sampling(model):
         outputs = [model(torch.from_numpy(normalise(case.inputs)).transpose(0, 1)) for _ in range(3)]
     ct = torch.stack([y["ct"][:, 0] for y in outputs]).double() * 400
-    torch.testing.assert_close(torch.from_numpy(found.ct).double(), ct.mean(0), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(
-        torch.from_numpy(found.uncertainty).double(), ct.std(0, correction=0), rtol=1e-3, atol=1e-2
-    )
+    torch.testing.assert_close(torch.from_numpy(found["ct"][""]).double(), ct.mean(0), rtol=1e-5, atol=1e-2)
+    uncertainty = torch.from_numpy(found["ct"]["uncertainty"]).double()
+    torch.testing.assert_close(uncertainty, ct.std(0, correction=0), rtol=1e-3, atol=1e-2)
     probabilities = torch.stack([y["organs"].softmax(1) for y in outputs]).mean(0)
-    assert (torch.from_numpy(found.labels) == probabilities.argmax(1)).double().mean() > 0.999
-    assert (found.ct != predictor.volume(case.inputs, 3).ct).any()
+    assert (torch.from_numpy(found["organs"][""]) == probabilities.argmax(1)).double().mean() > 0.999
+    assert (found["ct"][""] != predictor.volume(case.inputs, 3)["ct"][""]).any()
 
 
 @pytest.mark.parametrize(("by", "draws", "said"), [("mean", 2, "by='mean': expected map"), ("draws", 0, "draws=0")])
@@ -475,7 +473,7 @@ def test_validation_keeps_the_best(with_val, tmp_path, monkeypatch):
     def made_up(*arguments):
         sums = real(*arguments)
         value = next(worse)
-        return sums | {"nll/ct": value * sums["examples/ct"], "nll/organs": 0 * sums["examples/organs"]}
+        return sums | {"nll of ct": value * sums["examples of ct"], "nll of organs": 0 * sums["examples of organs"]}
 
     monkeypatch.setattr(trainer_module, "validate", made_up)
     run = config(with_val, tmp_path / "run", steps=8, folds=2, fold=1)
@@ -502,7 +500,7 @@ def test_validation_is_what_prediction_would_give(with_val, tmp_path):
     run = config(with_val, tmp_path / "run", folds=2, fold=0, validation_slices=10**6)
     trainer = Trainer(run)
     trainer.run()
-    last = {name: values[-1] for name, values in trainer.history["validation"].items()}
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["last"]
     model = load_run(tmp_path / "run").model.eval()
     squared = voxels = 0.0
     nll = {"ct": [], "organs": []}
@@ -515,7 +513,7 @@ def test_validation_is_what_prediction_would_give(with_val, tmp_path):
             unit = (outputs["ct"] - batch["ct"] / 400).square() / 2 + 0.5 * np.log(2 * np.pi)
             nll["ct"].append(unit.mean().item())
             nll["organs"].append(torch.nn.functional.cross_entropy(outputs["organs"], batch["labels"]).item())
-    assert last["psnr"] == pytest.approx(10 * np.log10(4024**2 / (squared / voxels)), abs=1e-3)
+    assert last["scores"]["ct/psnr"] == pytest.approx(10 * np.log10(4024**2 / (squared / voxels)), abs=1e-3)
     assert last["nll"] == pytest.approx(np.mean(nll["ct"]) + np.mean(nll["organs"]), rel=1e-4)
 
 
@@ -538,7 +536,7 @@ def test_early_stop_waits_for_the_fixed_grouping(with_val, tmp_path, monkeypatch
     rising = iter(range(100))
     real = trainer_module.validate
     monkeypatch.setattr(
-        trainer_module, "validate", lambda *a: (s := real(*a)) | {"nll/ct": next(rising) * s["examples/ct"]}
+        trainer_module, "validate", lambda *a: (s := real(*a)) | {"nll of ct": next(rising) * s["examples of ct"]}
     )
     schedule = {"patience": 2, "draw_until": 0.5}
     trainer = Trainer(config(with_val, tmp_path / "run", steps=20, folds=2, fold=0, schedule=schedule))
@@ -581,14 +579,14 @@ def test_folds_that_leave_out_new_cases_warn(with_val, tmp_path):
 def test_a_validation_split_without_a_target_validates_the_other_task(tmp_path, lacks):
     write_phantom(tmp_path / "cohort", cases=4, test=1, size=24, slices=6, progress=False)
     first, *others = (case for case in read_cohort(tmp_path / "cohort").cases if case.split == "train")
-    getattr(first, lacks).unlink()
+    first.targets[lacks].unlink()
     preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
     parts = [[first.name], [case.name for case in others]]
     splits = [{"train": parts[1 - i], "val": parts[i]} for i in (0, 1)]
     (tmp_path / "cache" / "splits_final.json").write_text(json.dumps(splits))
     Trainer(config(tmp_path / "cache", tmp_path / "run", folds=2, fold=0)).run()
     last = json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["last"]
-    assert (last["psnr"] is None, last["dice"] is None) == (lacks == "ct", lacks == "labels")
+    assert [last["scores"][name] is None for name in ("ct/psnr", "organs/dice")] == [lacks == "ct", lacks == "labels"]
     assert math.isfinite(last["nll"])
 
 
@@ -641,7 +639,7 @@ def test_without_torchrun_there_is_one_process(cache, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ["ct", "dose"]}, "tasks="),
+        ({"tasks": ["ct", "dose"]}, "tasks='dose'"),
         ({"tasks": []}, "tasks="),
         ({"patch": [16]}, "patch="),
         ({"device": "tpu"}, "device='tpu'"),

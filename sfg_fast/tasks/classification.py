@@ -1,0 +1,101 @@
+"""The kind `classification`: a class for every image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..tables import heading
+from .classes import ClassTask
+from .task import Matrix, Measure, Scene, Score, ScoreRow
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(ClassTask, kind="classification"):
+    """A class for each image.
+
+    Args:
+        classes: the names of the classes; null for those of the cohort.
+        flips: whether a mirrored image is of the same class.
+    """
+
+    reads = "class"
+    scores = (Score("accuracy", "accuracy [%]", "%", 1),)
+
+    classes: list[str] | None = None
+    flips: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.classes is not None and self.about is not None and set(self.classes) != set(self.about.names):
+            raise self.refuse("classes", self.classes, f"the cohort's: {', '.join(self.about.names)}")
+        if self.about is not None and len(self.about.names) < 2:
+            raise self.refuse(
+                "target", self.about.name, f"two classes or more, the cohort has {list(self.about.names)}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of the network's outputs."""
+        return tuple(sorted(self.of.names, key=self.of.names.__getitem__))
+
+    @property
+    def title(self) -> str:
+        return heading(self.name)
+
+    # --- while it is trained ------------------------------------------------------------------------------------------
+
+    def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        return {
+            "correct": (output.argmax(1) == target)[there].sum().double(),
+            "images": there.sum().double(),
+        }
+
+    def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+        some = bool(sums) and bool(sums["images"] > 0)
+        return {"accuracy": 100 * (sums["correct"] / sums["images"]).item() if some else None}
+
+    # --- what it predicts ---------------------------------------------------------------------------------------------
+
+    def predicted(self, mean: Tensor, variance: Tensor) -> dict[str, np.ndarray]:
+        """With "p_CLASS", the probability of each class."""
+        found = super().predicted(mean, variance)
+        found[""] = mean.argmax(1).numpy()
+        return found | {f"p_{name}": mean[:, index].numpy() for index, name in enumerate(self.names)}
+
+    def cell(self, value: Any) -> str:
+        return self.names[int(value)]
+
+    def value(self, cell: str) -> int:
+        return self.names.index(cell)
+
+    # --- how good it is -----------------------------------------------------------------------------------------------
+
+    def metrics(self, true: int, predicted: int, scene: Scene | None) -> dict[str, Any]:
+        """{"true", "predicted": names of classes, "correct": 1 or 0, "recall": {the true class: 1 or 0}}."""
+        correct = int(int(true) == int(predicted))
+        name = self.cell(true)
+        return {"true": name, "predicted": self.cell(predicted), "correct": correct, "recall": {name: correct}}
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        return (Measure("Accuracy [%]", self.place("correct"), 2, factor=100.0, unit="%", test="bootstrap"),)
+
+    def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
+        recalls = [Measure(f"of {name} [%]", self.place("recall", name), 2, factor=100.0) for name in self.names]
+        return [ScoreRow(self.title, "", (*self.measures, *recalls))]
+
+    def rules(self) -> dict[str, str]:
+        return {"correct": "1 where the predicted class of an image is the true one, else 0; accuracy is its mean"}
+
+    # --- what it looks like -------------------------------------------------------------------------------------------
+
+    def chart(self, cases: Iterable[Mapping[str, Any]]) -> Matrix:
+        counts = np.zeros((len(self.names),) * 2, dtype=np.int64)
+        for case in cases:
+            counts[self.names.index(case["true"]), self.names.index(case["predicted"])] += 1
+        return Matrix(self.title, self.names, counts)

@@ -1,0 +1,259 @@
+"""The kind `synthesis`: a number for every voxel, such as a CT in HU from an MR (paper, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.targets import CLIP_HU, HU
+from ..errors import InputError
+from ..tables import heading
+from .numbers import NumberTask
+from .task import Measure, Panel, Scene, Score, ScoreRow
+
+BONE_HU = 200
+"""Region "bones" of a CT: the voxels inside the mask where the true CT is above this."""
+
+ROUNDING_HU2 = 1 / 12
+"""Least mean squared error counted in a PSNR of CTs: that of rounding to whole HU, as CTs are stored. It keeps the PSNR
+of a perfect prediction finite (82.88 dB inside its region), so that it can stand in JSON and in a mean."""
+
+LEVELS = 2**16
+"""Of other volumes that is the rounding to one of so many levels of their range."""
+
+CT_WINDOW_HU = (-400, 1000)
+"""Display window of CTs: fat, muscle and bone apart; gas black."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesis(NumberTask, kind="synthesis"):
+    """Another volume from the MR: a CT, a PET, another contrast.
+
+    Args:
+        range: lowest and highest value of the target that counts: everything is clipped to it before it is measured,
+            and its width is the peak of the PSNR; null: -1024 and 3000 HU, as in the SynthRAD challenge; else that of
+            the true volume inside the mask, and nothing is clipped.
+    """
+
+    reads = "intensities"
+    scores = (Score("psnr", "PSNR in mask [dB]", "dB", 2),)
+
+    range: list[float] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise self.refuse("range", self.range, "null, or the lowest and the highest value")
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """What is clipped to; None: nothing is."""
+        if self.range is not None:
+            return self.range[0], self.range[1]
+        return CLIP_HU if self.units == HU else None
+
+    @property
+    def what(self) -> str:
+        """`ct` is CT; `flair` is Flair."""
+        name = self.of.name
+        return name.upper() if len(name) <= 3 else heading(name)
+
+    @property
+    def title(self) -> str:
+        return f"{self.what} synthesis"
+
+    # --- while it is trained ------------------------------------------------------------------------------------------
+
+    def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Squared error in the mask, its voxels, and the least and greatest true value."""
+        assert mask is not None
+        inside = mask & there[:, None, None, None]
+        true = target[inside]
+        error = (output[:, :1] * self.output_unit - target)[inside].double()
+        return {"squared": error.square().sum(), "voxels": inside.sum().double()} | self._width(true)
+
+    def _width(self, true: Tensor) -> dict[str, Tensor]:
+        """The peak of the PSNR times the voxels, so that it adds up to a mean."""
+        if self.limits is not None:
+            peak = true.new_tensor(self.limits[1] - self.limits[0], dtype=torch.float64)
+        else:
+            peak = (true.max() - true.min()).double() if true.numel() else true.new_tensor(0.0, dtype=torch.float64)
+        return {"peak": peak * true.numel()}
+
+    def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+        if not sums or not sums["voxels"] > 0:
+            return {"psnr": None}
+        mean, peak = (sums["squared"] / sums["voxels"]).item(), (sums["peak"] / sums["voxels"]).item()
+        good = math.isfinite(mean) and peak > 0
+        return {"psnr": 10 * math.log10(peak**2 / max(mean, 1e-12)) if good else None}
+
+    # --- how good it is -----------------------------------------------------------------------------------------------
+
+    def metrics(self, true: np.ndarray, predicted: np.ndarray, scene: Scene | None) -> dict[str, Any]:
+        """The columns of Table 1 (a)::
+
+            {"regions": {region: {"psnr_in_mask": dB, "psnr_zero_outside": dB, "mae": unit, "voxels": int}},
+             "mean_baseline": {"psnr_in_mask": dB}, "psnr_gain": dB}
+
+        The regions are `overall` (the mask), `bones` (of a CT), and those of the scene. A region without voxels has
+        None for its values. `mean_baseline` predicts the case's mean true value everywhere inside the mask, and
+        `psnr_gain` is the overall PSNR minus that one: unlike a PSNR, it is 0 for a network that has learnt nothing.
+        """
+        assert scene is not None
+        mask, (true, predicted) = (
+            scene.mask,
+            (self._clipped("the true", true), self._clipped("the predicted", predicted)),
+        )
+        inside = true[mask].astype(np.float64)
+        width = self._peak(inside)
+        floor = ROUNDING_HU2 if self.units == HU else (width / LEVELS) ** 2 / 12
+        regions = {"overall": mask} | ({"bones": mask & (true > BONE_HU)} if self.units == HU else {})
+        regions |= {name: mask & region for name, region in scene.regions.items()}
+        found = {
+            name: _in_region(true[region], predicted[region], mask.size, width, floor)
+            for name, region in regions.items()
+        }
+        baseline = _psnr(max(float(inside.var()), floor), width)  # the variance is the error of predicting the mean
+        overall = found["overall"]["psnr_in_mask"]
+        return {"regions": found, "mean_baseline": {"psnr_in_mask": baseline}, "psnr_gain": overall - baseline}
+
+    def _peak(self, inside: np.ndarray) -> float:
+        if self.limits is not None:
+            return self.limits[1] - self.limits[0]
+        width = float(inside.max() - inside.min())
+        if not width > 0:
+            raise InputError(
+                f"the true {self.what} is {inside[0]:g} everywhere in the mask, expected a range of values"
+            )
+        return width
+
+    def _clipped(self, which: str, volume: np.ndarray) -> np.ndarray:
+        if not np.isfinite(volume).all():
+            bad = np.count_nonzero(~np.isfinite(volume))
+            raise InputError(f"{which} {self.what} holds {bad} voxels that are not finite, expected{self.in_units} all")
+        volume = np.asarray(volume, dtype=np.float32)
+        return volume if self.limits is None else np.clip(volume, *self.limits)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        mae = Measure(f"MAE{self.in_units}", self.place("regions", "overall", "mae"), 1, True, unit=self.units)
+        psnr = Measure("PSNR in mask [dB]", self.place("regions", "overall", "psnr_in_mask"), 2, unit="dB")
+        gain = Measure(
+            f"PSNR gained over the mean {self.what} [dB]",
+            self.place("psnr_gain"),
+            2,
+            unit="dB",
+            signed=True,
+            tested=False,
+        )
+        return (psnr, gain, mae)
+
+    @property
+    def relative(self) -> Measure:
+        return self.measures[2]
+
+    @property
+    def details(self) -> tuple[Measure, ...]:
+        bones = Measure("PSNR of bones [dB]", self.place("regions", "bones", "psnr_in_mask"), 2)
+        return (bones,) if self.units == HU else ()
+
+    def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
+        names = ["overall", *(["bones"] if self.units == HU else []), *regions]
+        kinds = (
+            ("PSNR in mask [dB]", "psnr_in_mask", 2, False),
+            ("PSNR zero outside [dB]", "psnr_zero_outside", 2, False),
+            (f"MAE{self.in_units}", "mae", 1, True),
+        )
+        return [
+            ScoreRow(
+                self.title,
+                title,
+                tuple(Measure(heading(name), self.place("regions", name, key), digits, less) for name in names),
+            )
+            for title, key, digits, less in kinds
+        ]
+
+    def rules(self) -> dict[str, str]:
+        unit = f" {self.units}" if self.units else ""
+        rounding = f"rounding to {LEVELS} levels"
+        if self.limits is None:
+            outside = 0.0
+            clip = "nothing is clipped; the peak of every PSNR is the width of the true values inside the mask"
+        else:
+            outside, high = self.limits
+            source = ", as in SynthRAD" if self.limits == CLIP_HU else ""
+            clip = (
+                f"both volumes are clipped to [{outside:.0f}, {high:.0f}]{unit}{source}; the peak of every PSNR is the "
+                f"width, {high - outside:.0f}{unit}"
+            )
+        bones = ""
+        if self.units == HU:
+            rounding, bones = "1/12 HU² (rounding to whole HU)", f"bones: true CT above {BONE_HU} HU; "
+        mean = f"predicting the case's mean true {self.what} inside the mask"
+        return {
+            "clip": clip,
+            "mask": "the patient's body; every region is intersected with it",
+            "regions": f"overall: the mask; {bones}organs: the union of the true labels",
+            "psnr_in_mask": "from the mean squared error over the voxels of the region inside the mask",
+            "psnr_zero_outside": f"both volumes are set to {outside:.0f}{unit} outside the region inside the mask, and "
+            "the mean squared error is over the whole volume",
+            "psnr_floor": f"the mean squared error inside a region counts as at least {rounding}",
+            "psnr_gain": f"overall psnr_in_mask minus that of {mean}",
+            "mae": f"mean absolute error{self.in_units} over the voxels of the region inside the mask",
+        }
+
+    # --- what it looks like -------------------------------------------------------------------------------------------
+
+    def panels(self, background: Panel, true: np.ndarray | None, predicted: np.ndarray | None) -> list[Panel]:
+        """Truth | prediction | difference, with a scale symmetric about 0."""
+        first = true if true is not None else predicted
+        if first is None:
+            return []
+        low, high = self.limits or np.percentile(first, (0.5, 99.5)).tolist()
+        if self.units == HU:
+            low, high = CT_WINDOW_HU
+        scale = {"cmap": "gray", "vmin": low, "vmax": high}
+        found = []
+        if true is not None:
+            found.append(Panel(self.what, true, scale, self.units))
+        if predicted is not None:
+            found.append(Panel(f"synthetic {self.what}", predicted, scale, self.units))
+        if true is not None and predicted is not None:
+            difference = np.subtract(predicted, true, dtype=np.float32)
+            title = f"synthetic {self.what} - {self.what}"
+            found.append(Panel(title, difference, _difference_scale(difference), self.units))
+        return found
+
+
+def _in_region(true: np.ndarray, predicted: np.ndarray, voxels: int, width: float, floor: float) -> dict[str, Any]:
+    """Metrics from the values of the n voxels of one region, [n] each, already clipped; `voxels` of the volume."""
+    if true.size == 0:
+        return {"psnr_in_mask": None, "psnr_zero_outside": None, "mae": None, "voxels": 0}
+    error = np.subtract(predicted, true, dtype=np.float64)
+    squared = max(float(np.mean(error**2)), floor)
+    return {
+        "psnr_in_mask": _psnr(squared, width),
+        # Outside the region both volumes hold the same value: those voxels only enlarge the denominator.
+        "psnr_zero_outside": _psnr(squared * true.size / voxels, width),
+        "mae": float(np.mean(np.abs(error))),
+        "voxels": int(true.size),
+    }
+
+
+def _psnr(squared: float, width: float) -> float:
+    return 10 * math.log10(width**2 / squared)
+
+
+def _difference_scale(difference: np.ndarray) -> dict[str, Any]:
+    """Symmetric about 0; whole hundreds (of HU), or tenths of a power of ten, so that slices of like quality share a
+    scale."""
+    most = float(np.percentile(np.abs(difference), 99))
+    step = 100.0 if most > 10 else 10.0 ** math.floor(math.log10(most)) if most > 0 else 1.0
+    limit = step * max(1, math.ceil(most / step))
+    return {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
