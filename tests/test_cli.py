@@ -107,15 +107,15 @@ def test_cross_validation_over_folds(made, tmp_path, capsys):
     document = json.loads((out / "summary.json").read_text())
     each = [json.loads((out / f"fold_{fold}" / "summary.json").read_text())["validation"]["last"] for fold in (0, 1)]
     assert [document["folds"][f"fold_{fold}"] for fold in (0, 1)] == each
-    for name in ("nll", "psnr"):
-        values = [one[name] for one in each]
+    for name in ("nll", "ct/psnr"):
+        values = [one["nll"] if name == "nll" else one["scores"][name] for one in each]
         assert document["summary"][name]["mean"] == pytest.approx(np.mean(values))
         assert document["summary"][name]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert (out / "fold_1" / "progress.png").stat().st_size > 1000
     assert (
         main(["predict", str(out / "fold_1"), str(made / "cohort"), str(tmp_path / "p"), "--checkpoint", "best"]) == 0
     )
-    for content in ("[]", '{"validation": {"last": {"nll": 1, "psnr": "2", "dice": 0}}}', None):
+    for content in ("[]", '{"validation": {"last": {"nll": 1, "scores": {"ct/psnr": "2"}}}}', None):
         shutil.copytree(out, tmp_path / "damaged")
         shutil.rmtree(tmp_path / "damaged" / "fold_1")  # what would be trained
         summary = tmp_path / "damaged" / "fold_0" / "summary.json"
@@ -271,8 +271,8 @@ def test_one_task_runs_are_compared_by_organ(made, tmp_path):
     assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
     document = json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(document["cases"]) == {"phantom_000", "phantom_002"}
-    assert {"overall", "bones", "bladder"} <= set(document["cases"]["phantom_002"]["ct"])
-    assert "dice" not in document["cases"]["phantom_002"]
+    assert {"overall", "bones", "bladder"} <= set(document["cases"]["phantom_002"]["ct"]["regions"])
+    assert "organs" not in document["cases"]["phantom_002"]
     assert not nib.load(f"{run}/predictions/phantom_002/uncertainty.nii.gz").get_fdata().any()  # nothing is drawn
 
 
@@ -300,8 +300,8 @@ def test_labels_and_channels_of_another_cohort_are_compared(made, tmp_path, caps
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
     assert main(["predict", run, str(cohort), f"{run}/predictions"]) == 0
     told = json.loads((tmp_path / "run/predictions/predictions.json").read_text())
-    assert {name: told[name] for name in ("labels", "channels", "checkpoint", "draws", "by", "patch", "finished")} == {
-        "labels": about["labels"],
+    assert told["tasks"]["organs"]["about"]["names"] == about["labels"]
+    assert {name: told[name] for name in ("channels", "checkpoint", "draws", "by", "patch", "finished")} == {
         "channels": ["T1", "T2"],
         "checkpoint": "final",
         "draws": 8,
@@ -376,7 +376,7 @@ def test_reports_say_what_was_predicted_and_refuse_what_is_no_part_of_it(made, t
         assert main(["evaluate", predictions, cohort]) == 0
     assert main(["report", run, cohort, predictions, metrics, "--out", out]) == 0
     page = (tmp_path / out).read_text()
-    assert "CT and labels are the mean over drawn architectures, checkpoint final" in page
+    assert "the mean over drawn architectures, checkpoint final" in page
     assert "predict was interrupted: some cases may lack." in page
     refused(capsys, ["report", run, cohort, str(tmp_path / "none"), metrics], "none: holds no prediction of a case")
     for name in ("data.json", "history.json"):
@@ -757,7 +757,8 @@ def test_unnamed_labels(made, tmp_path):
     assert main(["train", "--data", str(tmp_path / "cache"), "--out", run, *TINY]) == 0
     assert main(["predict", run, str(cohort), f"{run}/predictions", "--split", "train"]) == 0
     assert main(["evaluate", f"{run}/predictions", str(cohort)]) == 0
-    assert "label_5" in json.loads((tmp_path / "run/metrics.json").read_text())["conventions"]["label_names"]
+    tasks = json.loads((tmp_path / "run/metrics.json").read_text())["conventions"]["tasks"]
+    assert "label_5" in tasks["organs"]["about"]["names"]
 
 
 def test_unfinished_run_is_not_predicted(made, tmp_path, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -82,8 +84,8 @@ class Predictor:
     ) -> Predicted:
         """Predict images: cases, or [N, C, H, W] as `load_images` gives it. The rest as for `volume`."""
         parts = []
-        for start in range(0, len(images), IMAGES_AT_ONCE):  # never all of them in memory
-            batch = images[start : start + IMAGES_AT_ONCE]
+        for part in _batches(len(images)):  # never all of them in memory
+            batch = images[part]
             if not isinstance(batch, np.ndarray):
                 assert self.images is not None, "the run was trained on volumes"
                 batch = load_images(batch, self.images)
@@ -252,10 +254,10 @@ class Predictor:
                 unchanged = set()  # what is in a batch moves its other predictions, too
             done = _cut_behind_whole_rows(part, self._columns(), list(hashes), unchanged)
             write_json(out / ABOUT, {**how, "cases": hashes, "finished": False})
-            for start in range(0, len(cases), IMAGES_AT_ONCE):
-                batch = cases[start : start + IMAGES_AT_ONCE]
-                if start + len(batch) > done:  # a batch is predicted as a whole, as it would have been before
-                    rows = self._rows(batch, how)[max(0, done - start) :]
+            for which in _batches(len(cases)):
+                batch = cases[which]
+                if which.stop > done:  # a batch is predicted as a whole, as it would have been before
+                    rows = self._rows(batch, how)[max(0, done - which.start) :]
                     text = _as_text(rows if part.exists() else [self._columns(), *rows])
                     with part.open("ab") as file:
                         file.write(text)
@@ -280,6 +282,13 @@ class Predictor:
             for key, values in found.items():
                 columns.append([repr(float(value)) if key else self.tasks[name].cell(value) for value in values])
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _batches(count: int) -> list[slice]:
+    """Of so many images, at most IMAGES_AT_ONCE at a time and as even as they come: by batch statistics the few that
+    are left over at the end would be normalised by one another alone."""
+    edges = np.linspace(0, count, max(1, math.ceil(count / IMAGES_AT_ONCE)) + 1).round().astype(int).tolist()
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
 
 
 def _as_text(rows: Sequence[Sequence[str]]) -> bytes:

@@ -242,8 +242,13 @@ def _marked(by_seed: np.ndarray, measure: Measure) -> list[str]:
     """Cells of values [rows, seeds], the best and the second best marked."""
     spreads = [spread(row[np.isfinite(row)]) for row in by_seed]
     marks = _marks([one["mean"] for one in spreads], measure)
-    texts = [cell(one, measure.digits, by_seed.shape[1]) for one in spreads]
+    texts = [_over_seeds(one, measure.digits, by_seed.shape[1]) for one in spreads]
     return [f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True)]
+
+
+def _over_seeds(one: Mapping[str, Any], digits: int, seeds: int) -> str:
+    """Mean (SD over seeds); of one seed it has none."""
+    return _number(one["mean"], digits) if seeds == 1 else cell(one, digits, seeds)
 
 
 def _about_overview(tasks: Mapping[str, Task], about: Rows) -> list[str]:
@@ -336,5 +341,5 @@ def _seed_table(scores: Scores, cases: Sequence[str], measures: Sequence[Measure
         if np.isfinite(means).any():
             header.append(measure.title)
             for row, values in zip(rows, means, strict=True):
-                row.append(cell(spread(values[np.isfinite(values)]), measure.digits, len(values)))
+                row.append(_over_seeds(spread(values[np.isfinite(values)]), measure.digits, len(values)))
     return Table("Spread over seeds of the mean over subjects: mean (SD over seeds)", header, rows)

@@ -20,7 +20,7 @@ import torch
 from sfg_fast.cli import main
 from sfg_fast.data.cache import VERSION
 from sfg_fast.training import checkpoint
-from sfg_fast.training.history import CURVES, VALIDATION
+from sfg_fast.training.history import CURVES
 
 TINY = ["--network.width", "[3,4,4]", "--network.blocks", "1", "--network.residual", "routed"]
 TINY += ["--schedule.steps", "2", "--schedule.batch", "2"]
@@ -471,7 +471,7 @@ def test_bad_configurations(made, tmp_path, capsys, monkeypatch, what):
 
 
 VALUES = [
-    ("--tasks", "[]", "tasks=[]"),
+    ("--tasks", "[]", "tasks="),
     ("--tasks", "[ct,ct]", "tasks=['ct', 'ct']"),
     ("--patch", "[0,4]", "patch=[0, 4]"),
     ("--patch", "[4]", "patch=[4]"),
@@ -508,9 +508,10 @@ VALUES = [
     ("--network.init", "[0.5,0.5]", "init"),
     ("--network.estimator", "none", "network.estimator='none'"),
     ("--network.residual", "dense", "residual='dense'"),
-    ("--objective.ct-noise", "loud", "objective.ct_noise='loud'"),
+    ("--tasks", "{ct: {noise: loud}}", "tasks.ct.noise='loud'"),
     ("--objective.lambda1", "-1", "objective.lambda1=-1"),
-    ("--objective.ct-scale-hu", "0", "objective.ct_scale_hu=0"),
+    ("--tasks", "{ct: {scale: 0}}", "tasks.ct.scale=0"),
+    ("--objective.ct-noise", "learned", "ct_noise"),
     ("--bias", ".inf", "bias is inf, expected a finite number"),
     ("--seed", "99999999999999999999", "seed=99999999999999999999"),
     ("--transfer.freeze", "true", "transfer.run=None"),
@@ -582,6 +583,28 @@ def about(**change):
     return spoil
 
 
+def other_labels(**names):
+    """Another data.json, whose labels are called otherwise."""
+
+    def spoil(path):
+        file = path.parents[1] / "data.json"
+        content = json.loads(file.read_text())
+        content["targets"]["labels"]["names"] |= names
+        file.write_text(json.dumps(content))
+
+    return spoil
+
+
+def without_labels(path):
+    """In the checkpoint and in data.json alike."""
+    saved(lambda state: state["data"]["targets"].pop("labels") and None)(path)
+    file = path.parents[1] / "data.json"
+    content = json.loads(file.read_text())
+    del content["targets"]["labels"]
+    file.write_text(json.dumps(content))
+
+
+NOTHING = {"ct/psnr": [], "organs/dice": []}
 CHECKPOINTS = {
     "tampered with": (tampered, "its content has another digest than when it was written"),
     "missing": (lambda p: p.unlink(), "training stopped at step 2"),
@@ -610,12 +633,12 @@ CHECKPOINTS = {
     "history a list": (saved(lambda s: s.update(history=[])), "final.pt: history is [], expected an object"),
     "history without groups": (saved(lambda s: s["history"].pop("groups") is None), "there is no 'history.groups'"),
     "history of text": (
-        in_history("curves", "psnr", to=["high"]),
-        "final.pt: history.curves.psnr[0] is 'high', expected a number or null",
+        in_history("curves", "scores", "ct/psnr", to=["high"]),
+        "final.pt: history.curves.scores.ct/psnr[0] is 'high', expected a number or null",
     ),
     "history of a curve too short": (in_history("curves", "nll", "ct", to=[]), "curves.nll.ct has 0 values, expected"),
     "history of no step": (
-        in_history("curves", to={"nll": {"ct": [], "organs": []}} | {name: [] for name in CURVES}),
+        in_history("curves", to={"nll": {"ct": [], "organs": []}, "scores": NOTHING} | {name: [] for name in CURVES}),
         "curves.step has 0 values, expected one for each of the steps",
     ),
     "history of other groups": (
@@ -636,29 +659,39 @@ CHECKPOINTS = {
         "allocation.p.a has the shares [1.5, 0.0, -0.5], expected shares of 1",
     ),
     "history of steps backwards": (
-        in_history("validation", to={name: [4, 2] for name in VALIDATION}),
+        in_history(
+            "validation", to={"step": [4, 2], "nll": [1, 1], "scores": {"ct/psnr": [1, 1], "organs/dice": [1, 1]}}
+        ),
         "validation.step is [4, 2], expected steps one after the other",
     ),
     "history of a look too few": (
-        in_history("validation", to={name: [] for name in VALIDATION} | {"psnr": [1.0]}),
-        "history.validation.psnr has 1 values",
+        in_history("validation", to={"step": [], "nll": [], "scores": NOTHING | {"ct/psnr": [1.0]}}),
+        "history.validation.scores.ct/psnr has 1 values",
+    ),
+    "history of other scores": (
+        in_history("titles", to={"ct/psnr": "PSNR"}),
+        "history.curves.scores are ct/psnr, organs/dice; expected those of titles: ct/psnr",
     ),
     "data of words": (saved(lambda s: s.update(data="x")), "final.pt: data is 'x', expected an object"),
     "data without channels": (
         saved(lambda s: s["data"].update(in_channels=0)),
-        "final.pt: in_channels 0, expected the number of MR channels of the run",
+        "final.pt: in_channels 0, expected the number of channels of the run's images",
     ),
     "data of too few names": (
         saved(lambda s: s["data"].update(channel_names=[])),
-        "final.pt: channel_names [], expected the names of 1 MR channels",
+        "final.pt: channel_names [], expected the names of 1 channels",
     ),
     "data.json of another cohort": (
         about(fingerprint="0"),
         "data.json: fingerprint is '0', the run was trained with '",
     ),
     "data.json of other labels": (
-        about(labels={"background": 0, "prostate": 2, "bladder": 1}),
-        "data.json: labels.bladder is 1, the run was trained with 2, expected that",
+        other_labels(bladder=1),
+        "data.json: targets.labels.names.bladder is 1, the run was trained with 2, expected that",
+    ),
+    "targets that do not fit": (
+        without_labels,
+        "final.pt: its tasks don't fit its targets (tasks.organs: the cohort has no target 'labels'",
     ),
     "data.json gone": (lambda p: (p.parents[1] / "data.json").unlink(), "data.json: no such file"),
     "channels without names": (
@@ -667,7 +700,7 @@ CHECKPOINTS = {
     ),
     "no channels": (about(in_channels=0), "data.json: in_channels is 0, the run was trained with 1, expected that"),
     "channels of text": (about(in_channels="1"), "data.json: in_channels is '1', expected a whole number"),
-    "labels of text": (about(labels={"background": "0"}), "data.json: labels.background is '0', expected a whole"),
+    "labels of text": (other_labels(background="0"), "targets.labels.names.background is '0', expected a whole"),
     "cases a list": (about(cases=[]), "data.json: cases is [], expected an object"),
     "data.json empty": (
         lambda p: (p.parents[1] / "data.json").write_text("{}"),
@@ -754,6 +787,7 @@ def changed(*place, to=None):
 
 METRICS, CONFIG, TOLD = "metrics.json", "run/config.yaml", "predictions/predictions.json"
 CASE = ("cases", "phantom_002")
+NAMES = ("tasks", "organs", "about", "names")
 WRITTEN = {
     "history {}": ("run/history.json", lambda t: "{}", "it is not the history in"),
     "history []": ("run/history.json", lambda t: "[]", "it is not the history in"),
@@ -761,46 +795,54 @@ WRITTEN = {
     "history of another step": ("run/history.json", lambda t: t.replace("2", "3", 1), "it is not the history in"),
     "metrics {}": (METRICS, lambda t: "{}", "there is no 'conventions', expected an object"),
     "metrics gone": (METRICS, None, "no such file"),
-    "no rules": (METRICS, changed("conventions", to={}), "there is no 'conventions.label_names'"),
-    "empty rules": (METRICS, changed("conventions", "rules", to={}), "conventions.rules is empty"),
+    "no rules": (METRICS, changed("conventions", to={}), "there is no 'conventions.tasks'"),
+    "empty rules": (
+        METRICS,
+        changed("conventions", "tasks", "ct", "rules", to={}),
+        "conventions.tasks.ct.rules is empty",
+    ),
     "other summary": (METRICS, changed("summary", to={"ct": {}}), "summary is not that of its cases"),
     "number in the summary": (
         METRICS,
-        changed("summary", "dice_mean", "mean", to=1),
+        changed("summary", "organs", "dice_mean", "mean", to=1),
         "summary is not that of its cases",
     ),
     "cases a list": (METRICS, changed("cases", to=[1]), "cases is [1], expected an object"),
     "no cases": (METRICS, changed("cases", to={}), "cases is empty"),
     "a case a number": (METRICS, changed(*CASE, to=3), "cases.phantom_002 is 3, expected an object"),
-    "no overall CT": (METRICS, changed(*CASE, "ct", "overall"), "cases.phantom_002.ct is incomplete"),
-    "no gain": (METRICS, changed(*CASE, "psnr_gain"), "cases.phantom_002.ct is incomplete"),
-    "no mean Dice": (METRICS, changed(*CASE, "dice_mean"), "cases.phantom_002.dice is incomplete"),
+    "no overall CT": (METRICS, changed(*CASE, "ct", "regions", "overall"), "cases.phantom_002.ct is incomplete"),
+    "no gain": (METRICS, changed(*CASE, "ct", "psnr_gain"), "cases.phantom_002.ct is incomplete"),
+    "no mean Dice": (METRICS, changed(*CASE, "organs", "dice_mean"), "cases.phantom_002.organs is incomplete"),
     "a number in words": (
         METRICS,
-        changed(*CASE, "ct", "bones", "mae_hu", to="12"),
-        "ct.bones.mae_hu is '12', expected a number or null",
+        changed(*CASE, "ct", "regions", "bones", "mae", to="12"),
+        "ct.regions.bones.mae is '12', expected a number or null",
     ),
     "a number of 400 digits": (
         METRICS,
-        changed(*CASE, "ct", "bones", "mae_hu", to=10**400),
-        "ct.bones.mae_hu is a whole number of more than 300 digits, expected a finite number",
+        changed(*CASE, "ct", "regions", "bones", "mae", to=10**400),
+        "ct.regions.bones.mae is a whole number of more than 300 digits, expected a finite number",
     ),
     "a number of 400 digits in the summary": (
         METRICS,
-        changed("summary", "dice_mean", "mean", to=10**400),
+        changed("summary", "organs", "dice_mean", "mean", to=10**400),
         "summary is not that of its cases",
     ),
-    "NaN": (METRICS, changed(*CASE, "dice_mean", to=math.nan), "dice_mean is nan, expected a finite number"),
-    "infinity": (METRICS, changed(*CASE, "dice", "prostate", to=math.inf), "dice.prostate is inf, expected a finite"),
-    "names with a gap": (
+    "NaN": (METRICS, changed(*CASE, "organs", "dice_mean", to=math.nan), "dice_mean is nan, expected a finite number"),
+    "infinity": (
         METRICS,
-        changed("conventions", "label_names", to={"background": 0, "prostate": 2}),
-        "conventions: labels {",
+        changed(*CASE, "organs", "dice", "prostate", to=math.inf),
+        "dice.prostate is inf, expected a finite",
     ),
-    "names of none": (
+    "a task of an unknown kind": (
         METRICS,
-        changed("conventions", "label_names", to={}),
-        "cases.phantom_002.ct has 'bladder', expected the names of conventions.label_names",
+        changed("conventions", "tasks", "ct", "options", "kind", to="magic"),
+        "conventions: tasks.ct.kind='magic': expected one of",
+    ),
+    "a task that is not described": (
+        METRICS,
+        changed("conventions", "tasks", "organs"),
+        "cases.phantom_002 has 'organs', expected the tasks of conventions.tasks",
     ),
     "no hashes": (METRICS, changed("predictions"), "there is no 'predictions', expected an object"),
     "no hashes of the cohort": (METRICS, changed("cohort"), "there is no 'cohort', expected an object"),
@@ -825,16 +867,16 @@ WRITTEN = {
     ),
     "predictions []": (TOLD, lambda t: "[]", "it is [], expected an object"),
     "predictions of words": (TOLD, changed("draws", to="8"), "draws is '8', expected a whole number"),
-    "labels of predictions": (TOLD, changed("labels", to=[]), "labels is [], expected an object"),
+    "tasks of predictions": (TOLD, changed("tasks", to=[]), "tasks is [], expected an object"),
     "negative labels of predictions": (
         TOLD,
-        changed("labels", to={"background": 0, "prostate": -1}),
-        "labels {'background': 0, 'prostate': -1}, expected",
+        changed(*NAMES, to={"background": 0, "prostate": -1}),
+        "expected the values 0, 1, 2, .. once each",
     ),
     "other labels of predictions": (
         TOLD,
-        changed("labels", to={"background": 0, "prostate": 1}),
-        "labels are {'background': 0, 'prostate': 1}, the run's are {",
+        changed(*NAMES, to={"background": 0, "prostate": 1}),
+        "predictions.json: tasks.organs.about.names",
     ),
     "predictions of another run": (TOLD, changed("digest", to="0"), "predicted by another run than"),
     "predictions of an unknown checkpoint": (
