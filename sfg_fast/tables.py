@@ -44,11 +44,12 @@ def spread(numbers: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(numbers)), "sd": sd, "n": len(numbers)}
 
 
-def cell(value: Mapping[str, Any], digits: int, n_cases: int) -> str:
-    """`mean (SD)` from a `spread`, followed by `n=` where that is not n_cases; a hyphen for n = 0."""
+def cell(value: Mapping[str, Any], digits: int, n_cases: int, sd: bool = True) -> str:
+    """`mean (SD)` from a `spread`, or the mean alone, followed by `n=` where that is not n_cases; for n = 0 a
+    hyphen."""
     if value["n"] == 0:
         return "-"
-    text = f"{value['mean']:.{digits}f} ({value['sd']:.{digits}f})"
+    text = f"{value['mean']:.{digits}f}" + (f" ({value['sd']:.{digits}f})" if sd else "")
     return text if value["n"] == n_cases else f"{text} n={value['n']}"
 
 

@@ -120,11 +120,12 @@ def _card(task: Task, measure: Measure, document: Mapping[str, Any]) -> str:
     value = summary_value(document, measure)
     unit = f" {escape(measure.unit)}" if measure.unit else ""
     n, kind = value["n"], "image" if task.per_image else "case"
-    mean, sd = _number(value["mean"], measure), _number(value["sd"], measure._replace(signed=False))
+    mean = _number(value["mean"], measure)
+    sd = f"SD {_number(value['sd'], measure._replace(signed=False))}{unit}, " if measure.sd else ""
     name = f"{task.title}: {measure.title.partition(' [')[0]}"
     return (
         f'<div class="card"><span>{escape(name)}</span>'
-        f"<b>{mean}{unit}</b><span>SD {sd}{unit}, {n} {kind}{'' if n == 1 else 's'}</span></div>"
+        f"<b>{mean}{unit}</b><span>{sd}{n} {kind}{'' if n == 1 else 's'}</span></div>"
     )
 
 

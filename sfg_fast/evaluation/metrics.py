@@ -240,12 +240,13 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
             continue
         rows = task.rows(regions)
         cells = [
-            [row.title, *(cell(summary_value(document, one), one.digits, n_cases) for one in row.columns)]
+            [row.title, *(cell(summary_value(document, one), one.digits, n_cases, one.sd) for one in row.columns)]
             for row in rows
         ]
         caption = task.title if captions[task.title] == 1 else f"{task.title} ({name})"
         header = ["", *(one.title for one in rows[0].columns)]
-        tables.append(Table(f"({next(letters)}) {caption}, mean (SD)", header, cells))
+        what = "mean (SD)" if any(one.sd for row in rows for one in row.columns) else "mean"
+        tables.append(Table(f"({next(letters)}) {caption}, {what}", header, cells))
     return tables
 
 

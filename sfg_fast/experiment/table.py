@@ -21,7 +21,7 @@ Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 RESAMPLES = 9999
 """Of a bootstrap: the least p that it can give is 2 / 10,000."""
 FEW = 50
-"""Up to so many subjects a table has their SD; of thousands, each right or wrong, it says nothing."""
+"""Up to so many subjects can be told apart in a figure."""
 
 
 class Section(NamedTuple):
@@ -70,12 +70,11 @@ def section(
     compared = comparisons(scores, cases, measures, reference)
     tables += [_test_table(compared, measures, reference), _seed_table(scores, cases, measures)]
     seeds = len(next(iter(scores.values())))
-    spreads = "mean (SD)" if len(cases) <= FEW else "means"
     return Section(
         title,
         [table for table in tables if table.rows],
         [
-            f"Cells are {spreads} over {len(cases)} subjects, each averaged over {seeds} seeds first. Bold: best; "
+            f"Cells are mean (SD) over {len(cases)} subjects, each averaged over {seeds} seeds first. Bold: best; "
             "italic: second best.",
             *_about_overview(tasks, about),
             *_about_tests(compared, measures, reference),
@@ -275,9 +274,7 @@ def _score_table(caption: str, scores: Scores, cases: Sequence[str], columns: Se
             return Table(caption, [], [])
         spreads = [spread(row[np.isfinite(row)]) for row in values]
         marks = _marks([row["mean"] for row in spreads], measure)
-        texts = [cell(row, measure.digits, len(cases)) for row in spreads]
-        if len(cases) > FEW:
-            texts = [_number(row["mean"], measure.digits) for row in spreads]
+        texts = [cell(row, measure.digits, len(cases), measure.sd) for row in spreads]
         cells.append([f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True)])
     rows = [[name, *row] for name, *row in zip(scores, *cells, strict=True)]
     return Table(caption, ["Method", *(measure.title for measure in columns)], rows)

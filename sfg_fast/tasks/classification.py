@@ -24,7 +24,6 @@ class Classification(ClassTask, kind="classification"):
     """
 
     reads = "class"
-    scores = (Score("accuracy", "accuracy [%]", "%", 1),)
 
     classes: list[str] | None = None
     flips: bool = True
@@ -48,6 +47,10 @@ class Classification(ClassTask, kind="classification"):
         return heading(self.name)
 
     # --- while it is trained ------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return (Score("accuracy", "accuracy [%]", "%", 1),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         return {
@@ -83,10 +86,12 @@ class Classification(ClassTask, kind="classification"):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        return (Measure("Accuracy [%]", self.place("correct"), 2, factor=100.0, unit="%", test="bootstrap"),)
+        return (Measure("Accuracy [%]", self.place("correct"), 2, factor=100.0, unit="%", sd=False, test="bootstrap"),)
 
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
-        recalls = [Measure(f"of {name} [%]", self.place("recall", name), 2, factor=100.0) for name in self.names]
+        recalls = [
+            Measure(f"of {name} [%]", self.place("recall", name), 2, factor=100.0, sd=False) for name in self.names
+        ]
         return [ScoreRow(self.title, "", (*self.measures, *recalls))]
 
     def rules(self) -> dict[str, str]:

@@ -42,7 +42,6 @@ class Regression(NumberTask, kind="regression"):
     """
 
     reads = "number"
-    scores = (Score("mae", "mean absolute error", "", 2),)
 
     loss: str = "gaussian"
     flips: bool = True
@@ -62,6 +61,10 @@ class Regression(NumberTask, kind="regression"):
         return RootMeanSquare(self.output_unit) if self.loss == "rmse" else super().likelihood()
 
     # --- while it is trained ------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return (Score("mae", f"mean absolute error{self.in_units}", "", 2),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         error = (output[:, 0] * self.output_unit - target)[there].double()

@@ -21,7 +21,6 @@ class Segmentation(ClassTask, kind="segmentation"):
     """The labels of the voxels; label 0 is the background."""
 
     reads = "labels"
-    scores = (Score("dice", "mean Dice", "", 3),)
     dtype = np.uint8
 
     @property
@@ -34,6 +33,10 @@ class Segmentation(ClassTask, kind="segmentation"):
         return f"Segmentation of {self.name}"
 
     # --- while it is trained ------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return (Score("dice", "mean Dice", "", 3),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Per label overlap and sizes."""

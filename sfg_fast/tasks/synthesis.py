@@ -42,7 +42,6 @@ class Synthesis(NumberTask, kind="synthesis"):
     """
 
     reads = "intensities"
-    scores = (Score("psnr", "PSNR in mask [dB]", "dB", 2),)
 
     range: list[float] | None = None
 
@@ -69,6 +68,10 @@ class Synthesis(NumberTask, kind="synthesis"):
         return f"{self.what} synthesis"
 
     # --- while it is trained ------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return (Score("psnr", "PSNR in mask [dB]", "dB", 2),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Squared error in the mask, its voxels, and the least and greatest true value."""

@@ -35,7 +35,8 @@ class Measure(NamedTuple):
     """A number of a case in metrics.json, and a column of tables.
 
     title: its heading. place: where it stands in a case's metrics, the task first. factor: what it is shown times.
-    signed: whether it is shown with its sign. tested: whether an experiment tests differences of it between methods;
+    sd: whether its SD over cases says anything (that of right and wrong does not). signed: whether it is shown with its
+    sign. tested: whether an experiment tests differences of it between methods;
     test: how: "wilcoxon" (few cases, one number each), or "bootstrap" (thousands, such as 0 or 1).
     """
 
@@ -45,6 +46,7 @@ class Measure(NamedTuple):
     less_is_better: bool = False
     factor: float = 1.0
     unit: str = ""
+    sd: bool = True
     signed: bool = False
     tested: bool = True
     test: str = "wilcoxon"
@@ -116,7 +118,6 @@ class Task(ABC):
     kind: ClassVar[str]
     reads: ClassVar[str]
     """The kind of target that it learns (`data.targets.TARGET_KINDS`)."""
-    scores: ClassVar[tuple[Score, ...]]
     dtype: ClassVar[Any] = np.float32
     """Of the prediction of a volume, as it is written."""
 
@@ -168,6 +169,11 @@ class Task(ABC):
         and which examples have one, bool [M]; it gives one number for each example, [M], the mean over its voxels."""
 
     # --- what it is watched by ----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def scores(self) -> tuple[Score, ...]:
+        """What training shows of held-out examples."""
 
     @abstractmethod
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
