@@ -109,6 +109,9 @@ def preprocess(
     counts += [f"{cache.count(split)} {split}" for split in SPLITS]
     counts += [f"{len(cache.rejected)} rejected"] if cache.rejected else []
     print(f"{cache.count()} {'images' if found.images else 'cases'} in {out}: {', '.join(counts)}")
+    for target in cache.targets.values():
+        if target.kind == "class":
+            print(f"classes of {target.name}: {', '.join(target.names)}")
 
 
 def train(config: Any, resume: bool = False) -> None:

@@ -488,6 +488,8 @@ def _checked(
             if owner != use:
                 raise InputError(f"case {case.name}: {file} is {use} and {owner}, expected a file of its own for each")
     there = {name: one for name, one in targets.items() if any(name in case.targets for case in cases)}
+    if nowhere := [name for name in targets if name not in there and name not in USUAL]:
+        warnings.warn(f"{root}: no case has the declared target {nowhere[0]!r}, expected its files", stacklevel=3)
     return Cohort(root, tuple(cases), there, _channel_names(meta, meta_path, channels))
 
 

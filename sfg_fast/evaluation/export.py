@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from ..errors import InputError
 from ..files import make_folder, replacing
 from ..networks.controls import draws_from_constant_p
 from ..networks.freeze import freeze
-from ..tasks import Task
+from ..tasks import Task, to_json
 from ..training.run import load_run
 
 
@@ -47,7 +48,8 @@ class Deployed(nn.Module):
 
 def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Deployed:
     """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2, for any number of MR slices, which may
-    have any size, or of images of the size that it was trained on.
+    have any size, or of images of the size that it was trained on. The file says what its outputs are, units, labels
+    and classes, as JSON (`tasks.to_json`): in ONNX's metadata as "tasks", in a .pt2 as the extra file "tasks.json".
 
     Returns what was exported. Raises InputError for a file of another kind, one that is there already, a run with a
     constant p, unknown tasks, or ONNX without the packages for it.
@@ -71,15 +73,16 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     except ValueError as error:
         raise InputError(f"{run}: {error}") from error
     deployed = Deployed(frozen, trained.tasks, images).eval()
+    about = json.dumps({name: one for name, one in to_json(trained.tasks).items() if tasks is None or name in tasks})
     make_folder(out.parent)
     with replacing(out) as temporary, _silence():
         temporary.touch()  # if it can't be, that is known before the work
         program = torch.export.export(deployed, (example,), dynamic_shapes=(dynamic,))
         content = io.BytesIO()  # the writer of torch ends the whole process where the disk is full
         if out.suffix == ".pt2":
-            torch.export.save(program, content)
+            torch.export.save(program, content, extra_files={"tasks.json": about})
         else:
-            content.write(_onnx(program, "mr" if images is None else "image", list(deployed(example))))
+            content.write(_onnx(program, "mr" if images is None else "image", list(deployed(example)), about))
         temporary.write_bytes(content.getbuffer())
     return deployed
 
@@ -98,11 +101,12 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _onnx(program: torch.export.ExportedProgram, source: str, outputs: list[str]) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, source: str, outputs: list[str], about: str) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError("ONNX needs two more packages, pip install 'sfg_fast[onnx]'") from error
     exported = torch.onnx.export(program, (), dynamo=True, input_names=[source], output_names=outputs, verbose=False)
     assert exported is not None
+    exported.model.metadata_props["tasks"] = about
     return exported.model_proto.SerializeToString()

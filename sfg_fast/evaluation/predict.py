@@ -111,7 +111,9 @@ class Predictor:
         means, variances = [], []
         self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
         # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
-        for batch in x.split(IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE):
+        at_once = IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE
+        even = x.tensor_split(math.ceil(len(x) / at_once))  # else the last few would be normalised by one another alone
+        for batch in even if statistics == "batch" else x.split(at_once):
             with torch.random.fork_rng():
                 y = self._patches(batch.to(self.device), draws, votes, statistics).cpu()
             mean, variance = y.chunk(2, 1)

@@ -218,6 +218,8 @@ def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[s
     by = about.get("by", "")
     if by == "map" and predictor.constant_p:
         by = "draws"
+    elif by in BY and not predictor.draws_anything:  # whatever was asked for
+        by = "map"
     made = f"from {BY[by]}, checkpoint {about.get('checkpoint')}" if by in BY else "from elsewhere"
     notes = [
         f"Network {config.network.name}, method {config.network.method}{residual}, {config.schedule.steps} steps, "

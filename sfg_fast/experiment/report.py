@@ -46,7 +46,7 @@ def write_results(
         f"{name}: {term}" if len(tasks) > 1 else term: rule
         for name, task in tasks.items()
         for term, rule in task.rules().items()
-    }
+    } | {"predictions": _predicted_by(config)}
     write_json(
         out / "metrics.json",
         {
@@ -93,6 +93,17 @@ def _about(config: ExperimentConfig, documents: Mapping[str, Mapping[int, Any]])
         flops={name: _mean([one["flops"] for one in seeds.values()]) for name, seeds in documents.items()},
         single=one_task[0] if one_task else None,
     )
+
+
+def _predicted_by(config: ExperimentConfig) -> str:
+    drawn = f"over {config.draws} drawn ones"
+    by = {
+        "map": f"by the most probable architecture; where p is constant, the mean {drawn}",
+        "draws": f"the mean {drawn}, where architectures are drawn at all",
+        "mode": f"the mean of numbers and the most frequent class {drawn}, where architectures are drawn at all",
+    }
+    weights = {"final": "the last weights", "best": "those of the best look at the validation split"}
+    return f"{by[config.by]}; {weights[config.checkpoint]}; normalised by {config.statistics} statistics"
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -44,7 +44,7 @@ from ..networks.cost import flops, parameters
 from ..tasks import Task, read_tasks
 from ..training.config import TrainConfig, difference, read_config
 from ..training.parallel import choose_device
-from ..training.run import AboutData, build_network, load_run
+from ..training.run import AboutData, build_network, check_size, load_run
 from ..training.trainer import Trainer
 from .config import ALL, ExperimentConfig, Job, check, jobs, waves
 from .report import write_results
@@ -78,6 +78,8 @@ def run_experiment(config: ExperimentConfig) -> None:
             check_vacant(out)
         size = None if config.size is None else (config.size[0], config.size[1])
         cache = preprocess(cohort, out / "cache", processes=config.processes, size=size)
+        if config.checkpoint == "best" and not cache.names("val"):
+            raise InputError(f"checkpoint='best': {config.cohort} has no case of split val, expected one")
         every = jobs(config)
         _check_networks(every, cache)
         names = [case.name for case in test]
@@ -97,7 +99,8 @@ def run_experiment(config: ExperimentConfig) -> None:
             documents[job.row][job.seed] = read_metrics(_scores(job), Scored)
         subsets = {name: names[:count] for name, count in config.subsets.items()}
         shown = None if cohort.images else test[0]
-        write_results(config, every, documents, {**subsets, ALL: names}, shown, cache.targets)
+        described = {**cache.targets, **cache.described("train")}
+        write_results(config, every, documents, {**subsets, ALL: names}, shown, described)
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
@@ -212,7 +215,8 @@ def _check_networks(every: Sequence[Job], cache: Cache) -> None:
     for job in every:
         for training in job.trainings:
             try:
-                build_network(training, cache.in_channels, read_tasks(training.tasks, cache.targets))
+                network = build_network(training, cache.in_channels, read_tasks(training.tasks, cache.targets))
+                check_size(network, training, cache)
             except InputError as error:
                 raise InputError(f"methods[{job.row!r}]: {error}") from error
 
@@ -233,7 +237,7 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfi
             if about.exists() and read_json(about, AboutData)["fingerprint"] != cache.fingerprint():
                 raise InputError(f"{path.parent}: the cohort has changed since this training, expected the same")
         finished = [Path(training.out) for training in job.trainings if _final(training).exists()]
-        digests = [load_run(folder).digest for folder in finished]
+        digests = [load_run(folder, config.checkpoint).digest for folder in finished]
         if not _scores(job).exists():
             continue
         done = read_metrics(_scores(job), Scored)
@@ -245,7 +249,7 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfi
                 there = f"{job.folder} was predicted with {before!r}, expected the same or another out"
                 raise InputError(f"{key}={now!r}: {there}")
         if different := set(test) ^ done["cases"].keys():
-            where = f"{_scores(job)}: its cases are not the cohort's test cases"
+            where = f"{_scores(job)}: its cases are not the cohort's {config.split} cases"
             raise InputError(f"{where} ({min(different)} is in one of them), expected the same")
 
 

@@ -20,6 +20,8 @@ Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 RESAMPLES = 9999
 """Of a bootstrap: the least p that it can give is 2 / 10,000."""
+BOOTSTRAPPED = 100
+"""From so many subjects on."""
 FEW = 50
 """Up to so many subjects can be told apart in a figure."""
 
@@ -108,13 +110,18 @@ def comparisons(
                         "method": name,
                         "n": len(difference),
                         "difference": float(difference.mean()) if some else None,
-                        "p": TESTS[measure.test](difference) if some else None,
+                        "p": TESTS[_test_of(measure, len(difference))](difference) if some else None,
                     }
                 )
         tested_rows = [row for row in rows if row["p"] is not None]
         corrected = iter(holm([row["p"] for row in tested_rows]))
         found += [{**row, "p_holm": None if row["p"] is None else next(corrected)} for row in rows]
     return found
+
+
+def _test_of(measure: Measure, subjects: int) -> str:
+    """A bootstrap of a few subjects is far too sure of itself."""
+    return measure.test if subjects >= BOOTSTRAPPED else "wilcoxon"
 
 
 def wilcoxon(differences: np.ndarray) -> float:
@@ -309,7 +316,8 @@ def _about_tests(compared: Sequence[Mapping[str, Any]], measures: Sequence[Measu
         return []
     n = max(row["n"] for row in compared)
     others = len({row["method"] for row in compared})
-    tests = {measure.test for measure in measures if measure.title in {row["measure"] for row in compared}}
+    compared_measures = [measure for measure in measures if measure.title in {row["measure"] for row in compared}]
+    tests = {_test_of(measure, n) for measure in compared_measures}
     what = {
         "wilcoxon": "paired two-sided Wilcoxon signed-rank test over subjects",
         "bootstrap": f"paired two-sided bootstrap over subjects ({RESAMPLES} resamples)",

@@ -75,7 +75,7 @@ def read_tasks(options: Any, targets: Mapping[str, Target] | None = None) -> dic
     stems = file_stems(found)
     for name, stem in stems.items():
         check_target_name(stem, f"tasks.{name}")
-        if list(stems.values()).count(stem) > 1:
+        if [one.casefold() for one in stems.values()].count(stem.casefold()) > 1:  # as some disks take names
             raise InputError(
                 f"tasks.{name}: it would be written to files of the name {stem!r}, and so would another task"
             )
@@ -87,6 +87,7 @@ def _task(name: Any, chosen: Any, targets: Mapping[str, Target] | None) -> Task:
     if not plain or name == "shared" or hasattr(nn.ModuleDict(), name):  # where networks hold their heads
         expected = "letters, digits and _, and none of shared, type, values and other words of torch's modules"
         raise InputError(f"tasks: {name!r} can't be the name of a task, expected {expected}")
+    chosen = {} if chosen is None else chosen  # `ct:` alone in YAML
     if not isinstance(chosen, Mapping):
         raise InputError(f"tasks.{name}={chosen!r}: expected {{kind: .., options of the kind}}")
     given = {**USUAL.get(name, {}), **chosen}

@@ -19,7 +19,7 @@ class Classification(ClassTask, kind="classification"):
     """A class for each image.
 
     Args:
-        classes: the names of the classes; null for those of the cohort.
+        classes: the names of the classes in the order of the outputs, to be checked: that is the cohort's.
         flips: whether a mirrored image is of the same class.
     """
 
@@ -30,8 +30,9 @@ class Classification(ClassTask, kind="classification"):
 
     def check(self) -> None:
         super().check()
-        if self.classes is not None and self.about is not None and set(self.classes) != set(self.about.names):
-            raise self.refuse("classes", self.classes, f"the cohort's: {', '.join(self.about.names)}")
+        if self.classes is not None and self.about is not None and self.classes != list(self.names):
+            expected = f"null, or the cohort's in their order: {', '.join(self.names)} (targets.json can say another)"
+            raise self.refuse("classes", self.classes, expected)
         if self.about is not None and len(self.about.names) < 2:
             raise self.refuse(
                 "target", self.about.name, f"two classes or more, the cohort has {list(self.about.names)}"

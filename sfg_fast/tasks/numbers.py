@@ -77,6 +77,15 @@ class NumberTask(Task):
         return f" [{self.units}]" if self.units else ""
 
     @property
+    def digits(self) -> int:
+        """Decimals of its errors in tables: a thousandth of the target's SD can be told; two where it is not
+        known."""
+        if self.units == HU:
+            return 1
+        sd = self.of.statistics.get("sd")
+        return min(max(3 - math.floor(math.log10(sd)), 0), 9) if sd else 2
+
+    @property
     def outputs(self) -> int:
         return 2 if self.noise == "heteroscedastic" else 1
 

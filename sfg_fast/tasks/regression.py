@@ -64,7 +64,7 @@ class Regression(NumberTask, kind="regression"):
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        return (Score("mae", f"mean absolute error{self.in_units}", "", 2),)
+        return (Score("mae", f"mean absolute error{self.in_units}", "", self.digits),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         error = (output[:, 0] * self.output_unit - target)[there].double()
@@ -83,8 +83,12 @@ class Regression(NumberTask, kind="regression"):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        mae = Measure(f"MAE{self.in_units}", self.place("absolute_error"), 2, True, unit=self.units, test="bootstrap")
-        bias = Measure(f"Mean error{self.in_units}", self.place("error"), 2, unit=self.units, signed=True, tested=False)
+        mae = Measure(
+            f"MAE{self.in_units}", self.place("absolute_error"), self.digits, True, unit=self.units, test="bootstrap"
+        )
+        bias = Measure(
+            f"Mean error{self.in_units}", self.place("error"), self.digits, unit=self.units, signed=True, tested=False
+        )
         return (mae, bias)
 
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:

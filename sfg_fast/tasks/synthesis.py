@@ -105,8 +105,9 @@ class Synthesis(NumberTask, kind="synthesis"):
              "mean_baseline": {"psnr_in_mask": dB}, "psnr_gain": dB}
 
         The regions are `overall` (the mask), `bones` (of a CT), and those of the scene. A region without voxels has
-        None for its values. `mean_baseline` predicts the case's mean true value everywhere inside the mask, and
-        `psnr_gain` is the overall PSNR minus that one: unlike a PSNR, it is 0 for a network that has learnt nothing.
+        None for its values, and so has the PSNR of a truth that is one value everywhere. `mean_baseline` predicts the
+        case's mean true value everywhere inside the mask, and `psnr_gain` is the overall PSNR minus that one: unlike a
+        PSNR, it is 0 for a network that has learnt nothing.
         """
         assert scene is not None
         mask, (true, predicted) = (
@@ -124,17 +125,13 @@ class Synthesis(NumberTask, kind="synthesis"):
         }
         baseline = _psnr(max(float(inside.var()), floor), width)  # the variance is the error of predicting the mean
         overall = found["overall"]["psnr_in_mask"]
-        return {"regions": found, "mean_baseline": {"psnr_in_mask": baseline}, "psnr_gain": overall - baseline}
+        gain = None if overall is None or baseline is None else overall - baseline
+        return {"regions": found, "mean_baseline": {"psnr_in_mask": baseline}, "psnr_gain": gain}
 
     def _peak(self, inside: np.ndarray) -> float:
         if self.limits is not None:
             return self.limits[1] - self.limits[0]
-        width = float(inside.max() - inside.min())
-        if not width > 0:
-            raise InputError(
-                f"the true {self.what} is {inside[0]:g} everywhere in the mask, expected a range of values"
-            )
-        return width
+        return float(inside.max() - inside.min())
 
     def _clipped(self, which: str, volume: np.ndarray) -> np.ndarray:
         if not np.isfinite(volume).all():
@@ -145,7 +142,9 @@ class Synthesis(NumberTask, kind="synthesis"):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        mae = Measure(f"MAE{self.in_units}", self.place("regions", "overall", "mae"), 1, True, unit=self.units)
+        mae = Measure(
+            f"MAE{self.in_units}", self.place("regions", "overall", "mae"), self.digits, True, unit=self.units
+        )
         psnr = Measure("PSNR in mask [dB]", self.place("regions", "overall", "psnr_in_mask"), 2, unit="dB")
         gain = Measure(
             f"PSNR gained over the mean {self.what} [dB]",
@@ -171,7 +170,7 @@ class Synthesis(NumberTask, kind="synthesis"):
         kinds = (
             ("PSNR in mask [dB]", "psnr_in_mask", 2, False),
             ("PSNR zero outside [dB]", "psnr_zero_outside", 2, False),
-            (f"MAE{self.in_units}", "mae", 1, True),
+            (f"MAE{self.in_units}", "mae", self.digits, True),
         )
         return [
             ScoreRow(
@@ -201,7 +200,8 @@ class Synthesis(NumberTask, kind="synthesis"):
         mean = f"predicting the case's mean true {self.what} inside the mask"
         return {
             "clip": clip,
-            "mask": "the patient's body; every region is intersected with it",
+            "mask": "the patient's body, or the whole volume where a case has neither a mask nor a volume in HU to "
+            "find it in; every region is intersected with it",
             "regions": f"overall: the mask; {bones}organs: the union of the true labels",
             "psnr_in_mask": "from the mean squared error over the voxels of the region inside the mask",
             "psnr_zero_outside": f"both volumes are set to {outside:.0f}{unit} outside the region inside the mask, and "
@@ -249,8 +249,9 @@ def _in_region(true: np.ndarray, predicted: np.ndarray, voxels: int, width: floa
     }
 
 
-def _psnr(squared: float, width: float) -> float:
-    return 10 * math.log10(width**2 / squared)
+def _psnr(squared: float, width: float) -> float | None:
+    """None for a truth that is one value everywhere, and so has no peak."""
+    return None if width <= 0 else 10 * math.log10(width**2 / squared)
 
 
 def _difference_scale(difference: np.ndarray) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import check_shape, one_line, read_text
 from ..networks.build import NETWORKS
 from ..networks.methods import METHODS
-from ..tasks import USUAL, TaskOptions, of_images, read_tasks
+from ..tasks import USUAL, of_images, read_tasks
 
 PRECISIONS = ("float32", "bfloat16")
 DECAYS = ("cosine", "polynomial", "constant")
@@ -158,7 +158,7 @@ class TrainConfig:
 
     data: str
     out: str
-    tasks: TaskOptions = dataclasses.field(default_factory=lambda: list(USUAL))
+    tasks: Any = dataclasses.field(default_factory=lambda: list(USUAL))
     folds: int | None = None
     fold: int | None = None
     patch: list[int] | None = None

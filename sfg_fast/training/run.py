@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 
+from ..data.cache import Cache
 from ..data.images import ImageForm
 from ..data.targets import Target, TargetAsJson
 from ..errors import InputError
 from ..files import check_shape, one_line, read_json, shown
-from ..networks.build import build, head_bias
+from ..networks.build import build, head_bias, least_size
 from ..networks.controls import assign, draws_from_constant_p, map_assignment, set_estimator, sfg_layers
 from ..networks.transfer import transfer
 from ..tasks import Task, read_tasks
@@ -144,6 +145,16 @@ def _tasks(config: TrainConfig, data: dict[str, Any], path: Path) -> dict[str, T
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
+def check_size(model: Any, config: TrainConfig, cache: Cache) -> None:
+    """InputError for images, or patches, that are smaller than the network takes."""
+    size = config.patch if cache.images is None else list(cache.images.size)
+    least = least_size(model)
+    if size is not None and min(size) < least:
+        what = f"{config.data}: its images are" if config.patch is None else "patch is"
+        expected = f"expected at least {least} x {least} for network {config.network.name} (preprocess --size)"
+        raise InputError(f"{what} {size[0]} x {size[1]}, {expected}")
+
+
 def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:
     """The configured network as training starts from it: heads at the targets' means, filters of another run where they
     are transferred, or another run's grouping. InputError if it can't be."""
@@ -151,7 +162,7 @@ def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, 
     for name, task in tasks.items():
         head_bias(model, name).copy_(task.start())
     if config.transfer.run is not None:
-        _transfer(model, config.transfer)
+        _transfer(model, config.transfer, tasks)
     if config.network.grouping is not None:
         _take_grouping(model, config.network.grouping)
     return model
@@ -172,10 +183,30 @@ def _take_grouping(model: nn.Module, run: str) -> None:
         raise InputError(f"network.grouping={run!r}: {one_line(error)}; expected {expected}") from error
 
 
-def _transfer(model: nn.Module, config: TransferConfig) -> None:
+def _check_same_meaning(theirs: Mapping[str, Task], mine: Mapping[str, Task], config: TransferConfig) -> None:
+    """ValueError for a task whose head would be taken from one that means something else: another kind, unit or order
+    of classes."""
+    pairs = {name: name for name in mine if name in theirs} if config.tasks is None else config.tasks
+    for name, of in pairs.items():
+        if name not in mine or of not in theirs:
+            continue  # `transfer` says so
+        task, source = mine[name], theirs[of]
+        for what, own, other in (
+            ("kind", task.kind, source.kind),
+            ("output unit", task.output_unit, source.output_unit),
+            ("unit", task.of.unit, source.of.unit),
+            ("names", task.of.names, source.of.names),
+        ):
+            if own != other:
+                raise ValueError(f"task {name!r} has {what} {own!r}, the run's {of!r} has {other!r}: expected the same")
+
+
+def _transfer(model: nn.Module, config: TransferConfig, tasks: Mapping[str, Task]) -> None:
     """Start from another run's filters. (A resumed run does so, too, and then loads its own; the frozen stay.)"""
     assert config.run is not None
+    source = load_run(Path(config.run))
     try:
-        transfer(load_run(Path(config.run)).model, model, config.tasks, config.freeze)
+        _check_same_meaning(source.tasks, tasks, config)
+        transfer(source.model, model, config.tasks, config.freeze)
     except ValueError as error:
         raise InputError(f"transfer.run={config.run!r}: {str(error).removeprefix('transfer: ')}") from error

@@ -30,7 +30,7 @@ from .history import empty_history
 from .objective import Objective
 from .onlookers import Onlooker, tell
 from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
-from .run import check_data, starting_network
+from .run import check_data, check_size, starting_network
 from .schedule import build_optimiser
 from .validation import held_out, titles
 
@@ -78,6 +78,7 @@ class TrainingState:
             self._choose_kernels()
         torch.manual_seed(config.seed)
         self.model = starting_network(config, cache.in_channels, self.tasks)
+        check_size(self.model, config, cache)
         if config.same_assignment and self.processes.count > 1:
             synchronise(self.model)
         self.model.to(self.device)

@@ -326,3 +326,11 @@ def test_the_targets_of_a_run_are_those_of_a_cohort(cohort):
     ):
         with pytest.raises(InputError, match=message):
             check_same_targets(run, of(cohort, **theirs), "run")
+
+
+def test_a_declared_target_that_no_case_has_is_told(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort")
+    path = cohort.root / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"targets": {"pet": {"unit": "SUV"}}}))
+    with pytest.warns(UserWarning, match="no case has the declared target 'pet', expected its files"):
+        assert "pet" not in read_cohort(cohort.root).targets

@@ -305,12 +305,12 @@ def test_bootstrap_agrees_with_the_t_test_on_many_normal_differences():
 
 def test_images_are_tested_by_bootstrap_and_shown_in_percent():
     rng = np.random.default_rng(2)
-    names = [f"image_{index}" for index in range(60)]
+    names = [f"image_{index}" for index in range(120)]
     gender = Target("gender", "class", names={"male": 0, "female": 1})
     tasks = read_tasks({"gender": {"kind": "classification"}}, {"gender": gender})
 
     def right(share):
-        drawn = (rng.uniform(size=60) < share).astype(int).tolist()
+        drawn = (rng.uniform(size=120) < share).astype(int).tolist()
         return {name: {"gender": {"correct": one, "recall": {}}} for name, one in zip(names, drawn, strict=True)}
 
     scores = {"A": {0: right(0.5)}, "C": {0: right(0.95)}}
@@ -327,3 +327,18 @@ def test_images_are_tested_by_bootstrap_and_shown_in_percent():
     assert row["p"] < 0.01
     assert any("paired two-sided bootstrap over subjects" in note for note in found.notes)
     assert not any("least p is" in note for note in found.notes)
+
+
+def test_a_few_images_are_not_bootstrapped():
+    """Of three differences of one sign every resample has that sign."""
+    tasks = read_tasks({"age": {"kind": "regression"}}, {"age": Target("age", "number", "years")})
+
+    def of(errors):
+        return {f"image_{i}": {"age": {"absolute_error": error}} for i, error in enumerate(errors)}
+
+    scores = {"A": {0: of([5.0, 6.0, 8.0])}, "C": {0: of([1.0, 2.0, 3.0])}}
+    (row,) = comparisons(scores, ["image_0", "image_1", "image_2"], to_compare(tasks), "C")
+    assert row["p"] == pytest.approx(2 / 2**3)
+    found = section("x", scores, ["image_0", "image_1", "image_2"], tasks, "C", ABOUT)
+    assert any("Wilcoxon" in note for note in found.notes)
+    assert not any("bootstrap" in note for note in found.notes)

@@ -441,7 +441,7 @@ def killed_worker(run):
     try:
         trainer.run()
     except ChildProcessError as error:
-        sys.exit(9 if "a worker that reads slices died" in str(error) and "\n" not in str(error) else str(error))
+        sys.exit(9 if "a worker that reads ahead died" in str(error) and "\n" not in str(error) else str(error))
 
 
 def test_a_killed_worker_of_training_is_one_clear_error(folder, tmp_path):

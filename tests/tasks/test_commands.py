@@ -179,6 +179,10 @@ def test_an_experiment_of_all_methods(cohort, tmp_path):
     assert how["sfg"] == {"draws": 2, "by": "mode", "statistics": "batch", "checkpoint": "best"}
     assert how["hard_sharing"] == {"draws": 0, "by": "map", "statistics": "batch", "checkpoint": "best"}
     assert not [path for path in (tmp_path / "out" / "figures").iterdir() if "activation" in path.name]
+    assert "the most frequent class over 2 drawn ones" in table
+    (tmp_path / "out" / "table.md").unlink()
+    assert main(["experiment", str(path)]) == 0  # all is done: it is only written again
+    assert (tmp_path / "out" / "table.md").read_text() == table
 
 
 @pytest.mark.parametrize(
@@ -215,3 +219,74 @@ def test_a_grouping_of_another_network_is_refused(cohort, tmp_path, capsys):
     options = ["--network.method", "retrain", "--network.grouping", str(tmp_path / "one")]
     assert train(cohort, tmp_path / "run", TWO, *options) == 2
     assert "network.grouping=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"a": {"method": "retrain"}}, "methods['a']: grouping_of=None, expected a row of method sfg"),
+        ({"a": {"method": "sfg", "grouping_of": "a"}}, "grouping_of='a', expected it with method retrain alone"),
+        ({"a": {"method": "retrain", "grouping_of": "b"}}, "grouping_of='b', expected the name of a row of method sfg"),
+        (
+            {"a": {"method": "retrain", "grouping_of": "b"}, "b": {"method": "one_task"}},
+            "grouping_of='b', expected the name of a row of method sfg",
+        ),
+        (
+            {"a": {"method": "retrain", "grouping_of": "b", "network.width": 3}, "b": {"method": "sfg"}},
+            "methods['a']: network.width=3, expected 2 as 'b', whose grouping it takes",
+        ),
+        ({"a": {"method": "sfg", "published": {"age": "x"}}}, "published.age is 'x', expected a number"),
+        ({"a": {"method": "sfg", "published": 3}}, "published is 3, expected an object"),
+        ({"a": {"method": "sfg", "published": {"agee": 3}}}, "published has 'agee', expected tasks: age, gender"),
+    ],
+)
+def test_rows_that_can_not_be_are_refused_before_anything_is_trained(cohort, tmp_path, capsys, methods, said):
+    content = {
+        "cohort": str(cohort),
+        "out": str(tmp_path / "out"),
+        "methods": methods,
+        "train": {**TRAIN, "tasks": TWO},
+    }
+    path = tmp_path / "faces.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["experiment", str(path)]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_too_small_for_the_network(cohort, tmp_path, capsys):
+    small = tmp_path / "small"
+    assert main(["preprocess", str(cohort), str(small), "--size", "[16, 20]", "--processes", "1"]) == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**TRAIN, "tasks": TWO}))
+    assert main(["train", "--config", str(path), "--data", str(small), "--out", str(tmp_path / "run")]) == 2
+    said = "its images are 16 x 20, expected at least 32 x 32 for network vgg (preprocess --size)"
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ({"age": {"kind": "regression", "scale": 10}}, "task 'age' has output unit 10, the run's 'age' has 100"),
+        ({"age": {"kind": "regression", "scale": 100}}, None),
+    ],
+)
+def test_a_head_is_transferred_to_what_means_the_same(cohort, tmp_path, capsys, tasks, said):
+    assert train(cohort, tmp_path / "source", TWO) == 0
+    found = train(cohort, tmp_path / "run", tasks, "--transfer.run", str(tmp_path / "source"))
+    assert found == (0 if said is None else 2)
+    assert said is None or said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_frozen_file_says_what_its_outputs_are(cohort, tmp_path):
+    assert train(cohort, tmp_path / "run", TWO) == 0
+    assert main(["freeze", str(tmp_path / "run"), str(tmp_path / "a.onnx")]) == 0
+    network = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    about = json.loads(network.get_modelmeta().custom_metadata_map["tasks"])
+    assert about["gender"]["about"]["names"] == {"male": 0, "female": 1}
+    assert about["age"]["about"]["unit"] == "years"
+    assert main(["freeze", str(tmp_path / "run"), str(tmp_path / "a.pt2"), "--tasks", "[age]"]) == 0
+    extra = {"tasks.json": ""}
+    torch.export.load(tmp_path / "a.pt2", extra_files=extra)
+    assert list(json.loads(extra["tasks.json"])) == ["age"]

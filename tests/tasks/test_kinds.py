@@ -119,3 +119,22 @@ def test_what_is_deployed_is_in_the_units_of_users():
     assert age.deployed(output).tolist() == [[20.0, 10.0]]
     gender = task("gender", GENDER, kind="classification")
     torch.testing.assert_close(gender.deployed(torch.tensor([[0.0, math.log(3)]])), torch.tensor([[0.25, 0.75]]))
+
+
+def test_a_truth_that_is_one_value_everywhere_has_an_mae_and_no_psnr():
+    from sfg_fast.tasks.task import Scene
+
+    pet = task("pet", PET, kind="synthesis")
+    true, predicted = np.full((2, 4, 4), 3.0, np.float32), np.full((2, 4, 4), 3.5, np.float32)
+    found = pet.metrics(true, predicted, Scene(np.ones(true.shape, bool), {}))
+    overall = found["regions"]["overall"]
+    assert (overall["mae"], overall["psnr_in_mask"], overall["psnr_zero_outside"]) == (0.5, None, None)
+    assert found["psnr_gain"] is None
+
+
+def test_errors_are_told_to_a_thousandth_of_the_targets_sd():
+    for sd, digits in ((20.0, 2), (1.5, 3), (0.015, 5), (400.0, 1), (1e6, 0)):
+        target = dataclasses.replace(PET, statistics={"mean": 0.0, "sd": sd})
+        assert task("pet", target, kind="synthesis").relative.digits == digits
+    hu = dataclasses.replace(PET, unit="HU")
+    assert task("pet", hu, kind="synthesis").relative.digits == 1

@@ -23,6 +23,10 @@ def test_names_alone_are_the_papers_tasks():
     assert [(task.kind, task.of.name) for task in named.values()] == [("synthesis", "ct"), ("segmentation", "labels")]
 
 
+def test_a_name_without_options_is_the_usual_task():
+    assert read_tasks({"ct": None, "organs": {}}, TARGETS) == read_tasks(["ct", "organs"], TARGETS)
+
+
 def test_any_number_of_tasks_and_two_of_one_target():
     options = {name: {"kind": "regression", "target": "age"} for name in ("a", "b", "c", "d", "e")}
     assert list(read_tasks(options, TARGETS)) == list("abcde")
@@ -67,7 +71,8 @@ def test_every_kind_is_in_a_file_of_its_own():
         ([], "tasks="),
         (["ct", "ct"], "expected each once"),
         (["dose"], "tasks='dose': expected one of ct, organs, or dose: {kind: one of"),
-        ("ct", "tasks='ct'"),
+        ("ct", "tasks='ct': expected names of tasks, or name"),
+        ({1: {"kind": "synthesis"}}, "tasks: 1 can't be the name of a task"),
         ({"ct": 3}, "tasks.ct=3: expected {kind"),
         ({"ct": {"kind": "magic"}}, "tasks.ct.kind='magic': expected one of "),
         ({"ct": {"scale": "big"}}, "tasks.ct: scale is 'big', expected a number or null"),
@@ -93,7 +98,15 @@ def test_every_kind_is_in_a_file_of_its_own():
         ),
         (
             {"gender": {"kind": "classification", "classes": ["m", "f"]}},
-            "tasks.gender.classes=['m', 'f']: expected the",
+            "tasks.gender.classes=['m', 'f']: expected null",
+        ),
+        (
+            {"gender": {"kind": "classification", "classes": ["female", "male"]}},
+            "expected null, or the cohort's in their order: male, female",
+        ),
+        (
+            {"a": {"kind": "synthesis", "target": "ct"}, "A": {"kind": "synthesis", "target": "ct"}},
+            "it would be written to files of the name 'a', and so would another task",
         ),
     ],
 )
