@@ -1,14 +1,13 @@
 """The ways of predicting of an experiment on images that is done: argmax p, the mean or the mode of draws, running or
-batch statistics, the last or the best weights; each task's number over the scored images, the mean over seeds.
+batch statistics; each task's number over the scored images, the mean over seeds.
 
-    python -m benchmarks.experiment.ways OUT [--draws 16] [--rows MT-SFG ..]
+    python -m benchmarks.experiment.ways OUT [--draws 16] [--rows MT-SFG ..] [--seeds 0 ..]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,27 +15,27 @@ import numpy as np
 import yaml
 
 from sfg_fast.data import Case, read_cohort
+from sfg_fast.data.images import load_images
 from sfg_fast.evaluation.metrics import case_metrics
 from sfg_fast.evaluation.predict import Predictor
 from sfg_fast.tables import Table, markdown, number_at
 from sfg_fast.tasks import Task
 
-WAYS = list(itertools.product(("final", "best"), ("map", "draws", "mode"), ("running", "batch")))
+WAYS = list(itertools.product(("map", "draws", "mode"), ("running", "batch")))
 
 
 def numbers(
-    folders: list[Path], cases: list[Case], draws: int, way: tuple[str, str, str]
+    predictors: list[Predictor], cases: list[Case], draws: int, way: tuple[str, str]
 ) -> tuple[dict[str, Task], dict[str, float]]:
     """The tasks of one row with one seed (one-task: of several networks), and the mean of each one's number."""
-    checkpoint, by, statistics = way
+    by, statistics = way
     tasks: dict[str, Task] = {}
     predicted: dict[str, np.ndarray] = {}
-    for folder in folders:
-        predictor = Predictor(folder, "cpu", checkpoint)
+    for predictor in predictors:
         tasks |= predictor.tasks
-        drawn = draws if predictor.draws_anything and by != "map" else 0
-        drawn = draws if predictor.constant_p else drawn
-        found = predictor.of_images(cases, drawn, by if drawn else "map", statistics)
+        assert predictor.images is not None
+        images = load_images(cases, predictor.images)
+        found = predictor.of_images(images, 0 if by == "map" else draws, by, statistics)
         predicted |= {name: parts[""] for name, parts in found.items()}
     scored = [
         case_metrics(tasks, case.values, {name: values[i] for name, values in predicted.items()}, None)
@@ -57,33 +56,31 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--rows", nargs="*")
+    parser.add_argument("--seeds", nargs="*", type=int)
     options = parser.parse_args()
     config = yaml.safe_load((options.out / "experiment.yaml").read_text())
     cases = list(read_cohort(config["cohort"]).split(config["split"]))
     header: list[str] = []
     rows = []
-    for row, way in tqdm(list(itertools.product(options.rows or config["methods"], WAYS))):
+    seeds = options.seeds or config["seeds"]
+    for row in tqdm(options.rows or list(config["methods"])):
+        folders = [options.out / "runs" / row / f"seed_{seed}" for seed in seeds]
         alone = config["methods"][row]["method"] == "one_task"
-        by_seed = []
-        for seed in config["seeds"]:
-            folder = options.out / "runs" / row / f"seed_{seed}"
-            folders = sorted(one.parent for one in folder.glob("*/config.yaml")) if alone else [folder]
-            if not (folder / "metrics.json").exists():
+        of_seeds = [
+            [Predictor(one.parent, "cpu") for one in sorted(folder.glob("*/config.yaml" if alone else "config.yaml"))]
+            for folder in folders
+        ]
+        for way in WAYS:
+            draws_nothing = not any(one.draws_anything for one in of_seeds[0])
+            if (way[0] != "map" and draws_nothing) or (way[0] == "map" and of_seeds[0][0].constant_p):
                 continue
-            tasks, found = numbers(folders, cases, options.draws, way)
-            header = [
-                "Row",
-                "weights",
-                "by",
-                "statistics",
-                *(f"{name}: {t.relative.title}" for name, t in tasks.items()),
-            ]
-            by_seed.append(found)
-        if by_seed:
-            means = {name: np.mean([one[name] for one in by_seed]) for name in by_seed[0]}
-            rows.append([row, *way, *(f"{means[name]:.2f}" for name in means)])
+            found = [numbers(predictors, cases, options.draws, way) for predictors in of_seeds]
+            tasks = found[0][0]
+            header = ["Row", "by", "statistics", *(f"{name}: {one.relative.title}" for name, one in tasks.items())]
+            means = [float(np.mean([numbers_of[name] for _, numbers_of in found])) for name in tasks]
+            rows.append([row, *way, *(f"{mean:.2f}" for mean in means)])
     command = f"python -m benchmarks.experiment.ways OUT --draws {options.draws}"
-    print(f"`{command}` ({json.dumps(config['seeds'])}: seeds, {len(cases)} images of split {config['split']})\n")
+    print(f"`{command}`: seeds {seeds}, {len(cases)} images of split {config['split']}\n")
     print(markdown(Table("", header, rows)))
 
 
