@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
-import itertools
 import math
 import os
 import shutil
@@ -23,7 +23,7 @@ from ..data.images import load_images
 from ..data.preprocessing import normalise
 from ..data.volumes import write_volume
 from ..errors import InputError
-from ..files import alone_in, check_vacant, read_json, sha256_of, sweep, write_json
+from ..files import alone_in, check_vacant, read_json, replacing, sha256_of, sweep, write_json
 from ..networks.controls import draws_from_constant_p, norm_buffers, predict, sfg_layers
 from ..tasks import file_stems, to_json
 from ..training.parallel import choose_device
@@ -83,15 +83,17 @@ class Predictor:
         self, images: Sequence[Case] | np.ndarray, draws: int, by: str = "map", statistics: str = "running"
     ) -> Predicted:
         """Predict images: cases, or [N, C, H, W] as `load_images` gives it. The rest as for `volume`."""
-        parts = []
-        for part in _batches(len(images)):  # never all of them in memory
-            batch = images[part]
-            if not isinstance(batch, np.ndarray):
+        parts, batches = [], _batches(len(images), IMAGES_AT_ONCE, statistics)
+        for chosen in batches:  # never all of them in memory
+            if isinstance(images, np.ndarray):
+                batch = images[chosen]
+            else:
                 assert self.images is not None, "the run was trained on volumes"
-                batch = load_images(batch, self.images)
+                batch = load_images([images[index] for index in chosen], self.images)
             parts.append(self._predicted(torch.from_numpy(batch), draws, by, statistics))
+        order = np.argsort(np.concatenate(batches))
         return {
-            name: {key: np.concatenate([part[name][key] for part in parts]) for key in found}
+            name: {key: np.concatenate([part[name][key] for part in parts])[order] for key in found}
             for name, found in parts[0].items()
         }
 
@@ -111,15 +113,15 @@ class Predictor:
         means, variances = [], []
         self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
         # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
-        at_once = IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE
-        even = x.tensor_split(math.ceil(len(x) / at_once))  # else the last few would be normalised by one another alone
-        for batch in even if statistics == "batch" else x.split(at_once):
+        batches = _batches(len(x), IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE, statistics)
+        for chosen in batches:
             with torch.random.fork_rng():
-                y = self._patches(batch.to(self.device), draws, votes, statistics).cpu()
+                y = self._patches(x[torch.from_numpy(chosen)].to(self.device), draws, votes, statistics).cpu()
             mean, variance = y.chunk(2, 1)
             means.append(mean)
             variances.append(variance)
-        return torch.cat(means), torch.cat(variances)
+        order = torch.from_numpy(np.argsort(np.concatenate(batches)))
+        return torch.cat(means)[order], torch.cat(variances)[order]
 
     def _patches(self, batch: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
         if self.config.patch is None:
@@ -249,25 +251,32 @@ class Predictor:
         table, part = out / TABLE, out / f"{TABLE}.part"
         with _filling(out, how, resume, lambda saved: table.exists() or part.exists()) as saved:
             hashes = {case.name: hashes_of_inputs(case) for case in cases}
+            batches = _batches(len(cases), IMAGES_AT_ONCE, how["statistics"])
+            names = [cases[index].name for batch in batches for index in batch]  # in the order of the work
             if table.exists() and saved.get("table") == sha256_of(table):
-                os.replace(table, part)
+                part.write_bytes(_in_order(table, names))
+                table.unlink()
             unchanged = {name for name, found in hashes.items() if saved["cases"].get(name) == found}
             if how["statistics"] == "batch" and list(saved["cases"].items()) != list(hashes.items()):
                 unchanged = set()  # what is in a batch moves its other predictions, too
-            done = _cut_behind_whole_rows(part, self._columns(), list(hashes), unchanged)
+            done, start = _cut_behind_whole_rows(part, self._columns(), names, unchanged), 0
             write_json(out / ABOUT, {**how, "cases": hashes, "finished": False})
-            for which in _batches(len(cases)):
-                batch = cases[which]
-                if which.stop > done:  # a batch is predicted as a whole, as it would have been before
-                    rows = self._rows(batch, how)[max(0, done - which.start) :]
+            for chosen in batches:
+                batch = [cases[index] for index in chosen]
+                if start + len(batch) > done:  # a batch is predicted as a whole, as it would have been before
+                    rows = self._rows(batch, how)[max(0, done - start) :]
                     text = _as_text(rows if part.exists() else [self._columns(), *rows])
                     with part.open("ab") as file:
                         file.write(text)
+                start += len(batch)
                 for case in batch:
                     yield case.name, table
-            about = {**how, "cases": hashes, "table": sha256_of(part)}
+            content = _in_order(part, list(hashes))
+            about = {**how, "cases": hashes, "table": hashlib.sha256(content).hexdigest()}
             write_json(out / ABOUT, {**about, "finished": False})
-            os.replace(part, table)
+            with replacing(table) as whole:
+                whole.write_bytes(content)
+            part.unlink()
             write_json(out / ABOUT, {**about, "finished": True})
 
     def _columns(self) -> list[str]:
@@ -286,11 +295,25 @@ class Predictor:
         return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _batches(count: int) -> list[slice]:
-    """Of so many images, at most IMAGES_AT_ONCE at a time and as even as they come: by batch statistics the few that
-    are left over at the end would be normalised by one another alone."""
-    edges = np.linspace(0, count, max(1, math.ceil(count / IMAGES_AT_ONCE)) + 1).round().astype(int).tolist()
-    return [slice(first, last) for first, last in itertools.pairwise(edges)]
+def _batches(count: int, at_once: int, statistics: str) -> list[np.ndarray]:
+    """The indices of so many images or slices, at most `at_once` at a time.
+
+    By statistics of the batch the batches are even, and each takes from all over: the few that are left over at the
+    end, or neighbours, which are often alike (a list sorted by age, the slices of a volume), would be normalised by
+    their likes alone.
+    """
+    parts = max(1, math.ceil(count / at_once))
+    if statistics == "batch":
+        return [np.arange(first, count, parts) for first in range(parts)]
+    return [np.arange(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+
+
+def _in_order(table: Path, names: Sequence[str]) -> bytes:
+    """The header of a table, and its rows of the named images in this order."""
+    with table.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    by_name = {row[0]: row for row in rows}
+    return _as_text([header, *(by_name[name] for name in names if name in by_name)])
 
 
 def _as_text(rows: Sequence[Sequence[str]]) -> bytes:

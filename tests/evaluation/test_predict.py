@@ -158,6 +158,19 @@ def test_statistics_of_the_batch(images):
     np.testing.assert_allclose(predictor.of_images(cases[:2], 0)["age"][""], before["age"][""][:2], rtol=1e-5)
 
 
+def test_batches_of_a_sorted_list_take_from_all_over(images, monkeypatch):
+    """Neighbours in a list are often alike; by statistics of the batch they would be normalised by one another."""
+    predictor, (_, cases) = Predictor(images / "run"), images_to_test(images)
+    cases = cases[:7]
+    alone = [predictor.of_images(cases[first::3], 0, "map", "batch")["age"][""] for first in range(3)]
+    running = predictor.of_images(cases, 0)["age"][""]
+    monkeypatch.setattr(predict, "IMAGES_AT_ONCE", 3)
+    found = predictor.of_images(cases, 0, "map", "batch")["age"][""]
+    for first in range(3):
+        np.testing.assert_allclose(found[first::3], alone[first], rtol=1e-5)
+    np.testing.assert_allclose(predictor.of_images(cases, 0)["age"][""], running, rtol=1e-5)
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +179,7 @@ def written(images, out, *, split="test", draws=2, resume=False, cohort=None, **
     predictor = Predictor(images / "run")
     cases = predictor.of_split(cohort, split)
     done = list(predictor.cases(cohort, cases, out, draws, resume=resume, **options))
-    assert [name for name, _ in done] == [case.name for case in cases]
+    assert sorted(name for name, _ in done) == sorted(case.name for case in cases)
     return predictor, cases
 
 
@@ -277,6 +290,33 @@ def test_a_finished_table_is_left_alone_or_done_again_from_where_it_differs(imag
         written(images, tmp_path / "out", resume=True, cohort=cohort)
         assert counted == [[case.name for case in cases[start : start + 2]] for start in again], name
         assert contents(tmp_path / "out")["predictions.csv"] == whole["predictions.csv"]
+
+
+def test_a_table_by_statistics_of_the_batch_goes_on_in_the_order_of_its_work(images, tmp_path, counted):
+    """Batches of a table of three are the images 0 and 2, then 1; what is written at the end is the cohort's order."""
+    predictor, (cohort, cases) = Predictor(images / "run"), images_to_test(images)
+    cases, how = cases[:3], {"statistics": "batch"}
+    list(predictor.cases(cohort, cases, tmp_path / "whole", 2, **how))
+    names = [case.name for case in cases]
+    assert counted == [[names[0], names[2]], [names[1]]]
+    whole = contents(tmp_path / "whole")
+    header, *rows = whole["predictions.csv"].splitlines(keepends=True)
+    assert [row.split(b",")[0].decode() for row in rows] == names
+    about = json.loads(whole["predictions.json"])
+    started = json.dumps({key: value for key, value in about.items() if key != "table"} | {"finished": False})
+    work, out = header + rows[0] + rows[2] + rows[1], tmp_path / "out"
+    for cut in range(len(work) + 1):
+        out.mkdir()
+        (out / "predictions.json").write_text(started)
+        (out / "predictions.csv.part").write_bytes(work[:cut])
+        counted.clear()
+        list(predictor.cases(cohort, cases, out, 2, resume=True, **how))
+        done = work[:cut].count(b"\n") - 1
+        assert contents(out) == whole, cut
+        assert (
+            counted == [[], [[names[1]]], [[names[0], names[2]], [names[1]]]][0 if done == 3 else 1 if done == 2 else 2]
+        )
+        shutil.rmtree(out)
 
 
 def test_with_statistics_of_the_batch_another_image_moves_all(images, tmp_path, counted):
