@@ -79,6 +79,17 @@ def test_gumbel_noise_is_gumbel():
     assert torch.isfinite(noise).all()
 
 
+def assert_gates_of(gates, z, soft, estimator):
+    """z is the relaxed draw `soft`, or one-hot where that is largest; its gradient is that of the relaxed draw."""
+    weight = torch.randn_like(soft)
+    expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
+    if estimator == "gumbel_softmax":
+        torch.testing.assert_close(z, soft)
+    else:
+        assert torch.equal(z, torch.nn.functional.one_hot(soft.argmax(1), 4).to(z.dtype))
+
+
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax"])
 def test_gates_and_their_gradient_are_the_formula(estimator, float64):
     gates = GroupGates(7, 3, "dirichlet", estimator)
@@ -87,13 +98,7 @@ def test_gates_and_their_gradient_are_the_formula(estimator, float64):
     z = gates.draw().gates
     torch.manual_seed(3)
     soft = oracle.relaxed(gates.logits, gumbel_noise(gates.logits), 0.4)
-    weight = torch.randn_like(soft)
-    expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
-    torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
-    if estimator == "gumbel_softmax":
-        torch.testing.assert_close(z, soft)
-    else:
-        assert torch.equal(z, torch.nn.functional.one_hot(soft.argmax(1), 4).to(z.dtype))
+    assert_gates_of(gates, z, soft, estimator)
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax"])
@@ -106,13 +111,7 @@ def test_with_noise_on_p_the_formula_has_p_in_the_place_of_log_p(estimator, floa
     p = torch.exp(gates.logits) / torch.exp(gates.logits).sum(1, keepdim=True)
     e = torch.exp((p + gumbel_noise(gates.logits)) / 0.4)
     soft = e / e.sum(1, keepdim=True)
-    weight = torch.randn_like(soft)
-    expected = torch.autograd.grad((soft * weight).sum(), gates.logits)[0]
-    torch.testing.assert_close(torch.autograd.grad((z * weight).sum(), gates.logits)[0], expected)
-    if estimator == "gumbel_softmax":
-        torch.testing.assert_close(z, soft)
-    else:
-        assert torch.equal(z, torch.nn.functional.one_hot(soft.argmax(1), 4).to(z.dtype))
+    assert_gates_of(gates, z, soft, estimator)
 
 
 def test_straight_through_is_one_hot_to_the_bit():

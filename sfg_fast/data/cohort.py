@@ -12,8 +12,12 @@
              (image_list.py)
 
 Beside the CT and the labels a cohort may have any other targets: "targets" in dataset.json or in the JSON list, or
-targets.json beside a CSV, {"pet": {"unit": "SUV"}, "vessels": {"labels": {"background": 0, "artery": 1}}}: one with
-"labels" is a label map, any other intensities. Their files are CASE/pet.nii.gz, petTr/CASE.nii.gz, a column pet.
+targets.json beside a CSV, declares them:
+
+    {"pet": {"unit": "SUV"}, "vessels": {"labels": {"background": 0, "artery": 1}}}
+
+A target that has "labels" is a label map; any other target is a volume of intensities. The target `pet` has the files
+CASE/pet.nii.gz (folder), petTr/CASE.nii.gz (nnU-Net), or those in the column `pet` (list).
 
 Only the MR is needed to predict. A case is in the split `train` unless something says otherwise; a "split" in
 dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.

@@ -234,7 +234,7 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
     summary, n_cases = document["summary"], len(document["cases"])
     tasks, regions = tasks_of(document), regions_of(document)
     captions = Counter(task.title for name, task in tasks.items() if name in summary)
-    tables, letters = [], _letters()
+    tables, letter = [], letters()
     for name, task in tasks.items():
         if name not in summary:
             continue
@@ -246,11 +246,11 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
         caption = task.title if captions[task.title] == 1 else f"{task.title} ({name})"
         header = ["", *(one.title for one in rows[0].columns)]
         what = "mean (SD)" if any(one.sd for row in rows for one in row.columns) else "mean"
-        tables.append(Table(f"({next(letters)}) {caption}, {what}", header, cells))
+        tables.append(Table(f"({next(letter)}) {caption}, {what}", header, cells))
     return tables
 
 
-def _letters() -> Iterator[str]:
+def letters() -> Iterator[str]:
     """a .. z, aa, ab .."""
     names = [""]
     while True:

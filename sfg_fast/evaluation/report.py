@@ -156,10 +156,15 @@ def _cases(
     return drawn
 
 
+def course(run: Path, predictor: Predictor) -> dict[str, Any]:
+    """The history of a run to the end of its training, whichever of its checkpoints predicts."""
+    return predictor.history if predictor.checkpoint == "final" else load_run(run).history
+
+
 def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
     """The course of the run to its end, as its last checkpoint has it. InputError if history.json, which is there to be
     read by people, says something else."""
-    own = predictor.history if predictor.checkpoint == "final" else load_run(run).history
+    own = course(run, predictor)
     path = run / "history.json"
     if path.exists() and read_json(path) != own:
         where = run / "checkpoints" / "final.pt"

@@ -48,9 +48,9 @@ class ExperimentConfig:
         out: folder to be made: cache/, runs/, metrics.json, table.md, report.html, figures/.
         train: the training of every row: the options of `sfg-fast train`.
         methods: the rows of the table in their order: name -> {method: .., and options of `train` that this row has
-            otherwise, such as network.estimator: reinmax}. Of method retrain: grouping_of: the row whose learnt
-            grouping is trained anew, with the same seed. published: {task: value} to print beside the
-            row's own in the overview (an MAE, a Dice, an accuracy in percent).
+            otherwise, such as network.estimator: reinmax}. A row of method retrain names, as grouping_of, the row whose
+            learnt grouping it trains anew with the same seed. A row may hold, as published, {task: value}: numbers that
+            the overview prints beside the row's own (an MAE, a Dice, an accuracy in percent).
         seeds: of weights, draws and examples; a training for each.
         reference: the row that is tested against each other row; null: the one of method sfg without options of its
             own, else the last.

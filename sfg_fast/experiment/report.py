@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,11 @@ from ..data.cohort import Case, load_case
 from ..data.targets import Target
 from ..evaluation import figures, html
 from ..evaluation.predict import Predictor
-from ..evaluation.report import activation_maps, telling_slice
+from ..evaluation.report import activation_maps, course, telling_slice
 from ..files import make_folder, read_text, replacing, write_json
 from ..networks.controls import map_assignment, sfg_layers
 from ..reference import SFGConv2d
 from ..tasks import Measure, read_tasks, to_json
-from ..training.run import load_run
 from .config import ALL, ExperimentConfig, Job, reference_row
 from .table import FEW, Rows, Scores, Section, comparisons, section, subject_means, to_compare, to_markdown
 
@@ -90,7 +90,7 @@ def _about(config: ExperimentConfig, documents: Mapping[str, Mapping[int, Any]])
     return Rows(
         published={name: row["published"] for name, row in methods.items() if "published" in row},
         parameters={name: next(iter(seeds.values()))["parameters"] for name, seeds in documents.items()},
-        flops={name: _mean([one["flops"] for one in seeds.values()]) for name, seeds in documents.items()},
+        flops={name: statistics.fmean(one["flops"] for one in seeds.values()) for name, seeds in documents.items()},
         single=one_task[0] if one_task else None,
     )
 
@@ -104,10 +104,6 @@ def _predicted_by(config: ExperimentConfig) -> str:
     }
     weights = {"final": "the last weights", "best": "those of the best look at the validation split"}
     return f"{by[config.by]}; {weights[config.checkpoint]}; normalised by {config.statistics} statistics"
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 def _title(name: str, count: int, split: str) -> str:
@@ -141,7 +137,7 @@ def _learnt(
         if job.trainings[0].network.method != "sfg" or job.seed != config.seeds[0]:
             continue
         predictor = Predictor(job.folder, config.train.device, config.checkpoint)
-        history = load_run(job.folder).history  # to the end of the training, whatever predicts
+        history = course(job.folder, predictor)
         of = f"{job.row}, seed {job.seed}"
         drawn += [
             (

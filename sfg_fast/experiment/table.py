@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..evaluation.metrics import columns, letters, regions_of
 from ..tables import Table, cell, markdown, number_at, spread
 from ..tasks import Measure, Task
 
@@ -50,11 +51,9 @@ class Rows:
 
 
 def to_compare(tasks: Mapping[str, Task]) -> list[Measure]:
-    """The measures that differences between methods are tested of; the task stands before titles that several have."""
-    found = [(name, measure) for name, task in tasks.items() for measure in task.measures if measure.tested]
-    titles = [measure.title for _, measure in found]
-    alike = {title for title in titles if titles.count(title) > 1}
-    return [m._replace(title=f"{name}: {m.title}") if m.title in alike else m for name, m in found]
+    """The measures that differences between methods are tested of; what is called alike in two tasks names its task."""
+    tested = columns((task, [one for one in task.measures if one.tested]) for task in tasks.values())
+    return [measure._replace(title=title) for title, measure in tested]
 
 
 def section(
@@ -63,8 +62,11 @@ def section(
     """An overview, a table for each row of each task (Table 1 (a) and (b)), the tests of the row `reference` against
     each other row, and the spread over seeds, for these cases. What nobody was scored for is left out."""
     tables = [_overview(scores, cases, tasks, about)]
-    regions = _regions(scores, cases, tasks)
-    for letter, task in zip("abcdefghijklmnopqrstuvwxyz", tasks.values(), strict=False):
+    measured = [
+        {"cases": {case: by_case[case] for case in cases}} for row in scores.values() for by_case in row.values()
+    ]
+    regions = list(dict.fromkeys(name for document in measured for name in regions_of(document)))
+    for letter, task in zip(letters(), tasks.values(), strict=False):  # there is no last letter
         for row in task.rows(regions):
             caption = f"({letter}) {row.caption}" + (f": {row.title}" if row.title else "")
             tables.append(_score_table(caption, scores, cases, row.columns))
@@ -200,18 +202,6 @@ def values_of(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Over what is no NaN; NaN where everything is."""
     return np.ma.masked_invalid(values).mean(axis).filled(np.nan)
-
-
-def _regions(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task]) -> list[str]:
-    """The regions of labels that any case has."""
-    own = {"overall", "bones"}
-    found: dict[str, None] = {}
-    for by_seed in scores.values():
-        for by_case in by_seed.values():
-            for case in cases:
-                for task in tasks:
-                    found |= dict.fromkeys(by_case[case].get(task, {}).get("regions", {}))
-    return [name for name in found if name not in own]
 
 
 def _overview(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], about: Rows) -> Table:

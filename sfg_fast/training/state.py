@@ -65,12 +65,11 @@ class TrainingState:
             self.processes.main_does(lambda: make_splits(cache, config.folds or 0))
             cache = read_fold(cache, config.folds, config.fold)
         self._make_samplers(cache)
-        tasks = read_tasks(config.tasks, cache.targets)
-        for task in tasks.values():
+        described = cache.described("train")
+        self.tasks = read_tasks(config.tasks, {**cache.targets, **described})
+        for task in self.tasks.values():
             if not cache.has(task.target):
                 raise InputError(f"{config.data}: task {task.name!r} needs {task.target}, and no training case has any")
-        described = cache.described("train")
-        self.tasks = read_tasks(config.tasks, described)
         self.counts = {split: cache.count(split) for split in SPLITS}  # of cases or images
 
         resumes = resume and any(self.checkpoints.glob("*.pt"))
