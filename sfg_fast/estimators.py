@@ -6,7 +6,8 @@ Every function takes `drawn` [K, T+1], the one-hot draw; `log_p` [K, T+1], norma
 `temperature`, 0-dim or [K, 1]. It returns the gates [K, T+1], differentiable with respect to log_p. Each row stands
 alone: they may be those of several layers.
 
-p here is what is drawn from. Where the noise is added to p itself (`GroupGates.noise_on`), that is softmax(p).
+p here is what is drawn from. Where the noise is added to p itself (`GroupGates.noise_on`), that is softmax(p); where
+some draws ignore p (`GroupGates.explore`), that is the mixture.
 """
 
 from __future__ import annotations

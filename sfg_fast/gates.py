@@ -102,6 +102,8 @@ class GroupGates(nn.Module):
         noise_on: "log_p", groups are drawn with probability p (the paper's); or "p", with probability softmax(p), as
             the authors' public code has it: p = [0, 1, 0] then still draws the first group one time in five. What p is
             (its entropy, argmax p, `probabilities`) is the same in both.
+        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1).
+            So drawing stays a dropout, which helps small cohorts, while p is free to become certain. 0: none do.
     """
 
     _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
@@ -131,6 +133,7 @@ class GroupGates(nn.Module):
         self.sampling = False
         self._every = 1
         self._noise_on = "log_p"
+        self._explore = 0.0
         self.shares_grouping = False
         self._sharing: list[GroupGates] = []  # the layers that share this one's grouping (a list: no submodules)
         self.reset_grouping()
@@ -184,6 +187,16 @@ class GroupGates(nn.Module):
         self._noise_on = noise_on
 
     @property
+    def explore(self) -> float:
+        return self._explore
+
+    @explore.setter
+    def explore(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"explore={share!r}: expected a share of the draws, 0 to 1")
+        self._explore = float(share)
+
+    @property
     def temperature(self) -> Tensor:
         """Temperature of the relaxation, a 0-dim tensor: set it in place, and a captured graph sees the change."""
         return self._temperature
@@ -215,7 +228,10 @@ class GroupGates(nn.Module):
 
     def _log_drawn(self, log_p: Tensor) -> Tensor:
         """log of the probabilities with which the groups are drawn."""
-        return log_p if self._noise_on == "log_p" else log_p.exp().log_softmax(1)
+        log_q = log_p if self._noise_on == "log_p" else log_p.exp().log_softmax(1)
+        if self._explore:
+            log_q = (log_q.exp() * (1 - self._explore) + self._explore / log_q.shape[1]).log()
+        return log_q
 
     def probabilities(self) -> Tensor:
         """p [K, T+1] without gradient; one-hot under a fixed assignment."""
@@ -320,7 +336,7 @@ class GroupGates(nn.Module):
     def _kind(self) -> tuple[Any, ...]:
         """Layers of the same kind can be drawn in one go."""
         logits = self.logits
-        what = self.group_names, self._rule, self._noise_on, self.every, self._phase
+        what = self.group_names, self._rule, self._noise_on, self._explore, self.every, self._phase
         return *what, logits.dtype, logits.device, logits.requires_grad
 
     def _looks_everywhere(self, learns: bool) -> bool:

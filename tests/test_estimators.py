@@ -78,6 +78,19 @@ def test_gumbel_rao_has_the_mean_of_straight_through_and_less_variance(temperatu
     assert smaller.square().sum() < 0.85 * error.square().sum()
 
 
+def test_where_some_draws_ignore_p_reinmax_is_of_the_mixture(float64):
+    """Its gradient to the logits, where groups are drawn from q = .6 p + .4 / 3: exact for a quadratic loss."""
+    kernels = 40000
+    gates = GroupGates(kernels, 2, P, "reinmax")
+    gates.explore = 0.4
+    torch.manual_seed(1)
+    each = torch.autograd.grad(quadratic(gates.draw().gates).sum(), gates.logits)[0]
+    logits = torch.tensor(P).log().requires_grad_()
+    q = 0.6 * logits.softmax(0) + 0.4 / 3
+    wanted = torch.autograd.grad(sum(q[g] * quadratic(torch.eye(3)[None, g])[0] for g in range(3)), logits)[0]
+    assert ((each.mean(0) - wanted).abs() < 4 * each.std(0) / kernels**0.5).all()
+
+
 def test_with_noise_on_p_estimators_are_of_softmax_p(float64):
     """Their gradients to the logits, where groups are drawn from q = softmax(p): exact for reinmax and a quadratic
     loss, of one mean for straight_through and gumbel_rao."""

@@ -46,6 +46,31 @@ def test_with_noise_on_p_draws_follow_its_softmax(p, estimator, mode):
     torch.testing.assert_close(gates.probabilities(), torch.tensor(p).expand(1000, 3), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("noise_on", ["log_p", "p"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", ["train", "sampling"])
+def test_a_share_of_the_draws_ignores_p(noise_on, estimator, mode):
+    """p = [1, 0, 0] with explore = .3 is drawn .8, .1, .1; of softmax(p) likewise. p itself stays."""
+    p = [1.0, 0.0, 0.0]
+    gates = GroupGates(1000, 2, p, estimator)
+    gates.temperature, gates.noise_on, gates.explore, gates.sampling = 0.3, noise_on, 0.3, mode == "sampling"
+    gates.train(mode == "train")
+    q = p if noise_on == "log_p" else [math.exp(value) / sum(map(math.exp, p)) for value in p]
+    expected = [0.7 * value + 0.1 for value in q]
+    assert stats.chisquare(counts(gates).numpy(), [DRAWS * value for value in expected]).pvalue > 1e-3
+    torch.testing.assert_close(gates.probabilities(), torch.tensor(p).expand(1000, 3), atol=1e-4, rtol=0)
+    gates.eval().sampling = False
+    assert estimator == "none" or (gates.draw().assignment == 0).all()  # argmax p
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_no_other_share_of_the_draws(share):
+    gates = GroupGates(3, 2, "uniform", "straight_through")
+    with pytest.raises(ValueError, match="expected a share of the draws, 0 to 1"):
+        gates.explore = share
+    assert gates.explore == 0
+
+
 def test_with_noise_on_p_argmax_is_that_of_p():
     gates = GroupGates(300, 2, "dirichlet", "straight_through").eval()
     gates.noise_on = "p"
@@ -189,7 +214,19 @@ ON_P = ["all with noise on p", "one with noise on p"]
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
-    "what", ["alike", "every", "no_grad", "eval", "one in eval", "one fixed", "one with every", *ON_P]
+    "what",
+    [
+        "alike",
+        "every",
+        "no_grad",
+        "eval",
+        "one in eval",
+        "one fixed",
+        "one with every",
+        *ON_P,
+        "explores",
+        "one explores",
+    ],
 )
 def test_drawn_together_is_drawn_one_after_the_other(estimator, what):
     layers = [GroupGates(kernels, ["a", "b"], "dirichlet", estimator) for kernels in (5, 1, 8)]
@@ -197,6 +234,7 @@ def test_drawn_together_is_drawn_one_after_the_other(estimator, what):
         layer.temperature = 0.3 + number  # which may differ
         layer.every = 2 if what == "every" or (what == "one with every" and number == 1) else 1
         layer.noise_on = "p" if what == ON_P[0] or (what == ON_P[1] and number == 1) else "log_p"
+        layer.explore = 0.2 if what == "explores" or (what == "one explores" and number == 1) else 0
         layer.train(what != "eval" and (what != "one in eval" or number != 1))
     if what == "one fixed":
         layers[1].assign([2])

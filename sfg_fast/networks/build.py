@@ -32,20 +32,20 @@ def build(
         method: one of `methods.METHODS`.
         norm: "batch", or None for none.
         options: further ones of the network (`width`, `init` ..); those that are None are left to it. With the method
-            `cross_stitch` nothing is drawn, so `init`, `estimator` and `noise_on` say nothing.
+            `cross_stitch` nothing is drawn, so `init`, `estimator`, `noise_on` and `explore` say nothing.
 
     Raises ValueError for an unknown name, an option that this network doesn't have, and as the network does.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown, expected one of {', '.join(NETWORKS)}")
     network = NETWORKS[name]
-    known = (*network.sizes, "init", "estimator", "noise_on")
+    known = (*network.sizes, "init", "estimator", "noise_on", "explore", "shared", "dropout")
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         if option not in known:
             raise ValueError(f"{option}={value!r}: {name} has no such option, expected {', '.join(known)}")
     if method == "cross_stitch":
-        sizes = {option: value for option, value in given.items() if option in network.sizes}
+        sizes = {option: value for option, value in given.items() if option in (*network.sizes, "dropout")}
         return CrossStitch(network, in_channels, outputs, norm=norm, **sizes)
     return network(in_channels, outputs, method=method, norm=norm, **given)
 

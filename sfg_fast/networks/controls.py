@@ -15,6 +15,7 @@ from ..gates import GroupGates, draw_together
 from ..layers.streams import RoutedBlock
 from ..norm import KernelNorm
 from ..reference import SFGConv2d
+from .parts import ChannelDropout
 
 
 def sfg_layers(model: nn.Module) -> dict[str, SFGConv2d]:
@@ -96,8 +97,10 @@ def set_noise_on(model: nn.Module, noise_on: str) -> None:
 
 @contextlib.contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """Draw assignments inside the `with`, also in `eval()` (fixed ones stay)."""
-    layers = list(sfg_layers(model).values())
+    """Draw assignments inside the `with`, also in `eval()` (fixed ones stay); and channels to drop, if the network has
+    a dropout (`ChannelDropout`)."""
+    layers: list[Any] = [*sfg_layers(model).values()]
+    layers += [m for m in model.modules() if isinstance(m, ChannelDropout)]
     before = [layer.sampling for layer in layers]
     for layer in layers:
         layer.sampling = True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..reference import SFGConv2d
 from .methods import he_initialise, layer_options
-from .parts import check_size
+from .parts import ChannelDropout, check_size
 
 OWN = 0.9
 """What a task's own network counts at the start; the others share the rest."""
@@ -70,6 +70,7 @@ class CrossStitch(nn.Module):
             where the streams would be merged).
         in_channels, outputs: as the architecture's.
         norm: as in `SFGConv2d`.
+        dropout: probability with which each channel is zero behind a unit, as in `SFGHighResNet`.
         sizes: options of the architecture that say how large it is (`network.sizes`).
 
     Its convolutions are SFG layers whose kernels are all fixed in the group of their network's task, so that all that
@@ -79,7 +80,14 @@ class CrossStitch(nn.Module):
     method = "cross_stitch"
 
     def __init__(
-        self, network: Any, in_channels: int, outputs: Mapping[str, int], *, norm: str | None = "batch", **sizes: Any
+        self,
+        network: Any,
+        in_channels: int,
+        outputs: Mapping[str, int],
+        *,
+        norm: str | None = "batch",
+        dropout: float = 0.0,
+        **sizes: Any,
     ) -> None:
         super().__init__()
         tasks = tuple(outputs)
@@ -89,6 +97,7 @@ class CrossStitch(nn.Module):
         columns = [network.column(in_channels, task, outputs[task], options, **sizes) for task in tasks]
         self.columns = nn.ModuleList(_Column(column.stages, column.final) for column in columns)
         self.heads = nn.ModuleDict({task: column.head for task, column in zip(tasks, columns, strict=True)})
+        self.dropout = ChannelDropout(dropout)
         he_initialise(self.columns)
         for group, column in enumerate(self.columns, 1):
             for module in column.modules():
@@ -106,6 +115,7 @@ class CrossStitch(nn.Module):
         features = [x] * len(columns)
         for unit, stages in zip(self.units, zip(*(column.stages for column in columns), strict=True), strict=True):
             features = unit([stage(y) for stage, y in zip(stages, features, strict=True)])
+            features = [self.dropout(y) for y in features]
         return {
             task: self.heads[task](column.final(y))
             for task, column, y in zip(self.outputs, columns, features, strict=True)

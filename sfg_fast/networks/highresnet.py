@@ -18,7 +18,7 @@ from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
-from .parts import Column, ReadTask, ResidualBlock
+from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between
 
 RESIDUAL = ("separate", "routed")
 
@@ -36,11 +36,16 @@ class SFGHighResNet(nn.Module):
         method: "sfg" or one of the others of `methods.METHODS` that are special cases of this class: the paper's four
             baselines "one_task", "hard_sharing", "constant_mask", "constant_p", and "even_split", "retrain".
         norm, init, estimator: as in `SFGConv2d`.
-        noise_on: see `GroupGates`.
+        noise_on, explore: see `GroupGates`.
+        shared: of "constant_mask": the share of a layer's kernels that is shared, one number or one for each layer that
+            has a grouping of its own; None: 1/(T+1). The rest is split evenly among the tasks.
+        dropout: probability with which each channel is zero between two layers or blocks, in training and in
+            predictions by draws.
 
     Raises:
         ValueError: for an unknown `residual` or `method`, a `width` that is neither a number nor three, several
-            outputs with `method="one_task"`, `method="cross_stitch"` (`CrossStitch`).
+            outputs with `method="one_task"`, `method="cross_stitch"` (`CrossStitch`), or `shared` or `dropout` that
+            can't be.
     """
 
     per_image = False  # a value for each voxel, not for each image
@@ -60,6 +65,9 @@ class SFGHighResNet(nn.Module):
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
         noise_on: str = "log_p",
+        explore: float = 0.0,
+        shared: float | Sequence[float] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         widths = _widths(width, residual)
@@ -83,9 +91,10 @@ class SFGHighResNet(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.final = nn.Sequential(*(_layer(channels, channels, options) for _ in range(2)))
         self.heads = Heads(channels, outputs)
+        self.dropout = ChannelDropout(dropout)
         he_initialise(self)
         _start_from_biases(self.heads.conv)
-        fix_grouping(self, method, noise_on)
+        fix_grouping(self, method, noise_on, explore, shared)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task], H, W]}."""
@@ -93,7 +102,7 @@ class SFGHighResNet(nn.Module):
         for stage in self.stages:
             parts += [stage["sfg"], *stage["blocks"]]  # type: ignore[index]
             parts += [stage["merge"]] if "merge" in stage else []  # type: ignore[index,operator]
-        return self.heads(drawn_first([*parts, *self.final], x))
+        return self.heads(drawn_first(dropout_between([*parts, *self.final], self.dropout), x))
 
     @staticmethod
     def column(

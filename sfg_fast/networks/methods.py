@@ -14,7 +14,7 @@ from ..layers.conv import SFGConv2d
 METHODS = {
     "one_task": "all kernels belong to the only task: p(shared) = 0",
     "hard_sharing": "all kernels are shared up to the task-specific heads",
-    "constant_mask": "a fixed even split of the kernels, 1/(T+1) each",
+    "constant_mask": "a fixed share of the kernels, 1/(T+1) unless it is given, is shared, the rest split evenly",
     "constant_p": "p = 1/(T+1) for every group, never learnt; drawn anew at every step",
     "sfg": "the grouping is learnt",
     "even_split": "no kernel is shared: a fixed even split among the tasks, learnt jointly",
@@ -45,23 +45,55 @@ def layer_options(
     return options | constant if method in ("constant_p", "retrain") else options
 
 
-def fix_grouping(network: nn.Module, method: str, noise_on: str = "log_p") -> None:
-    """Assign what the method has fixed, and set what the noise of all draws is added to."""
-    for module in network.modules():
-        if not isinstance(module, SFGConv2d) or module.shares_grouping:
-            continue
+def fix_grouping(
+    network: nn.Module,
+    method: str,
+    noise_on: str = "log_p",
+    explore: float = 0.0,
+    shared: float | Sequence[float] | None = None,
+) -> None:
+    """Assign what the method has fixed, and set what the noise of all draws is added to and which share of them ignores
+    p.
+
+    shared: of constant_mask, the share of each layer's kernels that is shared: one number, or one for each layer with a
+    grouping of its own. Raises ValueError for another method, a share outside 0 .. 1 or another number of them.
+    """
+    layers = [m for m in network.modules() if isinstance(m, SFGConv2d) and not m.shares_grouping]
+    shares = _shares(method, shared, len(layers))
+    for module, share in zip(layers, shares, strict=True):
         kernels, groups = module.logits.shape
         if method == "one_task":
             module.assign(torch.ones(kernels, dtype=torch.int64))
         elif method == "hard_sharing":
             module.assign(torch.zeros(kernels, dtype=torch.int64))
         elif method == "constant_mask":
-            module.assign(torch.arange(kernels) * groups // kernels)
+            module.assign(_mask(kernels, groups, share))
         elif method == "even_split":
             module.assign(1 + torch.arange(kernels) * (groups - 1) // kernels)
-        module.noise_on = noise_on
+        module.noise_on, module.explore = noise_on, explore
         if method != "sfg":
             module.estimator = "none"
+
+
+def _shares(method: str, shared: float | Sequence[float] | None, layers: int) -> list[float | None]:
+    """The share of shared kernels of each layer; None: 1/(T+1)."""
+    if shared is None:
+        return [None] * layers
+    shares = [float(share) for share in shared] if isinstance(shared, Sequence) else [float(shared)] * layers
+    if method != "constant_mask":
+        raise ValueError(f"shared={shared!r}: expected it with method constant_mask alone, got {method}")
+    if len(shares) != layers or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"shared={shared!r}: expected a share from 0 to 1, or one for each of the {layers} layers")
+    return list(shares)
+
+
+def _mask(kernels: int, groups: int, share: float | None) -> Tensor:
+    """The assignment [K] of a constant mask: first what is shared, then the tasks' kernels, as many for each."""
+    if share is None:
+        return torch.arange(kernels) * groups // kernels
+    own = kernels - round(share * kernels)
+    specific = 1 + torch.arange(own) * (groups - 1) // max(own, 1)
+    return torch.cat([specific.new_zeros(kernels - own), specific])
 
 
 def he_initialise(network: nn.Module) -> None:

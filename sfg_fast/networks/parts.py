@@ -1,7 +1,8 @@
-"""Parts of the networks: what single-task networks have in place of groups."""
+"""Parts of the networks: what single-task networks have in place of groups, and dropout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,22 @@ class Column(NamedTuple):
     stages: list[list[nn.Module]]
     final: list[nn.Module]
     head: nn.Module
+
+
+class ChannelDropout(nn.Dropout2d):
+    """`nn.Dropout2d` of features or a tensor, which also drops in `eval()` while architectures are drawn
+    (`controls.sampling`): a prediction by draws is then the mean over networks that dropped other channels."""
+
+    sampling: bool = False
+
+    def forward(self, x: Any) -> Any:
+        drops = self.p > 0 and (self.training or self.sampling)
+        return F.dropout2d(x, self.p, True) if drops else x
+
+
+def dropout_between(parts: Sequence[nn.Module], dropout: nn.Module) -> list[nn.Module]:
+    """The parts, with `dropout` after each but the last."""
+    return [module for part in parts for module in (part, dropout)][:-1]
 
 
 class ReadTask(nn.Module):

@@ -65,6 +65,10 @@ def transfer(
         raise ValueError(f"freeze: each task of the target ({', '.join(names[1:])}) would be frozen, nothing to learn")
     if freeze and any(layer.noise_on == "p" for layer in layers.values()):
         raise ValueError("freeze: the target's noise is on p, which draws kernels into every group, expected 'log_p'")
+    if freeze and (exploring := max(layer.explore for layer in layers.values())):
+        raise ValueError(
+            f"freeze: the target has explore={exploring}, which draws kernels into every group, expected 0"
+        )
 
     transferred, assignments = {}, {}
     for name, layer in layers.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layers.conv import SFGConv2d
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
-from .parts import Column, ReadTask, check_size
+from .parts import ChannelDropout, Column, ReadTask, check_size, dropout_between
 
 # Kernels of each convolution, in units of the first one's; "pool": halve the image.
 VGG11: tuple[int | str, ...] = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool")
@@ -27,7 +27,7 @@ class SFGVGG(nn.Module):
         in_channels: channels of the image.
         outputs: outputs of each task, in order: classes, or 1 (or more) for regression, e.g. {"gender": 2, "age": 1}.
         width: kernels of the first convolution (VGG-11: 64).
-        method, norm, init, estimator, noise_on: as in `SFGHighResNet`.
+        method, norm, init, estimator, noise_on, explore, shared, dropout: as in `SFGHighResNet`.
 
     Images need at least 32 rows and columns. Raises ValueError as `SFGHighResNet` does.
     """
@@ -47,6 +47,9 @@ class SFGVGG(nn.Module):
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
         noise_on: str = "log_p",
+        explore: float = 0.0,
+        shared: float | Sequence[float] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
@@ -54,13 +57,14 @@ class SFGVGG(nn.Module):
         channels = layers[-1].out_channels
         self.features = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({task: nn.Linear(channels, size) for task, size in outputs.items()})
+        self.dropout = ChannelDropout(dropout)
         he_initialise(self)
-        fix_grouping(self, method, noise_on)
+        fix_grouping(self, method, noise_on, explore, shared)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [N, in_channels, H, W] -> {task: [N, outputs[task]]}."""
         check_size(x, self.least_size)
-        features = drawn_first(self.features, x)
+        features = drawn_first(dropout_between([*self.features], self.dropout), x)
         return {task: head(features.merged(task).mean((2, 3))) for task, head in self.heads.items()}
 
     @staticmethod

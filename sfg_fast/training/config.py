@@ -37,6 +37,12 @@ class NetworkConfig:
             selected.
         noise_on: what the noise of a draw is added to: "log_p", so that groups are drawn with probability p; or "p", as
             in the authors' public code: they are drawn with probability softmax(p).
+        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1).
+            So drawing stays a dropout while p becomes certain; choose it on the validation split, as a dropout's rate.
+        shared: of method constant_mask: the share of each layer's kernels that is shared, one number or one for each
+            layer; the rest is split evenly among the tasks. null: 1/(T+1).
+        dropout: probability with which each channel is zero between two layers, in training and in predictions by
+            draws.
         every: look at the groups that kernels were not drawn into at every n-th step only: cheaper, the same mean.
         grouping: of method retrain: folder of a finished run, whose most probable assignment is fixed from the start.
     """
@@ -50,6 +56,9 @@ class NetworkConfig:
     init: str | list[float] = "mostly_shared"
     estimator: str = "straight_through"
     noise_on: str = "log_p"
+    explore: float = 0.0
+    shared: float | list[float] | None = None
+    dropout: float = 0.0
     every: int = 1
     grouping: str | None = None
 
@@ -281,6 +290,7 @@ def check(config: TrainConfig) -> None:
     for key, share in {
         "schedule.draw_until": schedule.draw_until,
         "schedule.decay_from": schedule.decay_from,
+        "network.explore": network.explore,
         "foreground": config.foreground,
     }.items():
         if not 0 <= share <= 1:
@@ -305,6 +315,8 @@ def check(config: TrainConfig) -> None:
         refuse("folds", config.folds, "null, or at least 2")
     if config.fold is not None and not 0 <= config.fold < (config.folds or 0):
         refuse("fold", config.fold, "null, or a number below folds" if config.folds else "null, because folds is")
+    if not 0 <= network.dropout < 1:
+        refuse("network.dropout", network.dropout, "a probability, 0 to less than 1")
     if network.estimator == "none":
         refuse("network.estimator", "none", "an estimator that learns p (for a constant p: network.method constant_p)")
     widths = network.width if isinstance(network.width, list) else [network.width or 1]

@@ -38,6 +38,9 @@ def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Tas
             init=network.init,
             estimator=network.estimator,
             noise_on=network.noise_on,
+            explore=network.explore,
+            shared=network.shared,
+            dropout=network.dropout,
         )
         if network.method == "sfg":
             set_estimator(model, network.estimator, network.every)

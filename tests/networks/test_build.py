@@ -23,7 +23,7 @@ def seeded(make, *arguments, **options):
 
 
 def test_it_is_the_class_with_these_options():
-    options = {"init": [0.5, 0.3, 0.2], "estimator": "reinmax", "noise_on": "p"}
+    options = {"init": [0.5, 0.3, 0.2], "estimator": "reinmax", "noise_on": "p", "explore": 0.2}
     for residual in ("separate", "routed"):
         sizes = {"width": [3, 4, 5], "blocks": 1, "residual": residual}
         found = seeded(build, "highresnet", 2, OUTPUTS, norm=None, **sizes, **options)
@@ -31,7 +31,7 @@ def test_it_is_the_class_with_these_options():
         assert type(found) is SFGHighResNet
         assert same_state(found, wanted)
         layer = next(iter(sfg_layers(found).values()))
-        assert (layer.estimator, layer.noise_on, layer.norm) == ("reinmax", "p", None)
+        assert (layer.estimator, layer.noise_on, layer.explore, layer.norm) == ("reinmax", "p", 0.2, None)
     found = seeded(build, "vgg", 2, OUTPUTS, "even_split", width=3)
     assert same_state(found, seeded(SFGVGG, 2, OUTPUTS, 3, method="even_split"))
     assert found.method == "even_split"

@@ -144,6 +144,7 @@ def test_filters_of_a_fixed_grouping():
         ({"method": "constant_p"}, {}, {}, "the source draws its grouping from a constant p"),
         ({}, {"method": "hard_sharing"}, {}, "'stages.0.sfg' of the target doesn't learn its grouping"),
         ({}, {"noise_on": "p"}, {"tasks": MAPPED, "freeze": True}, "freeze: the target's noise is on p, which draws"),
+        ({}, {"explore": 0.1}, {"tasks": MAPPED, "freeze": True}, r"freeze: the target has explore=0\.1, which draws"),
         ({}, {"outputs": SOURCE}, {"freeze": True}, "each task of the target .ct, organs. would be frozen"),
         ({"width": [4, 4, 6]}, {}, {}, "'stages.1.sfg' has 4 kernels in the source, expected 5"),
         ({"in_channels": 2}, {}, {}, r"'weight' of layer 'stages.0.sfg' has shape \(4, 2, 3, 3\) in the source"),
