@@ -222,13 +222,17 @@ def predict(
     print(f"{len(cases)} {unit}s in {out}")
 
 
-def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outside: bool = False) -> None:
+def evaluate(
+    predictions: str, cohort: str, out: str | None = None, metrics: str = "paper", allow_outside: bool = False
+) -> None:
     """Compare predictions with a cohort's targets, such as CT and labels, case by case; mean and SD.
 
     Args:
         predictions: folder made by predict.
         cohort: the cohort with its targets; cases without a prediction are left out.
         out: JSON file to write (by default metrics.json beside the predictions).
+        metrics: what is measured, and how: as in the paper (paper), or as in the SynthRAD2025 challenge (synthrad2025;
+            CTs and labels).
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
     from .data.cohort import read_cohort
@@ -238,7 +242,7 @@ def evaluate(predictions: str, cohort: str, out: str | None = None, allow_outsid
     target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
     check_file(target)  # before the work
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
-    document = compare(Path(predictions), found)
+    document = compare(Path(predictions), found, metrics)
     write_json(target, document)
     print(table(document))
     unit = "images" if found.images else "cases"

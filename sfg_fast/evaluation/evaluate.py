@@ -18,7 +18,7 @@ from ..data.targets import HU, Target
 from ..data.volumes import Grid, onto, read_labels, read_volume, volume_files
 from ..errors import InputError
 from ..files import read_json, sha256_of
-from ..tasks import Task, TaskAsJson, file_stems, from_json, leading, own_tasks
+from ..tasks import PAPER, Task, TaskAsJson, check_profile, file_stems, from_json, leading, measured_by, own_tasks
 from ..tasks.task import Scene
 from ..training.config import difference
 from .metrics import Metrics, case_metrics, metrics_document, read_metrics, tasks_of
@@ -65,17 +65,21 @@ class Evaluated(Metrics):
 # --- metrics.json -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(predictions: Path, cohort: Cohort) -> dict[str, Any]:
-    """Metrics of every case that has a prediction there; the content of metrics.json.
+def evaluate(predictions: Path, cohort: Cohort, metrics: str = PAPER) -> dict[str, Any]:
+    """Metrics of every case that has a prediction there, by a profile (`tasks.PROFILES`: "paper", "synthrad2025"); the
+    content of metrics.json.
 
     InputError if nothing matches, or a prediction is unreadable, on another grid than its case, of other targets or
-    files than the cohort's, or not as `predict` wrote it.
+    files than the cohort's, or not as `predict` wrote it; for a profile that there is not, or that does not measure one
+    of the tasks.
     """
+    check_profile(metrics)  # before files are read
     about = about_predictions(predictions)
     predicted = predicted_cases(predictions, cohort, about)
     if about.get("finished") is False:
         warnings.warn(f"{predictions}: predict was interrupted there, some cases may lack", stacklevel=2)
-    tasks, targets = predicted_tasks(predictions, cohort, predicted, about)
+    described, targets = predicted_tasks(predictions, cohort, predicted, about)
+    tasks = measured_by(described, metrics)
     score = _score_images if cohort.images else _score_volumes
     cases = {name: found for name, found in score(predictions, predicted, tasks, targets).items() if found}
     if not cases:
@@ -333,14 +337,15 @@ def file_name(tasks: Mapping[str, Task], name: str, key: str = "") -> str:
 
 
 def scene_of(case: LoadedCase, targets: Mapping[str, Target]) -> Scene:
-    """Where the volumes of a case are measured: its mask, and the labels of the first label map of these targets."""
+    """Where the volumes of a case are measured: its mask, the labels of the first label map of these targets, and the
+    spacing of its grid."""
     regions = {}
     name = next((name for name, target in targets.items() if target.kind == "labels"), None)
     if name is not None and name in case.targets:
         labels = case.targets[name]
         regions = {"organs": labels != 0}
         regions |= {label: labels == value for label, value in targets[name].names.items() if value != 0}
-    return Scene(mask_of(case, targets), regions)
+    return Scene(mask_of(case, targets), regions, case.grid.spacing)
 
 
 def mask_of(case: LoadedCase, targets: Mapping[str, Target]) -> np.ndarray:

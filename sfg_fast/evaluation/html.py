@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replacing
 from ..tables import Table
-from ..tasks import Measure, Task, of_images
+from ..tasks import Measure, Task, of_images, profile_of
 from .figures import to_data_uri
-from .metrics import columns, number_of, rules_of, summary_tables, summary_value, tasks_of
+from .metrics import captioned, columns, number_of, rules_of, summary_tables, summary_value, tasks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +122,9 @@ def _card(task: Task, measure: Measure, document: Mapping[str, Any]) -> str:
     n, kind = value["n"], "image" if task.per_image else "case"
     mean = _number(value["mean"], measure)
     sd = f"SD {_number(value['sd'], measure._replace(signed=False))}{unit}, " if measure.sd else ""
+    about = captioned(f"{sd}{n} {kind}{'' if n == 1 else 's'}", task.profile)
     name = f"{task.title}: {measure.title.partition(' [')[0]}"
-    return (
-        f'<div class="card"><span>{escape(name)}</span>'
-        f"<b>{mean}{unit}</b><span>{sd}{n} {kind}{'' if n == 1 else 's'}</span></div>"
-    )
+    return f'<div class="card"><span>{escape(name)}</span><b>{mean}{unit}</b><span>{about}</span></div>'
 
 
 def conventions(rules: Mapping[str, str]) -> str:
@@ -142,7 +140,7 @@ def _case_table(document: Mapping[str, Any]) -> Table:
         [name, *(_number(number_of(case, measure), measure) for _, measure in shown)]
         for name, case in document["cases"].items()
     ]
-    return Table("Each case", ["Case", *(one.title for one in shown)], rows)
+    return Table(captioned("Each case", profile_of(tasks_of(document))), ["Case", *(one.title for one in shown)], rows)
 
 
 def table(part: Table) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict
 from ..errors import InputError
 from ..files import finite, one_line, read_json, shown
 from ..tables import Table, cell, markdown, number_at, spread
-from ..tasks import Task, TaskAsJson, from_json, to_json
+from ..tasks import PAPER, Task, TaskAsJson, from_json, measured_by, profile_of, to_json
 from ..tasks.task import Measure, Scene
 
 SD_RULE = "sample standard deviation over cases (divided by n - 1), 0 for one case; null is left out"
@@ -28,6 +28,7 @@ def case_metrics(
     """The metrics of one case: {task: `Task.metrics`}, without the tasks that lack their truth or their prediction.
 
     Args:
+        tasks: measured by whichever profile (`tasks.measured_by`).
         true: by the names of targets; volumes [Z, Y, X], or the values of an image.
         predicted: by the names of tasks, likewise.
         scene: where volumes are measured; None for images.
@@ -92,7 +93,13 @@ class TaskConventions(TaskAsJson):
     rules: dict[str, str]
 
 
-class Conventions(TypedDict):
+class Measured(TypedDict, total=False):
+    """metrics: the profile. (Before there were several it was the paper's, and nothing stood here.)"""
+
+    metrics: str
+
+
+class Conventions(Measured):
     tasks: dict[str, TaskConventions]
     rules: dict[str, str]
 
@@ -109,18 +116,20 @@ def metrics_document(cases: Mapping[str, Mapping[str, Any]], tasks: Mapping[str,
     """The content of metrics.json: `{"conventions": ..., "cases": cases, "summary": summarise(cases)}`.
 
     Strictly valid JSON (no NaN, no infinity), readable without this package: the conventions say in words what each
-    number means, and describe the tasks. Raises InputError without a case.
+    number means, name the profile of metrics that the tasks are measured by, and describe the tasks. Raises InputError
+    without a case.
     """
     about = {
         name: {"title": tasks[name].title, **one, "rules": tasks[name].rules()} for name, one in to_json(tasks).items()
     }
-    conventions = {"tasks": about, "rules": {"sd": SD_RULE}}
+    conventions = {"metrics": profile_of(tasks), "tasks": about, "rules": {"sd": SD_RULE}}
     return {"conventions": conventions, "cases": dict(cases), "summary": summarise(cases)}
 
 
 def read_metrics(path: Path, shape: Any = Metrics) -> dict[str, Any]:
-    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, has
-    a task that it doesn't describe or one without its numbers, or a summary that is not that of its cases."""
+    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, is
+    of a profile of metrics that there is not, has a task that it doesn't describe or one without its numbers, or a
+    summary that is not that of its cases."""
     document = read_json(path, shape)
     conventions = document["conventions"]
     if not conventions["tasks"]:
@@ -193,8 +202,9 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def tasks_of(document: Mapping[str, Any]) -> dict[str, Task]:
-    """The tasks that a `metrics_document` describes."""
-    return from_json(document["conventions"]["tasks"])
+    """The tasks that a `metrics_document` describes, measured by its profile."""
+    conventions = document["conventions"]
+    return measured_by(from_json(conventions["tasks"]), conventions.get("metrics", PAPER))
 
 
 def regions_of(document: Mapping[str, Any]) -> list[str]:
@@ -206,10 +216,16 @@ def regions_of(document: Mapping[str, Any]) -> list[str]:
 def rules_of(document: Mapping[str, Any]) -> dict[str, str]:
     """How the numbers of a `metrics_document` are measured, in words: {"task: number": rule}."""
     conventions = document["conventions"]
+    profile = {"metrics": profile_of(tasks_of(document))}
     of_tasks = {
         f"{name}: {term}": rule for name, about in conventions["tasks"].items() for term, rule in about["rules"].items()
     }
-    return {**of_tasks, **conventions["rules"]}
+    return {**profile, **of_tasks, **conventions["rules"]}
+
+
+def captioned(caption: str, profile: str) -> str:
+    """A caption that names the profile of metrics of the numbers below it."""
+    return f"{caption}; metrics: {profile}"
 
 
 class Column(NamedTuple):
@@ -246,7 +262,7 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
         caption = task.title if captions[task.title] == 1 else f"{task.title} ({name})"
         header = ["", *(one.title for one in rows[0].columns)]
         what = "mean (SD)" if any(one.sd for row in rows for one in row.columns) else "mean"
-        tables.append(Table(f"({next(letter)}) {caption}, {what}", header, cells))
+        tables.append(Table(captioned(f"({next(letter)}) {caption}, {what}", task.profile), header, cells))
     return tables
 
 

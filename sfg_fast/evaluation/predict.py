@@ -65,7 +65,8 @@ class Predictor:
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
         self.constant_p = draws_from_constant_p(self.model)
-        self.draws_anything = not all(layer.assigned for layer in sfg_layers(self.model).values())
+        fixed = all(layer.assigned for layer in sfg_layers(self.model).values())
+        self.draws_anything = not fixed or self.config.network.dropout > 0
 
     def volume(self, inputs: np.ndarray, draws: int, by: str = "map", statistics: str = "running") -> Predicted:
         """Predict one volume slice by slice; in-plane patches are aggregated.

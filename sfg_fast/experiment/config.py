@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import check_shape, one_line
 from ..networks.methods import METHODS
-from ..tasks import TaskOptions, of_images, read_tasks
+from ..tasks import PAPER, TaskOptions, check_profile, of_images, read_tasks
 from ..training.config import TrainConfig
 from ..training.config import check as check_training
 
@@ -32,7 +32,7 @@ PER_RUN = {"data", "out", "seed", "folds", "fold"}
 TAKEN = ("network.method", "network.grouping")
 """Options of a training that a row says by `method` and `grouping_of`."""
 
-OF_ROWS = ("method", "grouping_of", "published")
+OF_ROWS = ("method", "grouping_of", "runs_of", "by", "published")
 """What a row has beside options of a training."""
 
 ALL = "all"
@@ -49,8 +49,10 @@ class ExperimentConfig:
         train: the training of every row: the options of `sfg-fast train`.
         methods: the rows of the table in their order: name -> {method: .., and options of `train` that this row has
             otherwise, such as network.estimator: reinmax}. A row of method retrain names, as grouping_of, the row whose
-            learnt grouping it trains anew with the same seed. A row may hold, as published, {task: value}: numbers that
-            the overview prints beside the row's own (an MAE, a Dice, an accuracy in percent).
+            learnt grouping it trains anew with the same seed. A row with runs_of in place of a method names another
+            row, whose runs it takes: they are not trained again, only predict otherwise. A row may hold `by`, what
+            predicts in this row; and, as published, {task: value}: numbers that the overview prints beside the row's
+            own (an MAE, a Dice, an accuracy in percent).
         seeds: of weights, draws and examples; a training for each.
         reference: the row that is tested against each other row; null: the one of method sfg without options of its
             own, else the last.
@@ -58,10 +60,12 @@ class ExperimentConfig:
         subsets: name -> n: tables of their own for the first n of these cases, beside those of all.
         draws: drawn architectures that a prediction is the mean (or mode) of: with `by` draws or mode, and always where
             p is constant.
-        by: what predicts: "map", the most probable architecture; "draws", the mean over drawn ones; "mode", the mean of
-            numbers and the most frequent class, as in the authors' code.
+        by: what predicts in all rows but those that say it themselves: "map", the most probable architecture; "draws",
+            the mean over drawn ones; "mode", the mean of numbers and the most frequent class, as in the authors' code.
         statistics: "running"; or "batch", normalise with the statistics of what is predicted, as in the authors' code.
         checkpoint: "final", or "best": that of the best look at the validation split.
+        metrics: what is measured, and how: "paper", as in the paper; "synthrad2025", as in that challenge (CTs and
+            labels).
         size: height and width that images are resized to; null for none.
         processes: trainings (and cases of preprocessing) at a time on the CPU. On GPUs: one training for each.
     """
@@ -78,17 +82,20 @@ class ExperimentConfig:
     by: str = "map"
     statistics: str = "running"
     checkpoint: str = "final"
+    metrics: str = PAPER
     size: list[int] | None = None
     processes: int = 1
 
 
 class Job(NamedTuple):
-    """One row with one seed: the trainings in `folder` (one-task: one for each task, else one), and their scores."""
+    """One row with one seed: its trainings (one-task: one for each task, else one), in `folder` unless they are another
+    row's, and their scores in `folder`; by: what predicts."""
 
     row: str
     seed: int
     folder: Path
     trainings: list[TrainConfig]
+    by: str
 
 
 def add_arguments(parser: Any) -> None:
@@ -124,7 +131,7 @@ def check(config: ExperimentConfig) -> None:
     for name, row in config.methods.items():
         if len(name.encode()) > 100 or not name.isprintable() or not re.fullmatch(r"[^./\\ ]([^/\\]*[^./\\ ])?", name):
             refuse("methods", name, "names that can be folder names, of at most 100 bytes")
-        if row.get("method") not in METHODS:
+        if "runs_of" not in row and row.get("method") not in METHODS:
             refuse(f"methods[{name!r}].method", row.get("method"), f"one of {', '.join(METHODS)}")
         _check_row(config, name, row)
     folded = [name.casefold() for name in config.methods]
@@ -137,14 +144,16 @@ def check(config: ExperimentConfig) -> None:
     for name, count in config.subsets.items():
         if name == ALL or count < 1:
             refuse("subsets", {name: count}, f"a name (not {ALL}) and a number of test cases, at least 1")
+    ways = [(f"methods[{name!r}].by", row["by"]) for name, row in config.methods.items() if "by" in row]
     for key, value, choices in (
         ("split", config.split, ("test", "val")),
-        ("by", config.by, ("map", "draws", "mode")),
+        *((key, by, ("map", "draws", "mode")) for key, by in [("by", config.by), *ways]),
         ("statistics", config.statistics, ("running", "batch")),
         ("checkpoint", config.checkpoint, ("final", "best")),
     ):
         if value not in choices:
             refuse(key, value, f"one of {', '.join(choices)}")
+    check_profile(config.metrics)
     if config.size is not None and (len(config.size) != 2 or min(config.size) < 1):
         refuse("size", config.size, "null, or height and width in pixels")
     if config.size is not None and not of_images(read_tasks(config.train.tasks)):
@@ -158,7 +167,9 @@ def check(config: ExperimentConfig) -> None:
 def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None:
     """InputError for what a row has beside options of a training."""
     where = f"methods[{name!r}]"
-    if (row["method"] == "retrain") != ("grouping_of" in row):
+    if "runs_of" in row:
+        _check_other_runs(config, where, row)
+    elif (row["method"] == "retrain") != ("grouping_of" in row):
         given = repr(row.get("grouping_of"))
         expected = "a row of method sfg" if row["method"] == "retrain" else "it with method retrain alone"
         raise InputError(f"{where}: grouping_of={given}, expected {expected}")
@@ -179,6 +190,21 @@ def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None
         raise InputError(f"{where}: published has {unknown[0]!r}, expected tasks: {', '.join(tasks)}")
 
 
+def _check_other_runs(config: ExperimentConfig, where: str, row: dict[str, Any]) -> None:
+    """InputError for a row that takes the runs of another, if it can't."""
+    other = config.methods.get(str(row["runs_of"]), {})
+    if "method" not in other:
+        raise InputError(f"{where}: runs_of={row['runs_of']!r}, expected the name of a row that has a method")
+    if more := sorted(row.keys() - {"runs_of", "by", "published"}):
+        raise InputError(f"{where}: {more[0]}={row[more[0]]!r}, expected runs_of, by and published alone in such a row")
+
+
+def method_of(config: ExperimentConfig, name: str) -> str:
+    """The method of a row: its own, or that of the row whose runs it takes."""
+    row = config.methods[name]
+    return str(config.methods[row["runs_of"]]["method"] if "runs_of" in row else row["method"])
+
+
 def reference_row(config: ExperimentConfig) -> str:
     """The row that is tested against the others."""
     rows = {name: row.keys() - {"published"} for name, row in config.methods.items()}
@@ -192,21 +218,24 @@ def jobs(config: ExperimentConfig) -> list[Job]:
 
     Raises InputError for a row with an option that a training does not have, or a value that it can't have.
     """
-    of_rows = {name: _training(config, name) for name in config.methods}
+    of_rows = {name: _training(config, name) for name, row in config.methods.items() if "runs_of" not in row}
     found = []
     for seed in config.seeds:
-        for name, train in of_rows.items():
-            folder = Path(config.out) / "runs" / name / f"seed_{seed}"
-            if (of := config.methods[name].get("grouping_of")) is not None:
-                learnt = str(Path(config.out) / "runs" / of / f"seed_{seed}")
-                train = dataclasses.replace(train, network=dataclasses.replace(train.network, grouping=learnt))
+        for name, row in config.methods.items():
+            folders = {one: Path(config.out) / "runs" / one / f"seed_{seed}" for one in config.methods}
+            trained = row.get("runs_of", name)
+            folder, train = folders[trained], of_rows[trained]
+            if (of := config.methods[trained].get("grouping_of")) is not None:
+                train = dataclasses.replace(
+                    train, network=dataclasses.replace(train.network, grouping=str(folders[of]))
+                )
             parts: dict[Path, Any] = {folder: train.tasks}
             if train.network.method == "one_task":
                 parts = {folder / task: _only(task, train.tasks) for task in read_tasks(train.tasks)}
             trainings = [
                 dataclasses.replace(train, out=str(out), tasks=tasks, seed=seed) for out, tasks in parts.items()
             ]
-            found.append(Job(name, seed, folder, trainings))
+            found.append(Job(name, seed, folders[name], trainings, row.get("by", config.by)))
     return found
 
 
@@ -216,9 +245,13 @@ def _only(task: str, tasks: TaskOptions) -> TaskOptions:
 
 
 def waves(every: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that don't wait for each other: first those that learn, then those that take what was learnt."""
-    takes = [job.trainings[0].network.grouping is not None for job in every]
-    parts = [[job for job, late in zip(every, takes, strict=True) if late == wave] for wave in (False, True)]
+    """Jobs that don't wait for each other: first those that learn, then those that take what was learnt, last those
+    that take the runs of others."""
+    parts: list[list[Job]] = [[], [], []]
+    for job in every:
+        training = job.trainings[0]
+        others = not Path(training.out).is_relative_to(job.folder)
+        parts[2 if others else int(training.network.grouping is not None)].append(job)
     return [part for part in parts if part]
 
 

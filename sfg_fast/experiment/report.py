@@ -12,13 +12,14 @@ import torch
 from ..data.cohort import Case, load_case
 from ..data.targets import Target
 from ..evaluation import figures, html
+from ..evaluation.metrics import captioned
 from ..evaluation.predict import Predictor
 from ..evaluation.report import activation_maps, course, telling_slice
 from ..files import make_folder, read_text, replacing, write_json
 from ..networks.controls import map_assignment, sfg_layers
 from ..reference import SFGConv2d
-from ..tasks import Measure, read_tasks, to_json
-from .config import ALL, ExperimentConfig, Job, reference_row
+from ..tasks import Measure, measured_by, read_tasks, to_json
+from .config import ALL, ExperimentConfig, Job, method_of, reference_row
 from .table import FEW, Rows, Scores, Section, comparisons, section, subject_means, to_compare, to_markdown
 
 if TYPE_CHECKING:
@@ -40,16 +41,17 @@ def write_results(
     """
     out, reference = Path(config.out), reference_row(config)
     scores = {row: {seed: document["cases"] for seed, document in seeds.items()} for row, seeds in documents.items()}
-    tasks = read_tasks(config.train.tasks, targets)
+    tasks = measured_by(read_tasks(config.train.tasks, targets), config.metrics)
     measures, about = to_compare(tasks), _about(config, documents)
     rules = {
         f"{name}: {term}" if len(tasks) > 1 else term: rule
         for name, task in tasks.items()
         for term, rule in task.rules().items()
-    } | {"predictions": _predicted_by(config)}
+    } | {"metrics": config.metrics, "predictions": _predicted_by(config)}
     write_json(
         out / "metrics.json",
         {
+            "metrics": config.metrics,
             "tasks": to_json(tasks),
             "rules": rules,
             "reference": reference,
@@ -67,7 +69,7 @@ def write_results(
     ]
     with replacing(out / "table.md") as partial:
         partial.write_text(to_markdown(sections, rules), encoding="utf-8")
-    drawn = _subjects(scores, subsets[ALL], measures) + _learnt(config, every, shown, targets)
+    drawn = _subjects(scores, subsets[ALL], measures, config.metrics) + _learnt(config, every, shown, targets)
     make_folder(out / "figures")
     for name, _, figure in drawn:
         figures.save(figure, out / "figures" / f"{name}.png")
@@ -86,7 +88,7 @@ def write_results(
 
 def _about(config: ExperimentConfig, documents: Mapping[str, Mapping[int, Any]]) -> Rows:
     methods = config.methods
-    one_task = [name for name, row in methods.items() if row["method"] == "one_task"]
+    one_task = [name for name in methods if method_of(config, name) == "one_task"]
     return Rows(
         published={name: row["published"] for name, row in methods.items() if "published" in row},
         parameters={name: next(iter(seeds.values()))["parameters"] for name, seeds in documents.items()},
@@ -99,11 +101,13 @@ def _predicted_by(config: ExperimentConfig) -> str:
     drawn = f"over {config.draws} drawn ones"
     by = {
         "map": f"by the most probable architecture; where p is constant, the mean {drawn}",
-        "draws": f"the mean {drawn}, where architectures are drawn at all",
-        "mode": f"the mean of numbers and the most frequent class {drawn}, where architectures are drawn at all",
+        "draws": f"the mean {drawn}, where architectures or dropped channels are drawn at all",
+        "mode": f"the mean of numbers and the most frequent class {drawn}, where any are drawn",
     }
     weights = {"final": "the last weights", "best": "those of the best look at the validation split"}
-    return f"{by[config.by]}; {weights[config.checkpoint]}; normalised by {config.statistics} statistics"
+    own = {name: row["by"] for name, row in config.methods.items() if "by" in row}
+    rows = "".join(f"; {name} by {way}" for name, way in own.items())
+    return f"{by[config.by]}{rows}; {weights[config.checkpoint]}; normalised by {config.statistics} statistics"
 
 
 def _title(name: str, count: int, split: str) -> str:
@@ -114,7 +118,9 @@ def _html(part: Section) -> str:
     return html.section(part.title, "".join(map(html.table, part.tables)) + html.bullets(part.notes))
 
 
-def _subjects(scores: Scores, cases: Sequence[str], measures: Sequence[Measure]) -> list[tuple[str, str, Figure]]:
+def _subjects(
+    scores: Scores, cases: Sequence[str], measures: Sequence[Measure], profile: str
+) -> list[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all subjects, unless there are too many to be told apart."""
     if len(cases) > FEW:
         return []
@@ -124,7 +130,7 @@ def _subjects(scores: Scores, cases: Sequence[str], measures: Sequence[Measure])
         )
         for measure in measures
     }
-    caption = "Each test case, averaged over seeds; a bar is a method's mean."
+    caption = captioned("Each test case, averaged over seeds; a bar is a method's mean", profile) + "."
     return [("subjects", caption, figures.subjects(strips))]
 
 
@@ -134,7 +140,7 @@ def _learnt(
     """(file name, caption, figure) of what every row that learns its grouping has learnt, with the first seed."""
     drawn = []
     for job in every:
-        if job.trainings[0].network.method != "sfg" or job.seed != config.seeds[0]:
+        if config.methods[job.row].get("method") != "sfg" or job.seed != config.seeds[0]:
             continue
         predictor = Predictor(job.folder, config.train.device, config.checkpoint)
         history = course(job.folder, predictor)

@@ -36,12 +36,12 @@ from ..data.targets import Target
 from ..data.volumes import volume_shape
 from ..errors import InputError, Preempted
 from ..evaluation.evaluate import scene_of
-from ..evaluation.metrics import Metrics, case_metrics, metrics_document, read_metrics
+from ..evaluation.metrics import Metrics, case_metrics, metrics_document, read_metrics, tasks_of
 from ..evaluation.predict import Predictor
-from ..files import alone_in, check_vacant, read_json, replacing, write_json
+from ..files import alone_in, check_vacant, make_folder, read_json, replacing, write_json
 from ..gpu.gpu_check import gpu_check
 from ..networks.cost import flops, parameters
-from ..tasks import Task, read_tasks
+from ..tasks import Task, measured_by, profile_of, read_tasks
 from ..training.config import TrainConfig, difference, read_config
 from ..training.parallel import choose_device
 from ..training.run import AboutData, build_network, check_size, load_run
@@ -61,7 +61,7 @@ def run_experiment(config: ExperimentConfig) -> None:
     test = cohort.split(config.split)
     if not test:
         raise InputError(f"cohort={config.cohort!r}: it has no {config.split} cases, expected at least one")
-    tasks = read_tasks(config.train.tasks, cohort.targets)
+    tasks = measured_by(read_tasks(config.train.tasks, cohort.targets), config.metrics)
     targets = [task.target for task in tasks.values()]
     for case in test:
         if not any(target in case.targets or target in case.values for target in targets):
@@ -117,11 +117,12 @@ class How(NamedTuple):
 
 
 def _how(job: Job, config: ExperimentConfig) -> How:
-    """A constant p has no most probable architecture, only the mean over draws; what is fixed draws nothing."""
-    method, by = job.trainings[0].network.method, config.by
-    if method == "constant_p":
+    """A constant p has no most probable architecture, only the mean over draws; what is fixed draws nothing, unless it
+    is channels to drop."""
+    network, by = job.trainings[0].network, job.by
+    if network.method == "constant_p":
         by = "draws" if by == "map" else by
-    elif method != "sfg":
+    elif network.method != "sfg" and network.dropout == 0:
         by = "map"
     return How(0 if by == "map" else config.draws, by, config.statistics, config.checkpoint)
 
@@ -152,7 +153,8 @@ def _complete(job: Job, test: Sequence[Case], targets: Mapping[str, Target], con
                 Trainer(training, resume=True).run()
     how = _how(job, config)
     predictors = [Predictor(Path(training.out), training.device, how.checkpoint) for training in job.trainings]
-    tasks = {name: task for predictor in predictors for name, task in predictor.tasks.items()}
+    predicted = {name: task for predictor in predictors for name, task in predictor.tasks.items()}
+    tasks = measured_by(predicted, config.metrics)
     if predictors[0].images is None:
         cases = {case.name: _score(case, predictors, how, tasks, targets) for case in test}
     else:
@@ -162,6 +164,7 @@ def _complete(job: Job, test: Sequence[Case], targets: Mapping[str, Target], con
         "flops": sum(flops(predictor.model, _example(predictor, test[0])) for predictor in predictors),
     }
     digests = [predictor.digest for predictor in predictors]
+    make_folder(job.folder)
     write_json(_scores(job), {"how": how._asdict(), "digests": digests, **cost, **metrics_document(cases, tasks)})
 
 
@@ -248,6 +251,9 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfi
             if (before := done["how"].get(key)) != now:
                 there = f"{job.folder} was predicted with {before!r}, expected the same or another out"
                 raise InputError(f"{key}={now!r}: {there}")
+        if (before := profile_of(tasks_of(done))) != config.metrics:
+            there = f"{_scores(job)} has {before!r}, expected the same (what has no metrics.json is measured again)"
+            raise InputError(f"metrics={config.metrics!r}: {there}")
         if different := set(test) ^ done["cases"].keys():
             where = f"{_scores(job)}: its cases are not the cohort's {config.split} cases"
             raise InputError(f"{where} ({min(different)} is in one of them), expected the same")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..evaluation.metrics import columns, letters, regions_of
+from ..evaluation.metrics import captioned, columns, letters, regions_of
 from ..tables import Table, cell, markdown, number_at, spread
-from ..tasks import Measure, Task
+from ..tasks import Measure, Task, profile_of
 
 Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -74,9 +74,10 @@ def section(
     compared = comparisons(scores, cases, measures, reference)
     tables += [_test_table(compared, measures, reference), _seed_table(scores, cases, measures)]
     seeds = len(next(iter(scores.values())))
+    profile = profile_of(tasks)
     return Section(
         title,
-        [table for table in tables if table.rows],
+        [table._replace(caption=captioned(table.caption, profile)) for table in tables if table.rows],
         [
             f"Cells are mean (SD) over {len(cases)} subjects, each averaged over {seeds} seeds first. Bold: best; "
             "italic: second best.",

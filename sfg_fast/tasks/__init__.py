@@ -18,22 +18,27 @@ from torch import nn
 from ..data.targets import PER_IMAGE, Target, TargetAsJson, check_target_name
 from ..errors import InputError
 from ..files import check_shape
-from .task import KINDS, Measure, Task
+from .task import KINDS, PAPER, PROFILES, Measure, Task
 
-for _module in pkgutil.iter_modules(__path__):  # each registers its kind
+for _module in pkgutil.iter_modules(__path__):  # each registers its kind, or what measures kinds by a profile
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "KINDS",
+    "PAPER",
+    "PROFILES",
     "Measure",
     "Task",
     "TaskAsJson",
     "TaskOptions",
+    "check_profile",
     "file_stems",
     "from_json",
     "leading",
+    "measured_by",
     "of_images",
     "own_tasks",
+    "profile_of",
     "read_tasks",
     "to_json",
 ]
@@ -152,6 +157,32 @@ def from_json(content: Mapping[str, Any]) -> dict[str, Task]:
         target = one["options"].get("target", name)
         bound[str(target)] = Target.from_json(target, one["about"])
     return read_tasks({name: one["options"] for name, one in content.items()}, bound)
+
+
+def check_profile(profile: Any) -> None:
+    """InputError for what is no profile of metrics."""
+    if profile not in PROFILES:
+        raise InputError(f"metrics={profile!r}: expected one of {', '.join(PROFILES)}")
+
+
+def measured_by(tasks: Mapping[str, Task], profile: str) -> dict[str, Task]:
+    """The same tasks, measured by a profile of metrics. InputError for a profile that there is not, or that does not
+    measure one of them."""
+    check_profile(profile)
+    measures, found = PROFILES[profile], {}
+    for name, task in tasks.items():
+        if task.kind not in measures:
+            expected = f"expected tasks of kind {', '.join(measures)}, or metrics {PAPER}"
+            raise InputError(f"metrics={profile!r}: task {name} is of kind {task.kind}, {expected}")
+        fields = {one.name: getattr(task, one.name) for one in dataclasses.fields(task)}
+        found[name] = measures[task.kind](**fields)
+        found[name].check()
+    return found
+
+
+def profile_of(tasks: Mapping[str, Task]) -> str:
+    """The profile of metrics that all of these tasks are measured by."""
+    return next(iter(tasks.values())).profile
 
 
 def file_stems(tasks: Mapping[str, Task]) -> dict[str, str]:

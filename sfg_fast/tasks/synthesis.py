@@ -37,8 +37,8 @@ class Synthesis(NumberTask, kind="synthesis"):
 
     Args:
         range: lowest and highest value of the target that counts: everything is clipped to it before it is measured,
-            and its width is the peak of the PSNR; null: -1024 and 3000 HU, as in the SynthRAD challenge; else that of
-            the true volume inside the mask, and nothing is clipped.
+            and its width is the peak of the PSNR; null: -1024 and 3000 HU, as in SynthRAD2023; else that of the true
+            volume inside the mask, and nothing is clipped.
     """
 
     reads = "intensities"
@@ -123,7 +123,7 @@ class Synthesis(NumberTask, kind="synthesis"):
             name: _in_region(true[region], predicted[region], mask.size, width, floor)
             for name, region in regions.items()
         }
-        baseline = _psnr(max(float(inside.var()), floor), width)  # the variance is the error of predicting the mean
+        baseline = decibels(max(float(inside.var()), floor), width)  # the variance is the error of predicting the mean
         overall = found["overall"]["psnr_in_mask"]
         gain = None if overall is None or baseline is None else overall - baseline
         return {"regions": found, "mean_baseline": {"psnr_in_mask": baseline}, "psnr_gain": gain}
@@ -134,11 +134,15 @@ class Synthesis(NumberTask, kind="synthesis"):
         return float(inside.max() - inside.min())
 
     def _clipped(self, which: str, volume: np.ndarray) -> np.ndarray:
+        volume = self._finite(which, volume)
+        return volume if self.limits is None else np.clip(volume, *self.limits)
+
+    def _finite(self, which: str, volume: np.ndarray) -> np.ndarray:
+        """As float32. InputError for voxels that are not finite."""
         if not np.isfinite(volume).all():
             bad = np.count_nonzero(~np.isfinite(volume))
             raise InputError(f"{which} {self.what} holds {bad} voxels that are not finite, expected{self.in_units} all")
-        volume = np.asarray(volume, dtype=np.float32)
-        return volume if self.limits is None else np.clip(volume, *self.limits)
+        return np.asarray(volume, dtype=np.float32)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -189,7 +193,7 @@ class Synthesis(NumberTask, kind="synthesis"):
             clip = "nothing is clipped; the peak of every PSNR is the width of the true values inside the mask"
         else:
             outside, high = self.limits
-            source = ", as in SynthRAD" if self.limits == CLIP_HU else ""
+            source = ", as in SynthRAD2023" if self.limits == CLIP_HU else ""
             clip = (
                 f"both volumes are clipped to [{outside:.0f}, {high:.0f}]{unit}{source}; the peak of every PSNR is the "
                 f"width, {high - outside:.0f}{unit}"
@@ -241,16 +245,16 @@ def _in_region(true: np.ndarray, predicted: np.ndarray, voxels: int, width: floa
     error = np.subtract(predicted, true, dtype=np.float64)
     squared = max(float(np.mean(error**2)), floor)
     return {
-        "psnr_in_mask": _psnr(squared, width),
+        "psnr_in_mask": decibels(squared, width),
         # Outside the region both volumes hold the same value: those voxels only enlarge the denominator.
-        "psnr_zero_outside": _psnr(squared * true.size / voxels, width),
+        "psnr_zero_outside": decibels(squared * true.size / voxels, width),
         "mae": float(np.mean(np.abs(error))),
         "voxels": int(true.size),
     }
 
 
-def _psnr(squared: float, width: float) -> float | None:
-    """None for a truth that is one value everywhere, and so has no peak."""
+def decibels(squared: float, width: float) -> float | None:
+    """The PSNR of a mean squared error; None for a truth that is one value everywhere, and so has no peak."""
     return None if width <= 0 else 10 * math.log10(width**2 / squared)
 
 

@@ -21,6 +21,11 @@ from ..errors import InputError
 KINDS: dict[str, type[Task]] = {}
 """All kinds of tasks by the names that `tasks:` in a configuration gives them."""
 
+PAPER = "paper"
+PROFILES: dict[str, dict[str, type[Task]]] = {PAPER: KINDS}
+"""The profiles of metrics: for each the kinds of tasks that it measures, and what measures them. A kind of its own
+measures by the paper's; by another profile a subclass of it does, `class X(Kind, profile=..)`."""
+
 
 class Score(NamedTuple):
     """A number that training shows of held-out examples: its name in history.json, its title and its unit."""
@@ -63,10 +68,11 @@ class ScoreRow(NamedTuple):
 
 class Scene(NamedTuple):
     """What the volumes of a case are measured in: the body `mask`, bool [Z, Y, X], and the named `regions` of its true
-    labels, each bool [Z, Y, X], "organs" being all of them."""
+    labels, each bool [Z, Y, X], "organs" being all of them. spacing: of the voxels along Z, Y, X, in mm."""
 
     mask: np.ndarray
     regions: dict[str, np.ndarray]
+    spacing: tuple[float, float, float]
 
 
 class Contours(NamedTuple):
@@ -120,16 +126,21 @@ class Task(ABC):
     """The kind of target that it learns (`data.targets.TARGET_KINDS`)."""
     dtype: ClassVar[Any] = np.float32
     """Of the prediction of a volume, as it is written."""
+    profile: ClassVar[str] = PAPER
+    """What it is measured by (`PROFILES`)."""
 
     name: str
     target: str = ""
     about: Target | None = dataclasses.field(default=None, kw_only=True)
 
-    def __init_subclass__(cls, kind: str = "", **others: Any) -> None:
+    def __init_subclass__(cls, kind: str = "", profile: str = "", **others: Any) -> None:
         super().__init_subclass__(**others)
         if kind:
             cls.kind = kind
             KINDS[kind] = cls
+        if profile:
+            cls.profile = profile
+            PROFILES.setdefault(profile, {})[cls.kind] = cls
 
     # --- its target ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +232,7 @@ class Task(ABC):
             raise ValueError(f"{cell!r} is not finite")
         return number
 
-    # --- how good it is -----------------------------------------------------------------------------------------------
+    # --- how good it is, by its profile -------------------------------------------------------------------------------
 
     @abstractmethod
     def metrics(self, true: Any, predicted: Any, scene: Scene | None) -> dict[str, Any]:

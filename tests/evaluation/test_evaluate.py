@@ -8,12 +8,14 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_hausdorff_distance
 
 from sfg_fast.cli import main
 from sfg_fast.data import read_cohort, read_volume, write_volume
 from sfg_fast.errors import InputError
 from sfg_fast.evaluation import figures
-from sfg_fast.evaluation.evaluate import evaluate, scene_of
+from sfg_fast.evaluation.evaluate import evaluate, predicted_cases, predicted_tasks, read_evaluated, scene_of
 from sfg_fast.evaluation.predict import Predictor
 
 
@@ -141,6 +143,52 @@ def test_predictions_of_others_are_of_the_cohorts_targets(volumes, of_volumes, t
     said = "phantom_003: holds neither ct.nii.gz nor labels.nii.gz nor pet.nii.gz nor vessels.nii.gz"
     with pytest.raises(InputError, match=said):
         evaluate(tmp_path / "p", cohort)
+
+
+def test_the_profile_of_the_field(volumes, of_volumes, tmp_path, capsys):
+    """Of a CT and labels, with the voxels' spacing; a PET it refuses."""
+    metrics, cohort = tmp_path / "m.json", tmp_path / "cohort"
+    options = ["--metrics", "synthrad2025", "--out", metrics]
+    said = "metrics='synthrad2025': task pet is of a volume in 'SUV', expected one in HU, or metrics paper"
+    refused(capsys, ["evaluate", of_volumes / "p", volumes / "cohort", *options], said)
+    refused(
+        capsys, ["evaluate", of_volumes / "p", volumes / "cohort", "--metrics", "x"], "metrics='x': expected one of"
+    )
+    shutil.copytree(volumes / "cohort", cohort)
+    about = json.loads((cohort / "dataset.json").read_text())
+    del about["targets"]
+    (cohort / "dataset.json").write_text(json.dumps(about))
+    shutil.copytree(of_volumes / "p", tmp_path / "p")
+    (tmp_path / "p/predictions.json").unlink()
+    labels = nib.load(cohort / "phantom_002/labels.nii.gz")
+    shifted = np.roll(np.asanyarray(labels.dataobj), (2, 1, 1), (0, 1, 2))
+    nib.save(nib.Nifti1Image(shifted, labels.affine), tmp_path / "p/phantom_002/labels.nii.gz")
+    # Voxels of other edges, in files whose axes run elsewhere than those of the arrays.
+    for path in [*cohort.glob("phantom_002/*.nii.gz"), *(tmp_path / "p/phantom_002").glob("*.nii.gz")]:
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), np.diag([-2.0, 1.5, 4.0, 1.0])), path)
+    assert main([str(argument) for argument in ("evaluate", tmp_path / "p", cohort, *options)]) == 0
+    assert "(a) CT synthesis, mean (SD); metrics: synthrad2025" in capsys.readouterr().out
+    document = json.loads(metrics.read_text())
+    assert document["conventions"]["metrics"] == "synthrad2025"
+    case = document["cases"]["phantom_002"]
+
+    def voxels(folder, name):
+        return nib.load(folder / "phantom_002" / f"{name}.nii.gz").get_fdata()
+
+    error = (voxels(cohort, "ct") - voxels(tmp_path / "p", "ct"))[voxels(cohort, "mask") > 0]
+    assert case["ct"]["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    assert case["ct"]["psnr"] == pytest.approx(20 * np.log10(4095) - 10 * np.log10(np.square(error).mean()), rel=1e-5)
+    labels, found = voxels(cohort, "labels"), voxels(tmp_path / "p", "labels")
+    for name, value in about["labels"].items():
+        one, other = (torch.from_numpy(volume == value)[None, None] for volume in (found, labels))
+        if value:
+            expected = compute_hausdorff_distance(one, other, True, percentile=95, spacing=(2.0, 1.5, 4.0)).item()
+            assert case["organs"]["hd95"][name] == pytest.approx(expected, rel=1e-6)
+    its_cohort = read_cohort(cohort)
+    cases = predicted_cases(tmp_path / "p", its_cohort, {})
+    tasks, _ = predicted_tasks(tmp_path / "p", its_cohort, cases, {})
+    assert read_evaluated(metrics, tmp_path / "p", its_cohort, cases, tasks) == document  # as a report does
 
 
 def test_targets_of_another_kind_or_unit_are_refused(volumes, of_volumes, tmp_path, capsys):

@@ -126,7 +126,26 @@ def test_every_number_is_there(tmp_path, document):
         ]
     assert "CT synthesis: PSNR in mask" in page.texts
     assert f"{mean:.2f} dB" in page.texts  # the headline
-    assert f"SD {sd:.2f} dB, 2 cases" in page.texts
+    assert f"SD {sd:.2f} dB, 2 cases; metrics: paper" in page.texts
+
+
+def test_a_page_of_the_profile_of_the_field(tmp_path):
+    """Its name stands in every card and every caption."""
+    labels = np.zeros((3, 4, 5), np.uint8)
+    labels[1, 1:3, 1:4] = 1
+    ct = np.where(labels > 0, 300.0, 0.0)
+    volumes = (ct, ct + 40, labels, np.roll(labels, 1, 2), np.ones(ct.shape))
+    cases = {"anna": scored(*volumes, NAMES, profile="synthrad2025")}
+    text = _write(tmp_path / "report.html", document=metrics_document(cases, ct_and_organs(NAMES, "synthrad2025")))
+    page = _Page(text)
+    assert {"CT synthesis: MAE", "40.0 HU", "SD 0.0 HU, 1 case; metrics: synthrad2025"} <= set(page.texts)
+    assert {"Segmentation of organs: HD95", "1.00 mm"} <= set(page.texts)
+    cards, captions = text.count('class="card"'), text.count("<caption>")
+    assert (cards, captions) == (5, 3)
+    assert text.count("; metrics: synthrad2025<") == cards + captions
+    each = dict(zip(*page.tables[-1], strict=True))
+    assert (each["MAE [HU]"], each["Bladder: HD95 [mm]"], each["<b>femur: Dice"]) == ("40.0", "1.00", "-")
+    assert {"metrics", "synthrad2025"} <= set(page.texts)
 
 
 def test_conventions_are_stated(tmp_path, document):
@@ -169,7 +188,7 @@ def test_no_image_has_a_row(tmp_path):
     assert {"Age: MAE", "2.25 years", "Age: Mean error", "+2.25 years", "Gender: Accuracy", "50.00 %"} <= set(
         page.texts
     )
-    assert "SD 1.06 years, 2 images" in page.texts
+    assert "SD 1.06 years, 2 images; metrics: paper" in page.texts
 
 
 def test_without_metrics(tmp_path):

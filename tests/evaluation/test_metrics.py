@@ -22,7 +22,7 @@ from sfg_fast.evaluation.metrics import (
     tasks_of,
 )
 from sfg_fast.files import write_json
-from sfg_fast.tasks import read_tasks
+from sfg_fast.tasks import profile_of, read_tasks
 from sfg_fast.tasks.task import Scene
 
 from .described import NAMES, ct_and_organs, of_images, scored
@@ -200,7 +200,7 @@ def test_several_volumes_and_label_maps_side_by_side():
     labels, vessels = rng.integers(0, 3, (2, *shape)), rng.integers(0, 2, (2, *shape))
     true = {"ct": ct[0], "pet": pet[0], "labels": labels[0], "vessels": vessels[0]}
     predicted = {"ct": ct[1], "pet": pet[1], "organs": labels[1], "vessels": vessels[1]}
-    found = case_metrics(_several(), true, predicted, Scene(mask, {"organs": labels[0] > 0}))
+    found = case_metrics(_several(), true, predicted, Scene(mask, {"organs": labels[0] > 0}, (1.0, 1.0, 1.0)))
     assert list(found) == ["ct", "pet", "organs", "vessels"]
     # What has no range has that of its truth as the peak, and no bones.
     assert list(found["pet"]["regions"]) == ["overall", "organs"]
@@ -212,10 +212,10 @@ def test_several_volumes_and_label_maps_side_by_side():
     document = metrics_document({"a": found}, _several())
     shown = summary_tables(document)
     assert [part.caption for part in shown] == [
-        "(a) CT synthesis, mean (SD)",
-        "(b) PET synthesis, mean (SD)",
-        "(c) Segmentation of organs, mean (SD)",
-        "(d) Segmentation of vessels, mean (SD)",
+        "(a) CT synthesis, mean (SD); metrics: paper",
+        "(b) PET synthesis, mean (SD); metrics: paper",
+        "(c) Segmentation of organs, mean (SD); metrics: paper",
+        "(d) Segmentation of vessels, mean (SD); metrics: paper",
     ]
     assert [part.header for part in shown[:2]] == [["", "Overall", "Bones", "Organs"], ["", "Overall", "Organs"]]
     assert shown[1].rows[2][0] == "MAE [SUV]"
@@ -228,10 +228,14 @@ def test_two_tasks_of_one_target_have_tables_of_their_own_names():
     target = {"ct": Target("ct", "intensities", "HU")}
     tasks = read_tasks({"sharp": {"kind": "synthesis", "target": "ct"}, "ct": {}}, target)
     true = np.array([[[0.0, 10.0, 500.0]]])
-    found = case_metrics(tasks, {"ct": true}, {"sharp": true + 1, "ct": true + 2}, Scene(true > -1, {}))
+    found = case_metrics(
+        tasks, {"ct": true}, {"sharp": true + 1, "ct": true + 2}, Scene(true > -1, {}, (1.0, 1.0, 1.0))
+    )
     assert [found[name]["regions"]["overall"]["mae"] for name in ("sharp", "ct")] == [1, 2]
     captions = [part.caption for part in summary_tables(metrics_document({"a": found}, tasks))]
-    assert captions == ["(a) CT synthesis (sharp), mean (SD)", "(b) CT synthesis (ct), mean (SD)"]
+    assert captions == [
+        f"({a}) CT synthesis ({name}), mean (SD); metrics: paper" for a, name in (("a", "sharp"), ("b", "ct"))
+    ]
 
 
 def _images():
@@ -270,7 +274,7 @@ def test_images_by_hand():
     assert "true" not in gender
     ages, genders = summary_tables(document)
     assert ages == (
-        "(a) Age, mean (SD)",
+        "(a) Age, mean (SD); metrics: paper",
         ["", "MAE [years]", "Mean error [years]"],
         [["", "3.33 (2.52) n=3", "-1.33 (4.51) n=3"]],
     )
@@ -330,7 +334,7 @@ def test_tables_show_mean_and_sd(document):
 
 def test_markdown_lines_up(document):
     blocks = [block.splitlines() for block in table(document).split("\n\n")]
-    captions = ["(a) CT synthesis, mean (SD)", "(b) Segmentation of organs, mean (SD)"]
+    captions = [f"{what}, mean (SD); metrics: paper" for what in ("(a) CT synthesis", "(b) Segmentation of organs")]
     assert [block[0] for block in blocks[::2]] == captions
     for lines in blocks[1::2]:
         assert len({len(line) for line in lines}) == 1
@@ -371,6 +375,9 @@ CASE, TASKS = ("cases", "case 0"), ("conventions", "tasks")
         (TASKS, {}, "conventions.tasks is empty"),
         ((*TASKS, "ct", "rules"), {}, "conventions.tasks.ct.rules is empty"),
         ((*TASKS, "ct", "options", "kind"), "dance", "conventions: tasks.ct.kind='dance': expected one of"),
+        (("conventions", "metrics"), "mine", "conventions: metrics='mine': expected one of paper, synthrad2025"),
+        (("conventions", "metrics"), "synthrad2025", "cases.case 0.ct is incomplete"),
+        (("conventions", "metrics"), 3, "conventions.metrics is 3, expected text"),
         (
             (*TASKS, "organs", "about", "names"),
             {"background": 0, "bladder": 2},
@@ -409,3 +416,46 @@ def test_a_document_is_read_as_it_was_written(document, tmp_path):
     for number, content in enumerate((document, metrics_document(_images(), of_images()))):
         write_json(tmp_path / f"{number}.json", content)
         assert read_metrics(tmp_path / f"{number}.json") == content
+
+
+# --- the profile synthrad2025 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_the_field():
+    cases = {f"case {seed}": scored(**_random_case(seed), profile="synthrad2025") for seed in range(2)}
+    return metrics_document(cases, ct_and_organs(profile="synthrad2025"))
+
+
+def test_the_profile_stands_beside_every_number(of_the_field, document):
+    ct, organs = summary_tables(of_the_field)
+    assert ct.caption == "(a) CT synthesis, mean (SD); metrics: synthrad2025"
+    assert ct.header == ["", "MAE [HU]", "PSNR [dB]", "MS-SSIM"]
+    maes = [case["ct"]["mae"] for case in of_the_field["cases"].values()]
+    assert ct.rows[0][1] == f"{np.mean(maes):.1f} ({np.std(maes, ddof=1):.1f})"
+    assert organs.caption == "(b) Segmentation of organs, mean (SD); metrics: synthrad2025"
+    assert organs.header == ["", "Overall", "Bladder", "Left femur"]
+    assert [row[0] for row in organs.rows] == ["Dice", "HD95 [mm]"]
+    distances = [case["organs"]["hd95"]["bladder"] for case in of_the_field["cases"].values()]
+    assert organs.rows[1][2] == f"{np.mean(distances):.2f} ({np.std(distances, ddof=1):.2f})"
+    rules = rules_of(of_the_field)
+    assert rules["metrics"] == of_the_field["conventions"]["metrics"] == "synthrad2025"
+    assert "nothing is clipped" in rules["ct: mae"]
+    assert "[-1024, 3071] HU" in rules["ct: psnr"]
+    assert rules_of(document)["metrics"] == document["conventions"]["metrics"] == "paper"
+
+
+def test_a_document_keeps_its_profile(of_the_field, document, tmp_path):
+    write_json(tmp_path / "field.json", of_the_field)
+    assert read_metrics(tmp_path / "field.json") == of_the_field
+    assert profile_of(tasks_of(of_the_field)) == "synthrad2025"
+    # One from before there were profiles is of the paper's.
+    write_json(tmp_path / "old.json", _changed(document, "conventions", "metrics", to=None))
+    old = read_metrics(tmp_path / "old.json")
+    assert tasks_of(old) == ct_and_organs()
+    assert table(old) == table(document)
+    # A measure that is gone is missed.
+    for place in (("ct", "ms_ssim"), ("organs", "hd95_mean"), ("organs", "hd95", "bladder")):
+        write_json(tmp_path / "less.json", _changed(of_the_field, "cases", "case 0", *place, to=None))
+        with pytest.raises(InputError, match=f"cases.case 0.{place[0]} is incomplete"):
+            read_metrics(tmp_path / "less.json")

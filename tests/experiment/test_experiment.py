@@ -221,6 +221,37 @@ def test_rows_that_learn_otherwise(folder):
     assert (folder / "ablation" / "figures" / "architecture reinmax.png").exists()
 
 
+def test_rows_that_predict_otherwise(folder):
+    """A row may take the runs of another, which are not trained again, and predict in its own way; dropout is drawn."""
+    extra = {
+        "ours, by draws": {"runs_of": "ours", "by": "draws"},
+        "mask, drops": {"method": "constant_mask", "network.dropout": 0.3, "network.shared": 0.5, "by": "draws"},
+    }
+    shutil.copytree(folder / "whole", folder / "ways")
+    config = write_config(folder, "ways", **{**SMALL, "methods": {**extra, **SMALL["methods"]}})
+    assert main(["experiment", config]) == 0
+    runs, cohort = folder / "ways" / "runs", read_cohort(folder / "cohort")
+    assert [path.name for path in (runs / "ours, by draws" / "seed_4").iterdir()] == ["metrics.json"]
+    case = cohort.split("test")[0]
+    truth = load_case(case, cohort.targets)
+    for row, run, by in (
+        ("ours", "ours", "map"),
+        ("ours, by draws", "ours", "draws"),
+        ("mask, drops",) * 2 + ("draws",),
+    ):
+        saved = json.loads((runs / row / "seed_4" / "metrics.json").read_text())
+        network = Predictor(runs / run / "seed_4")
+        found = network.volume(truth.inputs, DRAWS, by)
+        predicted = {task: parts[""] for task, parts in found.items()}
+        expected = case_metrics(network.tasks, truth.targets, predicted, scene_of(truth, cohort.targets))
+        assert saved["cases"][case.name] == json.loads(json.dumps(expected))
+        assert found["ct"]["uncertainty"].any()
+    before = numbers(folder / "ways")
+    assert main(["experiment", config]) == 0  # and again, when all is there
+    assert numbers(folder / "ways") == before
+    assert "ours, by draws by draws" in (folder / "ways" / "table.md").read_text()
+
+
 # --- killed, stopped, in several processes ----------------------------------------------------------------------------
 
 
@@ -344,6 +375,36 @@ def test_changed_draws_are_named(folder, capsys):
     refused(capsys, [str(folder / "paper.yaml"), "--draws", "4"], "draws=4: ")
 
 
+def test_other_metrics_are_named_and_measured_again_without_training(folder, capsys):
+    shutil.copytree(folder / "whole", folder / "field")
+    options = {**SMALL, "methods": {"mask": SMALL["methods"]["mask"]}, "metrics": "synthrad2025"}
+    out, config = folder / "field", write_config(folder, "field", **options)
+    scores = out / "runs" / "mask" / "seed_4" / "metrics.json"
+    paper = json.loads(scores.read_text())["cases"]
+    refused(capsys, [config], f"metrics='synthrad2025': {scores} has 'paper', expected the same (what has no ")
+    trained = {path: path.stat().st_mtime_ns for path in scores.parent.rglob("*.pt")}
+    scores.unlink()
+    assert main(["experiment", config]) == 0
+    assert {path: path.stat().st_mtime_ns for path in scores.parent.rglob("*.pt")} == trained
+    document, table = json.loads((out / "metrics.json").read_text()), (out / "table.md").read_text()
+    assert document["metrics"] == yaml.safe_load((out / "experiment.yaml").read_text())["metrics"] == "synthrad2025"
+    assert json.loads((folder / "whole" / "metrics.json").read_text())["metrics"] == "paper"
+    cases = json.loads(scores.read_text())["cases"]
+    assert document["methods"] == {"mask": {"4": cases}}
+    for name, case in cases.items():  # the same predictions, of which nothing is beyond the paper's range
+        assert case["ct"]["mae"] == pytest.approx(paper[name]["ct"]["regions"]["overall"]["mae"])
+    captions = [line for line in table.splitlines() if line.endswith("; metrics: synthrad2025")]
+    assert [line.partition(";")[0] for line in captions] == [
+        "Overview: mean (SD over seeds)",
+        "(a) CT synthesis",
+        "(b) Segmentation of organs: Dice",
+        "Spread over seeds of the mean over subjects: mean (SD over seeds)",
+    ]
+    assert sum(line.startswith("| ---") for line in table.splitlines()) == len(captions)
+    assert "| Method | MAE [HU]" in table
+    assert "- metrics: synthrad2025\n" in table
+
+
 def test_a_changed_cohort_is_named(folder, capsys):
     shutil.copytree(folder / "whole", folder / "other")
     path = folder / "other" / "runs" / "ours" / "seed_4" / "data.json"
@@ -379,6 +440,27 @@ def test_a_changed_cohort_is_named(folder, capsys):
         ),
         ({"methods": {"a": {"method": "sfg", "network.estimator": "x"}}}, "methods['a']: network: "),
         ({"methods": {"a": 3}}, "methods"),
+        (
+            {"methods": {"a": {"runs_of": "b"}}},
+            "methods['a']: runs_of='b', expected the name of a row that has a method",
+        ),
+        (
+            {"methods": {"a": {"runs_of": "a"}}},
+            "methods['a']: runs_of='a', expected the name of a row that has a method",
+        ),
+        (
+            {"methods": {"a": {"runs_of": "b", "network.width": 3}, "b": {"method": "sfg"}}},
+            "methods['a']: network.width=3, expected runs_of, by and published alone",
+        ),
+        (
+            {"methods": {"a": {"method": "sfg", "by": "luck"}}},
+            "methods['a'].by='luck': expected one of map, draws, mode",
+        ),
+        (
+            {"methods": {"a": {"method": "sfg", "network.shared": 0.5}}},
+            "shared=0.5: expected it with method constant_mask",
+        ),
+        ({"methods": {"a": {"method": "sfg", "network.dropout": 1}}}, "network.dropout=1.0: expected a probability"),
         ({"seeds": []}, "seeds=[]: expected at least one number"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: expected"),
         ({"seeds": [-1]}, "seeds=[-1]: expected"),
@@ -387,6 +469,7 @@ def test_a_changed_cohort_is_named(folder, capsys):
         ({"subsets": {"paper": 0}}, "subsets={'paper': 0}: expected"),
         ({"subsets": {"all": 1}}, "subsets={'all': 1}: expected"),
         ({"draws": 0}, "draws=0: expected at least 1"),
+        ({"metrics": "mine", "cohort": "nowhere"}, "metrics='mine': expected one of paper, synthrad2025"),
         ({"processes": 0}, "processes=0: expected at least 1"),
         ({"train": {"seed": 1}}, "seed"),
         ({"train": {"schedule": {"steps": 0}}}, "schedule.steps=0: expected at least 1"),

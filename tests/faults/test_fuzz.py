@@ -352,7 +352,7 @@ def test_metrics(tmp_path, examples):
     volumes = read_tasks(["ct", "organs"], targets)
     ct, labels = (number.normal(0, 300, (2, 3, 4)) for _ in range(2)), number.integers(0, 2, (2, 3, 4))
     true, predicted = ct
-    scene = Scene(np.ones((2, 3, 4), bool), {"organs": labels > 0, "x": labels == 1})
+    scene = Scene(np.ones((2, 3, 4), bool), {"organs": labels > 0, "x": labels == 1}, (1.0, 1.0, 1.0))
     case = metrics.case_metrics(volumes, {"ct": true, "labels": labels}, {"ct": predicted, "organs": labels}, scene)
     originals = [metrics.metrics_document({"a": case, "b": case}, volumes)]
     images = read_tasks({"age": {"kind": "regression"}, "gender": {"kind": "classification"}}, targets)

@@ -97,7 +97,7 @@ def test_psnr_of_a_volume_without_a_range_has_the_width_of_its_truth():
     true, predicted = rng.random((2, 3, 8, 8)).astype(np.float32) * 5
     mask = np.zeros(true.shape, bool)
     mask[1:] = True
-    found = pet.metrics(true, predicted, Scene(mask, {}))
+    found = pet.metrics(true, predicted, Scene(mask, {}, (1.0, 1.0, 1.0)))
     width = float(true[mask].max()) - float(true[mask].min())
     squared = ((true.astype(float) - predicted) ** 2)[mask].mean()
     expected = 20 * math.log10(width) - 10 * math.log10(squared)
@@ -126,7 +126,7 @@ def test_a_truth_that_is_one_value_everywhere_has_an_mae_and_no_psnr():
 
     pet = task("pet", PET, kind="synthesis")
     true, predicted = np.full((2, 4, 4), 3.0, np.float32), np.full((2, 4, 4), 3.5, np.float32)
-    found = pet.metrics(true, predicted, Scene(np.ones(true.shape, bool), {}))
+    found = pet.metrics(true, predicted, Scene(np.ones(true.shape, bool), {}, (1.0, 1.0, 1.0)))
     overall = found["regions"]["overall"]
     assert (overall["mae"], overall["psnr_in_mask"], overall["psnr_zero_outside"]) == (0.5, None, None)
     assert found["psnr_gain"] is None
