@@ -102,8 +102,9 @@ class GroupGates(nn.Module):
         noise_on: "log_p", groups are drawn with probability p (the paper's); or "p", with probability softmax(p), as
             the authors' public code has it: p = [0, 1, 0] then still draws the first group one time in five. What p is
             (its entropy, argmax p, `probabilities`) is the same in both.
-        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1).
-            So drawing stays a dropout, which helps small cohorts, while p is free to become certain. 0: none do.
+        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1),
+            in training and while `sampling`; p is one-hot under a fixed assignment. So drawing stays a dropout, which
+            helps small cohorts, while p is free to become certain. 0: none do.
     """
 
     _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
@@ -312,13 +313,18 @@ class GroupGates(nn.Module):
         if self.shares_grouping:
             raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
         tasks, groups = self.group_names[1:], len(self.group_names)
+        draws = self.training or self.sampling
         if self.assigned:
             assignment = self.fixed_gates.argmax(1)
-            return FilterGroups.from_assignment(assignment, tasks, one_hot(assignment, groups, self.gates_dtype))
-        if self._draws_by_formula():
+            gates = one_hot(assignment, groups, self.gates_dtype)
+            if not draws or not self._explore:
+                return FilterGroups.from_assignment(assignment, tasks, gates)
+            log_p = gates.log()
+        elif self._draws_by_formula():
             return _draw_by_formula([self])[0]
-        log_p = self.log_p()
-        draws = self.training or self.sampling or self._rule.gates is None
+        else:
+            log_p = self.log_p()
+            draws = draws or self._rule.gates is None
         log_p = self._log_drawn(log_p) if draws else log_p
         samples = 0
         if self.training:  # as many numbers as a step that learns takes: with one seed both draw the same

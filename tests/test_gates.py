@@ -63,6 +63,22 @@ def test_a_share_of_the_draws_ignores_p(noise_on, estimator, mode):
     assert estimator == "none" or (gates.draw().assignment == 0).all()  # argmax p
 
 
+@pytest.mark.parametrize("mode", ["train", "sampling", "eval"])
+def test_a_fixed_assignment_is_explored_around_as_well(mode):
+    """Of groups fixed at 2, with explore = .3, .8 of the draws stay; none leaves in evaluation, and p is one-hot."""
+    gates = GroupGates(1000, 2, "uniform", "straight_through")
+    gates.assign([2] * 1000)
+    gates.explore, gates.sampling = 0.3, mode == "sampling"
+    gates.train(mode == "train")
+    found = counts(gates).numpy()
+    if mode == "eval":
+        assert found.tolist() == [0, 0, DRAWS]
+    else:
+        assert stats.chisquare(found, [0.1 * DRAWS, 0.1 * DRAWS, 0.8 * DRAWS]).pvalue > 1e-3
+    assert not gates.draw().learns
+    assert torch.equal(gates.probabilities(), torch.tensor([0.0, 0.0, 1.0]).expand(1000, 3))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_no_other_share_of_the_draws(share):
     gates = GroupGates(3, 2, "uniform", "straight_through")

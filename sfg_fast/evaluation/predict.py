@@ -65,8 +65,9 @@ class Predictor:
         self.model.to(self.device).eval()
         self._statistics = {0: norm_buffers(self.model), 1: trained.drawn_statistics}
         self.constant_p = draws_from_constant_p(self.model)
-        fixed = all(layer.assigned for layer in sfg_layers(self.model).values())
-        self.draws_anything = not fixed or self.config.network.dropout > 0
+        layers = sfg_layers(self.model).values()
+        drawn = any(not layer.assigned or layer.explore for layer in layers)
+        self.draws_anything = drawn or self.config.network.dropout > 0
 
     def volume(self, inputs: np.ndarray, draws: int, by: str = "map", statistics: str = "running") -> Predicted:
         """Predict one volume slice by slice; in-plane patches are aggregated.

@@ -118,11 +118,11 @@ class How(NamedTuple):
 
 def _how(job: Job, config: ExperimentConfig) -> How:
     """A constant p has no most probable architecture, only the mean over draws; what is fixed draws nothing, unless it
-    is channels to drop."""
+    explores, or drops channels."""
     network, by = job.trainings[0].network, job.by
     if network.method == "constant_p":
         by = "draws" if by == "map" else by
-    elif network.method != "sfg" and network.dropout == 0:
+    elif network.method != "sfg" and network.dropout == network.explore == 0:
         by = "map"
     return How(0 if by == "map" else config.draws, by, config.statistics, config.checkpoint)
 

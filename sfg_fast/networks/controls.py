@@ -85,6 +85,22 @@ def set_estimator(model: nn.Module, name: str | Estimator, every: int = 1) -> No
         layer.estimator, layer.every = name, every
 
 
+@torch.no_grad()
+def pool_gradients(model: nn.Module, weight: float = 1.0) -> None:
+    """Before an optimiser's step: add to the gradient of every kernel's logits `weight` sqrt(K) times the mean gradient
+    of the K kernels of its layer.
+
+    The kernels of a layer are alike when training starts, so what the gates say of a group is of interest to all of
+    them. One kernel's gradient is mostly the noise of draws; of the mean there is sqrt(K) times less, and Adam, which
+    divides by the noise, moves p sooner where the whole layer is to become shared or specific. With `weight` 1 the
+    noise of both parts is alike, so that kernels can still part.
+    """
+    for layer in sfg_layers(model).values():
+        gradient = layer.logits.grad
+        if gradient is not None and layer.learns_grouping:
+            gradient += weight * len(gradient) ** 0.5 * gradient.mean(0)
+
+
 def set_noise_on(model: nn.Module, noise_on: str) -> None:
     """Choose what the noise of all layers' draws is added to: "log_p" (the default, the paper's: groups are drawn with
     probability p), or "p", as the authors' public code has it: with probability softmax(p). See `GroupGates`.
@@ -93,6 +109,16 @@ def set_noise_on(model: nn.Module, noise_on: str) -> None:
     """
     for layer in sfg_layers(model).values():
         layer.noise_on = noise_on
+
+
+def set_explore(model: nn.Module, share: float) -> None:
+    """Choose which share of all layers' draws ignores p, or the fixed assignment: groups are drawn with probability
+    (1 - share) p + share / (T+1), in training and while `sampling`. See `GroupGates`.
+
+    Raises ValueError unless it is 0 to 1.
+    """
+    for layer in sfg_layers(model).values():
+        layer.explore = share
 
 
 @contextlib.contextmanager

@@ -37,8 +37,9 @@ class NetworkConfig:
             selected.
         noise_on: what the noise of a draw is added to: "log_p", so that groups are drawn with probability p; or "p", as
             in the authors' public code: they are drawn with probability softmax(p).
-        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1).
-            So drawing stays a dropout while p becomes certain; choose it on the validation split, as a dropout's rate.
+        explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1),
+            also where the grouping is fixed. So drawing stays a dropout while p becomes certain; choose it on the
+            validation split, as a dropout's rate.
         shared: of method constant_mask: the share of each layer's kernels that is shared, one number or one for each
             layer; the rest is split evenly among the tasks. null: 1/(T+1).
         dropout: probability with which each channel is zero between two layers, in training and in predictions by
@@ -87,6 +88,8 @@ class ScheduleConfig:
         accumulate: mini-batches whose gradients are added up for a step, each with a draw of its own.
         learning_rate: of Adam, for weights.
         logits_factor: the logits' learning rate is this many times the weights'.
+        pooled: how much the step of a kernel's logits follows those of all kernels of its layer: sqrt(K) times their
+            mean gradient counts so many times beside its own (`pool_gradients`); 0: each is by itself.
         warmup: steps of linear warm-up.
         decay: how the weights' rate falls: "cosine", to 5 %; "polynomial", (1 - t)^0.9, to 0, as nnU-Net's; "constant".
         decay_from: share of the steps after which it does.
@@ -106,6 +109,7 @@ class ScheduleConfig:
     accumulate: int = 1
     learning_rate: float = 3e-3
     logits_factor: float = 10.0
+    pooled: float = 0.0
     warmup: int = 10
     decay: str = "cosine"
     decay_from: float = 0.5
@@ -280,6 +284,7 @@ def check(config: TrainConfig) -> None:
         "max_bad_steps": config.max_bad_steps,
         "schedule.warmup": schedule.warmup,
         "schedule.logits_factor": schedule.logits_factor,
+        "schedule.pooled": schedule.pooled,
         "bias": config.bias,
         "shift": config.shift,
         "objective.lambda1": objective.lambda1,

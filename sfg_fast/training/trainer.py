@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, Preempted
 from ..files import write_json
-from ..networks.controls import assign, draws_from_constant_p, norm_buffers, recalibrate, sfg_layers
+from ..networks.controls import assign, draws_from_constant_p, norm_buffers, pool_gradients, recalibrate, sfg_layers
 from ..tasks import Task
 from . import checkpoint
 from .config import TrainConfig
@@ -177,6 +177,8 @@ class Trainer(TrainingState):
         for logits in (p for group in self.optimiser.param_groups[1:] for p in group["params"]):
             good = good & torch.isfinite(logits.grad).all()
         if good:
+            if schedule.pooled:
+                pool_gradients(self.model, schedule.pooled)
             self.optimiser.step()
         else:
             for statistic, value in zip(self._statistics, before, strict=True):

@@ -17,10 +17,12 @@ from sfg_fast import (
     backend,
     parameter_groups,
     penalties,
+    pool_gradients,
     predict,
     recalibrate,
     sampling,
     set_estimator,
+    set_explore,
     set_temperature,
 )
 from sfg_fast.backends import available
@@ -93,6 +95,32 @@ def test_temperature_and_estimator_reach_all_layers():
         math.isclose(layer.temperature, 0.3, rel_tol=1e-6) and layer.estimator == "gumbel_softmax"
         for layer in sfg_layers(model).values()
     )
+
+
+def test_a_share_of_exploring_draws_reaches_all_layers():
+    model = network()
+    set_explore(model, 0.2)
+    assert {layer.explore for layer in sfg_layers(model).values()} == {0.2}
+    with pytest.raises(ValueError, match=r"explore=2: expected a share of the draws, 0 to 1"):
+        set_explore(model, 2)
+
+
+def test_pooled_gradients_are_each_one_s_own_and_the_layer_s_mean(float64):
+    """By hand for two layers; one that is fixed keeps its zeros, weights keep theirs."""
+    model = network()
+    layers = list(sfg_layers(model).values())
+    layers[-1].assign([1] * layers[-1].out_channels)
+    for layer in layers:
+        layer.logits.grad, layer.weight.grad = torch.randn_like(layer.logits), torch.ones_like(layer.weight)
+    before = [layer.logits.grad.clone() for layer in layers]
+    pool_gradients(model, 0.5)
+    for layer, own in zip(layers[:-1], before, strict=False):
+        kernels = len(own)
+        for kernel in range(kernels):
+            mean = sum(own[other] for other in range(kernels)) / kernels
+            oracle.assert_close(layer.logits.grad[kernel], own[kernel] + 0.5 * kernels**0.5 * mean, 1e-12)
+    assert torch.equal(layers[-1].logits.grad, before[-1])
+    assert all((layer.weight.grad == 1).all() for layer in layers)
 
 
 def test_eval_is_deterministic_and_sampling_draws():
