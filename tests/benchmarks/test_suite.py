@@ -1,0 +1,97 @@
+"""The suite's cohorts are what they are called, and its report says by hand what gains and regrets are."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.experiment import suite, suite_cohorts
+from sfg_fast.data import read_cohort
+from sfg_fast.experiment.config import check
+from sfg_fast.tasks import read_tasks
+
+
+@pytest.mark.parametrize("kind", suite_cohorts.TEACHERS)
+def test_teachers_are_related_as_their_kind_says(kind):
+    generator = torch.Generator().manual_seed(3)
+    x, other = torch.randn(2, 200, 3, 16, 16, generator=generator)
+    teachers = suite_cohorts.teachers(kind)
+    said = torch.stack([teacher(x) for teacher in teachers])
+    correlation = torch.corrcoef(said).fill_diagonal_(0).abs()
+    if kind == "identical":
+        assert torch.equal(said[0], said[1])
+    elif kind == "related":
+        assert correlation[0, 1] < 0.9
+        assert torch.equal(teachers[0].layers[0][0], teachers[1].layers[0][0])
+        assert not torch.equal(teachers[0].layers[1][0], teachers[1].layers[1][0])
+    elif kind == "disjoint":  # the first sees red alone, the second blue
+        for teacher, colour in zip(teachers, (0, 2), strict=True):
+            changed = other.clone()
+            changed[:, colour] = x[:, colour]
+            torch.testing.assert_close(teacher(changed), teacher(x))
+            assert not torch.allclose(teacher(other), teacher(x))
+    else:
+        assert correlation[0, 1] > 0.9
+        assert correlation[2].max() < 0.5
+
+
+def test_textures_become_a_cohort(tmp_path, monkeypatch):
+    """Of images and two numbers each; targets have mean 0 and SD 1, those to train on are noisy besides."""
+    monkeypatch.setattr(suite_cohorts, "TEXTURES", {"train": 300, "val": 2, "test": 300})
+    made = suite_cohorts.textures("identical")
+    suite_cohorts.write(tmp_path / "made", made)
+    cohort = read_cohort(tmp_path / "made" / "list.csv")
+    assert {split: len(cohort.split(split)) for split in ("train", "val", "test")} == suite_cohorts.TEXTURES
+    tasks = read_tasks(suite.PROBLEMS["identical"].tasks, cohort.targets)
+    assert [task.kind for task in tasks.values()] == ["regression"] * 2
+    first, second = made["train"].targets.values()
+    noise = first - second  # of equal teachers
+    assert abs(np.std(noise) / (2**0.5 * suite_cohorts.NOISE) - 1) < 0.1
+    clean = made["test"].targets["task1"]
+    assert np.array_equal(clean, made["test"].targets["task2"])
+    assert abs(np.std(clean) - 1) < 0.15
+    case = cohort.split("test")[0]
+    assert case.values["task1"] == pytest.approx(float(clean[0]), abs=1e-5)
+
+
+def test_digits_of_one_split_are_in_no_other():
+    pytest.importorskip("sklearn")
+    splits = suite_cohorts.overlaid_digits()
+    assert {name: len(one.pixels) for name, one in splits.items()} == suite_cohorts.DIGITS
+    for one in splits.values():
+        assert one.pixels.shape[1:] == (32, 32)
+        assert not one.pixels[:, :8, 25:].any()  # left is up, right is down
+        assert {*one.targets["left"].tolist()} == set(range(10))
+
+
+@pytest.mark.parametrize("problem", ["two_alike", "faces"])
+def test_a_problem_is_an_experiment(problem, tmp_path):
+    config = suite.experiment(problem, tmp_path / "list.csv", tmp_path / "out", [0, 1], 2)
+    check(config)
+    named = [row for way in suite.ways().values() for row in way.rows]
+    assert list(config.methods) == named
+    assert len(set(named)) == len(named)
+
+
+def result(numbers, likelihood):
+    return suite.Result(np.array(numbers, float), np.array([likelihood] * 2), 10.0, [])
+
+
+def test_gain_and_regret_by_hand():
+    """Two tasks, two seeds. Hard sharing: 10 and 4 on average. The validation images choose the even split, though
+    hard sharing is better on the test images than it; and of SFG's rates the second."""
+    found = {
+        "Hard sharing": result([[9, 4], [11, 4]], 2.0),
+        "Even split": result([[11, 4], [11, 4]], 1.5),
+        "SFG, explore 0.0": result([[1, 1], [1, 1]], 1.9),
+        "SFG, explore 0.05": result([[8, 4], [10, 2]], 1.0),
+    }
+    best = suite.chosen(found)
+    assert best["SFG"].row == "SFG, explore 0.05"
+    assert suite.gains(found["SFG, explore 0.05"], found["Hard sharing"]).tolist() == pytest.approx([10, 25])
+    table, regrets = suite._of_problem("digits", {"left": None, "right": None}, best)
+    assert regrets["Even split"] == "0.0 (0.0)"
+    assert regrets["Hard sharing"] == "-5.0 (7.1)"  # 0 against -5; 5 and -5 by seed
+    assert regrets["SFG"] == "-22.5 (10.6)"
+    rows = {row[0]: row for row in table.rows}
+    assert "Even split **(the best fixed)**" in rows
+    assert rows["SFG"][1:5] == ["explore 0.05", "9.00 (1.41)", "3.00 (1.41)", "17.5 (10.6)"]
