@@ -107,32 +107,21 @@ def ways() -> dict[str, Way]:
         for what, rates in (("dropout", DROPOUT), ("explore", EXPLORE)):
             rows = {f"{name}, {what} {rate}": {**fixed[name], f"network.{what}": rate} for rate in rates}
             found[f"{name}, {what}"] = Way(rows, fixed=True)
-    paper = {"network.init": "INIT", "schedule.logits_factor": 10.0, "schedule.draw_until": 1.0}
-    start = {**paper, "network.init": "mostly_shared"}
-    learns = {
-        "network.init": "mostly_shared",
-        "schedule.logits_factor": 30.0,
-        "schedule.pooled": 1.0,
-        "schedule.draw_until": 0.5,
-    }
     found["Constant p"] = Way({"Constant p": {"method": "constant_p"}})
-    found["SFG, as in the paper"] = Way({"SFG, as in the paper": {"method": "sfg", **paper}})
-    found["SFG, p(shared) .9"] = Way({"SFG, p(shared) .9": {"method": "sfg", **start}})
-    found["SFG, p(shared) .9 and never learnt"] = Way(
-        {"SFG, p(shared) .9 and never learnt": {"method": "sfg", **start, "schedule.logits_factor": 0.0}}
-    )
-    found["SFG"] = Way(
-        {f"SFG, explore {rate}": {"method": "sfg", **learns, "network.explore": rate} for rate in (0.0, *EXPLORE)}
-    )
+    paper = {"network.init": "INIT", "schedule.logits_factor": 10.0, "schedule.draw_until": 1.0}
+    shared = {**paper, "network.init": "mostly_shared"}
+    for name, row in (
+        ("SFG, as in the paper", paper),
+        ("SFG, p(shared) .9", shared),
+        ("SFG, p(shared) .9 and never learnt", {**shared, "schedule.logits_factor": 0.0}),
+    ):
+        found[name] = Way({name: {"method": "sfg", **row}})
+    learns = {"schedule.logits_factor": 30.0, "schedule.pooled": 1.0, "schedule.draw_until": 0.3}
+    rates = (0.0, *EXPLORE)
+    found["SFG"] = Way({f"SFG, explore {rate}": {"method": "sfg", **learns, "network.explore": rate} for rate in rates})
+    anew = {"method": "retrain", "grouping_of": "SFG, explore 0.0"}
     found["SFG, trained anew"] = Way(
-        {
-            f"SFG, explore {EXPLORE[-1]}, trained anew, explore {rate}": {
-                "method": "retrain",
-                "grouping_of": f"SFG, explore {EXPLORE[-1]}",
-                "network.explore": rate,
-            }
-            for rate in (0.0, *EXPLORE)
-        }
+        {f"SFG, trained anew, explore {rate}": {**anew, "network.explore": rate} for rate in rates}
     )
     return found
 
