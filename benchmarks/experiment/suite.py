@@ -10,7 +10,7 @@ command goes on.
 `report`: a row's gain is by how many percent it is better than hard sharing, the mean over tasks of the relative change
 of MAE, or of the share of images that are wrong, on the test images. A row's regret is the gain of the best fixed
 grouping minus its own. Which fixed grouping is the best, and which rate of dropout or exploring a row has, is chosen by
-the likelihood of the validation images.
+the gain on the validation images.
 """
 
 from __future__ import annotations
@@ -178,11 +178,11 @@ def run(folder: Path, problem: str, faces: Path | None, seeds: Sequence[int], pr
 
 
 class Result(NamedTuple):
-    """Of a row, by seed: the numbers of each task on the test images (less is better), the mean negative log-likelihood
-    of the validation images, summed over tasks; the FLOPs of a prediction; p(shared) by layer of what learns."""
+    """Of a row: the numbers of each task (less is better) on the test and on the validation images, [seeds, tasks]; the
+    FLOPs of a prediction; p(shared) by layer of what learns."""
 
-    numbers: np.ndarray
-    likelihood: np.ndarray
+    test: np.ndarray
+    validation: np.ndarray
     flops: float
     shared: list[float]
 
@@ -203,7 +203,7 @@ def results(folder: Path, problem: str) -> tuple[dict[str, Task], dict[str, Resu
         tasks = tasks or from_json(documents[0]["conventions"]["tasks"])
         found[row] = Result(
             np.array([[_number(document, task) for task in tasks.values()] for document in documents]),
-            np.array([sum(_likelihoods(job)) for job in its]),
+            np.array([_on_validation(job, tasks) for job in its]),
             documents[0]["flops"],
             _shared(its),
         )
@@ -218,10 +218,13 @@ def _number(document: Mapping[str, Any], task: Task) -> float:
     return mean if measure.less_is_better else 100 - mean
 
 
-def _likelihoods(job: Job) -> list[float]:
-    """The negative log-likelihood at the end, of each training of a job, on the validation images."""
-    summaries = [read_json(Path(training.out) / "summary.json") for training in job.trainings]
-    return [summary["validation"]["last"]["nll"] for summary in summaries]
+def _on_validation(job: Job, tasks: Mapping[str, Task]) -> list[float]:
+    """The same of each task on the validation images, at the end of training."""
+    scores: dict[str, float] = {}
+    for training in job.trainings:
+        scores |= read_json(Path(training.out) / "summary.json")["validation"]["last"]["scores"]
+    of_tasks = [(task, scores[f"{name}/{task.scores[0].name}"]) for name, task in tasks.items()]
+    return [score if task.relative.less_is_better else 100 - score for task, score in of_tasks]
 
 
 def _shared(its: Sequence[Job]) -> list[float]:
@@ -240,19 +243,25 @@ class Chosen(NamedTuple):
 
 
 def chosen(found: Mapping[str, Result]) -> dict[str, Chosen]:
-    """Of every way that has been run."""
+    """Of every way that has been run, if hard sharing has."""
     best = {}
+    if HARD not in found:
+        return {}
     for name, way in ways().items():
         there = {row: found[row] for row in way.rows if row in found}
         if there:
-            row = min(there, key=lambda row: there[row].likelihood.mean())
+            row = max(there, key=lambda row: gain_on_validation(there[row], found[HARD]))
             best[name] = Chosen(row, there[row])
     return best
 
 
 def gains(result: Result, hard: Result) -> np.ndarray:
-    """By how many percent better than the mean of hard sharing, the mean over tasks, for each seed."""
-    return 100 * (1 - result.numbers / hard.numbers.mean(0)).mean(1)
+    """By how many percent better than the mean of hard sharing on the test images, the mean over tasks, by seed."""
+    return 100 * (1 - result.test / hard.test.mean(0)).mean(1)
+
+
+def gain_on_validation(result: Result, hard: Result) -> float:
+    return float(100 * (1 - result.validation / hard.validation.mean(0)).mean())
 
 
 def report(folder: Path, file: Path) -> None:
@@ -262,8 +271,7 @@ def report(folder: Path, file: Path) -> None:
         "`python -m benchmarks.experiment.suite run FOLDER PROBLEM ..`, then `report FOLDER FILE`. Mean (SD) over "
         "seeds, on the test images, of the MAE, or of the percentage of images that are wrong. Gain: percent better "
         "than hard sharing, the mean over tasks. Regret: the gain of the best fixed grouping minus that of the row. "
-        "The best fixed grouping, and rates of dropout and exploring, were chosen by the likelihood of validation "
-        "images.\n",
+        "The best fixed grouping, and rates of dropout and exploring, were chosen by the gain on validation images.\n",
     ]
     regrets: dict[str, dict[str, str]] = {}
     for problem in PROBLEMS:
@@ -287,17 +295,17 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
     """The table of a problem, and the regret of every way with the SD over seeds of its gain."""
     hard = best[HARD].result
     fixed = [name for name, way in ways().items() if way.fixed and name in best]
-    winner = min(fixed, key=lambda name: best[name].result.likelihood.mean())
+    winner = max(fixed, key=lambda name: gain_on_validation(best[name].result, hard))
     goal = gains(best[winner].result, hard)
     rows, regrets = [], {}
     for name, (row, result) in best.items():
         gained = gains(result, hard)
         mark = " **(the best fixed)**" if name == winner else " (more weights)" if ways()[name].more else ""
-        numbers = [_cell(result.numbers[:, index], 2) for index in range(len(tasks))]
+        numbers = [_cell(result.test[:, index], 2) for index in range(len(tasks))]
         shared = " ".join(f"{value:.2f}" for value in result.shared)
         tried = "" if row == name else row.removeprefix(f"{name}, ")
         cells = [*numbers, _cell(gained, 1), f"{goal.mean() - gained.mean():.1f}", f"{result.flops / hard.flops:.2f}"]
-        rows.append([name + mark, tried, *cells, f"{result.likelihood.mean():.3f}", shared])
+        rows.append([name + mark, tried, *cells, f"{gain_on_validation(result, hard):.1f}", shared])
         regrets[name] = f"{goal.mean() - gained.mean():.1f} ({_sd(gained):.1f})"
     header = [
         "",
@@ -306,10 +314,10 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
         "gain [%]",
         "regret [%]",
         "FLOPs / hard sharing's",
-        "validation",
+        "gain on validation",
         "p(shared) by layer",
     ]
-    return Table(f"{problem}, {len(hard.numbers)} seeds", header, rows), regrets
+    return Table(f"{problem}, {len(hard.test)} seeds", header, rows), regrets
 
 
 def _sd(values: np.ndarray) -> float:

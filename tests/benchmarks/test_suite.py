@@ -72,18 +72,18 @@ def test_a_problem_is_an_experiment(problem, tmp_path):
     assert len(set(named)) == len(named)
 
 
-def result(numbers, likelihood):
-    return suite.Result(np.array(numbers, float), np.array([likelihood] * 2), 10.0, [])
+def result(test, validation):
+    return suite.Result(np.array(test, float), np.array([validation] * 2, float), 10.0, [])
 
 
 def test_gain_and_regret_by_hand():
     """Two tasks, two seeds. Hard sharing: 10 and 4 on average. The validation images choose the even split, though
     hard sharing is better on the test images than it; and of SFG's rates the second."""
     found = {
-        "Hard sharing": result([[9, 4], [11, 4]], 2.0),
-        "Even split": result([[11, 4], [11, 4]], 1.5),
-        "SFG, explore 0.0": result([[1, 1], [1, 1]], 1.9),
-        "SFG, explore 0.05": result([[8, 4], [10, 2]], 1.0),
+        "Hard sharing": result([[9, 4], [11, 4]], [10, 4]),
+        "Even split": result([[11, 4], [11, 4]], [9, 4]),
+        "SFG, explore 0.0": result([[1, 1], [1, 1]], [10, 4.1]),
+        "SFG, explore 0.05": result([[8, 4], [10, 2]], [8, 4.2]),
     }
     best = suite.chosen(found)
     assert best["SFG"].row == "SFG, explore 0.05"
