@@ -56,7 +56,7 @@ PLACES = {
 
 
 def phantom(
-    out: str, cases: int = 15, test: int = 5, size: int = 48, slices: int = 16, seed: int = 0, difficulty: float = 0.0
+    out: str, cases: int = 15, test: int = 5, size: int = 96, slices: int = 24, seed: int = 0, difficulty: float = 0.0
 ) -> None:
     """Make a synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, with a train/test split.
 
@@ -64,10 +64,11 @@ def phantom(
         out: folder to be made.
         cases: number of cases.
         test: how many of them are test cases.
-        size: voxels along each in-plane axis.
-        slices: axial slices.
+        size: voxels along each in-plane axis, over 400 mm.
+        slices: axial slices, over 144 mm.
         seed: of the shapes and the noise.
-        difficulty: 0 to 1: more varied anatomy, less contrast, more noise, more that only its place tells apart.
+        difficulty: 0 to 1: more varied anatomy, less contrast, more noise; what only its place tells apart; borders
+            that only the MR shows, and densities that only the CT shows.
     """
     from .data.phantom import write_phantom
 
@@ -297,7 +298,7 @@ def experiment(config: Any) -> None:
     print(f"table in {out / 'table.md'}, report in {out / 'report.html'}, numbers in {out / 'metrics.json'}")
 
 
-def demo(out: str = "runs/demo", seed: int = 0, steps: int = 1500) -> None:
+def demo(out: str = "runs/demo", seed: int = 0, steps: int = 2000) -> None:
     """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
 
     Args:

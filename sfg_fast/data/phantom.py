@@ -1,13 +1,16 @@
-"""A synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, for the demo and the tests.
+"""A synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, for the demo, the tests and experiments.
 
-Each case is drawn tissue by tissue from simple solids in mm, with a shape, position, smooth deformation, tissue
-contrast, bias field and noise of its own. Cortical bone and rectal gas are both dark in the MR but about 1900 HU
-apart in the CT, so that a synthetic CT needs context, not only intensity. The anatomy depends on the seed alone and
-is sampled on whatever grid is asked for.
+`pelvis.py` says where each tissue of a patient lies, `TISSUES` how bright it is; here it is imaged. Everything is given
+in mm and depends on the seed alone; the grid that is asked for only samples it, eight times per voxel, so that a voxel
+on a border holds a mixture. Cortical bone and rectal gas are both dark in the MR but about 2000 HU apart in the CT, so
+that a synthetic CT needs context, not only intensity; and organs differ from their walls and neighbours in the MR only.
 
-The difficulty, 0 to 1, takes away what makes the job easy: anatomy varies more; organs, muscle and stool come closer
-together in the MR, marrow becomes as bright as fat; bias field and noise grow; and there is more that only place and
-shape tell apart: tendons, calcifications and gas in the bowel, all dark in the MR, and marrow of two densities.
+The difficulty, 0 to 1, takes away what makes the job easy. Anatomy varies more; organs, muscle and stool come closer
+together in the MR, marrow becomes as bright as fat; bias field and noise grow. Tendons, calcifications and gas in the
+bowel are dark in the MR, too, and only place and shape tell them apart. And each task has to look at what the other has
+no use for. The organs: the veins around the prostate have its HU, so that the CT does not show its border. The CT: how
+dense a bone is. Marrow is denser where its texture in the MR is coarser, near the bone's surface, and in the femoral
+heads; cortical bone is denser the farther it is from the midline.
 """
 
 from __future__ import annotations
@@ -15,20 +18,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..files import new_folder, write_json
+from .pelvis import (
+    AIR,
+    ARTERY,
+    CALCIFICATION,
+    CARTILAGE,
+    CORTICAL,
+    FAT,
+    GAS,
+    GLAND,
+    LABELS,
+    MARROW,
+    MUCOSA,
+    MUSCLE,
+    PERIPHERAL_ZONE,
+    PROSTATE,
+    SKIN,
+    STOOL,
+    TENDON,
+    URINE,
+    VEIN,
+    WALL,
+    cut,
+    pelvis,
+)
 from .stored import MAX_VOXELS
 from .volumes import Grid, write_volume
 
 FIELD_OF_VIEW_MM = (144.0, 400.0, 400.0)  # along Z, Y, X
-LABELS = {"background": 0, "prostate": 1, "bladder": 2, "rectum": 3, "left_femoral_head": 4, "right_femoral_head": 5}
 SCANNER_UNITS = 1000.0  # MR intensity of the brightest tissue, about
-AIR, FAT, MUSCLE, CORTICAL, MARROW, URINE, PROSTATE, PERIPHERAL_ZONE, WALL, STOOL, GAS = range(11)
-DENSE_MARROW, TENDON, CALCIFICATION = range(11, 14)  # of a difficult phantom only
+BLUR_MM = 0.8  # SD of what scanners blur in plane
+SAMPLES, WEIGHTS = 2, (0.499, 0.501)  # of a voxel along each axis; a little unequal, so that no label wins all ties
+# MR at difficulty 0 and 1, HU; SD among patients of MR (relative) and HU; SD of the texture in MR (relative) and HU.
+TISSUES = {
+    AIR: (0.00, 0.00, -1000, 0.00, 0, 0.00, 0),
+    SKIN: (0.35, 0.35, 0, 0.05, 5, 0.00, 5),
+    FAT: (0.85, 0.82, -100, 0.03, 4, 0.04, 6),
+    MUSCLE: (0.22, 0.28, 55, 0.10, 4, 0.15, 5),
+    CORTICAL: (0.04, 0.05, 1050, 0.10, 50, 0.00, 40),
+    MARROW: (0.66, 0.76, 220, 0.08, 40, 0.10, 25),
+    CARTILAGE: (0.42, 0.36, 90, 0.10, 10, 0.05, 5),
+    URINE: (1.15, 0.92, 8, 0.08, 4, 0.02, 0),
+    PROSTATE: (0.46, 0.42, 42, 0.08, 2, 0.20, 2),
+    PERIPHERAL_ZONE: (0.82, 0.54, 40, 0.08, 2, 0.12, 2),
+    GLAND: (0.95, 0.66, 38, 0.08, 2, 0.15, 2),
+    WALL: (0.28, 0.33, 42, 0.08, 2, 0.05, 2),
+    MUCOSA: (0.60, 0.44, 40, 0.08, 2, 0.05, 2),
+    STOOL: (0.44, 0.42, 35, 0.25, 15, 0.20, 40),
+    GAS: (0.03, 0.05, -900, 0.00, 20, 0.00, 0),
+    ARTERY: (0.12, 0.06, 48, 0.10, 3, 0.00, 2),
+    VEIN: (0.70, 0.62, 45, 0.10, 3, 0.10, 2),
+    TENDON: (0.05, 0.05, 90, 0.00, 10, 0.00, 5),
+    CALCIFICATION: (0.05, 0.05, 600, 0.00, 60, 0.00, 40),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +88,7 @@ class PhantomCase:
     mask: np.ndarray
 
 
-def phantom_grid(size: int = 48, slices: int = 16) -> Grid:
+def phantom_grid(size: int = 96, slices: int = 24) -> Grid:
     """The grid of a case: RAS+, the field of view centred on the world's origin."""
     z, y, x = (extent / count for extent, count in zip(FIELD_OF_VIEW_MM, (slices, size, size), strict=True))
     affine = np.diag([x, y, z, 1.0])
@@ -49,22 +96,34 @@ def phantom_grid(size: int = 48, slices: int = 16) -> Grid:
     return Grid(affine.astype(np.float32).astype(np.float64), (size, size, slices))
 
 
-def make_case(rng_seed: int | Sequence[int], size: int = 48, slices: int = 16, difficulty: float = 0.0) -> PhantomCase:
+def make_case(rng_seed: int | Sequence[int], size: int = 96, slices: int = 24, difficulty: float = 0.0) -> PhantomCase:
     """One patient, a function of the seed and the difficulty (0 to 1); arrays [slices, size, size], axes towards
     Superior, Anterior, Right."""
-    rng = np.random.default_rng(rng_seed)
     shape = (slices, size, size)
-    tissue, labels = _anatomy(rng, shape, difficulty)
-    mr, ct = _images(rng, tissue, difficulty)
-    return PhantomCase(mr, ct, labels, tissue != AIR)
+    of_anatomy, of_images, of_noise = np.random.default_rng(rng_seed).spawn(3)
+    patient = _Patient(of_anatomy, of_images, difficulty)
+    z, y, x = (
+        ((np.arange(n * SAMPLES) + 0.5) / (n * SAMPLES) - 0.5) * extent
+        for n, extent in zip(shape, FIELD_OF_VIEW_MM, strict=True)
+    )
+    mr, ct, body = np.empty(shape), np.empty(shape), np.empty(shape)
+    labels = np.empty(shape, np.uint8)
+    for index in range(slices):
+        sections = [patient.section(height, y, x) for height in z[index * SAMPLES :][:SAMPLES]]
+        samples = np.reshape(sections, (SAMPLES, -1, size, SAMPLES, size, SAMPLES))
+        mixed = np.einsum("zkyaxb,z,a,b->kyx", samples, WEIGHTS, WEIGHTS, WEIGHTS, optimize=True)
+        mr[index], ct[index], body[index] = mixed[:3]
+        labels[index] = mixed[3:].argmax(axis=0)
+    mr, ct = _with_noise(of_noise, mr, ct, difficulty)
+    return PhantomCase(mr, ct, labels, body >= 0.5)
 
 
 def write_phantom(
     out: Path | str,
     cases: int = 15,
     test: int = 5,
-    size: int = 48,
-    slices: int = 16,
+    size: int = 96,
+    slices: int = 24,
     seed: int = 0,
     progress: bool = True,
     difficulty: float = 0.0,
@@ -100,187 +159,99 @@ def write_phantom(
         write_json(out / "dataset.json", {**about, "difficulty": difficulty})
 
 
-def _anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficulty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tissue index and label of every voxel."""
+class _Patient:
+    """Solids, and all that varies smoothly from place to place."""
 
-    def draw(low: float, high: float, size: int | None = None) -> Any:
-        """From an interval that is 40 % wider at difficulty 1."""
-        margin = 0.2 * difficulty * (high - low)
-        return rng.uniform(low - margin, high + margin, size)
+    def __init__(self, of_anatomy: np.random.Generator, of_images: np.random.Generator, difficulty: float):
+        self.difficulty = difficulty
+        self.middle = (*of_anatomy.normal(0, 4, 2), of_anatomy.uniform(-16, -4))  # of the hips in the field of view
+        self.scale = of_anatomy.uniform((0.9, 0.9, 0.94), (1.0, 1.02, 1.04))
+        self.bend = [_Field(of_anatomy, (80, 120, 120)) for _ in range(2)]
+        self.bulge = [_Field(of_anatomy, (25, 28, 28)) for _ in range(2)]
+        self.sheets = _Field(of_anatomy, (24, 18, 18))
+        self.solids = pelvis(of_anatomy, difficulty)
 
-    bend = 7.5 + 4.5 * difficulty  # SD of the smooth deformation in mm
-    # x grows towards the patient's right, back towards posterior (against axis 1), z upwards from the lowest slice.
-    z, y, x = np.meshgrid(
-        *((np.arange(n) + 0.5) * extent / n for n, extent in zip(shape, FIELD_OF_VIEW_MM, strict=True)), indexing="ij"
-    )
-    size_of_patient = draw(0.92, 1.06)
-    shift_x, shift_y = rng.normal(0, 5, 2)
-    x = (x - FIELD_OF_VIEW_MM[2] / 2 - shift_x + bend * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
-    back = (FIELD_OF_VIEW_MM[1] / 2 - y - shift_y + bend * _smooth_field(rng, shape, (3, 3, 3))) / size_of_patient
+        self.grain, self.coarseness = _Field(of_images, (5, 5, 5)), _Field(of_images, (24, 24, 24))
+        self.coil, self.streaks = _Field(of_images, (100, 180, 180)), _Field(of_images, (5, 5, 70))
+        columns = np.array([TISSUES[kind] for kind in sorted(TISSUES)]).T
+        easy, hard, hu, mr_spread, hu_spread, self.mr_grain, self.hu_grain = columns
+        self.mr = (easy + difficulty * (hard - easy)) * (1 + mr_spread * of_images.normal(size=len(hu)))
+        self.hu = hu + hu_spread * of_images.normal(size=len(hu))
 
-    def ellipse(at_x: float, at_back: float, radius_x: float, radius_back: float) -> np.ndarray:
-        return ((x - at_x) / radius_x) ** 2 + ((back - at_back) / radius_back) ** 2
+    def section(self, z: float, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """MR, CT, body and labels (one plane each) of an axial plane; places in mm from the middle of the field."""
+        from scipy import ndimage
 
-    def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> np.ndarray:
-        return ellipse(*centre[:2], *radii[:2]) + ((z - centre[2]) / radii[2]) ** 2 < 1
+        place, difficulty = (np.array([z]), y, x), self.difficulty
+        bent, front = (
+            (at - self.middle[axis] + (5 + 3 * difficulty) * self.bend[axis](*place) + 1.5 * self.bulge[axis](*place))
+            / self.scale[axis]
+            for axis, at in enumerate((x, y[:, None]))
+        )
+        height = float((z - self.middle[2]) / self.scale[2])
+        tissue, label, depth = cut(self.solids, bent.astype(np.float32), front.astype(np.float32), height)
+        sheet = self.sheets(*place)
+        tissue[(tissue == MUSCLE) & (np.abs(sheet) < 0.03)] = FAT
+        tissue[(tissue == MUSCLE) & (np.abs(sheet - 1) < 0.1 * difficulty)] = TENDON
 
-    tissue = np.full(shape, AIR, np.uint8)
-    labels = np.zeros(shape, np.uint8)
-
-    half_width, half_depth, skin_fat = draw(150, 168), draw(118, 136), draw(15, 35)
-    inside = ellipse(0, 0, half_width - skin_fat, half_depth - skin_fat * draw(0.8, 1.2)) < 1
-    tissue[ellipse(0, 0, half_width, half_depth) < 1] = FAT
-    tissue[inside] = MUSCLE
-    pelvic_fat = ellipsoid((0, draw(-10, 10), 76), (draw(55, 75), draw(65, 85), 270))
-    fat_planes = _smooth_field(rng, shape, (8, 20, 20)) > 1.9
-    tissue[inside & (pelvic_fat | fat_planes)] = FAT
-
-    # Bones, from the hips outwards; cortical shells around marrow. side: -1 the patient's left, +1 the right.
-    hip_x, hip_back, hip_z, cortex = draw(90, 105), draw(-10, 10), draw(58, 85), draw(5, 9)
-    for side, name in ((-1, "left_femoral_head"), (1, "right_femoral_head")):
-        radius, head_back = draw(26, 33), hip_back + rng.normal(0, 3.5)
-        from_axis = np.sqrt(ellipse(side * hip_x, head_back, 1, 1))
-        cup = (np.abs(from_axis - radius - 13) < draw(5.5, 9.5)) & (side * x - hip_x < 10) & (np.abs(z - hip_z) < 45)
-        tissue[cup] = CORTICAL
-
-        above_hip = z > hip_z + 31
-        wing = ((0.8 * (side * x - draw(70, 90)) + 0.45 * (back + 10)) / draw(10, 17.5)) ** 2
-        wing_shell = above_hip & (wing + ((back + 5) / draw(45, 60)) ** 2 < 1)
-        wing_core = ((0.8 * (side * x - 80) + 0.45 * (back + 10)) / 8) ** 2 + ((back + 5) / 40) ** 2 < 1
-        _bone(tissue, wing_shell, wing_core)
-
-        ischium_x, ischium_back = side * (hip_x - 15), head_back + 45
-        ischium = (ellipse(ischium_x, ischium_back, 18, 22) < 1) & (z < hip_z + 9)
-        _bone(tissue, ischium, ellipse(ischium_x, ischium_back, 11.5, 15.5) < 1)
-
-        from_centre = np.sqrt(from_axis**2 + (z - hip_z) ** 2)
-        _bone(tissue, from_centre < radius, from_centre < radius - cortex)
-        labels[from_centre < radius] = LABELS[name]
-
-    sacrum = ellipse(0, draw(85, 95), draw(30, 42), draw(13, 18))
-    _bone(tissue, (sacrum < 1) & (z > 50), sacrum < 0.45)
-    pubis_back, pubis_width, pubis_depth = draw(-75, -65), draw(16, 20), draw(11, 15)
-    for side in (-1, 1):
-        pubis = ellipse(side * 21, pubis_back, pubis_width, pubis_depth)
-        _bone(tissue, (pubis < 1) & (z < hip_z - 9), pubis < 0.4)
-
-    bladder_radius = draw(27, 47)
-    bladder = ellipsoid(
-        (rng.normal(0, 5), draw(-30, -15), draw(90, 108)),
-        (bladder_radius, bladder_radius * draw(0.7, 0.95), draw(29, 43)),
-    )
-    prostate = ellipsoid((rng.normal(0, 2.5), draw(-5, 7.5), draw(45, 58)), (draw(22, 31), draw(18, 24), draw(27, 36)))
-    for organ, filling, name in ((bladder, URINE, "bladder"), (prostate, PROSTATE, "prostate")):
-        tissue[organ] = filling
-        labels[organ] = LABELS[name]
-    tissue[prostate & (back > 7.5)] = PERIPHERAL_ZONE
-
-    rectum_back = draw(40, 55)
-    rectum_x = rng.normal(0, 5) + 7.5 * np.sin(z / 45 + draw(0, 2 * np.pi))
-    rectum_radius = draw(16, 23) * (1 + 0.2 * np.sin(z / 13 + draw(0, 2 * np.pi)))
-    from_axis = np.sqrt((x - rectum_x) ** 2 + (back - rectum_back) ** 2)
-    rectum, lumen = from_axis < rectum_radius, from_axis < rectum_radius - 5.5
-    tissue[rectum] = WALL
-    tissue[lumen] = STOOL
-    labels[rectum] = LABELS["rectum"]
-    gas_from, gas_to = np.sort(draw(0, FIELD_OF_VIEW_MM[0], 2))
-    gas_rises_above = back < rectum_back + draw(-7.5, 12.5)  # the patient lies on the back
-    tissue[lumen & (z >= gas_from) & (z <= gas_to + 18) & gas_rises_above] = GAS
-    if difficulty > 0:
-        # A generator of its own: whatever is drawn here changes nothing else.
-        _ambiguous_tissue(rng.spawn(1)[0], tissue, labels, (x, back, z), difficulty)
-    return tissue, labels
+        grain, coarseness = self.grain(*place), np.maximum(1 + 0.6 * self.coarseness(*place), 0)
+        marrow = tissue == MARROW
+        mr = self.mr[tissue] * (1 + self.mr_grain[tissue] * grain)
+        ct = self.hu[tissue] + self.hu_grain[tissue] * grain
+        mr *= 1 + difficulty * 0.2 * coarseness * grain * marrow
+        dense = 200 * (coarseness - 1) - 40 * coarseness * grain + 200 * (np.exp(-depth / 6) - 0.3) + 150 * (label >= 4)
+        ct += difficulty * np.where(marrow, dense, 0)
+        ct += difficulty * np.where(tissue == CORTICAL, 200 * np.clip((np.abs(bent) - 80) / 60, -1, 1), 0)
+        ct += 8 * np.exp(-((height / 25) ** 2)) * self.streaks(*place) * (tissue != AIR)
+        mr *= np.exp((0.15 + 0.2 * difficulty) * np.tanh(self.coil(*place)))
+        blur = [BLUR_MM / (at[1] - at[0]) for at in (y, x)]
+        images = [ndimage.gaussian_filter(image, blur) for image in (mr, ct)]
+        return np.array([*images, tissue != AIR, *(label == value for value in LABELS.values())], np.float32)
 
 
-def _ambiguous_tissue(
-    rng: np.random.Generator,
-    tissue: np.ndarray,
-    labels: np.ndarray,
-    place: tuple[np.ndarray, np.ndarray, np.ndarray],
-    difficulty: float,
-) -> None:
-    """Add what looks alike in the MR and differs in the CT; each kind has its places and its shape.
-
-    place: of every voxel in mm, towards the patient's right, posterior and superior.
-    """
-
-    def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
-        """Squared distance from the centre, in radii."""
-        x, back, z = ((at - c) / radius for at, c in zip(place, centre, strict=True))
-        return x**2 + back**2 + z**2
-
-    heads = [LABELS["left_femoral_head"], LABELS["right_femoral_head"]]
-    tissue[(tissue == MARROW) & np.isin(labels, heads)] = DENSE_MARROW
-
-    sheets = np.abs(_smooth_field(rng, tissue.shape, (5, 12, 12))) < 0.12 * difficulty
-    tissue[(tissue == MUSCLE) & sheets] = TENDON
-    for _ in range(round(4 * difficulty)):  # loops of bowel above the bladder, gas on top of what they hold
-        centre = (rng.uniform(-70, 70), rng.uniform(-75, -15), rng.uniform(100, 144))
-        loop = ball(centre, rng.uniform(15, 24))
-        free = np.isin(tissue, (FAT, MUSCLE, TENDON))
-        tissue[free & (loop < 1)] = WALL
-        tissue[free & (loop < 0.55)] = STOOL
-        tissue[free & (loop < 0.55) & (place[1] < centre[1] + rng.uniform(-8, 8))] = GAS
-    for index in range(round(6 * difficulty)):  # in veins beside the pelvic organs, left and right in turn
-        centre = ((-1) ** index * rng.uniform(35, 65), rng.uniform(0, 55), rng.uniform(15, 100))
-        tissue[np.isin(tissue, (FAT, MUSCLE)) & (ball(centre, rng.uniform(5, 9)) < 1)] = CALCIFICATION
-    gland = np.isin(tissue, (PROSTATE, PERIPHERAL_ZONE))
-    middle = [float(at[gland].mean()) for at in place]
-    for _ in range(round(2 * difficulty)):
-        centre = (middle[0] + rng.normal(0, 9), middle[1] + rng.normal(0, 7), middle[2] + rng.normal(0, 12))
-        tissue[gland & (ball(centre, rng.uniform(5, 8)) < 1)] = CALCIFICATION
-
-
-def _images(rng: np.random.Generator, tissue: np.ndarray, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
-    """MR and CT of the tissues. This is where intensities go from those of difficulty 0 to those of 1."""
+def _with_noise(
+    rng: np.random.Generator, mr: np.ndarray, ct: np.ndarray, difficulty: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """MR in scanner units with Rician noise; CT with noise that is smooth in plane and strongest deep in the body."""
     from scipy import ndimage
 
-    def between(easy: float, hard: float) -> float:
-        return easy + difficulty * (hard - easy)
-
-    def about(value: float, spread: float = 0.08) -> float:
-        return value * (1 + spread * rng.normal())
-
-    intensity = {  # tissue: (MR in relative units, CT in HU)
-        AIR: (0.0, -1000.0),
-        FAT: (about(0.8), -100.0),
-        MUSCLE: (about(between(0.28, 0.32)), 50.0),
-        CORTICAL: (0.05, rng.uniform(850, 1100)),
-        MARROW: (about(between(0.68, 0.8)), rng.uniform(200, 300)),
-        URINE: (about(between(1.05, 0.85)), rng.uniform(0, 15)),
-        PROSTATE: (about(between(0.5, 0.42)), 40.0),
-        PERIPHERAL_ZONE: (about(between(0.75, 0.5)), 38.0),
-        WALL: (about(between(0.35, 0.37)), 40.0),
-        STOOL: (about(between(0.45, 0.42), 0.3), rng.uniform(0, 60)),
-        GAS: (between(0.03, 0.05), -900.0),
-        TENDON: (0.05, 90.0),
-        CALCIFICATION: (0.05, 600.0),
-    }
-    intensity[DENSE_MARROW] = (intensity[MARROW][0], between(intensity[MARROW][1], 480))
-    table = np.array([intensity[index] for index in sorted(intensity)])
-    partial_volume = (0, 0.6, 0.6)  # voxels
-    mr, ct = (ndimage.gaussian_filter(table[tissue, column], partial_volume) for column in (0, 1))
-
-    shape = tissue.shape
-    texture, bias = between(0.1, 0.14), between(0.15, 0.35)  # SD, of the bias field's logarithm
-    mr *= 1 + texture * _smooth_field(rng, shape, (16, 24, 24))
-    mr *= np.exp(bias * _smooth_field(rng, shape, (2, 2, 2))) * rng.uniform(0.8, 1.25)  # receiver gain
-    noise = between(0.05, 0.09)  # Rician, as a fraction of the brightest MR tissue
-    mr = np.hypot(mr + noise * rng.normal(size=shape), noise * rng.normal(size=shape))
-    ct += np.where(tissue == MARROW, 30 * _smooth_field(rng, shape, (16, 24, 24)), 0)
-    ct += 15 * rng.normal(size=shape)
-    return (SCANNER_UNITS * mr).astype(np.float32), np.maximum(ct, -1024).astype(np.float32)
+    gain = SCANNER_UNITS * rng.uniform(0.8, 1.25)
+    sd = 0.04 + 0.04 * difficulty
+    mr = np.hypot(mr + sd * rng.normal(size=mr.shape), sd * rng.normal(size=mr.shape))
+    y, x = (
+        ((np.arange(n) + 0.5) / n - 0.5) * extent for n, extent in zip(ct.shape[1:], FIELD_OF_VIEW_MM[1:], strict=True)
+    )
+    deep = 1 + np.exp(-((y[:, None] / 70) ** 2) - (x / 110) ** 2)
+    smooth = ndimage.gaussian_filter(rng.normal(size=ct.shape), (0, 2 / (y[1] - y[0]), 2 / (x[1] - x[0])))
+    ct = ct + 9 * deep * smooth / smooth.std()
+    return (gain * mr).astype(np.float32), np.maximum(ct, -1024).astype(np.float32)
 
 
-def _bone(tissue: np.ndarray, shell: np.ndarray, core: np.ndarray) -> None:
-    tissue[shell] = CORTICAL
-    tissue[shell & core] = MARROW
+class _Field:
+    """A smooth random function of place, of mean 0 and SD 1: cubic B-splines with a random coefficient every so many mm
+    along Z, Y, X."""
+
+    def __init__(self, rng: np.random.Generator, every: tuple[float, float, float]):
+        self.every = every
+        self.coefficients = rng.normal(
+            size=[int(extent / mm) + 4 for extent, mm in zip(FIELD_OF_VIEW_MM, every, strict=True)]
+        )
+        self.coefficients /= (151 / 315) ** 1.5  # a cubic B-spline's integral of squares, along three axes
+
+    def __call__(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """[Y, X] at one z and places y, x, in mm from the middle of the field of view."""
+        (of_z,), of_y, of_x = (
+            _splines((at + extent / 2) / mm + 1, count)
+            for at, extent, mm, count in zip(
+                (z, y, x), FIELD_OF_VIEW_MM, self.every, self.coefficients.shape, strict=True
+            )
+        )
+        near = np.flatnonzero(of_z)
+        return of_y @ np.tensordot(of_z[near], self.coefficients[near], 1) @ of_x.T
 
 
-def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], nodes: tuple[int, int, int]) -> np.ndarray:
-    """A random field over the field of view, of mean 0 and SD 1: cubic interpolation between nodes [Z, Y, X]."""
-    from scipy import ndimage
-
-    zoom = [n / m for n, m in zip(shape, nodes, strict=True)]
-    field = ndimage.zoom(rng.normal(size=nodes), zoom, order=3, mode="nearest")
-    return (field - field.mean()) / field.std()
+def _splines(at: np.ndarray, count: int) -> np.ndarray:
+    """Cubic B-splines around 0, 1 .. count - 1: [places, count]."""
+    distance = np.abs(at[:, None] - np.arange(count))
+    near = (4 - 6 * distance**2 + 3 * distance**3) / 6
+    return np.where(distance < 1, near, np.maximum(2 - distance, 0) ** 3 / 6)

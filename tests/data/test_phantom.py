@@ -7,9 +7,11 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from sfg_fast.data import body_mask, load_case, make_case, read_cohort, write_phantom
-from sfg_fast.data.phantom import LABELS
+from sfg_fast.data.pelvis import FAT, MARROW, WALL, Solid, apart, both_sides, cut, ellipsoid, strap, tube, union, within
+from sfg_fast.data.phantom import LABELS, _Field
 from sfg_fast.errors import InputError
 
 SEEDS = range(4)
@@ -17,7 +19,13 @@ SEEDS = range(4)
 
 @pytest.fixture(scope="module")
 def cases():
-    return [make_case(seed) for seed in SEEDS]
+    return [make_case(seed, 48, 16) for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def fine():
+    """Difficulty -> cases of voxels of 4 x 4 x 12 mm."""
+    return {difficulty: [make_case(seed, 96, 12, difficulty) for seed in range(3)] for difficulty in (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +75,69 @@ def test_left_and_right_in_the_world_of_the_files(written):
             assert 60 < side * x < 150
 
 
-def test_bone_and_gas_look_alike_in_the_mr_only():
-    dark = {"bone": [], "gas": []}
-    for seed in range(8):
-        case = make_case(seed, size=96, slices=6)
-        muscle_mr = np.median(case.mr[case.mask & (case.ct > 20) & (case.ct < 80)])
-        for name, which in (("bone", case.ct > 700), ("gas", case.mask & (case.labels == 3) & (case.ct < -600))):
-            if which.sum() > 10:
-                dark[name].append(np.median(case.mr[which]) / muscle_mr)
-    assert len(dark["bone"]) >= 6
-    assert len(dark["gas"]) >= 3
-    for values in dark.values():
-        assert 0.1 < np.mean(values) < 0.6
+def core(case, name, shrunk=2):
+    """The voxels of an organ that no other tissue shares."""
+    return ndimage.binary_erosion(case.labels == LABELS[name], np.ones((1, 3, 3)), shrunk)
+
+
+def test_tissues_have_their_hu(fine):
+    for case in fine[0]:
+        assert abs(np.median(case.ct[~case.mask]) + 1000) < 2
+        assert abs(np.median(case.ct[core(case, "bladder", 3)])) < 25  # urine
+        assert abs(np.median(case.ct[core(case, "prostate")]) - 41) < 25
+        for side in ("left", "right"):
+            assert 100 < np.median(case.ct[core(case, f"{side}_femoral_head")]) < 340  # marrow
+        counts, edges = np.histogram(case.ct[case.mask], np.arange(-150, 150, 10))
+        fat, muscle = (edges[part][counts[part].argmax()] + 5 for part in (slice(0, 15), slice(15, -1)))
+        assert -115 < fat < -85
+        assert 40 < muscle < 70
+        assert 0.35 < (case.ct[case.mask] < -40).mean() < 0.55
+        assert 0.06 < (case.ct[case.mask] > 150).mean() < 0.14
+        assert 8 < case.ct[core(case, "bladder", 3)].std() < 30  # noise
+    assert min(case.ct[case.labels == LABELS["rectum"]].min() for case in fine[0]) < -700  # gas
+
+
+def test_tissues_have_their_brightness(fine):
+    """Of a T2 image: urine, fat, marrow, muscle, cortical bone and gas."""
+    for case in fine[0]:
+        fat = np.median(case.mr[case.mask & (case.ct < -70) & (case.ct > -130)])
+        head = np.median(case.mr[core(case, "right_femoral_head")]) / fat
+        urine = np.median(case.mr[core(case, "bladder", 3)]) / fat
+        muscle = np.median(case.mr[case.mask & (case.labels == 0) & (case.ct > 30) & (case.ct < 80)]) / fat
+        bone = np.median(case.mr[case.ct > 800]) / fat
+        assert urine > 1.1 > head > 0.5 > muscle > 0.25 > bone
+        gas = case.mask & (case.ct < -700) & ndimage.binary_erosion(case.mask, np.ones((1, 9, 9)))
+        assert not gas.any() or np.median(case.mr[gas]) / fat < 0.15
+
+
+def test_what_only_the_mr_shows(fine):
+    """The prostate's border: of a difficult patient it is none in the CT."""
+    contrast = {0: [], 1: []}
+    for difficulty, cases in fine.items():
+        for case in cases:
+            gland = case.labels == LABELS["prostate"]
+            around = ndimage.binary_dilation(gland, np.ones((1, 3, 3)), 3)
+            around &= ~ndimage.binary_dilation(case.labels > 0, np.ones((1, 3, 3)), 1)
+            calm = np.abs(case.ct) < 150
+            ct, mr = (np.median(image[gland & calm]) - np.median(image[around & calm]) for image in (case.ct, case.mr))
+            contrast[difficulty].append((ct, mr / np.median(case.mr[around])))
+    easy, hard = (np.abs(np.mean(contrast[difficulty], axis=0)) for difficulty in (0, 1))
+    assert easy[0] > 80 > 50 > hard[0]
+    assert hard[1] > 0.1
+
+
+def test_what_only_the_ct_needs(fine):
+    """Marrow is denser where the MR's texture is coarser: of a difficult patient only."""
+    found = {}
+    for difficulty, cases in fine.items():
+        texture, density = [], []
+        for case in cases:
+            heads = ndimage.binary_erosion(case.labels >= LABELS["left_femoral_head"], np.ones((1, 3, 3)), 2)
+            squares, means = (ndimage.uniform_filter(image, (1, 5, 5))[heads] for image in (case.mr**2, case.mr))
+            texture += list(np.sqrt(squares - means**2) / means)
+            density += list(case.ct[heads])
+        found[difficulty] = np.corrcoef(texture, density)[0, 1]
+    assert found[1] > max(0.35, found[0] + 0.25)
 
 
 def test_the_mask_is_the_body_of_the_ct(cases):
@@ -96,7 +155,7 @@ def test_noise_is_rician_in_the_air(cases):
 
 
 def test_cases_differ_and_repeat(cases):
-    again = make_case(SEEDS[0])
+    again = make_case(SEEDS[0], 48, 16)
     for kind in ("mr", "ct", "labels", "mask"):
         assert np.array_equal(getattr(cases[0], kind), getattr(again, kind))
         assert not np.array_equal(getattr(cases[0], kind), getattr(cases[1], kind))
@@ -105,9 +164,81 @@ def test_cases_differ_and_repeat(cases):
 
 
 def test_anatomy_does_not_depend_on_the_grid():
-    coarse, fine = make_case(3, 40, 8), make_case(3, 80, 16)
-    shares = [np.bincount(case.labels.ravel(), minlength=6) / case.labels.size for case in (coarse, fine)]
-    np.testing.assert_allclose(shares[0], shares[1], rtol=0.2)
+    coarse, fine = make_case(3, 64, 16, 1), make_case(3, 128, 32, 1)
+
+    def averaged(image):
+        return image.reshape(16, 2, 64, 2, 64, 2).mean(axis=(1, 3, 5))
+
+    for value in LABELS.values():
+        share, organ = averaged(fine.labels == value), coarse.labels == value
+        assert abs(share.sum() / organ.sum() - 1) < 0.05
+        assert 2 * share[organ].sum() / (share.sum() + organ.sum()) > 0.83
+    for kind in ("mr", "ct"):  # texture and bias, too, but not the noise
+        images = [image[coarse.mask] for image in (averaged(getattr(fine, kind)), getattr(coarse, kind))]
+        assert np.corrcoef(images)[0, 1] > 0.95
+        assert abs(images[0].mean() - images[1].mean()) < 0.02 * images[1].std()
+
+
+def test_smooth_fields_are_splines():
+    """Of the same coefficients, as SciPy has them; of mean 0 and SD 1, wherever they are looked at."""
+    field = _Field(np.random.default_rng(0), (20, 15, 10))
+    y, x = np.linspace(-200, 200, 33), np.linspace(-150, 120, 19)
+    for z in (-71.0, 3.3):
+        places = np.stack(np.broadcast_arrays((z + 72) / 20 + 1, (y[:, None] + 200) / 15 + 1, (x + 200) / 10 + 1))
+        expected = ndimage.map_coordinates(field.coefficients, places, order=3, prefilter=False, mode="constant")
+        np.testing.assert_allclose(field(np.array([z]), y, x), expected, atol=1e-12)
+    everywhere = [field(np.array([z]), *[np.arange(-200.0, 200, 3)] * 2) for z in range(-72, 72, 8)]
+    assert abs(np.mean(everywhere)) < 0.1
+    assert abs(np.std(everywhere) - 1) < 0.1
+
+
+def volume(shape):
+    """cm3, by counting voxels of 1 mm."""
+    x, front = np.meshgrid(np.arange(-60.0, 60) + 0.3, np.arange(-60.0, 60) + 0.4)
+    planes = (shape(x, front, z) for z in np.arange(-60.0, 60) + 0.2)
+    return sum((plane < 0).sum() for plane in planes if plane is not None) / 1000
+
+
+def test_shapes_have_their_volumes():
+    ball = ellipsoid((3, 4, 5), (20, 20, 20))
+    assert volume(ball) == pytest.approx(4 / 3 * np.pi * 8, rel=0.01)
+    assert volume(ellipsoid((0, 0, 0), (30, 20, 10))) == pytest.approx(4 / 3 * np.pi * 6, rel=0.01)
+    assert volume(tube((0, 0, -20, 10), (0, 0, 20, 10))) == pytest.approx(np.pi * (4 + 4 / 3), rel=0.01)
+    assert volume(tube((-20, 5, 3, 10), (20, 5, 3, 10))) == pytest.approx(np.pi * (4 + 4 / 3), rel=0.01)
+    plate = strap({-10: [(-20, 0, 5), (20, 0, 5)], 10: [(-20, 0, 15), (20, 0, 15)]})  # stadiums of growing width
+    area = [80 * r + np.pi * r**2 for r in np.linspace(5, 15, 2001)]
+    assert volume(plate) == pytest.approx(20 * np.mean(area) / 1000, rel=0.06)
+    assert volume(within(ball, lambda x, front, z: x - 3)) == pytest.approx(volume(ball) / 2, rel=0.03)
+    assert volume(both_sides(ellipsoid((30, 0, 0), (10, 10, 10)))) == pytest.approx(8 / 3 * np.pi, rel=0.01)
+    apart_by_far = union(ellipsoid((30, 0, 0), (10,) * 3), ellipsoid((-30, 0, 0), (10,) * 3))
+    assert volume(apart_by_far) == pytest.approx(8 / 3 * np.pi, rel=0.01)
+
+
+def test_distances_are_in_mm():
+    x, front = np.meshgrid(np.arange(-40.0, 41), np.arange(-40.0, 41))
+    from_axis = np.hypot(x, front)
+    np.testing.assert_allclose(tube((0, 0, -9, 7), (0, 0, 9, 7))(x, front, 0.0), from_axis - 7, atol=1e-9)
+    np.testing.assert_allclose(ellipsoid((0, 0, 0), (12,) * 3)(x, front, 0.0), from_axis - 12, atol=0.02)
+    assert tube((0, 0, -9, 7), (0, 0, 9, 7))(x, front, 30.0) is None
+    assert ellipsoid((0, 0, 0), (12,) * 3)(x, front, 18.0) is None
+    pair = apart(tube((-10, 0, -9, 7), (-10, 0, 9, 7)), tube((10, 0, -9, 7), (10, 0, 9, 7)), gap=4, more=5)
+    inside = x[40][pair(x, front, 0.0)[40] < 0]  # they meet at 0 and keep 2 mm each from there
+    np.testing.assert_array_equal(inside, [*range(-21, -2), *range(3, 22)])
+
+
+def test_solids_are_drawn_in_layers():
+    x, front = np.meshgrid(np.arange(-40.0, 41), np.arange(-40.0, 41))
+    ball, small = ellipsoid((0, 0, 0), (30,) * 3), ellipsoid((0, 0, 0), (10,) * 3)
+    solids = [
+        Solid(ball, ((FAT, 0), (WALL, 20))),
+        Solid(small, ((MARROW, -5),), (4, 5), over=(FAT,)),
+        Solid(small, (), (1, 2)),
+    ]
+    tissue, label, depth = cut(solids, x, front, 0.0)
+    row = {at: (tissue[40, 40 + at], label[40, 40 + at]) for at in (-35, -25, -12, -8, 8, 12)}
+    assert row == {-35: (0, 0), -25: (FAT, 0), -12: (MARROW, 0), -8: (WALL, 1), 8: (WALL, 2), 12: (MARROW, 0)}
+    assert depth[40, 40] == pytest.approx(30, abs=0.05)
+    assert depth[40, 60] == pytest.approx(10, abs=0.05)
 
 
 @pytest.mark.parametrize(("seed", "size", "slices"), [(0, 48, 16), ((5, 1), 24, 4)])
@@ -118,7 +249,7 @@ def test_difficulty_adds_to_the_same_patient(seed, size, slices):
     for kind in ("mr", "ct", "labels", "mask"):
         assert np.array_equal(getattr(easy, kind), getattr(again, kind))
         assert not np.array_equal(getattr(easy, kind), getattr(hard, kind))
-    assert (hard.mask & easy.mask).sum() / (hard.mask | easy.mask).sum() > 0.75
+    assert (hard.mask & easy.mask).sum() / (hard.mask | easy.mask).sum() > 0.8
 
 
 def test_easy_phantom_is_what_it_was():
@@ -127,14 +258,14 @@ def test_easy_phantom_is_what_it_was():
         case = make_case(seed, size, slices)
         for kind in ("ct", "labels", "mask"):
             digest.update(np.rint(getattr(case, kind)).astype(np.int16).tobytes())
-    assert digest.hexdigest() == "00498c49ed4ea6274adb1f86c3b7d587a58437e877fe4bb7386839b9482ce0cc"
+    assert digest.hexdigest() == "f035730d315933c6ce0ce417b386fc3e6f34786d535c07fdd3611789c05163b6"
 
 
 def test_difficulty_brings_what_only_its_place_tells_apart():
     """The more difficult, the less of the CT the MR's intensity alone explains."""
     explained = {}
     for difficulty in (0, 0.5, 1):
-        cases = [make_case(seed, difficulty=difficulty) for seed in range(6)]
+        cases = [make_case(seed, 48, 8, difficulty) for seed in range(3)]
         mr, ct = (np.concatenate([getattr(case, kind)[case.mask] for case in cases]) for kind in ("mr", "ct"))
         bins = np.digitize(mr, np.quantile(mr, np.linspace(0, 1, 40)[1:-1]))
         means = np.bincount(bins, ct) / np.bincount(bins)
@@ -142,7 +273,7 @@ def test_difficulty_brings_what_only_its_place_tells_apart():
     assert explained[0] > explained[0.5] > explained[1]
 
 
-@pytest.mark.parametrize(("size", "slices"), [(24, 4), (40, 7)])
+@pytest.mark.parametrize(("size", "slices"), [(24, 6), (40, 7)])
 def test_every_organ_is_in_every_difficult_case(size, slices):
     for seed in range(8):
         counts = np.bincount(make_case(seed, size, slices, difficulty=1).labels.ravel(), minlength=6)
