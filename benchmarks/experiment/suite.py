@@ -16,7 +16,6 @@ the gain on the validation images.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ def ways() -> dict[str, Way]:
             rows = {f"{name}, {what} {rate}": {**fixed[name], f"network.{what}": rate} for rate in rates}
             found[f"{name}, {what}"] = Way(rows, fixed=True)
     found["Constant p"] = Way({"Constant p": {"method": "constant_p"}})
-    paper = {"network.init": "INIT", "schedule.logits_factor": 10.0, "schedule.draw_until": 1.0}
+    paper = {"network.init": "INIT", "schedule.draw_until": 1.0}
     shared = {**paper, "network.init": "mostly_shared"}
     for name, row in (
         ("SFG, as in the paper", paper),
@@ -144,7 +143,13 @@ def experiment(problem: str, cohort: Path, out: Path, seeds: Sequence[int], proc
         network=NetworkConfig(name="vgg", width=about.width),
         objective=ObjectiveConfig(lambda1=1e-6, lambda2=1e-5),
         schedule=ScheduleConfig(
-            steps=about.steps, batch=16, learning_rate=1e-3, temperature_end=0.97, temperature_until=1.0
+            steps=about.steps,
+            batch=16,
+            learning_rate=1e-3,
+            logits_factor=10,  # as in the rows of the paper; "SFG" has its own
+            pooled=0,
+            temperature_end=0.97,
+            temperature_until=1.0,
         ),
     )
     return ExperimentConfig(
@@ -301,12 +306,13 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
     for name, (row, result) in best.items():
         gained = gains(result, hard)
         mark = " **(the best fixed)**" if name == winner else " (more weights)" if ways()[name].more else ""
-        numbers = [_cell(result.test[:, index], 2) for index in range(len(tasks))]
+        numbers = [_cell(one.mean(), one, 2) for one in result.test.T]
         shared = " ".join(f"{value:.2f}" for value in result.shared)
         tried = "" if row == name else row.removeprefix(f"{name}, ")
-        cells = [*numbers, _cell(gained, 1), f"{goal.mean() - gained.mean():.1f}", f"{result.flops / hard.flops:.2f}"]
+        regret = goal.mean() - gained.mean()
+        cells = [*numbers, _cell(gained.mean(), gained, 1), f"{regret:.1f}", f"{result.flops / hard.flops:.2f}"]
         rows.append([name + mark, tried, *cells, f"{gain_on_validation(result, hard):.1f}", shared])
-        regrets[name] = f"{goal.mean() - gained.mean():.1f} ({_sd(gained):.1f})"
+        regrets[name] = _cell(regret, gained, 1)
     header = [
         "",
         "chosen",
@@ -317,15 +323,12 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
         "gain on validation",
         "p(shared) by layer",
     ]
-    return Table(f"{problem}, {len(hard.test)} seeds", header, rows), regrets
+    return Table(f"{problem}, {len(hard.test)} seed{'s' * (len(hard.test) > 1)}", header, rows), regrets
 
 
-def _sd(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-def _cell(values: np.ndarray, digits: int) -> str:
-    return f"{values.mean():.{digits}f} ({_sd(values):.{digits}f})"
+def _cell(mean: float, by_seed: np.ndarray, digits: int) -> str:
+    """The mean, and the SD over seeds, if there are several."""
+    return f"{mean:.{digits}f}" + (f" ({by_seed.std(ddof=1):.{digits}f})" if len(by_seed) > 1 else "")
 
 
 def main() -> None:

@@ -108,8 +108,8 @@ class ScheduleConfig:
     batch: int = 8
     accumulate: int = 1
     learning_rate: float = 3e-3
-    logits_factor: float = 10.0
-    pooled: float = 0.0
+    logits_factor: float = 30.0
+    pooled: float = 1.0
     warmup: int = 10
     decay: str = "cosine"
     decay_from: float = 0.5
