@@ -143,10 +143,11 @@ def smooth(values: list[float]) -> np.ndarray:
 def report(folder: Path, file: Path) -> None:
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     steps = found[0]["steps"]
+    widths = "/".join(map(str, demo_config(folder, 0, steps).network.width))
     lines = [
         "# Choices of the method, tried on the phantom\n",
         f"`python -m benchmarks.phantom_study run FOLDER --steps {steps}`, then `report FOLDER FILE.md`. The demo's "
-        "cohort (10 cases to train, 5 to test), widths 8/16/16, one block a stage; mean (SD) over three seeds. PSNR: "
+        f"cohort (10 cases to train, 5 to test), widths {widths}, one block a stage; mean (SD) over three seeds. PSNR: "
         "gain in dB over each case's mean CT in the body.\n",
         "## Normalisation: statistics of the drawn row, or of every (group, kernel)\n",
         "| blocks | rule | loss CT, end | loss organs, end | PSNR gain | Dice |",

@@ -21,6 +21,7 @@ from ..layers.streams import Heads, Merge, StreamBlock
 from ..reference import SFGConv2d
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
+from .parts import ChannelDropout
 from .record import as_recorded, backwards, remove_unused
 
 
@@ -68,7 +69,7 @@ def freeze(
     replaced = {
         name: _plain(original, twin, by_logits, wanted)
         for (name, original), twin in pairs
-        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads | FeatureNorm)
+        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads | FeatureNorm | ChannelDropout)
         or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
     }
     for name, module in replaced.items():
@@ -114,5 +115,7 @@ def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[in
         return FrozenMerge(twin)
     if isinstance(twin, Heads):
         return FrozenHeads(twin, tasks)
+    if isinstance(twin, ChannelDropout):
+        return nn.Identity()
     assert isinstance(twin, nn.ModuleDict)
     return nn.ModuleDict({task: twin[task] for task in tasks})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sfg_fast import SFGVGG, predict, recalibrate
+from sfg_fast import SFGVGG, freeze, predict, recalibrate
 from sfg_fast.networks.build import build
 from sfg_fast.networks.controls import sampling, sfg_layers
 
@@ -71,6 +71,18 @@ def test_dropout_drops_in_training_and_in_predictions_by_draws(name, method):
     assert torch.equal(network(x)["b"], network(x)["b"])  # and not afterwards
     network.train()
     assert not torch.equal(network(x)["b"], network(x)["b"])
+
+
+@pytest.mark.filterwarnings("ignore:the most probable group is a tie")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", ["hard_sharing", "cross_stitch"])
+def test_a_frozen_network_has_no_dropout(name, method):
+    torch.manual_seed(0)
+    network, x = small(name, method=method, dropout=0.5), torch.randn(2, 1, 32, 32)
+    recalibrate(network, [x])
+    frozen = freeze(network.eval(), example=x)
+    assert not any(isinstance(module, torch.nn.Dropout2d) for module in frozen.modules())
+    torch.testing.assert_close(frozen(x)["b"], network(x)["b"], rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_takes_whole_channels_and_keeps_the_mean():

@@ -428,7 +428,7 @@ def test_a_step_that_is_left_out_changes_nothing(cache, tmp_path):
 
 def test_gradients_of_mini_batches_are_averaged_into_a_step(cache, tmp_path):
     """By hand, with the same draws: the mean of the gradients of three mini-batches."""
-    run = config(cache, tmp_path / "run", schedule={"accumulate": 3, "clip": 1e9})
+    run = config(cache, tmp_path / "run", schedule={"accumulate": 3, "clip": 1e9, "pooled": 0})
     trainer = Trainer(run)
     state = torch.get_rng_state()
     trainer._train_step()
@@ -440,6 +440,22 @@ def test_gradients_of_mini_batches_are_averaged_into_a_step(cache, tmp_path):
         other.loss(other.sampler[step])[0].backward()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, other.model.get_parameter(name).grad / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_follow_the_mean_gradient_of_a_layer(cache, tmp_path):
+    """Of logits alone, and by as much as `schedule.pooled` says: by hand from the gradients without it."""
+    found = {}
+    for pooled in (0.0, 0.5):
+        trainer = Trainer(config(cache, tmp_path / str(pooled), schedule={"pooled": pooled, "clip": 1e9}))
+        torch.manual_seed(5)
+        trainer._train_step()
+        found[pooled] = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    logits = [name for name in found[0.0] if name.endswith("logits")]
+    assert logits
+    for name, own in found[0.0].items():
+        expected = own + 0.5 * len(own) ** 0.5 * own.mean(0) if name in logits else own
+        torch.testing.assert_close(found[0.5][name], expected)
+        assert name not in logits or not torch.equal(found[0.5][name], own)
 
 
 def test_bfloat16_trains_with_float32_weights_and_losses(cache, tmp_path):
