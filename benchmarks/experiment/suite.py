@@ -81,8 +81,8 @@ class Way(NamedTuple):
     more: bool = False
 
 
-def ways() -> dict[str, Way]:
-    """Every way to share by its name."""
+def ways(tasks: int) -> dict[str, Way]:
+    """Every way to share among so many tasks, by its name."""
 
     def split(last: int) -> list[float]:
         return [1.0] * (LAYERS - last) + [0.0] * last
@@ -107,7 +107,7 @@ def ways() -> dict[str, Way]:
             rows = {f"{name}, {what} {rate}": {**fixed[name], f"network.{what}": rate} for rate in rates}
             found[f"{name}, {what}"] = Way(rows, fixed=True)
     found["Constant p"] = Way({"Constant p": {"method": "constant_p"}})
-    paper = {"network.init": "INIT", "schedule.draw_until": 1.0}
+    paper = {"network.init": [0.6] + [0.4 / tasks] * tasks, "schedule.draw_until": 1.0}  # of two: [.2, .6, .2]
     shared = {**paper, "network.init": "mostly_shared"}
     for name, row in (
         ("SFG, as in the paper", paper),
@@ -128,11 +128,7 @@ def ways() -> dict[str, Way]:
 def experiment(problem: str, cohort: Path, out: Path, seeds: Sequence[int], processes: int) -> ExperimentConfig:
     """The experiment of a problem."""
     about = PROBLEMS[problem]
-    tasks = len(about.tasks)
-    rows = {name: dict(row) for way in ways().values() for name, row in way.rows.items()}
-    for row in rows.values():
-        if row.get("network.init") == "INIT":  # the authors': [.2, .6, .2]
-            row["network.init"] = [0.6] + [0.4 / tasks] * tasks
+    every = ways(len(about.tasks))
     train = TrainConfig(
         data=str(out / "cache"),
         out="",
@@ -156,9 +152,9 @@ def experiment(problem: str, cohort: Path, out: Path, seeds: Sequence[int], proc
         cohort=str(cohort),
         out=str(out),
         train=train,
-        methods=rows,
+        methods={name: row for way in every.values() for name, row in way.rows.items()},
         seeds=list(seeds),
-        reference=next(iter(ways()["SFG"].rows)),
+        reference=next(iter(every["SFG"].rows)),
         draws=8,
         size=about.size,
         processes=processes,
@@ -252,7 +248,7 @@ def chosen(found: Mapping[str, Result]) -> dict[str, Chosen]:
     best = {}
     if HARD not in found:
         return {}
-    for name, way in ways().items():
+    for name, way in ways(found[HARD].test.shape[1]).items():
         there = {row: found[row] for row in way.rows if row in found}
         if there:
             row = max(there, key=lambda row: gain_on_validation(there[row], found[HARD]))
@@ -299,13 +295,14 @@ def report(folder: Path, file: Path) -> None:
 def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chosen]) -> tuple[Table, dict[str, str]]:
     """The table of a problem, and the regret of every way with the SD over seeds of its gain."""
     hard = best[HARD].result
-    fixed = [name for name, way in ways().items() if way.fixed and name in best]
+    every = ways(len(tasks))
+    fixed = [name for name in best if every[name].fixed]
     winner = max(fixed, key=lambda name: gain_on_validation(best[name].result, hard))
     goal = gains(best[winner].result, hard)
     rows, regrets = [], {}
     for name, (row, result) in best.items():
         gained = gains(result, hard)
-        mark = " **(the best fixed)**" if name == winner else " (more weights)" if ways()[name].more else ""
+        mark = " **(the best fixed)**" if name == winner else " (more weights)" if every[name].more else ""
         numbers = [_cell(one.mean(), one, 2) for one in result.test.T]
         shared = " ".join(f"{value:.2f}" for value in result.shared)
         tried = "" if row == name else row.removeprefix(f"{name}, ")

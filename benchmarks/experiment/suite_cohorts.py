@@ -170,11 +170,15 @@ def write(folder: Path, splits: dict[str, Images]) -> None:
             for index, image in enumerate(tqdm(pixels, desc=split, unit="image")):
                 name = f"{split}_{index:04d}.png"
                 Image.fromarray(image).save(folder / name)
-                rows.writerow([name, *(f"digit {y}" if y.dtype.kind == "i" else f"{y:.6f}" for y in
-                                       (targets[task][index] for task in tasks)), split])  # fmt: skip
+                rows.writerow([name, *(_cell(targets[task][index]) for task in tasks), split])
     whole = all(y.dtype.kind == "i" for y in next(iter(splits.values())).targets.values())
     about = {"classes": [f"digit {digit}" for digit in range(10)]} if whole else {}
     (folder / "targets.json").write_text(json.dumps(dict.fromkeys(tasks, about), indent=2) + "\n")
+
+
+def _cell(target: Any) -> str:
+    """A class, or a number, of one image."""
+    return f"digit {target}" if target.dtype.kind == "i" else f"{target:.6f}"
 
 
 def main() -> None:

@@ -221,8 +221,8 @@ def jobs(config: ExperimentConfig) -> list[Job]:
     of_rows = {name: _training(config, name) for name, row in config.methods.items() if "runs_of" not in row}
     found = []
     for seed in config.seeds:
+        folders = {name: Path(config.out) / "runs" / name / f"seed_{seed}" for name in config.methods}
         for name, row in config.methods.items():
-            folders = {one: Path(config.out) / "runs" / one / f"seed_{seed}" for one in config.methods}
             trained = row.get("runs_of", name)
             folder, train = folders[trained], of_rows[trained]
             if (of := config.methods[trained].get("grouping_of")) is not None:

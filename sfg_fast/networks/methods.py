@@ -23,6 +23,10 @@ METHODS = {
 }
 
 
+FIXED: dict[str, float | None] = {"one_task": 0.0, "hard_sharing": 1.0, "even_split": 0.0, "constant_mask": None}
+"""Methods whose grouping is a mask, and the share of each layer's kernels that is shared; None: 1/(T+1), or as told."""
+
+
 def layer_options(
     method: str, tasks: Sequence[str], norm: str | None, init: str | Sequence[Any] | Tensor, estimator: str
 ) -> dict[str, Any]:
@@ -61,15 +65,9 @@ def fix_grouping(
     layers = [m for m in network.modules() if isinstance(m, SFGConv2d) and not m.shares_grouping]
     shares = _shares(method, shared, len(layers))
     for module, share in zip(layers, shares, strict=True):
-        kernels, groups = module.logits.shape
-        if method == "one_task":
-            module.assign(torch.ones(kernels, dtype=torch.int64))
-        elif method == "hard_sharing":
-            module.assign(torch.zeros(kernels, dtype=torch.int64))
-        elif method == "constant_mask":
+        if method in FIXED:
+            kernels, groups = module.logits.shape
             module.assign(_mask(kernels, groups, share))
-        elif method == "even_split":
-            module.assign(1 + torch.arange(kernels) * (groups - 1) // kernels)
         module.noise_on, module.explore = noise_on, explore
         if method != "sfg":
             module.estimator = "none"
@@ -78,7 +76,7 @@ def fix_grouping(
 def _shares(method: str, shared: float | Sequence[float] | None, layers: int) -> list[float | None]:
     """The share of shared kernels of each layer; None: 1/(T+1)."""
     if shared is None:
-        return [None] * layers
+        return [FIXED.get(method)] * layers
     shares = [float(share) for share in shared] if isinstance(shared, Sequence) else [float(shared)] * layers
     if method != "constant_mask":
         raise ValueError(f"shared={shared!r}: expected it with method constant_mask alone, got {method}")

@@ -67,7 +67,7 @@ def test_digits_of_one_split_are_in_no_other():
 def test_a_problem_is_an_experiment(problem, tmp_path):
     config = suite.experiment(problem, tmp_path / "list.csv", tmp_path / "out", [0, 1], 2)
     check(config)
-    named = [row for way in suite.ways().values() for row in way.rows]
+    named = [row for way in suite.ways(len(config.train.tasks)).values() for row in way.rows]
     assert list(config.methods) == named
     assert len(set(named)) == len(named)
 
