@@ -10,7 +10,7 @@ command goes on.
 `report`: a row's gain is by how many percent it is better than hard sharing, the mean over tasks of the relative change
 of MAE, or of the share of images that are wrong, on the test images. A row's regret is the gain of the best fixed
 grouping minus its own. Which fixed grouping is the best, and which rate of dropout or exploring a row has, is chosen by
-the gain on the validation images.
+the gain on the validation images. Beside FILE.md it draws FILE.png.
 """
 
 from __future__ import annotations
@@ -21,20 +21,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
+from sfg_fast.data.targets import Target
 from sfg_fast.experiment.config import ExperimentConfig, Job, jobs
 from sfg_fast.experiment.run import run_experiment
+from sfg_fast.experiment.table import bootstrap, holm
 from sfg_fast.files import read_json
+from sfg_fast.networks.cost import DRAWS
 from sfg_fast.tables import Table, markdown, number_at
-from sfg_fast.tasks import from_json
+from sfg_fast.tasks import from_json, read_tasks
 from sfg_fast.tasks.task import Task
 from sfg_fast.training.config import NetworkConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
+from sfg_fast.training.run import AboutData, build_network
 
 from . import suite_cohorts
 
 LAYERS = 8  # of SFGVGG
-HARD = "Hard sharing"
+HARD, LEARNT = "Hard sharing", "SFG"
 DROPOUT, EXPLORE = (0.05, 0.1), (0.05, 0.15)
 
 
@@ -96,15 +103,16 @@ def ways(tasks: int) -> dict[str, Way]:
         "Shared but for the last two": {"method": "constant_mask", "network.shared": split(2)},
         "Shared but for the last four": {"method": "constant_mask", "network.shared": split(4)},
     }
-    noisy = (HARD, "Shared but for the last two")
+    tuned = (HARD, "Shared but for the last two")  # the others have the larger rate
     found = {
         "One-task": Way({"One-task": {"method": "one_task"}}, more=True),
         "Cross-stitch": Way({"Cross-stitch": {"method": "cross_stitch"}}, more=True),
         **{name: Way({name: row}, fixed=True) for name, row in fixed.items()},
     }
-    for name in noisy:
+    for name in sorted(fixed, key=lambda name: name not in tuned):
         for what, rates in (("dropout", DROPOUT), ("explore", EXPLORE)):
-            rows = {f"{name}, {what} {rate}": {**fixed[name], f"network.{what}": rate} for rate in rates}
+            tried = rates if name in tuned else rates[-1:]
+            rows = {f"{name}, {what} {rate}": {**fixed[name], f"network.{what}": rate} for rate in tried}
             found[f"{name}, {what}"] = Way(rows, fixed=True)
     found["Constant p"] = Way({"Constant p": {"method": "constant_p"}})
     paper = {"network.init": [0.6] + [0.4 / tasks] * tasks, "schedule.draw_until": 1.0}  # of two: [.2, .6, .2]
@@ -117,7 +125,8 @@ def ways(tasks: int) -> dict[str, Way]:
         found[name] = Way({name: {"method": "sfg", **row}})
     learns = {"schedule.logits_factor": 30.0, "schedule.pooled": 1.0, "schedule.draw_until": 0.3}
     rates = (0.0, *EXPLORE)
-    found["SFG"] = Way({f"SFG, explore {rate}": {"method": "sfg", **learns, "network.explore": rate} for rate in rates})
+    learnt = {f"SFG, explore {rate}": {"method": "sfg", **learns, "network.explore": rate} for rate in rates}
+    found[LEARNT] = Way(learnt)
     anew = {"method": "retrain", "grouping_of": "SFG, explore 0.0"}
     found["SFG, trained anew"] = Way(
         {f"SFG, trained anew, explore {rate}": {**anew, "network.explore": rate} for rate in rates}
@@ -154,7 +163,7 @@ def experiment(problem: str, cohort: Path, out: Path, seeds: Sequence[int], proc
         train=train,
         methods={name: row for way in every.values() for name, row in way.rows.items()},
         seeds=list(seeds),
-        reference=next(iter(every["SFG"].rows)),
+        reference=next(iter(every[LEARNT].rows)),
         draws=8,
         size=about.size,
         processes=processes,
@@ -179,13 +188,20 @@ def run(folder: Path, problem: str, faces: Path | None, seeds: Sequence[int], pr
 
 
 class Result(NamedTuple):
-    """Of a row: the numbers of each task (less is better) on the test and on the validation images, [seeds, tasks]; the
-    FLOPs of a prediction; p(shared) by layer of what learns."""
+    """Of a row. errors [seeds, tasks, images]: of each test image, averaged in `test`, [seeds, tasks], as `validation`
+    is: the MAE, or the percentage of wrong images, less is better. flops: of the prediction of an image; training: of
+    all steps, for an image a step, with those of the search that a grouping comes from. shared: p by layer of what
+    learns it."""
 
-    test: np.ndarray
+    errors: np.ndarray
     validation: np.ndarray
     flops: float
+    training: float
     shared: list[float]
+
+    @property
+    def test(self) -> np.ndarray:
+        return self.errors.mean(2)
 
 
 def results(folder: Path, problem: str) -> tuple[dict[str, Task], dict[str, Result]]:
@@ -196,31 +212,38 @@ def results(folder: Path, problem: str) -> tuple[dict[str, Task], dict[str, Resu
     for job in jobs(experiment(problem, Path(saved["cohort"]), out, saved["seeds"], 1)):
         by_row.setdefault(job.row, []).append(job)
     tasks: dict[str, Task] = {}
-    found = {}
+    found: dict[str, Result] = {}
     for row, its in by_row.items():
         if not all((job.folder / "metrics.json").exists() for job in its):
             continue
         documents = [read_json(job.folder / "metrics.json") for job in its]
         tasks = tasks or from_json(documents[0]["conventions"]["tasks"])
+        flops = documents[0]["flops"]
+        searched = its[0].trainings[0].network.grouping
         found[row] = Result(
-            np.array([[_number(document, task) for task in tasks.values()] for document in documents]),
+            np.array([[_errors(document, task) for task in tasks.values()] for document in documents]),
             np.array([_on_validation(job, tasks) for job in its]),
-            documents[0]["flops"],
+            flops,
+            training_flops(its[0], flops) + (found[_row_of(Path(searched))].training if searched else 0.0),
             _shared(its),
         )
     return tasks, found
 
 
-def _number(document: Mapping[str, Any], task: Task) -> float:
-    """Of a task over all test images: its MAE, or the share of wrong ones in percent."""
+def _row_of(run: Path) -> str:
+    """OUT/runs/ROW/seed_S"""
+    return run.parent.name
+
+
+def _errors(document: Mapping[str, Any], task: Task) -> list[float]:
+    """Of a task, for each test image."""
     measure = task.relative
-    values = [number_at(case, measure.place) for case in document["cases"].values()]
-    mean = measure.factor * float(np.mean([value for value in values if value is not None]))
-    return mean if measure.less_is_better else 100 - mean
+    values = [measure.factor * number_at(case, measure.place) for case in document["cases"].values()]
+    return [value if measure.less_is_better else 100 - value for value in values]
 
 
 def _on_validation(job: Job, tasks: Mapping[str, Task]) -> list[float]:
-    """The same of each task on the validation images, at the end of training."""
+    """The mean error of each task on the validation images, at the end of training."""
     scores: dict[str, float] = {}
     for training in job.trainings:
         scores |= read_json(Path(training.out) / "summary.json")["validation"]["last"]["scores"]
@@ -234,6 +257,27 @@ def _shared(its: Sequence[Job]) -> list[float]:
         return []
     p = [list(read_json(job.folder / "summary.json")["mean_p"].values()) for job in its]
     return np.array(p)[:, :, 0].mean(0).tolist()
+
+
+def training_flops(job: Job, flops: float) -> float:
+    """FLOPs of all steps, for an image a step. A fixed grouping takes three times those of a prediction; a step that
+    draws is counted, at the first p, the mean over draws: what the gates' gradients take is in it."""
+    training = job.trainings[0]
+    method, schedule = training.network.method, training.schedule
+    if method not in ("sfg", "constant_p"):
+        return 3 * flops * schedule.steps
+    about: AboutData = read_json(Path(training.out) / "data.json")
+    tasks = read_tasks(training.tasks, {name: Target.from_json(name, one) for name, one in about["targets"].items()})
+    torch.manual_seed(0)
+    network = build_network(training, about["in_channels"], tasks).train()
+    assert about["images"] is not None
+    x = torch.randn(2, about["images"]["channels"], *about["images"]["size"])
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(DRAWS):
+            torch.stack([y.sum() for y in network(x).values()]).sum().backward()
+    drawn = counter.get_total_flops() / DRAWS / len(x)
+    share = 1.0 if method == "constant_p" else schedule.draw_until
+    return schedule.steps * (share * drawn + (1 - share) * 3 * flops)
 
 
 class Chosen(NamedTuple):
@@ -258,22 +302,41 @@ def chosen(found: Mapping[str, Result]) -> dict[str, Chosen]:
 
 def gains(result: Result, hard: Result) -> np.ndarray:
     """By how many percent better than the mean of hard sharing on the test images, the mean over tasks, by seed."""
-    return 100 * (1 - result.test / hard.test.mean(0)).mean(1)
+    return _gain(result.test, hard.test.mean(0))
 
 
 def gain_on_validation(result: Result, hard: Result) -> float:
-    return float(100 * (1 - result.validation / hard.validation.mean(0)).mean())
+    return float(_gain(result.validation, hard.validation.mean(0)).mean())
+
+
+def _gain(errors: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """errors [n, tasks], hard [tasks]."""
+    return 100 * (1 - errors / hard).mean(1)
+
+
+def tested(best: Mapping[str, Chosen]) -> dict[str, float]:
+    """p of SFG against every other way: a paired bootstrap over the test images of their gains, seeds averaged first;
+    corrected after Holm."""
+    mean = best[HARD].result.test.mean(0)
+    by_image = {name: _gain(way.result.errors.mean(0).T, mean) for name, way in best.items()}
+    others = [name for name in best if name != LEARNT]
+    p = holm([bootstrap(by_image[LEARNT] - by_image[name]) for name in others]) if LEARNT in best else []
+    return dict(zip(others, p, strict=False))
 
 
 def report(folder: Path, file: Path) -> None:
-    """The tables of all problems that were run, in Markdown."""
+    """The tables of all problems that were run, in Markdown, and FILE.png beside it."""
     lines = [
         "# Does learning what to share pay?\n",
-        "`python -m benchmarks.experiment.suite run FOLDER PROBLEM ..`, then `report FOLDER FILE`. Mean (SD) over "
-        "seeds, on the test images, of the MAE, or of the percentage of images that are wrong. Gain: percent better "
+        "`python -m benchmarks.experiment.suite run FOLDER PROBLEM ..`, then `report FOLDER FILE`. Mean (SD over "
+        "seeds) on the test images of the MAE, or of the percentage of images that are wrong. Gain: percent better "
         "than hard sharing, the mean over tasks. Regret: the gain of the best fixed grouping minus that of the row. "
-        "The best fixed grouping, and rates of dropout and exploring, were chosen by the gain on validation images.\n",
+        "The best fixed grouping, and rates of dropout and exploring, were chosen by the gain on validation images. "
+        "SFG ahead: in how many of the seeds its gain is larger than the row's. p: of that difference, by a paired "
+        "bootstrap over test images, seeds averaged first, corrected after Holm; it says nothing of other seeds. "
+        "FLOPs: of a prediction, and of the training with the search for the grouping, over those of hard sharing.\n",
     ]
+    of_problems: dict[str, dict[str, Chosen]] = {}
     regrets: dict[str, dict[str, str]] = {}
     for problem in PROBLEMS:
         if not (folder / problem / "experiment.yaml").exists():
@@ -282,41 +345,56 @@ def report(folder: Path, file: Path) -> None:
         best = chosen(found)
         if HARD not in best:
             continue
+        of_problems[problem] = best
         table, by_way = _of_problem(problem, tasks, best)
         lines += [f"## {table.caption}\n", markdown(table)]
         for name, regret in by_way.items():
             regrets.setdefault(name, {})[problem] = regret
-    problems = list(dict.fromkeys(problem for row in regrets.values() for problem in row))
-    rows = [[name, *(row.get(problem, "-") for problem in problems)] for name, row in regrets.items()]
-    lines += ["## Regret [percent]\n", markdown(Table("", ["", *problems], rows))]
+    rows = [[name, *(row.get(problem, "not run") for problem in of_problems)] for name, row in regrets.items()]
+    lines += ["## Regret [percent]\n", markdown(Table("", ["", *of_problems], rows))]
     file.write_text("\n".join(lines))
+    draw(of_problems).savefig(file.with_suffix(".png"), dpi=110)
+
+
+def best_fixed(best: Mapping[str, Chosen]) -> str:
+    """The fixed grouping that the validation images choose."""
+    hard = best[HARD].result
+    fixed = [name for name, way in ways(hard.test.shape[1]).items() if way.fixed and name in best]
+    return max(fixed, key=lambda name: gain_on_validation(best[name].result, hard))
 
 
 def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chosen]) -> tuple[Table, dict[str, str]]:
     """The table of a problem, and the regret of every way with the SD over seeds of its gain."""
     hard = best[HARD].result
     every = ways(len(tasks))
-    fixed = [name for name in best if every[name].fixed]
-    winner = max(fixed, key=lambda name: gain_on_validation(best[name].result, hard))
-    goal = gains(best[winner].result, hard)
+    winner = best_fixed(best)
+    goal = gains(best[winner].result, hard).mean()
+    p = tested(best)
     rows, regrets = [], {}
     for name, (row, result) in best.items():
         gained = gains(result, hard)
         mark = " **(the best fixed)**" if name == winner else " (more weights)" if every[name].more else ""
         numbers = [_cell(one.mean(), one, 2) for one in result.test.T]
-        shared = " ".join(f"{value:.2f}" for value in result.shared)
-        tried = "" if row == name else row.removeprefix(f"{name}, ")
-        regret = goal.mean() - gained.mean()
-        cells = [*numbers, _cell(gained.mean(), gained, 1), f"{regret:.1f}", f"{result.flops / hard.flops:.2f}"]
-        rows.append([name + mark, tried, *cells, f"{gain_on_validation(result, hard):.1f}", shared])
-        regrets[name] = _cell(regret, gained, 1)
+        cells = [*numbers, _cell(gained.mean(), gained, 1), f"{goal - gained.mean():.1f}"]
+        if name in p:
+            ahead = int((gains(best[LEARNT].result, hard) > gained).sum())
+            cells += [f"{ahead} of {len(gained)}", f"{p[name]:.2g}"]
+        else:
+            cells += ["", ""]
+        cells += [f"{of / by:.2f}" for of, by in ((result.flops, hard.flops), (result.training, hard.training))]
+        cells += [f"{gain_on_validation(result, hard):.1f}", " ".join(f"{value:.2f}" for value in result.shared)]
+        rows.append([name + mark, "" if row == name else row.removeprefix(f"{name}, "), *cells])
+        regrets[name] = _cell(goal - gained.mean(), gained, 1)
     header = [
         "",
         "chosen",
         *tasks,
         "gain [%]",
         "regret [%]",
-        "FLOPs / hard sharing's",
+        "SFG ahead",
+        "p (Holm)",
+        "FLOPs",
+        "of training",
         "gain on validation",
         "p(shared) by layer",
     ]
@@ -326,6 +404,34 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
 def _cell(mean: float, by_seed: np.ndarray, digits: int) -> str:
     """The mean, and the SD over seeds, if there are several."""
     return f"{mean:.{digits}f}" + (f" ({by_seed.std(ddof=1):.{digits}f})" if len(by_seed) > 1 else "")
+
+
+def draw(of_problems: Mapping[str, Mapping[str, Chosen]]) -> Figure:
+    """The gain of every way on every problem: a dot a seed, a line at the mean. What is far off is at the edge."""
+    names = list(dict.fromkeys(name for best in of_problems.values() for name in best))
+    figure = Figure(figsize=(2.6 + 2.1 * len(of_problems), 0.8 + 0.26 * len(names)), layout="constrained")
+    every = np.atleast_1d(figure.subplots(1, max(1, len(of_problems)), sharey=True))
+    for axes, (problem, best) in zip(every, of_problems.items(), strict=False):
+        hard, winner = best[HARD].result, best_fixed(best)
+        found = {name: gains(best[name].result, hard) for name in best}
+        usual = np.concatenate([one for name, one in found.items() if name != "Constant p"])
+        low, high = usual.min(), usual.max()
+        low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
+        axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+        for name, one in found.items():
+            y = names.index(name)
+            colour = "#d1495b" if name == LEARNT else "#1f6f8b" if name == winner else "0.45"
+            seen = np.clip([*one, one.mean()], low, high)
+            axes.plot(seen[:-1], [y] * len(one), "o", markersize=3.5, color=colour, alpha=0.6, clip_on=False)
+            axes.plot([seen[-1]] * 2, [y - 0.32, y + 0.32], color=colour, linewidth=2.2)
+        axes.set_xlim(low, high)
+        axes.set_title(problem, fontsize=10)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    every[0].set_yticks(range(len(names)), names, fontsize=8)
+    every[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("better than hard sharing by [%]; red: SFG, blue: the best fixed grouping", fontsize=9)
+    return figure
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Cohorts of images whose best grouping is known, or can be found by trying: for `suite.yaml`.
+"""Cohorts of images whose best grouping is known, or can be found by trying: for `suite.py`, which makes them
+itself.
 
     python -m benchmarks.experiment.suite_cohorts digits FOLDER      needs scikit-learn, which ships the digits
     python -m benchmarks.experiment.suite_cohorts identical FOLDER   teachers; or related, disjoint, two_alike
-    sfg-fast experiment benchmarks/experiment/suite.yaml --cohort FOLDER/list.csv --out OUT [--train.tasks ..]
 
 digits: two handwritten digits, one over the other; a task for each place. Both are the same job at other places, so
 edges and strokes can be shared, and what is where can't.

@@ -72,8 +72,10 @@ def test_a_problem_is_an_experiment(problem, tmp_path):
     assert len(set(named)) == len(named)
 
 
-def result(test, validation):
-    return suite.Result(np.array(test, float), np.array([validation] * 2, float), 10.0, [])
+def result(test, validation, training=30.0):
+    """test: [seeds, tasks] of two images, one 1 better and one 1 worse than the mean."""
+    errors = np.array(test, float)[..., None] + np.array([-1, 1])
+    return suite.Result(errors, np.array([validation] * 2, float), 10.0, training, [])
 
 
 def test_gain_and_regret_by_hand():
@@ -83,7 +85,7 @@ def test_gain_and_regret_by_hand():
         "Hard sharing": result([[9, 4], [11, 4]], [10, 4]),
         "Even split": result([[11, 4], [11, 4]], [9, 4]),
         "SFG, explore 0.0": result([[1, 1], [1, 1]], [10, 4.1]),
-        "SFG, explore 0.05": result([[8, 4], [10, 2]], [8, 4.2]),
+        "SFG, explore 0.05": result([[8, 4], [10, 2]], [8, 4.2], training=24.0),
     }
     best = suite.chosen(found)
     assert best["SFG"].row == "SFG, explore 0.05"
@@ -95,3 +97,10 @@ def test_gain_and_regret_by_hand():
     rows = {row[0]: row for row in table.rows}
     assert "Even split **(the best fixed)**" in rows
     assert rows["SFG"][1:5] == ["explore 0.05", "9.00 (1.41)", "3.00 (1.41)", "17.5 (10.6)"]
+    assert rows["Hard sharing"][6:10] == [
+        "2 of 2",
+        "0.0004",
+        "1.00",
+        "1.00",
+    ]  # 10 and 25 against 5 and -5; twice the least p
+    assert rows["SFG"][6:10] == ["", "", "1.00", "0.80"]

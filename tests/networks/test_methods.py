@@ -101,3 +101,25 @@ def test_dropout_takes_whole_channels_and_keeps_the_mean():
     assert 0.6 < kept.float().mean() < 0.9
     assert torch.allclose(dropped, whole / 0.75 * kept[..., None])
     assert kept[0].ne(kept[1]).any()  # every image drops its own
+
+
+def test_hard_sharing_can_compute_whatever_another_grouping_computes():
+    """With the same kernels: those that the grouping doesn't read have weight zero. So a grouping never adds a function;
+    what it can bring is that it generalises, or is learnt, better, or costs less."""
+    torch.manual_seed(0)
+    grouped, shared = small("vgg", shared=0.4).double(), small("vgg", method="hard_sharing").double()
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    shared.load_state_dict(grouped.state_dict() | {k: v for k, v in shared.state_dict().items() if "gates" in k})
+    channels = None
+    with torch.no_grad():
+        for layer, wide in zip(grouped.features, shared.features, strict=True):
+            if channels is not None:
+                reads = (channels == 0) | (channels == layer.fixed_assignment[:, None])  # [K, C]
+                assert not reads.all()
+                wide.weight.mul_(reads[:, :, None, None])
+            channels = layer.fixed_assignment
+        for group, head in enumerate(shared.heads.values(), start=1):
+            head.weight.mul_((channels == 0) | (channels == group))
+    expected = grouped(x)
+    for task, y in shared(x).items():
+        torch.testing.assert_close(y, expected[task], rtol=1e-9, atol=1e-9)
