@@ -104,6 +104,10 @@ class SFGConv2d(GroupGates):
     Same constructor, parameters and state_dict as the fast layer; returns the list of T+1 dense tensors.
     """
 
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+
     def __init__(
         self,
         in_channels: int,
@@ -145,7 +149,7 @@ class SFGConv2d(GroupGates):
             padding_mode, device, dtype,  # type: ignore[arg-type]
         )  # fmt: skip
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
-        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
+        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation  # type: ignore
         self.padding, self.padding_mode = plain.padding, padding_mode
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
             sizes = getattr(self, name)

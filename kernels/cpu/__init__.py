@@ -47,6 +47,8 @@ FUSES = FUSES_BACK = FUSES_GATES = NORMALISES = READS_NORMALISED = True
 OF_TORCH = SHARES_PRODUCTS = False
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
 
+Pair = tuple[int, int]  # vertical, horizontal
+
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system
 
 INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this processor has; it is in use
@@ -92,10 +94,10 @@ def forward(
     keep: bool = False,
     affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    size = spec.geometry.output_size(x.shape[2:], packed.weight.shape[2:])
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))
     shape = x.shape[0], spec.rows.order.numel(), *size
     y, a = _empty(x, *shape), _empty(x, *shape) if keep else None
-    arrays = (
+    _native.forward(
         _plain(x),
         _plain(packed.weight),
         _plain_or_none(packed.bias),
@@ -103,9 +105,10 @@ def forward(
         relu,
         to_dlpack(y),
         _plain_or_none(a),
+        *_where(spec),
+        *_orders(spec),
+        _plain_or_none(affine),
     )
-    where = *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec)
-    _native.forward(*arrays, *where, _plain_or_none(affine))
     return y, a
 
 
@@ -120,18 +123,20 @@ def input_gradient(
     images, channels, groups = dy.shape[0], spec.columns.order.numel(), len(spec.columns.names)
     dx = _empty(dy, images, channels, *size)
     dothers = _empty(dy, images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
-    arrays = (
+    _native.input_gradient(
         _plain(dy),
         _plain_or_none(relu),
         _plain(packed.weight),
-        *map(_plain_or_none, around),
+        _plain_or_none(around[0]),
+        _plain_or_none(around[1]),
         to_dlpack(dx),
         _plain_or_none(dothers),
         None,
         None,
         None,
+        *_where(spec),
+        *_orders(spec),
     )
-    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
     return dx, dothers
 
 
@@ -147,19 +152,20 @@ def input_and_gate_gradient(
 ) -> tuple[Tensor, Tensor]:
     dx = _empty(features, *features.shape)
     dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
-    made = None if recipe is None else _arguments(recipe)
-    arrays = (
+    _native.input_gradient(
         _plain(dy),
         _plain_or_none(relu),
         _plain(packed.weight),
-        *map(_plain_or_none, around),
+        _plain_or_none(around[0]),
+        _plain_or_none(around[1]),
         to_dlpack(dx),
         None,
         _plain(features) if own else None,
-        made,
+        None if recipe is None else _arguments(recipe),
         to_dlpack(dz),
+        *_where(spec),
+        *_orders(spec),
     )
-    _native.input_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *_orders(spec))
     return dx, dz
 
 
@@ -185,8 +191,9 @@ def weight_gradient(
     sizes = packed.weight.shape[:2] if each_once else (rows.order.numel(), columns.order.numel())
     dw = x.new_empty(*sizes, *packed.weight.shape[2:])
     db = x.new_empty(sizes[0]) if bias else None
-    arrays = _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db)
-    _native.weight_gradient(*arrays, *_blocks(spec), *spec.geometry, torch.get_num_threads(), *orders)
+    _native.weight_gradient(
+        _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db), *_where(spec), *orders
+    )
     if each_once:
         return dw, db
     return unpack(dw, rows, columns), None if db is None else unpack_dim(db, 0, rows)
@@ -247,10 +254,23 @@ def normalise_gradient(
     weight, bias = weight.to(u.dtype), bias.to(u.dtype)
     dy, du = dy.contiguous(), _empty(u, *u.shape)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    arrays = (_plain_or_none(tensor) for tensor in (dy, u, weight, bias, order, mean, var, add))
-    gradients = (to_dlpack(tensor) for tensor in (du, dweight, dbias))
-    made = (to_dlpack(dy),) if again else ()
-    _native.normalise_gradient(*arrays, eps, *_flags(activation), *gradients, torch.get_num_threads(), *made)
+    _native.normalise_gradient(
+        _plain(dy),
+        _plain(u),
+        _plain(weight),
+        _plain(bias),
+        _plain_or_none(order),
+        _plain(mean),
+        _plain(var),
+        _plain_or_none(add),
+        eps,
+        *_flags(activation),
+        to_dlpack(du),
+        to_dlpack(dweight),
+        to_dlpack(dbias),
+        torch.get_num_threads(),
+        to_dlpack(dy) if again else None,
+    )
     return du, dweight, dbias, *([dy] if again else [])
 
 
@@ -279,13 +299,23 @@ def _arguments(recipe: Recipe) -> tuple[Any, ...]:
     x, a, packed, spec, scale, shift, activation = recipe
     arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
-    size = spec.geometry.output_size(x.shape[2:], packed.weight.shape[2:])
+    size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))
     return *arrays, *affine, *_flags(activation), *_blocks(spec), *spec.geometry, size, *_orders(spec)
+
+
+def _taps(packed: Parameters) -> tuple[int, int]:
+    """Height and width of the kernels."""
+    return packed.weight.shape[2], packed.weight.shape[3]
 
 
 def _blocks(spec: RoutedConv) -> tuple[list[int], list[int], list[int]]:
     """Offsets of the rows' and the columns' groups, and which is read."""
     return spec.rows.ends, spec.columns.ends, [int(read) for row in spec.reads() for read in row]
+
+
+def _where(spec: RoutedConv) -> tuple[list[int], list[int], list[int], Pair, Pair, Pair, int]:
+    """`_blocks`, the geometry, and how many threads."""
+    return *_blocks(spec), spec.geometry.stride, spec.geometry.padding, spec.geometry.dilation, torch.get_num_threads()
 
 
 def _orders(spec: RoutedConv) -> tuple[Any, Any]:

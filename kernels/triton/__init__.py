@@ -201,7 +201,7 @@ def weight_gradient(
     fused = bias, _wide(x, dy)
     launch = config.plan_gradient(g, x.element_size() * 8, dy.shape[0], size, config.device_of(x.device), *fused)
     torch_sum, sum_type = _sums(x.dtype)
-    new = {"dtype": torch_sum, "device": x.device}
+    new: dict[str, Any] = {"dtype": torch_sum, "device": x.device}
     kernels, channels, splits = spec.rows.width, spec.columns.width, launch.second
     # What is not read stays undefined.
     partial = torch.empty(splits * g.taps_h * g.taps_w * g.channels * g.out_channels, **new)
@@ -237,7 +237,7 @@ def normalise(
     _check(residual, "the residual", tuple(u.shape))
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
     channels, norm = u.shape[1], _norm(u)
-    new = {"dtype": torch_sum, "device": u.device}
+    new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
     partial = torch.empty(norm.parts, 2, channels, **new)
     mean, var = (torch.empty(channels, **new) for _ in range(2))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
@@ -274,7 +274,7 @@ def normalise_gradient(
     _check(add, "what is added", tuple(u.shape))
     dy, u, (torch_sum, sum_type) = _nhwc(dy), _nhwc(u), _sums(u.dtype)
     channels, norm = u.shape[1], _norm(u)
-    new = {"dtype": torch_sum, "device": u.device}
+    new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
     partial = torch.empty(norm.parts, 2, channels, **new)
     dweight, dbias, slope, offset = (torch.empty(channels, **new) for _ in range(4))
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)

@@ -67,8 +67,7 @@ class Pass:
         out_groups: int, routing: str, shares_products: bool, own_rows: bool, others: bool, bits: int, large: bool,
     ) -> Pass:  # fmt: skip
         taps = kernel[0] * kernel[1]
-        (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = geometry
-        strides, dilations = geometry.stride, geometry.dilation
+        strides, paddings, dilations = geometry
         if adjoint:
             steps = [stride // math.gcd(stride, dilation) for stride, dilation in zip(strides, dilations, strict=True)]
             offsets = [-step * d // s for step, d, s in zip(steps, dilations, strides, strict=True)]
@@ -91,11 +90,15 @@ class Pass:
             # A range starts at a multiple of 8 and may reach beyond the last channel; a walk takes a power of two.
             rows = max(_up(width, 8) + block_k, _power_of_two(width) if width <= WALKED else 0)
             size = taps * rows * columns
-        one = (1, 1)
+        in_steps, out_steps = ((1, 1), strides) if adjoint else (strides, (1, 1))
         return Pass(
-            adjoint, channels, out_channels, in_groups, out_groups, routing, shares_products, own_rows, others, *kernel,
-            stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, *(one if adjoint else strides),
-            *(strides if adjoint else one), *steps, *offsets, flat, block_n, block_k, rows, columns, size,
+            adjoint=adjoint, channels=channels, out_channels=out_channels, in_groups=in_groups, out_groups=out_groups,
+            routing=routing, shares_products=shares_products, own_rows=own_rows, others=others,
+            taps_h=kernel[0], taps_w=kernel[1], stride_h=strides[0], stride_w=strides[1],
+            padding_h=paddings[0], padding_w=paddings[1], dilation_h=dilations[0], dilation_w=dilations[1],
+            in_step_h=in_steps[0], in_step_w=in_steps[1], out_step_h=out_steps[0], out_step_w=out_steps[1],
+            tap_step_h=steps[0], tap_step_w=steps[1], tap_offset_h=offsets[0], tap_offset_w=offsets[1],
+            flat=flat, block_n=block_n, block_k=block_k, rows=rows, columns=columns, size=size,
         )  # fmt: skip
 
 
@@ -211,7 +214,7 @@ def device_of(device: torch.device) -> Device:
     if torch.version.hip:
         return Device(properties.multi_processor_count, 80, 64 << 10)
     capability = 10 * properties.major + properties.minor
-    return Device(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)
+    return Device(properties.multi_processor_count, capability, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 class Side(NamedTuple):
@@ -373,7 +376,7 @@ def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> d
 
 def precision(bits: int) -> str:
     """Of float32 products: TF32 only if torch may use it in its own convolutions. (AMD's GPUs mostly have none.)"""
-    allowed = bits == 32 and torch.version.hip is None and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    allowed = bits == 32 and torch.version.hip is None and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore
     return "tf32" if allowed else "ieee"
 
 

@@ -104,8 +104,8 @@ def test_dropout_takes_whole_channels_and_keeps_the_mean():
 
 
 def test_hard_sharing_can_compute_whatever_another_grouping_computes():
-    """With the same kernels: those that the grouping doesn't read have weight zero. So a grouping never adds a function;
-    what it can bring is that it generalises, or is learnt, better, or costs less."""
+    """It has the same kernels, with weight zero where the grouping doesn't read. So no grouping adds a function; it can
+    only make the network generalise better, be learnt better, or cost less."""
     torch.manual_seed(0)
     grouped, shared = small("vgg", shared=0.4).double(), small("vgg", method="hard_sharing").double()
     x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
