@@ -20,7 +20,7 @@ from .packing import Packed, memory_format, pack_parameters, read, unpack, unpac
 from .spec import Recipe, RoutedConv
 
 OF_TORCH = True
-FUSES = FUSES_BACK = FUSES_GATES = SHARES_PRODUCTS = NORMALISES = READS_NORMALISED = False
+SHARES_PRODUCTS = MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = NORMALISES = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = None, (None, *ACTIVATIONS)
 
 
@@ -46,7 +46,21 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     return pack_parameters(weight, bias, spec, dtype, zero_unread=True)
 
 
-def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+def forward(
+    x: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    u, a = _forward(x, packed, spec, keep)
+    u = F.relu(u) if relu else u
+    return u if residual is None else u + residual, a
+
+
+def _forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool) -> tuple[Tensor, Tensor | None]:
     if not (keep and spec.routing is Routing.ARROW):
         y = F.conv2d(x, packed.weight, packed.bias, *spec.geometry)
         return y, y if keep and spec.routing is Routing.ALL else None
@@ -61,7 +75,24 @@ def forward(x: Tensor, packed: Packed, spec: RoutedConv, keep: bool = False) -> 
     return y, a
 
 
-def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def input_gradient(
+    dy: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    size: tuple[int, int],
+    *,
+    relu: Tensor | None = None,
+    around: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None]:
+    assert relu is None, "dy has gone back through the ReLU already"
+    dx, dothers = _input_gradient(dy, packed, spec, size)
+    dx = dx if around[0] is None else dx + around[0]
+    return dx, dothers if dothers is None or around[1] is None else dothers + around[1]
+
+
+def _input_gradient(
+    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     shape, layout = (dy.shape[0], packed.weight.shape[1], *size), memory_format(dy)
     x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)  # its shape and layout alone count
     if not spec.columns.all_gates:
@@ -81,8 +112,9 @@ def input_gradient(dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
+    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, *, relu: Tensor | None = None, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    assert relu is None, "dy has gone back through the ReLU already"
     dy = dy.contiguous(memory_format=memory_format(x))  # the bits of the sums don't depend on dy's strides
     dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(read(spec), 0)
     return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None

@@ -7,15 +7,22 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, library
 
 from . import kernel_choice
 from . import kernels as _kernels
+from .kernels.contract import ComputesGateGradients, Kernels, Normalises, ReadsNormalised
 from .tracing import in_graph
+
+if TYPE_CHECKING:  # what each of them offers
+    from .kernels import cpu, masked, triton
+
+    _masked: Kernels = masked
+    _cpu: tuple[ReadsNormalised, ComputesGateGradients] = cpu, cpu
+    _triton: Normalises = triton
 
 BACKENDS = ("reference", "masked", "native", "triton")
 ENVIRONMENT = "SFG_FAST_BACKEND"
@@ -48,7 +55,7 @@ def current() -> str:
     return _forced.get() or _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
 
 
-def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[ModuleType, torch.dtype]:
+def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[Kernels, torch.dtype]:
     """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x` in a layer of
     `width` kernels, and the dtype that it is to be done in: under autocast autocast's own, or float32 for kernels that
     don't know that. `learns`: the gates of groups that kernels were not drawn into want a gradient, too."""
@@ -102,7 +109,7 @@ def _(log_p: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(log_p.new_empty(size, dtype=torch.int64) for size in sizes)  # type: ignore[return-value]
 
 
-def _fastest(x: Tensor, width: int, learns: bool) -> ModuleType:
+def _fastest(x: Tensor, width: int, learns: bool) -> Kernels:
     """On a CPU measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2 to 0.85
     of the time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2); other instruction sets were
     not measured. On a GPU what a check of this very device found (kernel_choice.py)."""
@@ -123,9 +130,12 @@ def _fastest(x: Tensor, width: int, learns: bool) -> ModuleType:
 
 def fastest_on_cpu() -> str:
     """The backend that `auto` gives to tensors in memory, if it can do what they want."""
-    if available("native") and load("native").INSTRUCTION_SET in ("avx2", "avx512"):
-        return "native"
-    return "masked"
+    return "native" if available("native") and instruction_set() in ("avx2", "avx512") else "masked"
+
+
+def instruction_set() -> str:
+    """The one that `native` uses on this processor, such as "avx2". Raises BackendError, if `native` is not there."""
+    return cast(Any, load("native")).INSTRUCTION_SET
 
 
 @torch.compiler.assume_constant_result
@@ -133,9 +143,9 @@ def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, work: st
     return kernel_choice.chosen(device).takes(kernel_choice.precision_of(dtype), width, work)
 
 
-def module(folder: str) -> ModuleType:
+def module(folder: str) -> Kernels:
     """The module of that name in kernels/: what an operator of a compiled graph goes by."""
-    return importlib.import_module(f"sfg_fast.kernels.{folder}")
+    return cast(Kernels, importlib.import_module(f"sfg_fast.kernels.{folder}"))
 
 
 def available(name: str) -> bool:
@@ -161,7 +171,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 _MODULES = {"masked": "masked", "native": "cpu", "triton": "triton"}
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Kernels:
     """The kernels of a backend. Raises BackendError, with the reason, if they are not there."""
     problem = _import(name)
     if problem:

@@ -46,10 +46,10 @@ def lines() -> list[str]:
 def _on_cpu() -> str:
     chosen = backends.fastest_on_cpu()
     try:
-        native = backends.load("native")
+        instructions = backends.instruction_set()
     except backends.BackendError as error:
         return f"auto takes {chosen}: {error}"
-    return f"auto takes {chosen}: native is built, for {native.INSTRUCTION_SET} here"
+    return f"auto takes {chosen}: native is built, for {instructions} here"
 
 
 def _version(package: str) -> str:

@@ -19,6 +19,7 @@ from . import backends
 from .activations import Activation
 from .groups import FilterGroups
 from .kernels import masked
+from .kernels.contract import Kernels, Normalises, normalises
 from .once import once_differentiable
 from .tracing import in_graph
 
@@ -66,7 +67,7 @@ class KernelNorm(nn.Module):
             for buffer in buffers:
                 buffer.fill_(value)
 
-    def in_one_go(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> Any:
+    def in_one_go(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> Normalises | None:
         """The kernels for `normalise_and_gate` on these rows, or None."""
         if not self.training or groups.full or self.synchronised:
             return None
@@ -74,7 +75,7 @@ class KernelNorm(nn.Module):
         return kernels if kernels is not None and activation in kernels.KNOWS else None
 
     def normalise_and_gate(
-        self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None, kernels: Any
+        self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None, kernels: Normalises
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Behind the convolution all of it in one go: z * act(norm(rows)) + residual, z the gates of the drawn rows,
         which are one but want a gradient. Scale and shift [1, rows] are those of the rows' others, if these count."""
@@ -151,7 +152,7 @@ class KernelNorm(nn.Module):
         return folded(weight, bias, scale, shift)
 
     @torch.no_grad()
-    def _keep(self, kernels: Any, mean: Tensor, var: Tensor, count: int, assignment: Tensor) -> None:
+    def _keep(self, kernels: Kernels, mean: Tensor, var: Tensor, count: int, assignment: Tensor) -> None:
         running = self.running_mean, self.running_var, self.draws, self.pooled_mean, self.pooled_var
         kernels.keep_statistics(mean, var, assignment, count, self.momentum, *running)
 
@@ -202,7 +203,7 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         eps: float,
         activation: Any,
-        kernels: Any,
+        kernels: Normalises,
         groups: FilterGroups | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         order, keep = (None, False) if groups is None else (groups.order, groups.all_gates)
@@ -229,15 +230,15 @@ class _BatchNorm(torch.autograd.Function):
         return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 4
 
 
-def in_one_go(x: Tensor, width: int, learns: bool = False) -> Any:
+def in_one_go(x: Tensor, width: int, learns: bool = False) -> Normalises | None:
     """The kernels that normalise and activate a tensor like x in one go, or None (`backends.kernels`)."""
     if in_graph():
         return None
     kernels, dtype = backends.kernels(x, width, learns)
-    return kernels if kernels.NORMALISES and dtype == x.dtype and _count(x) > 1 else None
+    return kernels if normalises(kernels) and dtype == x.dtype and _count(x) > 1 else None
 
 
-def relu_in_one_go(norm: nn.BatchNorm2d | None, x: Tensor) -> Any:
+def relu_in_one_go(norm: nn.BatchNorm2d | None, x: Tensor) -> Normalises | None:
     """The kernels for this norm and a ReLU behind it, or None."""
     return in_one_go(x, x.shape[1]) if type(norm) is nn.BatchNorm2d and norm.training else None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import passes
+from .kernels.contract import ReadsNormalised, reads_normalised
 from .kernels.spec import RoutedConv
 from .norm import batch_norm_relu, count_batch, relu_in_one_go
 from .once import once_differentiable
@@ -30,7 +31,7 @@ def normalised_conv(
     """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`); and u, for a shortcut
     around it: the gradients of both ways are added where the first is made."""
     kernels = relu_in_one_go(norm, u)
-    if norm is None or kernels is None or not kernels.READS_NORMALISED or relu or through_operators(kernels):
+    if norm is None or kernels is None or not reads_normalised(kernels) or relu or through_operators(kernels):
         h, around = batch_norm_relu(norm, u)
         return routed_conv(h, weight, bias, spec, relu, residual), around
     residual = None if residual is None else residual.to(u.dtype)
@@ -52,7 +53,7 @@ class _NormalisedConv(torch.autograd.Function):
         residual: Tensor | None,
         eps: float,
         running: tuple[Tensor, Tensor, float],
-        kernels: Any,
+        kernels: ReadsNormalised,
         spec: RoutedConv,
     ) -> tuple[Tensor, Tensor]:
         affine, mean, var = kernels.statistics(u, norm_weight, norm_bias, eps, *running)

@@ -22,6 +22,7 @@ from torch.utils import flop_counter
 from . import backends, passes
 from .groups import FilterGroups, Routing
 from .kernels import masked
+from .kernels.contract import Kernels
 from .kernels.packing import memory_format
 from .kernels.spec import Geometry, Recipe, RoutedConv
 
@@ -35,7 +36,7 @@ def routed_conv(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    kernels: Any,
+    kernels: Kernels,
     spec: RoutedConv,
     relu: bool,
     keep: bool,
@@ -54,7 +55,7 @@ def gate_gradient(
     shift: Tensor | None,
     spec: RoutedConv,
     activation: str | None,
-    kernels: Any,
+    kernels: Kernels,
 ) -> Tensor:
     """`kernels.gate_gradient` of unpacked parameters, as an operator: dz [G-1, rows] of the others."""
     return _gate_gradient(dothers, x, a, weight, bias, scale, shift, *_numbers(spec), activation, _folder(kernels))
@@ -71,7 +72,7 @@ def _numbers(spec: RoutedConv) -> tuple[list[Tensor], list[int], list[int], str]
     return sides, sizes, [number for pair in spec.geometry for number in pair], spec.routing.value
 
 
-def _folder(kernels: Any) -> str:
+def _folder(kernels: Kernels) -> str:
     return kernels.__name__.rsplit(".", 1)[1]
 
 

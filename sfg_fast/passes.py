@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .groups import FilterGroups, Routing
+from .kernels.contract import Kernels, Packed
 from .kernels.packing import channels_last, unpack_dim
 from .kernels.spec import RoutedConv
 
@@ -19,8 +20,8 @@ from .kernels.spec import RoutedConv
 class Kept(NamedTuple):
     """What the backward pass wants of the forward pass, the layer's input aside."""
 
-    packed: Any
-    alike: tuple[RoutedConv, Any] | None  # a relaxed draw: the plain convolution that all groups do, and its weight
+    packed: Packed
+    alike: tuple[RoutedConv, Packed] | None  # a relaxed draw: the plain convolution that all groups do, and its weight
     dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias, and so of their gradients
 
 
@@ -29,7 +30,7 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    kernels: Any,
+    kernels: Kernels,
     spec: RoutedConv,
     relu: bool,
     keep: bool,
@@ -37,12 +38,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Kept]:
     """Returns u (`relu`: relu(u)), with `keep` what the gates of the others need besides x, and what is kept."""
     kept = prepare(weight, bias, kernels, spec, x.dtype)
-    fused: dict[str, Any] = {"relu": relu, "residual": residual} if kernels.FUSES else {}
-    fused |= {} if affine is None else {"affine": affine}
-    return *kernels.forward(x, kept.packed, spec, **fused, keep=keep), kept
+    more: dict[str, Any] = {} if affine is None else {"affine": affine}  # of kernels that read what they normalise
+    return *kernels.forward(x, kept.packed, spec, relu=relu, residual=residual, keep=keep, **more), kept
 
 
-def prepare(weight: Tensor, bias: Tensor | None, kernels: Any, spec: RoutedConv, dtype: torch.dtype) -> Kept:
+def prepare(weight: Tensor, bias: Tensor | None, kernels: Kernels, spec: RoutedConv, dtype: torch.dtype) -> Kept:
     """The parameters, packed."""
     alike = None
     if same_work_for_every_group(spec):
@@ -57,31 +57,28 @@ def backward(
     x: Tensor,
     passed: Tensor | None,
     kept: Kept,
-    kernels: Any,
+    kernels: Kernels,
     spec: RoutedConv,
     wants: Sequence[bool],
     around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dothers (`kernels/__init__.py`), dw, db, where wanted. `passed`: the ReLU's output. `around`: is added to dx
+    """dx, dothers (`kernels/contract.py`), dw, db, where wanted. `passed`: the ReLU's output. `around`: is added to dx
     and dothers."""
     wants_x, wants_weight, wants_bias = wants
     packed = kept.packed
-    if passed is not None and not kernels.FUSES_BACK:  # once for both gradients
+    if passed is not None and not kernels.MASKS_GRADIENTS:  # once for both gradients
         dy, passed = torch.ops.aten.threshold_backward(dy, passed, 0), None
-    relu = {"relu": passed} if kernels.FUSES_BACK else {}
     dx = dothers = dw = db = None
     if wants_x:
         around = around[0], around[1] if spec.columns.all_gates else None
-        fused = {"around": around} if kernels.FUSES else {}
-        dx, dothers = kernels.input_gradient(dy, packed, spec, tuple(x.shape[2:]), **relu, **fused)
-        if not kernels.FUSES:
-            dx, dothers = (d if more is None else d + more for d, more in zip((dx, dothers), around, strict=True))
+        size = x.shape[2], x.shape[3]
+        dx, dothers = kernels.input_gradient(dy, packed, spec, size, relu=passed, around=around)
     if wants_weight:
         if kept.alike is not None:  # the groups folded into the batch: one weight gradient for all
             x, dy = fold(x, spec), fold_rows(dy, spec)
-            relu = {name: y if y is None else fold_rows(y, spec) for name, y in relu.items()}
+            passed = None if passed is None else fold_rows(passed, spec)
             spec, packed = kept.alike
-        dw, db = kernels.weight_gradient(x, dy, packed, spec, **relu, bias=wants_bias)
+        dw, db = kernels.weight_gradient(x, dy, packed, spec, relu=passed, bias=wants_bias)
     elif wants_bias:
         db = (dy if passed is None else dy.where(~(passed <= 0), 0)).sum((0, 2, 3))  # a NaN passes, as in torch
         db = unpack_dim(db, 0, spec.rows)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from . import backends, operators, passes
 from .groups import FilterGroups, Routing
 from .kernels import masked
+from .kernels.contract import Kernels, computes_gate_gradients
 from .kernels.spec import Recipe, RoutedConv
 from .once import once_differentiable
 from .passes import fold, one_image_for_every_group, plain, same_work_for_every_group, unfold
@@ -104,10 +105,12 @@ class Others(NamedTuple):
     a: Tensor | None
     weight: Tensor
     bias: Tensor | None
-    kernels: Any
+    kernels: Kernels
     spec: RoutedConv
 
-    def recipe(self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Any = None) -> Recipe:
+    def recipe(
+        self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
+    ) -> Recipe:
         """scale and shift [G-1, rows], or [1, rows] for all alike. `kernels`: other ones than those that computed u."""
         packed = (kernels or self.kernels).pack(self.weight, self.bias, self.spec, self.x.dtype, gates=True)
         return Recipe(self.x, self.a, packed, self.spec, scale, shift, activation)
@@ -136,9 +139,9 @@ class Others(NamedTuple):
 
 
 class Producer(NamedTuple):
-    """Where features come from, F = z act(scale * u + shift): a consumer whose kernels can (`FUSES_GATES`) gives the
-    gates z their gradient itself, and dL/dF of the others is never stored. (It then goes past F: not for an F that is
-    another tensor by now, or that has hooks or `retain_grad`.)"""
+    """Where features come from, F = z act(scale * u + shift): a consumer whose kernels can (`COMPUTES_GATE_GRADIENTS`)
+    gives the gates z their gradient itself, and dL/dF of the others is never stored. (It then goes past F: not for an F
+    that is another tensor by now, or that has hooks or `retain_grad`.)"""
 
     packed: Tensor  # F
     h: Tensor  # act(..) of the rows, with the gradient that goes to the layer
@@ -158,22 +161,20 @@ def _by_kernels(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    kernels: Any,
+    kernels: Kernels,
     spec: RoutedConv,
     relu: bool,
     keep: bool = False,
     around: bool = False,
 ) -> tuple[Any, ...]:
-    """u, what is kept, and with `around` x and its others again. ReLU and addition in the kernels, where these can do
-    it."""
-    fused = kernels.FUSES
+    """u, what is kept, and with `around` x and its others again."""
     residual = None if residual is None else residual.to(x.dtype)
     keep = keep and spec.routing is Routing.ARROW
     if producer is not None and not _can_serve(producer, x, kernels, spec):
         producer = None
     if spec.columns.all_gates and (producer or others is None or not others.requires_grad):  # nobody asks for dothers
         spec = spec._replace(columns=dataclasses.replace(spec.columns, all_gates=False))
-    arguments = weight, bias, residual if fused else None, kernels, spec, relu and fused, keep
+    arguments = weight, bias, residual, kernels, spec, relu, keep
     if producer is not None:
         tensors, rest = ((), None) if producer.others is None else producer.others.split()
         made = producer._replace(packed=None, h=None, gates=None, others=rest)  # type: ignore[arg-type]
@@ -182,15 +183,12 @@ def _by_kernels(
         u, a, *past = operators.routed_conv(x, others, *arguments)
     else:
         u, a, *past = _RoutedConv.apply(x, others, None, *arguments, around, None)
-    if not fused:
-        u = F.relu(u) if relu else u
-        u = u if residual is None else u + residual
     return u, a if keep else None, *past
 
 
-def _can_serve(producer: Producer, x: Tensor, kernels: Any, spec: RoutedConv) -> bool:
+def _can_serve(producer: Producer, x: Tensor, kernels: Kernels, spec: RoutedConv) -> bool:
     """Can the consumer of these features give their gates the gradient?"""
-    if not kernels.FUSES_GATES or through_operators(kernels) or spec.geometry.stride != (1, 1):
+    if not kernels.COMPUTES_GATE_GRADIENTS or through_operators(kernels) or spec.geometry.stride != (1, 1):
         return False
     if producer.packed is not x or x._backward_hooks or x.retains_grad:
         return False
@@ -209,7 +207,7 @@ class _RoutedConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
-        kernels: Any,
+        kernels: Kernels,
         spec: RoutedConv,
         relu: bool,
         keep: bool,
@@ -243,14 +241,17 @@ class _RoutedConv(torch.autograd.Function):
         wants_x, wants_others, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
         kept, kernels, spec, producer = ctx.kept, ctx.kernels, ctx.spec, ctx.producer
         past = (around[0], around[1]) if around else (None, None)
-        dz = None
+        dx: Tensor | None
+        dz: Tensor | None = None
         if producer is not None and wants_gates:
             recipe = None
             if producer.others is not None:
                 recipe = producer.others.joined(made_of).recipe(producer.scale, producer.shift, producer.activation)
             how = {"relu": passed, "own": producer.own, "around": past}
-            dx, dz = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, **how)
-            dz = producer.groups.by_kernel(dz[0] if producer.own else None, dz[1:] if recipe else None, gates)
+            assert computes_gate_gradients(kernels)
+            dx, of_rows = kernels.input_and_gate_gradient(dy, kept.packed, spec, x, recipe, **how)
+            drawn, undrawn = of_rows[0] if producer.own else None, of_rows[1:] if recipe else None
+            dz = producer.groups.by_kernel(drawn, undrawn, gates)
             _, dothers, dw, db = passes.backward(dy, x, passed, kept, kernels, spec, [False, *wants])
         else:
             asked = [wants_x or wants_others, *wants]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+if TYPE_CHECKING:
+    from .kernels.contract import Kernels
 
 
 def in_graph() -> bool:
@@ -17,7 +20,7 @@ def in_graph() -> bool:
     return watched() and any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
-def through_operators(kernels: ModuleType) -> bool:
+def through_operators(kernels: Kernels) -> bool:
     """Are these kernels to be called through operators of torch (operators.py)? In a graph, and where a mode looks at
     every operation, as a counter of FLOPs does: it sees what is made of torch's operations, but no other kernels."""
     return in_graph() or (watched() and not kernels.OF_TORCH)

@@ -19,10 +19,9 @@ from ..spec import Recipe, RoutedConv
 from . import _native
 
 __all__ = [
-    "FUSES",
-    "FUSES_BACK",
-    "FUSES_GATES",
+    "COMPUTES_GATE_GRADIENTS",
     "KNOWS",
+    "MASKS_GRADIENTS",
     "MEMORY_FORMAT",
     "NORMALISES",
     "OF_TORCH",
@@ -43,7 +42,7 @@ __all__ = [
     "weight_gradient",
 ]
 
-FUSES = FUSES_BACK = FUSES_GATES = NORMALISES = READS_NORMALISED = True
+MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = NORMALISES = READS_NORMALISED = True
 OF_TORCH = SHARES_PRODUCTS = False
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
 
@@ -275,12 +274,32 @@ def normalise_gradient(
 
 
 def keep_statistics(
-    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, *running: Tensor
+    mean: Tensor,
+    var: Tensor,
+    assignment: Tensor,
+    count: int,
+    momentum: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    draws: Tensor,
+    pooled_mean: Tensor,
+    pooled_var: Tensor,
 ) -> None:
-    if mean.dtype != running[0].dtype:
+    if mean.dtype != running_mean.dtype:
+        running = running_mean, running_var, draws, pooled_mean, pooled_var
         return masked.keep_statistics(mean, var, assignment, count, momentum, *running)
-    batch = _plain(mean), _plain(var), _plain(assignment)
-    _native.keep_statistics(*batch, count, momentum, *(to_dlpack(tensor) for tensor in running))
+    _native.keep_statistics(
+        _plain(mean),
+        _plain(var),
+        _plain(assignment),
+        count,
+        momentum,
+        to_dlpack(running_mean),
+        to_dlpack(running_var),
+        to_dlpack(draws),
+        to_dlpack(pooled_mean),
+        to_dlpack(pooled_var),
+    )
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

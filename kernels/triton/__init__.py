@@ -35,8 +35,8 @@ from .pack import pack_kernel, sample_kernel
 from .rowwalk import rowwalk_kernel
 from .wgrad import reduce_kernel, weight_gradient_kernel
 
-FUSES = SHARES_PRODUCTS = NORMALISES = True
-OF_TORCH = FUSES_BACK = FUSES_GATES = READS_NORMALISED = False
+SHARES_PRODUCTS = NORMALISES = True
+OF_TORCH = MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = READS_NORMALISED = False
 MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -130,7 +130,13 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
 
 
 def forward(
-    x: Tensor, packed: Packed, spec: RoutedConv, relu: bool = False, residual: Tensor | None = None, keep: bool = False
+    x: Tensor,
+    packed: Packed,
+    spec: RoutedConv,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
@@ -146,8 +152,11 @@ def input_gradient(
     packed: Packed,
     spec: RoutedConv,
     size: tuple[int, int],
+    *,
+    relu: Tensor | None = None,
     around: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
+    assert relu is None, "dy has gone back through the ReLU already"
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.offsets
     # The kernels add to all that they write, or to nothing.
@@ -191,8 +200,9 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, bias: bool = True
+    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, *, relu: Tensor | None = None, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    assert relu is None, "dy has gone back through the ReLU already"
     g = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[2]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     _check(x, "the input", (dy.shape[0], g.channels, *x.shape[2:]))
@@ -297,9 +307,19 @@ def normalise_gradient(
 
 
 def keep_statistics(
-    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, *running: Tensor
+    mean: Tensor,
+    var: Tensor,
+    assignment: Tensor,
+    count: int,
+    momentum: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    draws: Tensor,
+    pooled_mean: Tensor,
+    pooled_var: Tensor,
 ) -> None:
-    groups, kernels = running[0].shape
+    groups, kernels = running_mean.shape
+    running = running_mean, running_var, draws, pooled_mean, pooled_var
     sizes = momentum, kernels, groups, triton.next_power_of_2(kernels)
     _launch(keep_statistics_kernel, 1, mean, var, assignment, *running, count, *sizes)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backends import backend, load
 from ..groups import FilterGroups, Routing
+from ..kernels.contract import normalises
 from ..kernels.spec import Geometry, RoutedConv
 from ..routed_conv import Others, convolve, routed_conv
 
@@ -212,6 +213,7 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
     torch.manual_seed(0)
     size = (9, 7) if device.type == "cpu" else (37, 70)
     dtype, kernels = PRECISIONS[precision].dtype, load("triton")
+    assert normalises(kernels)
     order = torch.randperm(channels, device=device)
     u, residual, dy, add = (
         torch.randn(3, channels, *size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -249,9 +251,9 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     counts = [0, *torch.bincount(expected.cpu(), minlength=groups).cumsum(0).tolist()]
     _right(offsets.tolist() == counts, "the groups' offsets are not their sizes added up")
     mean, var = torch.randn(kernels, device=device), torch.rand(kernels, device=device)
-    running = [torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device)]
+    running = (torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device))
     draws = torch.randint(5, (groups, kernels), device=device).float()
-    pooled = [torch.zeros(kernels, device=device), torch.ones(kernels, device=device)]
+    pooled = (torch.zeros(kernels, device=device), torch.ones(kernels, device=device))
     exact = [t.double().cpu().clone() for t in (*running, *pooled)]
     counted = draws.cpu().clone()
     triton.keep_statistics(mean, var, assignment, 50, 0.1, *running, draws, *pooled)

@@ -13,6 +13,7 @@ from ..activations import Activation, activate
 from ..features import SFGFeatures, joined_others
 from ..groups import FilterGroups, Routing
 from ..kernels import masked
+from ..kernels.contract import Normalises
 from ..kernels.masked import channel_dots
 from ..kernels.spec import Geometry
 from ..norm import KernelNorm
@@ -104,7 +105,7 @@ class SFGConv2d(reference.SFGConv2d):
         return features if residual is None else residual + features  # type: ignore[operator]
 
     def _normalised(
-        self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None, kernels: Any
+        self, u: Tensor, groups: FilterGroups, others: Others | None, residual: Features | None, kernels: Normalises
     ) -> SFGFeatures:
         """Norm, activation, gate and shortcut in one go, by these kernels."""
         assert self.norm is not None
