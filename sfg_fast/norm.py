@@ -67,12 +67,12 @@ class KernelNorm(nn.Module):
             for buffer in buffers:
                 buffer.fill_(value)
 
-    def in_one_go(self, rows: Tensor, groups: FilterGroups, activation: Activation) -> Normalises | None:
-        """The kernels for `normalise_and_gate` on these rows, or None."""
-        if not self.training or groups.full or self.synchronised:
-            return None
-        kernels = in_one_go(rows, groups.width, groups.all_gates)
-        return kernels if kernels is not None and activation in kernels.KNOWS else None
+    def in_one_go(
+        self, kernels: Kernels, rows: Tensor, groups: FilterGroups, activation: Activation
+    ) -> Normalises | None:
+        """These kernels, which convolved, if they can do `normalise_and_gate` on these rows, or None."""
+        can = self.training and not groups.full and not self.synchronised and activation in kernels.KNOWS
+        return _normalising(kernels, rows) if can else None
 
     def normalise_and_gate(
         self, rows: Tensor, groups: FilterGroups, activation: Activation, residual: Tensor | None, kernels: Normalises
@@ -230,17 +230,17 @@ class _BatchNorm(torch.autograd.Function):
         return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, *[None] * 4
 
 
-def in_one_go(x: Tensor, width: int, learns: bool = False) -> Normalises | None:
-    """The kernels that normalise and activate a tensor like x in one go, or None (`backends.kernels`)."""
-    if in_graph():
-        return None
-    kernels, dtype = backends.kernels(x, width, learns)
-    return kernels if normalises(kernels) and dtype == x.dtype and _count(x) > 1 else None
+def _normalising(kernels: Kernels, x: Tensor) -> Normalises | None:
+    """These kernels, if they normalise and activate x in one go, or None."""
+    return kernels if normalises(kernels) and not in_graph() and _count(x) > 1 else None
 
 
 def relu_in_one_go(norm: nn.BatchNorm2d | None, x: Tensor) -> Normalises | None:
     """The kernels for this norm and a ReLU behind it, or None."""
-    return in_one_go(x, x.shape[1]) if type(norm) is nn.BatchNorm2d and norm.training else None
+    if type(norm) is not nn.BatchNorm2d or not norm.training or in_graph():
+        return None
+    kernels, dtype = backends.kernels(x, x.shape[1])
+    return _normalising(kernels, x) if dtype == x.dtype else None
 
 
 def batch_norm_relu(norm: nn.BatchNorm2d | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from .groups import FilterGroups, Routing
 from .kernels.contract import Kernels, Packed
 from .kernels.packing import channels_last, unpack_dim
 from .kernels.spec import RoutedConv
+from .way import same_work_for_every_group
 
 
 class Kept(NamedTuple):
@@ -84,17 +85,6 @@ def backward(
         db = unpack_dim(db, 0, spec.rows)
     dw, db = (d if d is None else d.to(dtype) for d, dtype in zip((dw, db), kept.dtypes, strict=True))
     return dx, dothers, dw, db
-
-
-def same_work_for_every_group(spec: RoutedConv) -> bool:
-    """Do all groups convolve full-width tensors with the same kernels? Then one block-masked convolution would do (T+1)
-    times the work that is needed."""
-    return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
-
-
-def one_image_for_every_group(spec: RoutedConv) -> bool:
-    """Do all groups convolve the same image with the same kernels? Then once is enough."""
-    return spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1
 
 
 def plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:

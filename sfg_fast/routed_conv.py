@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import backends, operators, passes
+from . import operators, passes
 from .groups import FilterGroups, Routing
 from .kernels import masked
 from .kernels.contract import Kernels, computes_gate_gradients
 from .kernels.spec import Recipe, RoutedConv
 from .once import once_differentiable
-from .passes import fold, one_image_for_every_group, plain, same_work_for_every_group, unfold
+from .passes import fold, plain, unfold
 from .tracing import in_graph, through_operators
+from .way import Run, Way, decide
 
 
 def routed_conv(*arguments: Any, **options: Any) -> Tensor:
@@ -45,6 +46,7 @@ class Convolved(NamedTuple):
     # both ways are added where the first is made.
     x: Tensor
     others: Tensor | None
+    run: Run  # what did it: a normalisation behind it takes the same kernels
 
 
 def convolve(
@@ -66,20 +68,18 @@ def convolve(
     from, if that is known. `keep`: for rows all of whose gates want a gradient (`spec.rows.all_gates`).
     """
     assert residual is None or not relu, "the gradient would need the ReLU's output alone"
-    width = weight.shape[0] // (len(spec.rows.names) if spec.rows.alike else 1)
-    kernels, dtype = backends.kernels(x, width, spec.rows.all_gates or spec.columns.all_gates)
-    if x.dtype != weight.dtype and backends.autocast_dtype(x) is None:
-        raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}, expected the same (or torch.autocast)")
+    run = decide(x, weight, spec)
+    kernels, dtype = run.kernels, run.dtype
     given, x = (x, others), x.to(dtype)
     sizes = weight.shape[0], weight.shape[1]
     a, past = None, None
-    if one_image_for_every_group(spec):
+    if run.way is Way.ONCE:
         one = plain(spec, *sizes)
         u = _by_kernels(x, None, None, weight, bias, None, kernels, one, relu)[0].repeat(1, len(spec.rows.names), 1, 1)
-    elif same_work_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+    elif run.way is Way.FOLDED:
         one = plain(spec, *sizes)
         u = unfold(_by_kernels(fold(x, spec), None, None, weight, bias, None, kernels, one, relu)[0], spec)
-    elif kernels is masked and spec.columns.full and spec.routing is Routing.OWN and spec.rows.alike:
+    elif run.way is Way.GROUPED:
         stride, padding, dilation = spec.geometry
         groups = len(spec.columns.names)
         u = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups)
@@ -95,7 +95,8 @@ def convolve(
         a = u.detach() if spec.routing is Routing.ALL else a
         parameters = weight.detach(), None if bias is None else bias.detach()
         made_of = Others(x.detach().to(u.dtype), a, *parameters, kernels, spec)
-    return Convolved(u, made_of, *(past or given))
+    x, others = past or given
+    return Convolved(u, made_of, x, others, run)
 
 
 class Others(NamedTuple):

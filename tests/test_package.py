@@ -18,7 +18,7 @@ ROOT = Path(sfg_fast.__file__).parent
 FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
     {"activations", "errors", "files", "groups", "kernels", "kernel_choice", "data", "once", "tables", "tracing"},
     {"backends", "estimators", "features", "gates", "norm", "plain_ops"},
-    {"reference", "passes", "operators", "routed_conv", "normalised_conv"},
+    {"reference", "way", "passes", "operators", "routed_conv", "normalised_conv"},
     {"layers"},
     {"configuration", "gpu"},
     {"networks", "tasks"},

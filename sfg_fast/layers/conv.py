@@ -86,19 +86,12 @@ class SFGConv2d(reference.SFGConv2d):
         relu = norm is None and self.activation == "relu"  # nothing stands between them: the kernels do both
         arguments = features.packed, weight, bias, spec, relu
         source = {"others": features.others, "producer": features.producer}
-        others = None
-        if groups.all_gates:
-            u, others, *_ = convolve(*arguments, **source, keep=True)
-        elif (
-            norm is None
-            and self.activation is None
-            and not groups.learns
-            and _addable(residual, groups, features.packed)
-        ):
+        nothing_between = norm is None and self.activation is None and not groups.learns
+        if nothing_between and _addable(residual, groups, features.packed):
             return SFGFeatures(routed_conv(*arguments, **source, residual=residual.packed), groups)  # type: ignore
-        else:
-            u = routed_conv(*arguments, **source)
-        in_one_go = None if norm is None else norm.in_one_go(u, groups, self.activation)
+        found = convolve(*arguments, **source, keep=groups.all_gates)
+        u, others = found.u, found.made_of
+        in_one_go = None if norm is None else norm.in_one_go(found.run.kernels, u, groups, self.activation)
         if in_one_go is not None:
             return self._normalised(u, groups, others, residual, in_one_go)
         features = self._epilogue(u, groups, norm, relu, others)
