@@ -7,10 +7,9 @@ import torch._inductor.config
 from torch import nn
 
 from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling, set_estimator
-from sfg_fast.backends import available
+from tests.backends import EVERY, FAST
 from tests.oracle import assert_close
 
-BACKENDS = ["reference", "masked"] + ["native"] * available("native") + ["triton"] * available("triton")
 TASKS = {"ct": 1, "organs": 2}
 
 
@@ -64,12 +63,12 @@ def check(make, name, size, steps=3, compiler="aot_eager"):
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "selected", "none"])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_layers(name, estimator, float64):
     check(lambda: Chain(estimator), name, (11, 12))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_features_that_leave_the_graph(name, float64):
     """A layer compiled alone: what is done to its features outside reaches weights and logits."""
     torch._dynamo.reset()
@@ -110,7 +109,7 @@ def test_gumbel_rao():
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["masked"] + ["native"] * available("native"))
+@pytest.mark.parametrize("name", FAST)
 def test_activation_that_the_kernels_do_not_know(name, float64):
     check(lambda: Chain("straight_through", torch.tanh), name, (11, 12))
 
@@ -125,7 +124,7 @@ def test_vgg(float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_inductor(name, float64):
     """Its random numbers are its own unless it is told otherwise; only then can draws be compared."""
     with torch._inductor.config.patch(fallback_random=True):

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from sfg_fast import SFGConv2d, SFGHighResNet, backend, set_estimator
-from sfg_fast.backends import available
 from sfg_fast.estimators import ESTIMATORS, gumbel_rao, reinmax, straight_through
 from sfg_fast.gates import GroupGates, gumbel_noise
 from sfg_fast.networks.controls import sfg_layers
 from tests import oracle
+from tests.backends import EVERY
 from tests.oracle import assert_close
 
-BACKENDS = ["masked"] + ["native"] * available("native") + ["triton"] * available("triton")
 ONE_HOT = ["straight_through", "gumbel_rao", "reinmax", "selected"]
 
 
@@ -239,7 +238,7 @@ def literal(layers, x, noises, tau, pool):
     return [features[0] + task for task in features[1:]]
 
 
-@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("norm", [None, "batch"])
 @pytest.mark.parametrize("form", ["fused", "expanded", "pooled"])
 def test_straight_through_is_a_literal_transcription(name, norm, form, float64):

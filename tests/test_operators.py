@@ -6,11 +6,10 @@ from sfg_fast.kernels.spec import Geometry, RoutedConv
 from torch import library
 
 from sfg_fast import backend
-from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import convolve, routed_conv
+from tests.backends import PACKED
 
-BACKENDS = ["masked"] + ["native"] * available("native") + ["triton"] * available("triton")
 KINDS = ["packed", "with others", "rows with others", "relaxed", "image"]
 
 
@@ -38,7 +37,7 @@ def run(x, others, weight, bias, spec, relu):
     return u, recipe.a
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_compiled_graph_gives_the_same(name, kind, relu):
@@ -54,7 +53,7 @@ def test_a_compiled_graph_gives_the_same(name, kind, relu):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(name, kind):
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from sfg_fast import SFGConv2d, SFGFeatures, backend
-from sfg_fast.backends import available
 from sfg_fast.groups import Routing
 from sfg_fast.reference import DenseFeatures
+from tests.backends import FAST
 
 TASKS = ("ct", "organs")
 
 
-@pytest.fixture(params=["masked"] + ["native"] * available("native"))
+@pytest.fixture(params=FAST)
 def backend_name(request):
     return request.param
 

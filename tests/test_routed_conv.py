@@ -13,6 +13,7 @@ from sfg_fast import backend
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import RoutedConv, convolve, routed_conv
+from tests.backends import FAST, PACKED
 from tests.oracle import assert_close
 
 
@@ -32,13 +33,6 @@ def check_others(recipe, u, random):
             df = random(*h.shape)
             dz = recipe.kernels.gate_gradient(recipe.recipe(*affine, activation), df.flatten(1, 2))
             assert_close(dz, (df * h).sum((0, 3, 4)), what="gates")
-
-
-BACKENDS = [
-    "masked",
-    pytest.param("native", marks=pytest.mark.skipif(not available("native"), reason="not built")),
-    pytest.param("triton", marks=pytest.mark.skipif(not available("triton"), reason="Triton is not installed")),
-]
 
 
 @st.composite
@@ -132,7 +126,7 @@ def check(problem, name):
         assert_close(a, b, what=f"gradient of the {what}")
 
 
-@pytest.mark.parametrize("name", BACKENDS[:2])
+@pytest.mark.parametrize("name", FAST)
 @settings(max_examples=120)
 @given(problem=problems())
 def test_against_dense_masking(name, problem):
@@ -146,7 +140,7 @@ def test_triton_against_dense_masking(problem):
     check(problem, "triton")
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("routing", Routing)
 @pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
 @pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
@@ -158,7 +152,7 @@ def test_every_kind_of_rows_and_columns(name, rows, columns, routing, around):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 @settings(max_examples=3000)
 @given(problem=problems())
 def test_against_dense_masking_at_length(name, problem):
@@ -175,7 +169,7 @@ def small_problem(dtype=torch.float64):
     return x, weight, bias, RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("geometry", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 2), (1, 2))])
 def test_gradcheck(name, geometry):
     x, weight, bias, spec = small_problem()
@@ -185,7 +179,7 @@ def test_gradcheck(name, geometry):
         assert torch.autograd.gradcheck(lambda *leaves: routed_conv(*leaves, spec), (x, weight, bias), fast_mode=fast)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 def test_only_what_is_asked_for_gets_a_gradient(name):
     for wanted in range(3):
         leaves = list(small_problem()[:3])
@@ -197,7 +191,7 @@ def test_only_what_is_asked_for_gets_a_gradient(name):
         assert [leaf.grad is not None for leaf in leaves] == [index == wanted for index in range(3)]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 def test_gradient_that_arrives_with_strange_strides(name):
     x, weight, bias, spec = small_problem()
     with backend(name):
@@ -212,7 +206,7 @@ def test_gradient_that_arrives_with_strange_strides(name):
     assert torch.equal(expanded, ones)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PACKED)
 def test_same_bits_twice(name):
     x, weight, bias, spec = small_problem(torch.float32)
     runs = []

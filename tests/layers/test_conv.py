@@ -17,9 +17,8 @@ from sfg_fast.backends import available
 from sfg_fast.gates import gumbel_noise
 from sfg_fast.layers.streams import Heads, Merge
 from tests import oracle
+from tests.backends import EVERY, FAST, PACKED
 from tests.oracle import assert_close
-
-BACKENDS = ["reference", "masked"] + ["native"] * available("native") + ["triton"] * available("triton")
 
 
 def chain(estimator, norm, activation, tasks, widths, geometry, init):
@@ -121,7 +120,7 @@ def check_chain(p, name):
             assert_close(a, torch.zeros_like(leaf) if b is None else b, 1e-9, f"gradient {tuple(leaf.shape)}", scale)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("name", ["reference", *FAST])
 @settings(max_examples=60)
 @given(problem=chains())
 def test_chain_against_dense_masking(name, problem):
@@ -136,7 +135,7 @@ def test_chain_on_triton_against_dense_masking(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=1000)
 @given(problem=chains())
 def test_chain_against_dense_masking_at_length(name, problem):
@@ -144,7 +143,7 @@ def test_chain_against_dense_masking_at_length(name, problem):
         check_chain(problem, name)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_of_equals_in_a_pooling_window_the_first_gets_the_gradient(name, norm, float64):
     """Whole numbers, which are not rounded: ties are ties."""
@@ -164,7 +163,7 @@ def test_of_equals_in_a_pooling_window_the_first_gets_the_gradient(name, norm, f
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("sample", [False, True])
 def test_eval_uses_running_statistics_of_the_drawn_pairs(name, sample, float64):
     layer = SFGConv2d(3, 6, 3, tasks=2, norm="batch", activation="relu", init="dirichlet")
@@ -191,7 +190,7 @@ def test_eval_uses_running_statistics_of_the_drawn_pairs(name, sample, float64):
             assert_close(y.dense(other)[:, kernel], wanted, 1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "reference"])
+@pytest.mark.parametrize("name", PACKED)
 def test_running_statistics_are_those_of_the_reference(name, float64):
     buffers = []
     for one in ("reference", name):
@@ -273,7 +272,7 @@ def test_gate_gradient_does_not_overflow_in_half_precision():
     assert layer.logits.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "none"])
 def test_one_value_per_channel_can_not_be_normalised(name, estimator):
     layer = SFGConv2d(1, 3, 1, norm="batch", estimator=estimator)
@@ -321,7 +320,7 @@ def test_assignment_travels_in_the_state_dict():
 def test_same_seed_same_assignment_on_every_backend():
     layer = SFGConv2d(2, 16, 3, tasks=3)
     drawn = []
-    for name in BACKENDS:
+    for name in EVERY:
         torch.manual_seed(7)
         with backend(name):
             drawn.append(layer(torch.randn(1, 2, 5, 5)).groups.assignment.tolist())
@@ -376,7 +375,7 @@ def test_all_shared_equals_a_plain_convolution(mode, padding, size, float64):
     plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     layer.assign(torch.zeros(4, dtype=torch.int64))
     x = torch.randn(2, 3, 7, 6)
-    for name in BACKENDS:
+    for name in EVERY:
         with backend(name):
             y = layer(x)
         assert_close(y.merged(1), plain(x), what=name)
@@ -391,7 +390,7 @@ def test_initial_weights_are_those_of_conv2d():
     assert torch.equal(layer.weight, plain.weight)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_autocast_keeps_gates_in_float32(name):
     layers = chain("straight_through", "batch", "relu", 2, [1, 4, 4], (1, 1, 1), "uniform")
     with torch.autocast("cpu", dtype=torch.bfloat16), backend(name):
@@ -443,7 +442,7 @@ def test_activation_checkpointing_draws_the_same(estimator, reentrant, every):
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("size", [(4, 4), (40, 40), (1, 200)])
 def test_an_empty_batch_has_gradients_of_zero(name, size):
     conv = SFGConv2d(3, 8, (1, 3))
@@ -454,7 +453,7 @@ def test_an_empty_batch_has_gradients_of_zero(name, size):
     assert not conv.weight.grad.any()
 
 
-@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("name", EVERY[1:])
 @pytest.mark.parametrize("outputs", [{"a": 1, "b": 2}, {"a": 1, "b": 1}, {"a": 2, "b": 2}], ids=str)
 def test_heads_on_merged_streams(name, outputs, float64):
     """Every group has rows of its own, shared none."""
@@ -469,7 +468,7 @@ def test_heads_on_merged_streams(name, outputs, float64):
         assert_close(found[task], expected[task])
 
 
-@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("name", EVERY[1:])
 def test_what_is_done_to_the_packed_tensor_counts(name):
     """A consumer may give the gates their gradient without that of the features: not if somebody waits for it."""
     first, second = chain("straight_through", None, "relu", 2, [1, 6, 4], (1, 1, 1), "uniform")
@@ -506,7 +505,7 @@ def test_an_assignment_changes_no_features_that_are_there():
     assert torch.equal(torch.cat([features, features], 1).dense(0), before)
 
 
-@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("name", EVERY[1:])
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_an_activation_that_works_in_place(name, norm, float64):
     gradients = []
@@ -554,7 +553,7 @@ def test_errors_name_the_value(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_an_image_of_another_dtype_is_refused_as_by_conv2d(name, dtype):
     said = "expected the same|should be the same|the tensor is torch.float16, the native kernels"

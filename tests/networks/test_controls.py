@@ -25,10 +25,10 @@ from sfg_fast import (
     set_explore,
     set_temperature,
 )
-from sfg_fast.backends import available
 from sfg_fast.gates import gumbel_noise
 from sfg_fast.networks.controls import map_assignment, sfg_layers
 from tests import oracle
+from tests.backends import FAST
 
 
 def network(residual="routed", **options):
@@ -183,7 +183,7 @@ class Normalised(nn.Module):
         return {"a": self.head(a), "b": self.head(b)}
 
 
-@pytest.mark.parametrize("name", ["reference", "masked"] + ["native"] * available("native"))
+@pytest.mark.parametrize("name", ["reference", *FAST])
 @pytest.mark.parametrize("draws", [0, 3])
 def test_predictions_with_batch_statistics(draws, name, float64):
     """As written out; and running statistics, modes and later predictions are what they were."""

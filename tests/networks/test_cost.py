@@ -13,6 +13,7 @@ from sfg_fast.gates import gumbel_noise
 from sfg_fast.networks.build import build
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.cost import DRAWS, flops, logits, parameters
+from tests.backends import FAST
 
 OUTPUTS = {"a": 1, "b": 2}
 NATIVE = pytest.mark.skipif(not available("native"), reason="no C++ kernels here")
@@ -103,7 +104,7 @@ def test_what_masks_is_counted_as_what_it_computes():
     net, x = SFGVGG(3, OUTPUTS, 1, method="hard_sharing"), torch.randn(2, 3, 32, 32)
     channels, kernels, rows = [3, 1, 2, 4, 4, 8, 8, 8], [1, 2, 4, 4, 8, 8, 8, 8], [32, 16, 8, 8, 4, 4, 2, 2]
     plain = 2 * 9 * sum(c * k * r * r for c, k, r in zip(channels, kernels, rows, strict=True)) + 2 * 8 * 3
-    for name in ["masked"] + ["native"] * available("native"):
+    for name in FAST:
         with backend(name):
             assert flops(net, x) == plain
     with backend("reference"):

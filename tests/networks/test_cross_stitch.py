@@ -18,13 +18,13 @@ from sfg_fast import (
     recalibrate,
     sampling,
 )
-from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups
 from sfg_fast.layers.streams import StreamBlock
 from sfg_fast.networks.controls import draws_from_constant_p, map_assignment, sfg_layers
 from sfg_fast.networks.cross_stitch import CrossStitch, CrossStitchUnit
 from sfg_fast.networks.parts import ResidualBlock
 from sfg_fast.reference import DenseFeatures
+from tests.backends import FAST
 from tests.oracle import assert_close
 
 TASKS = {1: {"ct": 2}, 2: {"ct": 1, "organs": 3}, 3: {"a": 1, "b": 2, "c": 1}}
@@ -89,7 +89,7 @@ def plainly(name, model, x):
     return out
 
 
-@pytest.mark.parametrize("kernels", ["reference", "masked"] + ["native"] * available("native"))
+@pytest.mark.parametrize("kernels", ["reference", *FAST])
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("name", SIZES)
 def test_equals_itself_written_plainly(name, tasks, kernels, float64):

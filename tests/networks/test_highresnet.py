@@ -8,9 +8,9 @@ from sfg_fast import SFGHighResNet, backend, penalties, predict
 from sfg_fast.backends import available
 from sfg_fast.networks.controls import assign, map_assignment, set_estimator, set_noise_on, sfg_layers
 from sfg_fast.networks.methods import METHODS as ALL_METHODS
+from tests.backends import FAST, PACKED
 from tests.oracle import assert_close
 
-FAST = ["masked"] + ["native"] * available("native")
 OUTPUTS = {"ct": 1, "organs": 3}
 METHODS = [method for method in ALL_METHODS if method != "cross_stitch"]
 
@@ -109,7 +109,7 @@ class _AsksTheDevice(torch.utils._python_dispatch.TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["masked"] + ["triton"] * available("triton"))
+@pytest.mark.parametrize("name", [name for name in PACKED if name != "native"])
 @pytest.mark.parametrize("residual", ["separate", "routed"])
 def test_a_training_step_never_waits_for_the_device(name, residual):
     model = network(residual)

@@ -5,18 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from sfg_fast import SFGVGG, backend, parameter_groups, penalties, predict, recalibrate
-from sfg_fast.backends import available
 from sfg_fast.networks.build import build
 from sfg_fast.networks.controls import draws_from_constant_p
 from sfg_fast.networks.methods import METHODS as ALL_METHODS
+from tests.backends import FAST
 from tests.oracle import assert_close
 
-BACKENDS = ["masked"] + ["native"] * available("native")
 OUTPUTS = {"class": 3, "age": 1, "left": 2}
 METHODS = [method for method in ALL_METHODS if method != "cross_stitch"]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_equals_itself_under_dense_masking(name, norm, float64):
     model, x = SFGVGG(2, OUTPUTS, width=2, norm=norm), torch.randn(3, 2, 34, 33)
