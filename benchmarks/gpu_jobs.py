@@ -146,7 +146,7 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     packed = kernels.pack(plain.contiguous(), bias, spec, HALF)
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
     gates = kernels.pack(plain.contiguous(), bias, all_specs, HALF, gates=True)
-    a, dothers = kernels.forward(x, everything, all_specs, True, keep=True)[1], torch.cat([dy, dy], 1)
+    a, dothers = kernels.forward(x, everything, all_specs, relu=True, keep=True)[1], torch.cat([dy, dy], 1)
     scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)
     norm = [torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)]
     order = drawn.order
@@ -162,7 +162,7 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     running = [torch.zeros(k, device=DEVICE), torch.ones(k, device=DEVICE)]
     return {
         "forward + ReLU": {
-            "ours": lambda: kernels.forward(x, packed, spec, True),
+            "ours": lambda: kernels.forward(x, packed, spec, relu=True),
             "cuDNN": lambda: F.conv2d(x, plain, bias, 1, 1).relu_(),
             **fused,
         },
@@ -177,7 +177,7 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
                 lambda: backward(dy, x, plain, output_mask=(False, True, False))
             ),
         },
-        "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, True, keep=True)},
+        "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, relu=True, keep=True)},
         "input gradient, others": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
         "gates' gradient": {
             "ours": lambda: kernels.gate_gradient(Recipe(x, a, gates, all_specs, scale, shift, "relu"), dothers)

@@ -127,14 +127,14 @@ def check(p):
 
     given = kernels.pack(weight.to(p["dtype"]), None if bias is None else bias.to(p["dtype"]), spec, p["dtype"])
     px = packed(x, sides[1])
-    y = kernels.forward(px, given, spec, p["relu"], packed(residual, sides[0]))[0]
+    y = kernels.forward(px, given, spec, relu=p["relu"], residual=packed(residual, sides[0]))[0]
     wanted = (exact.relu() if p["relu"] else exact).detach() + (0 if residual is None else residual)
     taps = p["kernel"][0] * p["kernel"][1]
     eps = torch.finfo(p["dtype"]).eps
     close(y, wanted[:, sides[0].order], eps, int(mask.sum(1).max()) * taps + 2, "forward")
 
     # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
-    passed = kernels.forward(px, given, spec, True)[0]
+    passed = kernels.forward(px, given, spec, relu=True)[0]
     dy = random(*exact.shape)
     inverse = sides[0].inverse
     dy = dy * (passed > 0)[:, inverse] if p["relu"] else dy
@@ -152,7 +152,7 @@ def check(p):
     for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"])[0])
-    assert torch.equal(passed, kernels.forward(px, given, spec, True)[0])
+    assert torch.equal(passed, kernels.forward(px, given, spec, relu=True)[0])
     check_others(p, spec, x, weight, bias, dy.double(), random)
 
 
@@ -188,7 +188,7 @@ def check_others(p, spec, x, weight, bias, dy, random):
     close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
     close(dothers, others(gets, columns).flatten(1, 2), eps, back, "gradient of the others")
     past = random(*dx.shape).to(dtype), random(*dothers.shape).to(dtype)  # by a shortcut
-    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], past)
+    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], around=past)
     for found, alone, more in zip(both, (dx, dothers), past, strict=True):
         close(found, alone.double() + more.double(), eps, back, "gradient and what came by a shortcut")
 
