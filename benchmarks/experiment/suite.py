@@ -375,7 +375,8 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
         gained = gains(result, hard)
         mark = " **(the best fixed)**" if name == winner else " (more weights)" if every[name].more else ""
         numbers = [_cell(one.mean(), one, 2) for one in result.test.T]
-        cells = [*numbers, _cell(gained.mean(), gained, 1), f"{goal - gained.mean():.1f}"]
+        regret = goal - gained.mean()
+        cells = [*numbers, _cell(gained.mean(), gained, 1), f"{regret:.1f}"]
         if name in p:
             ahead = int((gains(best[LEARNT].result, hard) > gained).sum())
             cells += [f"{ahead} of {len(gained)}", f"{p[name]:.2g}"]
@@ -384,7 +385,7 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
         cells += [f"{of / by:.2f}" for of, by in ((result.flops, hard.flops), (result.training, hard.training))]
         cells += [f"{gain_on_validation(result, hard):.1f}", " ".join(f"{value:.2f}" for value in result.shared)]
         rows.append([name + mark, "" if row == name else row.removeprefix(f"{name}, "), *cells])
-        regrets[name] = _cell(goal - gained.mean(), gained, 1)
+        regrets[name] = "> 100" if regret > 100 else _cell(regret, gained, 1)
     header = [
         "",
         "chosen",
