@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: docs install demo test test-all test-cpp test-sanitize lint bench static-report clean
+.PHONY: docs install demo quick test test-all test-cpp test-sanitize lint bench static-report clean
 
 install: $(STAMP)
 
@@ -25,6 +25,14 @@ PROCESSES ?= 2
 PYTEST    := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 test: $(STAMP)
 	$(PYTEST)
+
+# After a line was changed, in about a minute: style, and what tells most in little time.
+QUICK := tests/test_gates.py tests/test_features.py tests/test_package.py tests/layers/test_state.py tests/networks/test_build.py \
+	tests/tasks/test_kinds.py tests/data/test_targets.py tests/experiment/test_table.py tests/evaluation/test_metrics.py
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) $(QUICK)
 
 test-all: $(STAMP)
 	$(PYTEST) -m 'slow or not slow'
@@ -47,7 +55,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed && cp -r sfg_fast build/typed/ && cp -r kernels build/typed/sfg_fast/
-	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp
 
 bench: $(STAMP)

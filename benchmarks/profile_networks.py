@@ -3,7 +3,7 @@ to the machine's roofs.
 
     python -m benchmarks.profile_networks [FILE.md] [--networks routed separate vgg] [--sizes 96] [--rounds 15]
 
-Networks and steps are those of networks.py. Operations are those of kernels/__init__.py, timed inside whole
+Networks and steps are those of networks.py. Operations are those of kernels/contract.py, timed inside whole
 steps. FLOPs are what plain sums would take, for what is read alone: Winograd's products (kernels/cpu/winograd.h) do
 with half of those of 3x3 kernels, so more than the sgemm roof is possible. Bytes are those of images, each read or
 written once. Roofs are measured in turns with the steps: torch's sgemm, and copying (bytes read and written).

@@ -248,12 +248,15 @@ class ReadsNormalised(Normalises, Protocol):
 
 
 def computes_gate_gradients(kernels: Kernels) -> TypeGuard[ComputesGateGradients]:
+    """Do they offer `ComputesGateGradients`? (Here and below: said to mypy, too.)"""
     return kernels.COMPUTES_GATE_GRADIENTS
 
 
 def normalises(kernels: Kernels) -> TypeGuard[Normalises]:
+    """Do they offer `Normalises`?"""
     return kernels.NORMALISES
 
 
 def reads_normalised(kernels: Kernels) -> TypeGuard[ReadsNormalised]:
+    """Do they offer `ReadsNormalised`?"""
     return kernels.READS_NORMALISED

@@ -86,7 +86,7 @@ def files_that_decide() -> list[Path]:
 
     assert kernels.__file__ is not None
     theirs, here = Path(kernels.__file__).parent, Path(__file__).parent
-    between = [here / f"{name}.py" for name in ("passes", "routed_conv", "norm")]
+    between = [here / f"{name}.py" for name in ("way", "passes", "routed_conv", "norm")]
     return sorted([*theirs.glob("*.py"), *theirs.glob("triton/*.py"), *here.glob("gpu/*.py"), *between])
 
 

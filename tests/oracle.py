@@ -65,9 +65,12 @@ def assert_close(actual, expected, tolerance=1e-10, what="", scale=1e-3):
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if actual.numel() == 0:
         return
-    error = (actual - expected).abs().max().item()
-    scale = max(expected.abs().max().item(), scale)
-    assert error <= tolerance * scale, f"{what}: error {error:.3g} at scale {scale:.3g}"
+    errors = (actual - expected).abs()
+    error, scale = errors.max().item(), max(expected.abs().max().item(), scale)
+    if not error <= tolerance * scale:  # not > : a NaN is no success
+        worst = [int(index) for index in torch.unravel_index(errors.nan_to_num(torch.inf).argmax(), errors.shape)]
+        few = f"{(errors > tolerance * scale).sum().item()} of {errors.numel()} values"
+        raise AssertionError(f"{what}: error {error:.3g} at scale {scale:.3g}, the largest at {worst}; {few} differ")
 
 
 def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.1):

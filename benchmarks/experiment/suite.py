@@ -216,10 +216,12 @@ def results(folder: Path, problem: str) -> tuple[dict[str, Task], dict[str, Resu
     for row, its in by_row.items():
         if not all((job.folder / "metrics.json").exists() for job in its):
             continue
+        searched = its[0].trainings[0].network.grouping
+        if searched and _row_of(Path(searched)) not in found:
+            continue
         documents = [read_json(job.folder / "metrics.json") for job in its]
         tasks = tasks or from_json(documents[0]["conventions"]["tasks"])
         flops = documents[0]["flops"]
-        searched = its[0].trainings[0].network.grouping
         found[row] = Result(
             np.array([[_errors(document, task) for task in tasks.values()] for document in documents]),
             np.array([_on_validation(job, tasks) for job in its]),
@@ -236,10 +238,11 @@ def _row_of(run: Path) -> str:
 
 
 def _errors(document: Mapping[str, Any], task: Task) -> list[float]:
-    """Of a task, for each test image."""
+    """Of a task, for each test image, by their names."""
     measure = task.relative
-    values = [measure.factor * number_at(case, measure.place) for case in document["cases"].values()]
-    return [value if measure.less_is_better else 100 - value for value in values]
+    values = [number_at(case, measure.place) for _, case in sorted(document["cases"].items())]
+    assert None not in values, "every image of the suite has every target"
+    return [measure.factor * value if measure.less_is_better else 100 - measure.factor * value for value in values]
 
 
 def _on_validation(job: Job, tasks: Mapping[str, Task]) -> list[float]:
@@ -260,24 +263,29 @@ def _shared(its: Sequence[Job]) -> list[float]:
 
 
 def training_flops(job: Job, flops: float) -> float:
-    """FLOPs of all steps, for an image a step. A fixed grouping takes three times those of a prediction; a step that
-    draws is counted, at the first p, the mean over draws: what the gates' gradients take is in it."""
-    training = job.trainings[0]
-    method, schedule = training.network.method, training.schedule
-    if method not in ("sfg", "constant_p"):
-        return 3 * flops * schedule.steps
-    about: AboutData = read_json(Path(training.out) / "data.json")
-    tasks = read_tasks(training.tasks, {name: Target.from_json(name, one) for name, one in about["targets"].items()})
-    torch.manual_seed(0)
-    network = build_network(training, about["in_channels"], tasks).train()
-    assert about["images"] is not None
-    x = torch.randn(2, about["images"]["channels"], *about["images"]["size"])
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(DRAWS):
-            torch.stack([y.sum() for y in network(x).values()]).sum().backward()
-    drawn = counter.get_total_flops() / DRAWS / len(x)
-    share = 1.0 if method == "constant_p" else schedule.draw_until
-    return schedule.steps * (share * drawn + (1 - share) * 3 * flops)
+    """FLOPs of all steps, for an image a step. A fixed grouping takes three times those of a prediction, less the
+    gradient of the image. A step that draws is counted, at the first p, the mean over draws: what the gates' gradients
+    take is in it."""
+    schedule = job.trainings[0].schedule
+    fixed, drawn, share = 3 * flops, 0.0, 0.0
+    for training in job.trainings:
+        about: AboutData = read_json(Path(training.out) / "data.json")
+        assert about["images"] is not None
+        tasks = read_tasks(
+            training.tasks, {name: Target.from_json(name, one) for name, one in about["targets"].items()}
+        )
+        torch.manual_seed(0)
+        network = build_network(training, about["in_channels"], tasks).train()
+        x = torch.randn(2, about["images"]["channels"], *about["images"]["size"])
+        first = (m for m in network.modules() if getattr(m, "in_channels", None) == x.shape[1])
+        fixed -= sum(2 * m.weight.numel() * x[0, 0].numel() for m in first if hasattr(m, "weight"))  # stride 1
+        if training.network.method in ("sfg", "constant_p"):
+            share = 1.0 if training.network.method == "constant_p" else schedule.draw_until
+            with FlopCounterMode(display=False) as counter:
+                for _ in range(DRAWS):
+                    torch.stack([y.sum() for y in network(x).values()]).sum().backward()
+            drawn += counter.get_total_flops() / DRAWS / len(x)
+    return schedule.steps * (share * drawn + (1 - share) * fixed)
 
 
 class Chosen(NamedTuple):

@@ -1,4 +1,4 @@
-// The routed convolution on packed, contiguous NCHW tensors in memory. See kernels/__init__.py for the contract.
+// The routed convolution on packed, contiguous NCHW tensors in memory. See kernels/contract.py for the contract.
 #pragma once
 #include <cstdint>
 
@@ -110,7 +110,7 @@ template <typename T>
 void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var, const T* add,
                         T* du, T* dweight, T* dbias, T* made, int threads);
 
-// Running statistics, see kernels/__init__.py: [groups][kernels], or [kernels].
+// Running statistics, see kernels/contract.py: [groups][kernels], or [kernels].
 template <typename T>
 void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
                      T* running_mean, T* running_var, T* draws, T* pooled_mean, T* pooled_var, int64_t groups,

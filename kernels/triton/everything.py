@@ -12,7 +12,7 @@ row for every (group, kernel) would take s + T s + sum of t (s: the shared fract
 
 A relaxed draw (P.shares_products) has all groups side by side. If the input side does, too (P.own_rows), all groups
 share the weight: each of its tiles is loaded once for all of them. A one-hot draw has the group of each kernel, and its
-others beside (kernels/__init__.py). The groups are gone through in the others' order, tasks, then shared: `place` is
+others beside (kernels/contract.py). The groups are gone through in the others' order, tasks, then shared: `place` is
 where a channel's own group stands in it, so its n-th other is the n-th group, or the next from `place` on.
 """
 

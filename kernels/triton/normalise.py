@@ -180,7 +180,7 @@ def keep_statistics_kernel(
     mean, var, assignment, running_mean, running_var, draws, pooled_mean, pooled_var, count,
     MOMENTUM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See kernels/__init__.py. One program."""
+    """See kernels/contract.py. One program."""
     k = tl.arange(0, BLOCK)
     valid = k < K
     at = tl.load(assignment + k, mask=valid, other=0) * K + k

@@ -1,13 +1,20 @@
 """The suite's cohorts are what they are called, and its report says by hand what gains and regrets are."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.experiment import suite, suite_cohorts
 from sfg_fast.data import read_cohort
-from sfg_fast.experiment.config import check
+from sfg_fast.data.targets import Target
+from sfg_fast.experiment.config import check, jobs
+from sfg_fast.files import write_json
+from sfg_fast.networks.cost import flops
 from sfg_fast.tasks import read_tasks
+from sfg_fast.training.run import build_network
 
 
 @pytest.mark.parametrize("kind", suite_cohorts.TEACHERS)
@@ -104,3 +111,34 @@ def test_gain_and_regret_by_hand():
         "1.00",
     ]  # 10 and 25 against 5 and -5; twice the least p
     assert rows["SFG"][6:10] == ["", "", "1.00", "0.80"]
+
+
+@pytest.mark.parametrize("method", ["hard_sharing", "even_split", "one_task"])
+def test_flops_of_a_training_with_a_fixed_grouping_are_those_of_its_steps(method, tmp_path):
+    """3 times a prediction's, less the gradient of the image: as torch counts a step."""
+    config = suite.experiment("identical", tmp_path / "list.csv", tmp_path / "out", [0], 1)
+    job = next(job for job in jobs(config) if job.trainings[0].network.method == method)
+    number = {"kind": "number", "unit": "", "names": {}, "statistics": {"mean": 0.0, "sd": 1.0}}
+    x, images = torch.randn(2, 3, 32, 32), {"channels": 3, "size": [32, 32]}
+    prediction = step = 0.0
+    for training in job.trainings:
+        about = {"in_channels": 3, "images": images, "targets": {"task1": number, "task2": number}}
+        Path(training.out).mkdir(parents=True)
+        write_json(Path(training.out) / "data.json", about)
+        targets = {name: Target.from_json(name, number) for name in about["targets"]}
+        network = build_network(training, 3, read_tasks(training.tasks, targets))
+        prediction += flops(network, x)
+        with FlopCounterMode(display=False) as counter:
+            torch.stack([y.sum() for y in network.train()(x).values()]).sum().backward()
+        step += counter.get_total_flops() / len(x)
+    assert suite.training_flops(job, prediction) == pytest.approx(step * config.train.schedule.steps)
+
+
+def test_the_figure_has_a_row_for_every_way(tmp_path):
+    names = ("One-task", "Hard sharing", "Even split", "Constant p", "SFG")
+    best = {name: suite.Chosen(name, result([[9, 4 + i], [11, 4]], [10, 4])) for i, name in enumerate(names)}
+    figure = suite.draw({"digits": best, "faces": dict(list(best.items())[1:])})
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == list(names)
+    assert len(first.lines) == 2 * len(names) + 1
+    assert len(second.lines) == 2 * (len(names) - 1) + 1

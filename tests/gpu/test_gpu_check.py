@@ -92,6 +92,7 @@ def test_another_kernel_asks_for_another_check(tmp_path):
     files = kernel_choice.files_that_decide()
     names = {file.name for file in files}
     assert names >= {"rowwalk.py", "config.py", "masked.py", "packing.py", "passes.py", "checks.py", "timing.py"}
+    assert names >= {"contract.py", "way.py", "routed_conv.py", "norm.py"}
     copies = [tmp_path / f"{n}.py" for n in range(len(files))]
     for file, copy in zip(files, copies, strict=True):
         copy.write_bytes(file.read_bytes())

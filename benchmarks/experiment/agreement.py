@@ -1,0 +1,95 @@
+"""Do the tasks' gradients agree on the kernels that they share? Where they did not, a kernel would better be parted.
+
+    python -m benchmarks.experiment.agreement RUN OUT [--steps 600]
+
+Trains with the configuration of RUN, whose kernels are all shared, for so many steps from the start, in OUT. At every
+tenth of them, from the 50th on, each task's gradient of every layer's weight is taken on two batches, a and b. For
+each kernel <g_a, g_b> is then an unbiased estimate of a squared mean, of one task, or of the product of the means, of
+two. Printed for each layer, of the steps of the second half: the cosine of the tasks' mean gradients, and each task's
+|g|^2 over its squared mean: how many times the noise of a batch exceeds what it has to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfg_fast.networks.controls import sfg_layers
+from sfg_fast.tables import Table, markdown
+from sfg_fast.training.config import read_config
+from sfg_fast.training.trainer import Trainer
+
+FIRST, EVERY = 50, 10
+
+
+def gradients(trainer: Trainer, batch: dict[str, Any]) -> list[list[Tensor]]:
+    """[tasks][layers]: each task's gradient of the weights, flattened by kernel, [K, ..], on one batch."""
+    weights = [layer.weight for layer in sfg_layers(trainer.model).values()]
+    outputs = trainer.model(batch["inputs"])
+    found = []
+    for name, task in trainer.tasks.items():
+        there = batch[f"has_{task.target}"]
+        loss = -trainer.objective.likelihoods[name](outputs[name].float(), batch[task.target], there).mean()
+        found.append([g.flatten(1) for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+    return found
+
+
+def products(a: list[list[Tensor]], b: list[list[Tensor]], layer: int) -> dict[str, float]:
+    """Means over the kernels of a layer: of each task <g_a, g_b> and |g|^2; of two tasks, <g_a of one, g_b of the
+    other>."""
+
+    def dot(x: Tensor, y: Tensor) -> float:
+        return float((x * y).sum(1).mean())
+
+    found = {}
+    for task, (x, y) in enumerate(zip(a, b, strict=True)):
+        found[f"mean {task}"] = dot(x[layer], y[layer])
+        found[f"whole {task}"] = (dot(x[layer], x[layer]) + dot(y[layer], y[layer])) / 2
+    for one, other in itertools.combinations(range(len(a)), 2):
+        found[f"{one} {other}"] = (dot(a[one][layer], b[other][layer]) + dot(a[other][layer], b[one][layer])) / 2
+    return found
+
+
+def measure(run: Path, out: Path, steps: int) -> Table:
+    """The table of the first so many steps of a training."""
+    trainer = Trainer(dataclasses.replace(read_config(run / "config.yaml"), out=str(out)))
+    layers, tasks = list(sfg_layers(trainer.model)), list(trainer.tasks)
+    sums: list[dict[str, float]] = [{} for _ in layers]
+    for step in range(steps):
+        if step >= max(FIRST, steps // 2) and step % EVERY == 0:
+            a, b = (gradients(trainer, trainer._on_device(trainer.sampler[step + steps * n])) for n in (1, 2))
+            for layer, so_far in enumerate(sums):
+                for name, value in products(a, b, layer).items():
+                    so_far[name] = so_far.get(name, 0.0) + value
+        trainer._train_step()
+        trainer.step += 1
+    pairs = list(itertools.combinations(range(len(tasks)), 2))
+    header = ["layer", *(f"cosine of {tasks[i]} and {tasks[j]}" for i, j in pairs), *(f"noise of {t}" for t in tasks)]
+    rows = []
+    for name, one in zip(layers, sums, strict=True):
+        cosines = [one[f"{i} {j}"] / (one[f"mean {i}"] * one[f"mean {j}"]) ** 0.5 for i, j in pairs]
+        noise = [one[f"whole {t}"] / one[f"mean {t}"] for t in range(len(tasks))]
+        rows.append([name, *(f"{value:.2f}" for value in cosines), *(f"{value:.1f}" for value in noise)])
+    return Table(f"{run.parent.name}, {steps} steps", header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=600)
+    options = parser.parse_args()
+    if options.steps > (most := read_config(options.run / "config.yaml").schedule.steps):
+        parser.error(f"--steps {options.steps}: {options.run} has {most} steps, expected at most that")
+    table = measure(options.run, options.out, options.steps)
+    print(f"# {table.caption}\n\n{markdown(table)}")
+
+
+if __name__ == "__main__":
+    main()
