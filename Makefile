@@ -26,7 +26,7 @@ PYTEST    := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 test: $(STAMP)
 	$(PYTEST)
 
-# After a line was changed, in about a minute: style, and what tells most in little time.
+# After a line was changed, in half a minute: style, and what tells most in little time.
 QUICK := tests/test_gates.py tests/test_features.py tests/test_package.py tests/layers/test_state.py tests/networks/test_build.py \
 	tests/tasks/test_kinds.py tests/data/test_targets.py tests/experiment/test_table.py tests/evaluation/test_metrics.py
 quick: $(STAMP)
