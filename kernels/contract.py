@@ -9,14 +9,15 @@ gradients go back, zero where no row reads. G groups are `shared`, then the task
 are sorted by group, `columns` of them for the input and `rows` for the output (`spec.py`, `FilterGroups`). H, W are the
 input's height and width, H', W' the output's.
 
-Others. The gate z of a kernel in a group that it was not drawn into wants a gradient, too: dz = <dL/dF, F without its
-gate>. Those are the OTHERS of the kernel's row, G-1 of them, tasks first, then shared (`FilterGroups.others`). Their
-features are zero and never stored; what they would be without their gates is computed again for dz alone:
+Others. A draw gives a kernel one row, in one group. The rows that it would have in the G-1 other groups are called the
+OTHERS of its row, in the order tasks, then shared (`FilterGroups.others`). Their gates z are zero, so their features
+are zero and no backend stores them. But each of these gates wants a gradient, dz = <dL/dF, F without its gate>, and for
+dz alone the backend computes F without its gate once more:
 
-- `forward` with `keep` (spec.rows.all_gates) returns a besides: the product of the shared channels with all rows, and
-  the bias. u of the others in task t's group is a and what t's channels add.
-- `input_gradient` returns dothers besides, where spec.columns.all_gates: dL/dF of the others of its input's channels.
-- `gate_gradient` computes dz from both.
+- `forward` with `keep` (spec.rows.all_gates) also returns a: the product of the shared channels with all rows, plus the
+  bias. The u of an other in task t's group is a plus the product of t's channels.
+- `input_gradient`, where spec.columns.all_gates, also returns dothers: dL/dF of the others of its input's channels.
+- `gate_gradient` computes dz from a and dothers.
 """
 
 from __future__ import annotations

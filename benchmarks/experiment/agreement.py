@@ -3,10 +3,10 @@
     python -m benchmarks.experiment.agreement RUN OUT [--steps 600]
 
 Trains with the configuration of RUN, whose kernels are all shared, for so many steps from the start, in OUT. At every
-tenth of them, from the 50th on, each task's gradient of every layer's weight is taken on two batches, a and b. For
-each kernel <g_a, g_b> is then an unbiased estimate of a squared mean, of one task, or of the product of the means, of
-two. Printed for each layer, of the steps of the second half: the cosine of the tasks' mean gradients, and each task's
-|g|^2 over its squared mean: how many times the noise of a batch exceeds what it has to say.
+tenth step of the second half it takes each task's gradient g of every layer's weight on two batches, a and b. The
+product <g_a, g_b> of a kernel estimates without bias the squared mean of one task's gradient, or, of two tasks, the
+product of their means. For each layer it prints the cosine of the tasks' mean gradients, and each task's |g|^2 over its
+squared mean: how many times as large the gradient of one batch is as what all batches have in common.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sfg_fast.tables import Table, markdown
 from sfg_fast.training.config import read_config
 from sfg_fast.training.trainer import Trainer
 
-FIRST, EVERY = 50, 10
+EVERY = 10
 
 
 def gradients(trainer: Trainer, batch: dict[str, Any]) -> list[list[Tensor]]:
@@ -62,7 +62,7 @@ def measure(run: Path, out: Path, steps: int) -> Table:
     layers, tasks = list(sfg_layers(trainer.model)), list(trainer.tasks)
     sums: list[dict[str, float]] = [{} for _ in layers]
     for step in range(steps):
-        if step >= max(FIRST, steps // 2) and step % EVERY == 0:
+        if step >= steps // 2 and step % EVERY == 0:
             a, b = (gradients(trainer, trainer._on_device(trainer.sampler[step + steps * n])) for n in (1, 2))
             for layer, so_far in enumerate(sums):
                 for name, value in products(a, b, layer).items():

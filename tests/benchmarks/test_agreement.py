@@ -21,7 +21,6 @@ def test_products_by_hand():
 
 
 def test_a_run_is_measured_layer_by_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement, "FIRST", 2)
     monkeypatch.setattr(agreement, "EVERY", 1)
     write_phantom(tmp_path / "cohort", cases=2, test=1, size=24, slices=6, progress=False)
     preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
