@@ -1,5 +1,5 @@
 """The functions of bindings.cpp. Arrays are DLPack capsules: float32 or float64 alike in one call, contiguous, in the
-layouts that `kernels/cpu/__init__.py` gives them; what is written to comes as an array, too."""
+layouts that `kernels/cpu/__init__.py` gives them. The caller makes the arrays that a function writes to, too."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -22,7 +22,7 @@ def forward(
     residual: Array | None,
     relu: bool,
     y: Array,
-    kept: Array | None,
+    kept_product: Array | None,
     rows: Sequence[int],
     columns: Sequence[int],
     reads: Sequence[int],
@@ -36,14 +36,14 @@ def forward(
 ) -> None: ...
 def input_gradient(
     dy: Array,
-    relu: Array | None,
+    relu_output: Array | None,
     weight: Array,
-    around: Array | None,
-    around_others: Array | None,
+    shortcut_dx: Array | None,
+    shortcut_dundrawn: Array | None,
     dx: Array,
-    others: Array | None,
-    live: Array | None,
-    recipe: tuple[object, ...] | None,
+    dundrawn: Array | None,
+    drawn_features: Array | None,
+    undrawn: tuple[object, ...] | None,
     dz: Array | None,
     rows: Sequence[int],
     columns: Sequence[int],
@@ -55,11 +55,11 @@ def input_gradient(
     row_order: Array | None = None,
     column_order: Array | None = None,
 ) -> None: ...
-def gate_gradient(recipe: tuple[object, ...], df: Array, dz: Array, threads: int) -> None: ...
+def gate_gradient(undrawn: tuple[object, ...], dundrawn: Array, dz: Array, threads: int) -> None: ...
 def weight_gradient(
     x: Array,
     dy: Array,
-    relu: Array | None,
+    relu_output: Array | None,
     dw: Array,
     db: Array | None,
     rows: Sequence[int],
@@ -110,7 +110,7 @@ def normalise_gradient(
     order: Array | None,
     mean: Array,
     var: Array,
-    add: Array | None,
+    shortcut_gradient: Array | None,
     eps: float,
     relu: bool,
     pool: bool,
@@ -118,5 +118,5 @@ def normalise_gradient(
     dweight: Array,
     dbias: Array,
     threads: int,
-    made: Array | None = None,
+    activated_again: Array | None = None,
 ) -> None: ...

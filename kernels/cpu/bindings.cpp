@@ -1,4 +1,5 @@
-// The Python side of the CPU kernels: checks shapes, releases the GIL.
+// The Python side of the CPU kernels: it checks the arguments and releases the GIL. kernels/cpu/__init__.py passes them
+// by position; _native.pyi lists them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -30,8 +31,20 @@ using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Tensor = Array<T, 4>;
 using Offsets = std::vector<int64_t>;
-using Table = std::vector<uint8_t>;  // std::vector<bool> has no array of bool
-using Pair = std::array<int64_t, 2>;
+using Table = std::vector<uint8_t>;   // std::vector<bool> has no array of bool
+using Pair = std::array<int64_t, 2>;  // vertical, horizontal
+using Order = std::optional<Array<const int64_t, 1>>;
+
+struct Geometry {
+    const Pair stride, padding, dilation;
+};
+
+// Who reads whom, see Blocks: what Python passes, by reference.
+struct Routing {
+    const Offsets &rows, &columns;
+    const Table& reads;
+    const Order &row_order, &column_order;
+};
 
 const char* chosen = sfg::instruction_sets()[0];
 
@@ -44,9 +57,11 @@ void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-// Everything the kernels index with is checked here, against every array.
+// The shape of a convolution of x [n, c, h, w] with w [.., .., r, s] to y, whose sizes are given. The kernels index
+// with it unchecked, so everything is checked here, against every array.
 template <typename X, typename W>
-Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, Pair stride, Pair padding, Pair dilation) {
+Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, const Geometry& geometry) {
+    const auto& [stride, padding, dilation] = geometry;
     Shape p{};
     p.n = x.shape(0), p.c = x.shape(1), p.h = x.shape(2), p.w = x.shape(3);
     p.k = y[1], p.oh = y[2], p.ow = y[3];
@@ -68,16 +83,13 @@ Shape shape(const X& x, const W& w, std::array<int64_t, 4> y, Pair stride, Pair 
 }
 
 template <typename X, typename W, typename Y>
-Shape shape(const X& x, const W& w, const Y& y, Pair stride, Pair padding, Pair dilation) {
-    return shape(
-        x, w,
-        std::array<int64_t, 4>{int64_t(y.shape(0)), int64_t(y.shape(1)), int64_t(y.shape(2)), int64_t(y.shape(3))},
-        stride, padding, dilation);
+Shape shape(const X& x, const W& w, const Y& y, const Geometry& geometry) {
+    const std::array<int64_t, 4> size{int64_t(y.shape(0)), int64_t(y.shape(1)), int64_t(y.shape(2)),
+                                      int64_t(y.shape(3))};
+    return shape(x, w, size, geometry);
 }
 
-using Order = std::optional<Array<const int64_t, 1>>;
-
-// Where each of `count` channels is in the weight.
+// The place of each of `count` channels in the weight, which has `size` of them; null: the channels are in its order.
 const int64_t* order(const Order& places, int64_t count, int64_t size) {
     if (!places) return nullptr;
     require(int64_t(places->shape(0)) == count, "an order does not fit the channels");
@@ -87,6 +99,7 @@ const int64_t* order(const Order& places, int64_t count, int64_t size) {
     return first;
 }
 
+// Do the first `count` places differ, and are they less than `count`?
 bool each_once(const int64_t* places, int64_t count) {
     std::vector<char> seen(count);
     for (int64_t i = 0; places && i < count; i++)
@@ -105,10 +118,10 @@ bool read_once(const Blocks& b) {
     return true;
 }
 
-// They point into the arguments. w: the weight, in the layer's own order.
+// The result points into `routing`. w: the weight, in the layer's own order.
 template <typename W>
-Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, const Order& row_order,
-              const Order& column_order, const Shape& p, const W& w) {
+Blocks blocks(const Routing& routing, const Shape& p, const W& w) {
+    const auto& [rows, columns, reads, row_order, column_order] = routing;
     require(rows.size() > 1 && columns.size() > 1 && reads.size() == (rows.size() - 1) * (columns.size() - 1),
             "offsets don't fit the table");
     const auto ascending = [](const Offsets& offsets, int64_t total) {
@@ -130,7 +143,7 @@ Blocks blocks(const Offsets& rows, const Offsets& columns, const Table& reads, c
 template <typename T>
 using Optional = std::optional<Tensor<const T>>;
 
-// The memory of a tensor of that shape, null if there is none.
+// The memory of a tensor, which must have the expected shape; null if there is none.
 template <typename T>
 T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected, const char* message) {
     if (!tensor) return nullptr;
@@ -140,124 +153,137 @@ T* data(const std::optional<Tensor<T>>& tensor, std::array<int64_t, 4> expected,
 
 template <typename T>
 void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 1>> bias, Optional<T> residual,
-             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept, const Offsets& rows, const Offsets& columns,
+             bool relu, Tensor<T> y, std::optional<Tensor<T>> kept_product, const Offsets& rows, const Offsets& columns,
              const Table& reads, Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
              const Order& column_order, std::optional<Array<const T, 2>> affine) {
-    const Shape p = shape(x, w, y, stride, padding, dilation);
+    const Shape p = shape(x, w, y, {stride, padding, dilation});
+    const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, w);
+    const std::array<int64_t, 4> output{p.n, p.k, p.oh, p.ow};
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
-    const T* add = data(residual, {p.n, p.k, p.oh, p.ow}, "the residual does not fit the output");
-    T* keep = data(kept, {p.n, p.k, p.oh, p.ow}, "what is kept does not fit the output");
-    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
+    const T* const residual_data = data(residual, output, "the residual does not fit the output");
+    T* const kept_data = data(kept_product, output, "what is kept does not fit the output");
     require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == p.c),
             "scale and shift don't fit the input");
-    const T* scale = affine ? affine->data() : nullptr;
+    const T* const scale = affine ? affine->data() : nullptr;
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::forward<T>(inner, x.data(), scale, scale ? scale + p.c : nullptr, w.data(), bias ? bias->data() : nullptr, add,
-                    relu, y.data(), keep, p, b, threads);
+    sfg::forward<T>(inner, x.data(), scale, scale ? scale + p.c : nullptr, w.data(), bias ? bias->data() : nullptr,
+                    residual_data, relu, y.data(), kept_data, p, b, threads);
 }
 
-// The arguments of a Producer, in its order, the output's size at the end.
+// The tuple in which Python passes UndrawnFeatures: x, weight, bias, kept_product, scale, shift, relu, pool, rows,
+// columns, reads, stride, padding, dilation, the output's size, row_order, column_order.
 template <typename T>
-using Recipe = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
-                          std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, bool, Offsets,
-                          Offsets, Table, Pair, Pair, Pair, Pair, Order, Order>;
+using UndrawnTuple = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
+                                std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, bool, Offsets,
+                                Offsets, Table, Pair, Pair, Pair, Pair, Order, Order>;
 
+// The result points into the tuple.
 template <typename T>
-sfg::Producer<T> producer(const Recipe<T>& recipe) {
-    const auto& [x, w, bias, kept, scale, shift, relu, pool, rows, columns, reads, stride, padding, dilation, size,
-                 row_order, column_order] = recipe;
+sfg::UndrawnFeatures<T> undrawn_features(const UndrawnTuple<T>& tuple) {
+    const auto& [x, w, bias, kept_product, scale, shift, relu, pool, rows, columns, reads, stride, padding, dilation,
+                 size, row_order, column_order] = tuple;
     const std::array<int64_t, 4> y{int64_t(x.shape(0)), rows.empty() ? 0 : rows.back(), size[0], size[1]};
-    const Shape p = shape(x, w, y, stride, padding, dilation);
+    const Shape p = shape(x, w, y, {stride, padding, dilation});
     require(relu || !pool, "pooling comes behind a ReLU");
-    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
+    const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, w);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
-    const T* a = data(kept, y, "what is kept does not fit the output");
     require(bool(scale) == bool(shift), "scale and shift come together");
     for (const auto* values : {&scale, &shift})
         require(!*values || ((int64_t((*values)->shape(0)) == b.groups_out - 1 || (*values)->shape(0) == 1) &&
                              (*values)->shape(0) == scale->shape(0) && int64_t((*values)->shape(1)) == p.k),
-                "scale or shift don't fit the others");
-    return {x.data(),
-            w.data(),
-            bias ? bias->data() : nullptr,
-            a,
-            scale ? scale->data() : nullptr,
-            shift ? shift->data() : nullptr,
-            scale && scale->shape(0) == 1,
-            {relu, pool},
-            p,
-            b};
+                "scale or shift don't fit the undrawn rows");
+    return {.x = x.data(),
+            .weight = w.data(),
+            .bias = bias ? bias->data() : nullptr,
+            .kept_product = data(kept_product, y, "what is kept does not fit the output"),
+            .scale = scale ? scale->data() : nullptr,
+            .shift = shift ? shift->data() : nullptr,
+            .one_affine = scale && scale->shape(0) == 1,
+            .act = {relu, pool},
+            .shape = p,
+            .blocks = b};
+}
+
+// Do the undrawn features belong to the columns of this convolution?
+template <typename T>
+void require_fit(const sfg::UndrawnFeatures<T>& features, const Shape& p, const Blocks& b) {
+    const Shape& q = features.shape;
+    require(!features.act.pool, "the gates' gradient inside the input gradient comes without pooling");
+    require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && features.blocks.groups_out == b.groups_in,
+            "the undrawn features do not fit the drawn ones");
+    for (int64_t g = 0; g <= b.groups_in; g++)
+        require(features.blocks.rows[g] == b.columns[g], "the undrawn features have other groups than the drawn ones");
 }
 
 template <typename T>
-void input_gradient(Tensor<const T> dy, Optional<T> relu, Tensor<const T> w, Optional<T> around,
-                    Optional<T> around_others, Tensor<T> dx, std::optional<Tensor<T>> others, Optional<T> live,
-                    const std::optional<Recipe<T>>& recipe, std::optional<Array<T, 2>> dz, const Offsets& rows,
-                    const Offsets& columns, const Table& reads, Pair stride, Pair padding, Pair dilation, int threads,
-                    const Order& row_order, const Order& column_order) {
-    const Shape p = shape(dx, w, dy, stride, padding, dilation);
-    const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
-    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, w);
-    T* rest = data(others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "the others don't fit the gradient");
-    const sfg::Around<T> more{
-        data(around, {p.n, p.c, p.h, p.w}, "what came around does not fit the gradient"),
-        data(around_others, {p.n, (b.groups_in - 1) * p.c, p.h, p.w}, "what came around does not fit the others")};
-    require(!more.others || others || recipe, "nobody wants the others' gradient");
-    const T* features = data(live, {p.n, p.c, p.h, p.w}, "the features don't fit the gradient");
-    require(bool(dz) == (live || recipe), "the gates' gradient needs the features or their producer");
-    std::optional<sfg::Producer<T>> made;
-    if (recipe) {
-        made = producer(*recipe);
-        const Shape& q = made->shape;
-        require(dz && !others, "either the others' gradient or that of their gates");
-        require(!made->act.pool, "the gates' gradient inside the consumer comes without pooling");
-        require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && made->blocks.groups_out == b.groups_in,
-                "the producer does not fit the features");
-        for (int64_t g = 0; g <= b.groups_in; g++)
-            require(made->blocks.rows[g] == b.columns[g], "the producer's groups are not those of the features");
-    }
+void input_gradient(Tensor<const T> dy, Optional<T> relu_output, Tensor<const T> w, Optional<T> shortcut_dx,
+                    Optional<T> shortcut_dundrawn, Tensor<T> dx, std::optional<Tensor<T>> dundrawn,
+                    Optional<T> drawn_features, const std::optional<UndrawnTuple<T>>& undrawn,
+                    std::optional<Array<T, 2>> dz, const Offsets& rows, const Offsets& columns, const Table& reads,
+                    Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
+                    const Order& column_order) {
+    const Shape p = shape(dx, w, dy, {stride, padding, dilation});
+    const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, w);
+    const std::array<int64_t, 4> output{p.n, p.k, p.oh, p.ow}, input{p.n, p.c, p.h, p.w};
+    const std::array<int64_t, 4> undrawn_rows{p.n, (b.groups_in - 1) * p.c, p.h, p.w};
+    std::optional<sfg::UndrawnFeatures<T>> features;
+    if (undrawn) features = undrawn_features(*undrawn), require_fit(*features, p, b);
+    const sfg::InputGradient<T> tensors{
+        .dy = dy.data(),
+        .relu_output = data(relu_output, output, "the ReLU's output does not fit the gradient"),
+        .weight = w.data(),
+        .shortcut_gradient = {data(shortcut_dx, input, "the shortcut's gradient does not fit the input"),
+                              data(shortcut_dundrawn, undrawn_rows,
+                                   "the shortcut's gradient does not fit the undrawn rows")},
+        .dx = dx.data(),
+        .dundrawn = data(dundrawn, undrawn_rows, "the gradient of the undrawn rows does not fit the input"),
+        .drawn_features = data(drawn_features, input, "the features don't fit the gradient"),
+        .undrawn_features = features ? &*features : nullptr,
+        .dz = dz ? dz->data() : nullptr};
+    require(!shortcut_dundrawn || dundrawn || undrawn,
+            "the shortcut has a gradient of undrawn rows, which is not asked for");
+    require(bool(dz) == (drawn_features || undrawn), "the gates' gradient needs the features, drawn or undrawn");
+    require(!dundrawn || !undrawn, "either the gradient of the undrawn rows or that of their gates");
     require(!dz || (p.stride[0] == 1 && p.stride[1] == 1), "the gates' gradient comes with stride 1 only");
-    require(!dz || (int64_t(dz->shape(0)) == (recipe ? b.groups_in : 1) && int64_t(dz->shape(1)) == p.c),
+    require(!dz || (int64_t(dz->shape(0)) == (undrawn ? b.groups_in : 1) && int64_t(dz->shape(1)) == p.c),
             "the gates' gradient does not fit the groups");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::input_gradient<T>(inner, dy.data(), passed, w.data(), more, dx.data(), rest, features, made ? &*made : nullptr,
-                           dz ? dz->data() : nullptr, p, b, threads);
+    sfg::input_gradient<T>(inner, tensors, p, b, threads);
 }
 
 template <typename T>
-void gate_gradient(const Recipe<T>& recipe, Tensor<const T> df, Array<T, 2> dz, int threads) {
-    const sfg::Producer<T> made = producer(recipe);
-    const Shape& p = made.shape;
-    const int64_t others = made.blocks.groups_out - 1;
-    const int64_t part = made.act.pool ? 2 : 1;
-    data(std::optional(df), {p.n, others * p.k, p.oh / part, p.ow / part},
-         "the gradient of the others does not fit the output");
-    require(int64_t(dz.shape(0)) == others && int64_t(dz.shape(1)) == p.k, "the gates' gradient does not fit");
+void gate_gradient(const UndrawnTuple<T>& undrawn, Tensor<const T> dundrawn, Array<T, 2> dz, int threads) {
+    const sfg::UndrawnFeatures<T> features = undrawn_features(undrawn);
+    const Shape& p = features.shape;
+    const int64_t groups = features.blocks.groups_out - 1, part = features.act.pool ? 2 : 1;
+    const T* const gradient = data(std::optional(dundrawn), {p.n, groups * p.k, p.oh / part, p.ow / part},
+                                   "the gradient of the undrawn rows does not fit the output");
+    require(int64_t(dz.shape(0)) == groups && int64_t(dz.shape(1)) == p.k, "the gates' gradient does not fit");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::gate_gradient<T>(inner, made, df.data(), dz.data(), threads);
+    sfg::gate_gradient<T>(inner, features, gradient, dz.data(), threads);
 }
 
 template <typename T>
-void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu, Tensor<T> dw,
+void weight_gradient(Tensor<const T> x, Tensor<const T> dy, Optional<T> relu_output, Tensor<T> dw,
                      std::optional<Array<T, 1>> db, const Offsets& rows, const Offsets& columns, const Table& reads,
                      Pair stride, Pair padding, Pair dilation, int threads, const Order& row_order,
                      const Order& column_order) {
-    const Shape p = shape(x, dw, dy, stride, padding, dilation);
+    const Shape p = shape(x, dw, dy, {stride, padding, dilation});
+    const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, dw);
     require(!db || db->shape(0) == dw.shape(0), "the bias gradient does not fit the output channels");
-    const T* passed = data(relu, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
-    const Blocks b = blocks(rows, columns, reads, row_order, column_order, p, dw);
+    const T* const relu_data = data(relu_output, {p.n, p.k, p.oh, p.ow}, "the ReLU's output does not fit the gradient");
     require(int64_t(dw.shape(0)) == p.k && each_once(b.row_order, p.k) && read_once(b),
             "the weight's gradient needs every row once, and what it reads");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::weight_gradient<T>(inner, x.data(), dy.data(), passed, dw.data(), db ? db->data() : nullptr, p, b, threads);
+    sfg::weight_gradient<T>(inner, x.data(), dy.data(), relu_data, dw.data(), db ? db->data() : nullptr, p, b, threads);
 }
 
 template <typename T>
@@ -276,7 +302,7 @@ sfg::Norm<T> norm(const Tensor<const T>& u, const Vector<const T>& weight, const
 }
 
 template <typename T>
-std::array<int64_t, 4> size_behind(const sfg::Norm<T>& norm) {
+std::array<int64_t, 4> output_size(const sfg::Norm<T>& norm) {
     const int64_t part = norm.act.pool ? 2 : 1;
     return {norm.n, norm.c, norm.h / part, norm.w / part};
 }
@@ -287,9 +313,9 @@ void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, 
                Vector<T> var, int threads, std::optional<Array<T, 2>> affine, std::optional<Vector<T>> running_mean,
                std::optional<Vector<T>> running_var, double rate) {
     const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
-    const T* add = data(residual, size_behind(n), "the residual does not fit the output");
-    require(!add || !pool, "there is no residual behind pooling");
-    T* to = data(y, size_behind(n), "the output does not fit the input");
+    const T* const residual_data = data(residual, output_size(n), "the residual does not fit the output");
+    require(!residual || !pool, "there is no residual behind pooling");
+    T* const output = data(y, output_size(n), "the output does not fit the input");
     for (const int64_t size : {mean.shape(0), var.shape(0)}) require(size == n.c, "a statistic does not fit");
     require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == n.c), "scale and shift don't fit");
     T* scale = affine ? affine->data() : nullptr;
@@ -301,28 +327,29 @@ void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, 
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise<T>(inner, n, add, to, mean.data(), var.data(), scale, scale ? scale + n.c : nullptr, running,
-                      threads);
+    sfg::normalise<T>(inner, n, residual_data, output, mean.data(), var.data(), scale, scale ? scale + n.c : nullptr,
+                      running, threads);
 }
 
 template <typename T>
 void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> weight, Vector<const T> bias,
-                        const Order& order, Vector<const T> mean, Vector<const T> var, Optional<T> add, double eps,
-                        bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads,
-                        std::optional<Tensor<T>> made) {
+                        const Order& order, Vector<const T> mean, Vector<const T> var, Optional<T> shortcut_gradient,
+                        double eps, bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads,
+                        std::optional<Tensor<T>> activated_again) {
     const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
-    const T* from = data(std::optional(dy), size_behind(n), "the gradient does not fit the output");
-    T* to = data(std::optional(du), {n.n, n.c, n.h, n.w}, "the gradient does not fit the input");
-    const T* more = data(add, {n.n, n.c, n.h, n.w}, "what is to be added does not fit the gradient");
+    const std::array<int64_t, 4> input{n.n, n.c, n.h, n.w};
+    data(std::optional(dy), output_size(n), "the gradient does not fit the output");
+    data(std::optional(du), input, "the gradient does not fit the input");
+    const T* const shortcut = data(shortcut_gradient, input, "the shortcut's gradient does not fit the input");
     for (const int64_t size : {mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
         require(size == n.c, "a statistic or gradient does not fit the channels");
-    require(!made || !pool, "what is pooled is not made again");
-    T* again = data(made, {n.n, n.c, n.h, n.w}, "what is made again does not fit the input");
+    require(!activated_again || !pool, "with pooling the activation is not computed again");
+    T* const activated = data(activated_again, input, "the activation does not fit the input");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::normalise_gradient<T>(inner, n, from, mean.data(), var.data(), more, to, dweight.data(), dbias.data(), again,
-                               threads);
+    sfg::normalise_gradient<T>(inner, n, dy.data(), mean.data(), var.data(), shortcut, du.data(), dweight.data(),
+                               dbias.data(), activated, threads);
 }
 
 template <typename T>
@@ -342,7 +369,8 @@ void keep_statistics(Vector<const T> mean, Vector<const T> var, Array<const int6
                             running_var.data(), draws.data(), pooled_mean.data(), pooled_var.data(), groups, kernels);
 }
 
-// known: ids, inverse and the others, [groups + 1][kernels] in all. Returns the offsets, too.
+// known: ids, inverse and undrawn (see sfg::Drawn), one behind the other, [groups + 1][kernels] in all. The offsets are
+// returned as well, as a list.
 template <typename T>
 Offsets sample(Array<const T, 2> log_p, std::optional<Array<const T, 2>> noise, Array<int64_t, 1> assignment,
                Array<int64_t, 1> order, Array<int64_t, 1> offsets, Array<int64_t, 2> known) {
@@ -360,20 +388,20 @@ Offsets sample(Array<const T, 2> log_p, std::optional<Array<const T, 2>> noise, 
     return {offsets.data(), offsets.data() + groups + 1};
 }
 
-// A tensor on its way to torch, as DLPack has it. Whoever takes it calls the deleter, in any thread, with or without
-// Python's lock, and even when Python is gone: nothing of Python is in it.
+// A tensor on its way to torch, in the form that DLPack defines. Its new owner calls the deleter, in any thread, with
+// or without Python's lock, and even after Python has ended: so nothing in it may belong to Python.
 struct Result {
     nb::dlpack::dltensor tensor;
     void* context;
     void (*deleter)(Result*);
-    // What follows is ours.
+    // DLPack knows nothing of the members that follow.
     std::array<int64_t, 4> shape;
     size_t bytes;
 };
 
-constexpr const char* NOT_TAKEN = "dltensor";  // the name of a capsule that nobody has taken the tensor out of
+constexpr const char* NOT_TAKEN = "dltensor";  // DLPack's name of a capsule from which nobody has taken the tensor yet
 
-// One that is not filled, its memory from Memory.
+// A tensor whose values are undefined; its memory comes from Memory.
 template <typename T>
 nb::object empty(std::array<int64_t, 4> shape) {
     auto result = std::make_unique<Result>();
@@ -409,18 +437,19 @@ nb::object empty(std::array<int64_t, 4> shape) {
 template <typename T>
 void define(nb::module_& m) {
     m.def("forward", &forward<T>, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept"_a.noconvert().none(), "rows"_a,
+          "residual"_a.noconvert().none(), "relu"_a, "y"_a.noconvert(), "kept_product"_a.noconvert().none(), "rows"_a,
           "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a, "row_order"_a = nb::none(),
           "column_order"_a = nb::none(), "affine"_a.noconvert() = nb::none());
-    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu"_a.noconvert().none(), "weight"_a.noconvert(),
-          "around"_a.noconvert().none(), "around_others"_a.noconvert().none(), "dx"_a.noconvert(),
-          "others"_a.noconvert().none(), "live"_a.noconvert().none(), "recipe"_a.none(), "dz"_a.noconvert().none(),
-          "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a,
-          "row_order"_a = nb::none(), "column_order"_a = nb::none());
-    m.def("gate_gradient", &gate_gradient<T>, "recipe"_a, "df"_a.noconvert(), "dz"_a.noconvert(), "threads"_a);
-    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(), "relu"_a.noconvert().none(),
-          "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
+    m.def("input_gradient", &input_gradient<T>, "dy"_a.noconvert(), "relu_output"_a.noconvert().none(),
+          "weight"_a.noconvert(), "shortcut_dx"_a.noconvert().none(), "shortcut_dundrawn"_a.noconvert().none(),
+          "dx"_a.noconvert(), "dundrawn"_a.noconvert().none(), "drawn_features"_a.noconvert().none(),
+          "undrawn"_a.none(), "dz"_a.noconvert().none(), "rows"_a, "columns"_a, "reads"_a, "stride"_a, "padding"_a,
           "dilation"_a, "threads"_a, "row_order"_a = nb::none(), "column_order"_a = nb::none());
+    m.def("gate_gradient", &gate_gradient<T>, "undrawn"_a, "dundrawn"_a.noconvert(), "dz"_a.noconvert(), "threads"_a);
+    m.def("weight_gradient", &weight_gradient<T>, "x"_a.noconvert(), "dy"_a.noconvert(),
+          "relu_output"_a.noconvert().none(), "dw"_a.noconvert(), "db"_a.noconvert().none(), "rows"_a, "columns"_a,
+          "reads"_a, "stride"_a, "padding"_a, "dilation"_a, "threads"_a, "row_order"_a = nb::none(),
+          "column_order"_a = nb::none());
     m.def("keep_statistics", &keep_statistics<T>, "mean"_a.noconvert(), "var"_a.noconvert(), "assignment"_a.noconvert(),
           "count"_a, "momentum"_a, "running_mean"_a.noconvert(), "running_var"_a.noconvert(), "draws"_a.noconvert(),
           "pooled_mean"_a.noconvert(), "pooled_var"_a.noconvert());
@@ -431,9 +460,9 @@ void define(nb::module_& m) {
           "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none(),
           "running_mean"_a.noconvert() = nb::none(), "running_var"_a.noconvert() = nb::none(), "rate"_a = 0.0);
     m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
-          "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(), "add"_a.noconvert().none(),
-          "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(), "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a,
-          "made"_a.noconvert() = nb::none());
+          "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(),
+          "shortcut_gradient"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(),
+          "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a, "activated_again"_a.noconvert() = nb::none());
 }
 
 }  // namespace
@@ -446,7 +475,7 @@ NB_MODULE(_native, m) {
             for (const char* const* name = sfg::instruction_sets(); *name; name++) names.append(nb::str(*name));
             return names;
         },
-        "What this processor can run, fastest first.");
+        "The instruction sets that this processor can run, fastest first.");
     m.def(
         "use",
         [](const char* name) {
@@ -457,10 +486,12 @@ NB_MODULE(_native, m) {
                 }
             throw std::invalid_argument("this processor does not have the instruction set asked for");
         },
-        "Choose an instruction set (for tests and benchmarks; the fastest is in use from the start).");
+        "Chooses an instruction set, for tests and benchmarks. The fastest is in use from the start.");
     m.def("empty_float32", &empty<float>, "shape"_a);
     m.def("empty_float64", &empty<double>, "shape"_a);
-    m.def("memory_held", [] { return sfg::Memory::instance().held(); }, "Bytes of results, in use and kept.");
+    m.def(
+        "memory_held", [] { return sfg::Memory::instance().held(); },
+        "Bytes of memory for results: in use, and kept for the next ones.");
     define<float>(m);
     define<double>(m);
 }

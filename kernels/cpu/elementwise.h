@@ -1,5 +1,5 @@
-// Inner loops that look at every number by itself, or at its 2 x 2 window: the gates' inner products, normalisation,
-// activation and pooling. A part of inner_loops.cpp.
+// The inner loops that look at every number by itself, or at its 2 x 2 window: the gates' inner products,
+// normalisation, activation and pooling. inner_loops.cpp includes this file.
 #pragma once
 #include "inner_loops.h"
 #include "vectors.h"
@@ -24,7 +24,8 @@ void sum(const T* values, int64_t rows, int64_t pitch, int64_t length, T* total)
 
 // --------------------------------------------------------------------------------------------------------------- gates
 
-// Windows j .. j + L of two rows, `pitch` apart: scale * u + shift at their four places. `left`: windows from j on.
+// values[place] = scale * u + shift at the four places of windows j .. j + L - 1 of two rows, `pitch` apart. `left`:
+// how many windows there are from j on.
 template <typename T>
 SFG_INLINE void windows_at(const T* u, int64_t pitch, int64_t j, int64_t left, Vector<T> scale, Vector<T> shift,
                            Vector<T>* values) {
@@ -37,7 +38,7 @@ SFG_INLINE void windows_at(const T* u, int64_t pitch, int64_t j, int64_t left, V
     }
 }
 
-// Of four; a NaN is the largest, as in torch.
+// The largest of four values; a NaN is the largest, as in torch.
 template <typename T>
 SFG_INLINE Vector<T> largest(const Vector<T>* values) {
     Vector<T> most = values[0];
@@ -125,8 +126,9 @@ void affine(const AffineTile<T>& t) {
     }
 }
 
+// g of AffineGradient at positions j .. j + L - 1, zero behind the last position.
 template <typename T>
-SFG_INLINE Vector<T> passed(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
+SFG_INLINE Vector<T> through_relu(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
     const Vector<T> none{}, dy = load_some(t.dy + j, t.count - j);
     return t.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? none : dy) : dy;
 }
@@ -136,8 +138,8 @@ void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
     constexpr int L = LANES<T>;
     const Vector<T> centre = broadcast(mean);
     Vector<T> plain[2] = {}, moments[2] = {};
-    const auto take = [&](int64_t j, int i) {  // behind the last number g is zero
-        const Vector<T> u = load_some(t.u + j, t.count - j), g = passed(t, j, u);
+    const auto take = [&](int64_t j, int i) {
+        const Vector<T> u = load_some(t.u + j, t.count - j), g = through_relu(t, j, u);
         plain[i] += g;
         moments[i] += g * (u - centre);
     };
@@ -150,18 +152,19 @@ void affine_sums(const AffineGradient<T>& t, T mean, T* sums) {
 }
 
 template <typename T>
-void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* add, T* du, T* y) {
+void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* shortcut_gradient, T* du,
+                     T* activated_again) {
     const Vector<T> scale = broadcast(t.scale), shift = broadcast(t.shift), none{};
     const Vector<T> slopes = broadcast(slope), offsets = broadcast(offset);
     for (int64_t j = 0; j < t.count; j += LANES<T>) {
         const int64_t left = t.count - j;
         const Vector<T> u = load_some(t.u + j, left);
-        Vector<T> gradient = scale * passed(t, j, u) + (slopes * u + offsets);
-        if (add) gradient += load_some(add + j, left);
+        Vector<T> gradient = scale * through_relu(t, j, u) + (slopes * u + offsets);
+        if (shortcut_gradient) gradient += load_some(shortcut_gradient + j, left);
         store_some<T>(du + j, gradient, left);
-        if (!y) continue;
-        const Vector<T> made = u * scale + shift;
-        store_some<T>(y + j, t.relu ? (made < none ? none : made) : made, left);
+        if (!activated_again) continue;
+        const Vector<T> normalised = u * scale + shift;
+        store_some<T>(activated_again + j, t.relu ? (normalised < none ? none : normalised) : normalised, left);
     }
 }
 

@@ -1,6 +1,6 @@
-// Compiled once for each instruction set (namespace SFG_ISA), with GCC's and Clang's vector extensions.
-// Nothing of the standard library's templates is used here: the linker might take such a function from the file with
-// the widest instruction set for everybody.
+// This file is compiled once for each instruction set (namespace SFG_ISA), with GCC's and Clang's vector extensions.
+// It uses no templates of the standard library: the linker might take such a function from the object file with the
+// widest instruction set, for all of them.
 #include "inner_loops.h"
 
 #include "elementwise.h"
@@ -15,25 +15,25 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------- copy
 
 template <typename T>
-SFG_INLINE void copy_row(T* to, const T* from, const T* relu, int64_t count, int64_t stride) {
-    if (stride == 1 && !relu) return move_row(to, from, count);
+SFG_INLINE void copy_row(T* to, const T* from, const T* relu_output, int64_t count, int64_t stride) {
+    if (stride == 1 && !relu_output) return move_row(to, from, count);
     int64_t j = 0;
     if (stride == 1) {
         for (const Vector<T> none{}; j + LANES<T> <= count; j += LANES<T>)
-            store<T>(to + j, load(relu + j) <= none ? none : load(from + j));
-        // The rest, or all of a short row, in small pieces, of which the last may overlap the one before.
+            store<T>(to + j, load(relu_output + j) <= none ? none : load(from + j));
+        // The rest, or all of a short row, goes in small pieces, of which the last may overlap the one before.
         constexpr int64_t piece = sizeof(SmallVector<T>) / sizeof(T);
         for (const SmallVector<T> none{}; j < count && count >= piece; j += piece) {
             const int64_t at = j < count - piece ? j : count - piece;
-            const auto passed = *reinterpret_cast<const SmallVector<T>*>(relu + at);
+            const auto output = *reinterpret_cast<const SmallVector<T>*>(relu_output + at);
             const auto values = *reinterpret_cast<const SmallVector<T>*>(from + at);
-            *reinterpret_cast<SmallVector<T>*>(to + at) = passed <= none ? none : values;
+            *reinterpret_cast<SmallVector<T>*>(to + at) = output <= none ? none : values;
         }
     }
-    for (; j < count; j++) to[j] = relu && relu[j * stride] <= 0 ? T(0) : from[j * stride];
+    for (; j < count; j++) to[j] = relu_output && relu_output[j * stride] <= 0 ? T(0) : from[j * stride];
 }
 
-// relu(scale * from + shift); a NaN stays.
+// to = relu(scale * from + shift); a NaN stays.
 template <typename T>
 SFG_INLINE void activate_row(T* to, const T* from, T scale, T shift, int64_t count, int64_t stride) {
     int64_t j = 0;
@@ -59,8 +59,8 @@ SFG_INLINE int64_t ceil_div(int64_t a, int64_t b) {
 template <typename T>
 void copy(const Copy<T>& t) {
     const Side &v = t.vertical, &h = t.horizontal;
-    const int64_t fill =
-        h.slots > t.pitch ? h.slots : t.pitch;  // rows may overlap in their zeros: the next one is later
+    // Rows may overlap in their zeros: the next row is written later and wins.
+    const int64_t fill = h.slots > t.pitch ? h.slots : t.pitch;
     for (int64_t c = 0; c < t.channels; c++)
         for (int64_t vp = 0; vp < v.phases; vp++)
             for (int64_t hp = 0; hp < h.phases; hp++) {
@@ -78,11 +78,12 @@ void copy(const Copy<T>& t) {
                     const int64_t from = c * t.image_stride + line * h.length + start + first * h.stride;
                     const int64_t later = from + t.image_stride;  // the same row of the next channel
                     prefetch_row(t.image + later, last - first);
-                    if (t.relu) prefetch_row(t.relu + later, last - first);
+                    if (t.relu_output) prefetch_row(t.relu_output + later, last - first);
                     if (t.scale)
                         activate_row(row + first, t.image + from, t.scale[c], t.shift[c], last - first, h.stride);
                     else
-                        copy_row(row + first, t.image + from, t.relu ? t.relu + from : nullptr, last - first, h.stride);
+                        copy_row(row + first, t.image + from, t.relu_output ? t.relu_output + from : nullptr,
+                                 last - first, h.stride);
                     zero_row(row + last, fill - last);
                 }
                 zero_row(row, t.slack);
@@ -91,7 +92,7 @@ void copy(const Copy<T>& t) {
 
 // -------------------------------------------------------------------------------------------------------------- output
 
-// K outputs x NV vectors of positions, all sums in registers.
+// Computes K outputs x NV vectors of positions, with all sums in registers.
 template <typename T, int K, int NV>
 SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* start, const T* residual,
                           int64_t columns) {
@@ -111,31 +112,31 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* sta
             for (int64_t i = 0; i < t.tap_count; i++) {
                 const T* from = channel + t.taps[i].offset;
                 const T* w = weights + t.taps[i].index * K;
-                if constexpr (NV <= K) {  // the positions stay in registers, the weights pass by
+                if constexpr (NV <= K) {  // the values stay in registers, while the weights are loaded one by one
                     Vector<T> value[NV];
                     SFG_UNROLL
                     for (int v = 0; v < NV; v++) {
                         value[v] = load(from + v * L);
-                        keep(value[v]);
+                        pin(value[v]);
                     }
                     SFG_UNROLL
                     for (int k = 0; k < K; k++) {
                         Vector<T> weight = broadcast(w[k]);
-                        if (NV > 1) keep(weight);
+                        if (NV > 1) pin(weight);
                         SFG_UNROLL
                         for (int v = 0; v < NV; v++) sum[k][v] += weight * value[v];
                     }
-                } else {  // the other way round
+                } else {  // the weights stay in registers
                     Vector<T> weight[K];
                     SFG_UNROLL
                     for (int k = 0; k < K; k++) {
                         weight[k] = broadcast(w[k]);
-                        keep(weight[k]);
+                        pin(weight[k]);
                     }
                     SFG_UNROLL
                     for (int v = 0; v < NV; v++) {
                         Vector<T> value = load(from + v * L);
-                        if (K > 1) keep(value);
+                        if (K > 1) pin(value);
                         SFG_UNROLL
                         for (int k = 0; k < K; k++) sum[k][v] += weight[k] * value;
                     }
@@ -157,8 +158,8 @@ SFG_INLINE void output_at(const OutputTile<T>& t, const T* x, T* y, const T* sta
     }
 }
 
-// Widest piece of a strip, in vectors: as many sums as hide the latency of a multiply-add and leave registers for the
-// rest.
+// Vectors in the widest piece of a strip: so many sums hide the latency of a multiply-add and leave registers for the
+// values and weights.
 constexpr int widest(int outputs) {
     const int sums = REGISTERS == 32 ? 24 : 12;
     return 8 * outputs <= sums ? 8 : 4 * outputs <= sums ? 4 : 2;
@@ -198,7 +199,7 @@ void output(const OutputTile<T>& t) {
 
 // ------------------------------------------------------------------------------------------------------------ winograd
 
-// The sum of factor * value over a row of a matrix, without its zeros.
+// The sum of factor * value over a row of one of Winograd's matrices; zeros are left out.
 template <typename T, int N>
 SFG_INLINE Vector<T> combination(const double (&factors)[N], const Vector<T>* values) {
     Vector<T> sum{};
@@ -277,7 +278,7 @@ void mix_rows(const Mixture<T>& t) {
         for (int product = 0; product < P; product++) factors[product][i] = broadcast(t.factor[product][i]);
         rows[i] = t.image + t.offset[i];
     }
-    const int64_t to_relu = RELU ? t.relu - t.image : 0;
+    const int64_t to_relu = RELU ? t.relu_output - t.image : 0;
     const auto mix_at = [&](int64_t j, T* to) {
         const Vector<T> none{};
         Vector<T> sums[P] = {};
@@ -324,15 +325,15 @@ void mix(const Mixture<T>& t) {
     } else if (t.count < N) {
         mix<T, N - 1>(t);
     } else if (t.products == 2) {
-        t.relu ? mix_rows<T, 2, N, true>(t) : mix_rows<T, 2, N, false>(t);
+        t.relu_output ? mix_rows<T, 2, N, true>(t) : mix_rows<T, 2, N, false>(t);
     } else {
-        t.relu ? mix_rows<T, 1, N, true>(t) : mix_rows<T, 1, N, false>(t);
+        t.relu_output ? mix_rows<T, 1, N, true>(t) : mix_rows<T, 1, N, false>(t);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ gradient
 
-// K outputs x NS shifted, summed over all positions.
+// Sums the products of K outputs' dy with NS shifted channels over all positions.
 template <typename T, int K, int NS>
 SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted, int64_t count) {
     constexpr int L = LANES<T>;
@@ -344,7 +345,7 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted,
     }
     const T* x[NS];
     SFG_UNROLL
-    for (int i = 0; i < NS; i++) x[i] = shifted[i < count ? i : count - 1].x;  // spare places repeat the last one
+    for (int i = 0; i < NS; i++) x[i] = shifted[i < count ? i : count - 1].x;  // spare places repeat the last channel
     for (int64_t s = 0; s < t.at.strips; s++) {
         const int64_t end = s * t.at.pitch + t.at.length;
         for (int64_t j = s * t.at.pitch; j < end; j += L) {
@@ -353,12 +354,12 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted,
                 SFG_UNROLL
                 for (int i = 0; i < NS; i++) {
                     value[i] = load(x[i] + j);
-                    keep(value[i]);
+                    pin(value[i]);
                 }
                 SFG_UNROLL
                 for (int k = 0; k < K; k++) {
                     Vector<T> dy = load(t.dy + k * t.channel_stride + j);
-                    keep(dy);
+                    pin(dy);
                     SFG_UNROLL
                     for (int i = 0; i < NS; i++) sum[i][k] += dy * value[i];
                 }
@@ -367,19 +368,20 @@ SFG_INLINE void gradient_at(const GradientTile<T>& t, const Shifted<T>* shifted,
                 SFG_UNROLL
                 for (int k = 0; k < K; k++) {
                     dy[k] = load(t.dy + k * t.channel_stride + j);
-                    keep(dy[k]);
+                    pin(dy[k]);
                 }
                 SFG_UNROLL
                 for (int i = 0; i < NS; i++) {
                     Vector<T> value = load(x[i] + j);
-                    if (K > 1) keep(value);
+                    if (K > 1) pin(value);
                     SFG_UNROLL
                     for (int k = 0; k < K; k++) sum[i][k] += dy[k] * value;
                 }
             }
         }
     }
-    if (count == NS && shifted[NS - 1].gradient - shifted[0].gradient == (NS - 1) * K)  // side by side, as mostly
+    // Mostly the sums stand side by side.
+    if (count == NS && shifted[NS - 1].gradient - shifted[0].gradient == (NS - 1) * K)
         return add_sums<T, NS * K>(sum[0], shifted[0].gradient);
     SFG_UNROLL
     for (int i = 0; i < NS; i++) {

@@ -1,21 +1,21 @@
-// The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set;
-// routed_conv.cpp, compiled once, plans the work and calls them.
+// The inner loops of the routed convolution. inner_loops.cpp is compiled once for each instruction set. The other files
+// are compiled once; they plan the work and call the loops (docs/cpu_kernels.md).
 //
-// The loops work on SCRATCH: a block of image rows copied with its halo, so that the loops know no borders, strides or
-// dilations. In scratch an output stands at position (row * pitch + column) and a tap of the kernel reads at that
-// position plus a constant offset.
+// The loops work on SCRATCH: a block of image rows is copied there with its halo, so that the loops know no borders,
+// strides or dilations. In scratch an output stands at position (row * pitch + column), and a tap of the kernel reads
+// at that position plus a constant offset.
 #pragma once
 #include <cstdint>
 
 namespace sfg {
 
-// What follows a convolution. pool: behind the ReLU, the maximum of each 2 x 2 outputs (none of an odd last row or
-// column).
+// What follows a convolution. pool: the maximum of each 2 x 2 outputs is taken behind the ReLU; an odd last row or
+// column is left out.
 struct Activation {
     bool relu = false, pool = false;
 };
 
-constexpr int MOST_OUTPUTS = 16;  // of a tile, with any instruction set
+constexpr int MOST_OUTPUTS = 16;  // no tile has more outputs, with any instruction set
 
 struct Range {
     int64_t first, last;
@@ -27,29 +27,31 @@ struct Range {
 // strided or dilated convolution reads for neighbouring outputs become neighbours.
 struct Side {
     const int64_t* phase;
-    int64_t phases, first, stride, slots, length;  // length: lines of the image; those outside are zero
+    int64_t phases, first, stride, slots, length;  // length: lines of the image; a line outside is copied as zeros
 };
 
-// Channels of an image [channel][height][width] -> scratch [channel][vertical phase][horizontal phase][slot][pitch].
+// A copy of channels of an image [channel][height][width] to scratch [channel][vertical phase][horizontal phase][slot]
+// [pitch].
 template <typename T>
 struct Copy {
     const T* image;
-    const T* relu;  // if not null: the output of the ReLU in front of the image, which passes where it is positive
-    const T *scale = nullptr, *shift = nullptr;  // [channel], or null; relu(scale * image + shift) is copied then
+    const T* relu_output;  // of the ReLU that the image has yet to go back through, or null: zeros are copied where it
+                           // is not positive
+    const T *scale = nullptr, *shift = nullptr;  // [channel]: relu(scale * image + shift) is copied; or null
     int64_t image_stride, channels;
     Side vertical, horizontal;
     T* scratch;
     int64_t channel_stride, phase_stride, pitch, slack;  // slack: zeros behind the last slot of each phase
 };
 
-// Positions that are worked on together: `strips` times `length`, `pitch` apart.
+// The positions that a loop works on: `strips` strips of `length` positions, `pitch` apart.
 struct Strips {
     int64_t strips, length, pitch;
 };
 
 struct Tap {
     int64_t offset;  // in scratch, from the position of the output
-    int64_t index;   // in the kernel
+    int64_t index;   // in the packed kernel
 };
 
 // y[k] = act(start[k] + sum over channels, taps of weight * x) for a few output channels of one group.
@@ -61,20 +63,20 @@ struct OutputTile {
     int64_t tap_count;
     const Range* reads;
     int64_t read_count;
-    const T* weight;  // [channel read][kernel_taps][output]
+    const T* weight;  // [channel that is read][kernel_taps][output]
     int64_t kernel_taps;
     const T* bias;   // [output]
-    const T* start;  // what the sums begin with: null for the bias, or laid out as start_channel, start_strip say
+    const T* start;  // what the sums begin with, its strides start_channel and start_strip; null: they begin with bias
     int64_t start_channel, start_strip;
     int64_t outputs;
     bool relu;
     Strips at;
     T* y;
-    const T* residual;  // null or laid out as y
+    const T* residual;  // laid out as y, or null
     int64_t y_channel, y_strip;
 };
 
-// Rows of outputs from Winograd's products (winograd.h), for a few channels.
+// Winograd's products (winograd.h) that are combined to rows of outputs, for a few channels.
 template <typename T>
 struct ProductTile {
     const T* products;
@@ -85,17 +87,17 @@ struct ProductTile {
     bool relu;
     int64_t rows, columns;  // rows: at most winograd::ROWS
     T* y;
-    const T* residual;  // null or laid out as y
+    const T* residual;  // laid out as y, or null
     int64_t y_channel, y_row;
 };
 
-// Row g of `to` is the sum of factor * row over a few rows of an image, those of group g; where there is a relu, of the
-// numbers that passed it (see Copy). Zeros stand before and behind it. With two products there are two such sums of the
+// Row g of `to` is the sum of factor * row over a few rows of an image, those of group g, as Copy would copy them.
+// `before` zeros stand in front of it and `behind` zeros after it. With two products there are two such sums of the
 // same rows.
 template <typename T>
 struct Mixture {
     static constexpr int MOST = 6;
-    const T *image, *relu;
+    const T *image, *relu_output;
     int64_t offset[MOST];  // of the rows of group 0
     T factor[2][MOST];
     int products, count;
@@ -105,7 +107,7 @@ struct Mixture {
     int64_t pitch, product_stride;
 };
 
-// An input channel as seen by one tap, and where its gradients [output] are summed.
+// An input channel shifted by one tap, and the sums [output] that get the gradients of its weights.
 template <typename T>
 struct Shifted {
     const T* x;
@@ -123,8 +125,8 @@ struct GradientTile {
     Strips at;  // length is a whole number of vectors; dy is zero where there is no output
 };
 
-// sums[k] += sum over rows, columns of df[k] * act(scale[k] * u[k] + shift[k]), for a few channels. rows, columns: of
-// u; with pooling df has half of each.
+// sums[k] += sum over rows, columns of df[k] * act(scale[k] * u[k] + shift[k]), for a few channels. rows and columns
+// are those of u; with pooling df has half as many of each.
 template <typename T>
 struct GateTile {
     const T *u, *df;
@@ -138,7 +140,7 @@ struct GateTile {
 // y = act(scale * u + shift) + residual, for a channel of an image.
 template <typename T>
 struct AffineTile {
-    const T *u, *residual;  // residual: or null
+    const T *u, *residual;  // the residual may be null
     T scale, shift;
     bool relu;
     int64_t count;
@@ -153,7 +155,7 @@ struct PoolTile {
     int64_t rows, columns;  // of u
 };
 
-// The way back: g is dy where scale * u + shift passes the ReLU, otherwise 0.
+// The way back through AffineTile: g is dy where scale * u + shift passes the ReLU, otherwise 0.
 template <typename T>
 struct AffineGradient {
     const T *u, *dy;
@@ -166,15 +168,16 @@ template <typename T>
 struct InnerLoops {
     int64_t lanes;             // numbers in a vector
     int64_t outputs;           // most outputs of an OutputTile
-    int64_t gradient_outputs;  // and of a GradientTile
+    int64_t gradient_outputs;  // most outputs of a GradientTile
     void (*copy)(const Copy<T>&);
     void (*output)(const OutputTile<T>&);
-    // Rows of `span`, `pitch` apart -> those that Winograd multiplies, `blocks` of each, each kind in `stride`. Whole
-    // vectors: each may go on into the next one, and behind the last.
+    // Transforms rows of `span` numbers, `pitch` apart, for `blocks` groups of output rows, into the rows that
+    // Winograd's products multiply; those of two products are `stride` apart. It writes whole vectors: each row may run
+    // on into the next one, and the last one behind its end.
     void (*transform)(const T* rows, int64_t pitch, int64_t span, int64_t blocks, T* to, int64_t stride);
     void (*combine)(const ProductTile<T>&);
-    // Kernels [tap][MOST_OUTPUTS] -> what these multiply, [column][outputs] for each product, `stride` apart; taps are
-    // rows[i] + columns[j].
+    // Transforms kernels [tap][MOST_OUTPUTS] into the weights of Winograd's products, [column][outputs] for each of
+    // them, `stride` apart. The tap in row i and column j of a kernel is rows[i] + columns[j].
     void (*weigh)(const T* taps, const int64_t* rows, const int64_t* columns, int64_t column_count, int64_t outputs,
                   T* to, int64_t stride);
     void (*mix)(const Mixture<T>&);
@@ -185,11 +188,12 @@ struct InnerLoops {
     T (*squares)(const T* values, int64_t count, T mean);  // sum of (value - mean)^2
     void (*affine)(const AffineTile<T>&);
     void (*affine_sums)(const AffineGradient<T>&, T mean, T* sums);  // sums of g and g * (u - mean)
-    // du = scale * g + slope * u + offset + add; add: or null
-    // y: null, or gets act(scale * u + shift), and may be dy
-    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, const T* add, T* du, T* y);
+    // du = scale * g + slope * u + offset + shortcut_gradient, which may be null. activated_again is null, or gets
+    // act(scale * u + shift); it may be dy.
+    void (*affine_gradient)(const AffineGradient<T>&, T slope, T offset, const T* shortcut_gradient, T* du,
+                            T* activated_again);
     void (*pool)(const PoolTile<T>&, T* y);
-    void (*pool_gradient)(const PoolTile<T>&, const T* dy, T* g);  // each dy to the first of its window's largest
+    void (*pool_gradient)(const PoolTile<T>&, const T* dy, T* g);  // dy goes to the first maximum of its window
 };
 
 #define SFG_DECLARE(isa)                          \

@@ -1,4 +1,4 @@
-// Which inner loops this processor can run.
+// The instruction sets that this processor can run, and their inner loops.
 #include <cstring>
 
 #include "routed_conv.h"

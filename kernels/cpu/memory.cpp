@@ -13,12 +13,12 @@
 namespace sfg {
 namespace {
 
-constexpr size_t PIECE = size_t(64) << 10;  // sizes are whole numbers of it
+constexpr size_t PIECE = size_t(64) << 10;  // every size is a multiple of it
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 }  // namespace
 
-// A process that is forked while another thread holds the lock would wait for it forever.
+// If a process forked while another thread held the lock, the child would wait for it forever.
 void before_fork() {
     Memory::instance().mutex_.lock();
 }
@@ -27,29 +27,30 @@ void after_fork() {
 }
 
 Memory& Memory::instance() {
-    static Memory* const memory = [] {  // never destroyed: results may outlive everything else
-        Memory* const made = new Memory;
+    static Memory* const memory = [] {  // it is never destroyed: results may outlive everything else
+        Memory* const created = new Memory;
 #ifdef __linux__
         pthread_atfork(before_fork, after_fork, after_fork);
 #endif
-        return made;
+        return created;
     }();
     return *memory;
 }
 
 Memory::~Memory() {
-    for (const auto& [size, block] : kept_) std::free(block);
+    for (const auto& [size, block] : idle_blocks_) std::free(block);
 }
 
 void* Memory::take(size_t& bytes) {
     const size_t wanted = (std::max<size_t>(bytes, 1) + PIECE - 1) / PIECE * PIECE;
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto found = kept_.lower_bound(wanted);
-    if (found != kept_.end() && found->first <= wanted + wanted / 8) {
-        found = std::prev(kept_.upper_bound(found->first));  // the last that came: it may be in a cache
+    auto found = idle_blocks_.lower_bound(wanted);
+    if (found != idle_blocks_.end() && found->first <= wanted + wanted / 8) {
+        found = std::prev(
+            idle_blocks_.upper_bound(found->first));  // the last one that came back: it may still be in a cache
         void* const block = found->second;
         bytes = found->first;
-        kept_.erase(found);
+        idle_blocks_.erase(found);
         idle_ -= bytes, used_ += bytes, most_ = std::max(most_, used_);
         return block;
     }
@@ -68,7 +69,7 @@ void Memory::give(void* block, size_t bytes) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ -= bytes;
     try {
-        kept_.emplace(bytes, block);
+        idle_blocks_.emplace(bytes, block);
         idle_ += bytes;
     } catch (const std::bad_alloc&) {
         std::free(block);
@@ -82,10 +83,10 @@ size_t Memory::held() {
 
 void Memory::drop_until(size_t bytes) {
     while (idle_ > bytes) {
-        const auto largest = std::prev(kept_.end());
+        const auto largest = std::prev(idle_blocks_.end());
         std::free(largest->second);
         idle_ -= largest->first;
-        kept_.erase(largest);
+        idle_blocks_.erase(largest);
     }
 }
 

@@ -1,6 +1,6 @@
-// Memory for results. Images are so large that malloc gives them back to the system when they are freed, and the next
-// one is filled with pages anew as it is written, which took an eighth of a training step. So blocks are kept for the
-// next result of their size.
+// Memory for results. Images are so large that malloc gives their memory back to the system when they are freed, and
+// the system adds pages to the next one as it is written: that took an eighth of a training step. So a freed block is
+// kept, idle, for the next result of its size.
 #pragma once
 #include <cstddef>
 #include <map>
@@ -8,8 +8,8 @@
 
 namespace sfg {
 
-// Blocks in use and kept ones together are never more than 5/4 of what was in use at a time at the most. (With no room
-// between them, the sizes of the forward pass would drive out those of the backward pass, and the other way round.)
+// Used and idle blocks together never exceed 5/4 of the most that was ever in use. (Without the quarter, the sizes of
+// the forward pass would drive out those of the backward pass, and the other way round.)
 class Memory {
  public:
     static Memory& instance();  // of the process
@@ -19,16 +19,18 @@ class Memory {
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
 
-    // At least `bytes`, aligned to 64 bytes; written into `bytes` is how much it is. Throws std::bad_alloc.
+    // Returns a block of at least `bytes`, aligned to 64 bytes, and sets `bytes` to its size. Throws std::bad_alloc.
     void* take(size_t& bytes);
-    void give(void* block, size_t bytes) noexcept;  // of that very size
-    size_t held();                                  // in use and kept
+    // Takes a block back; `bytes` is the size that `take` set.
+    void give(void* block, size_t bytes) noexcept;
+    // Bytes of used and idle blocks.
+    size_t held();
 
  private:
-    void drop_until(size_t bytes);  // kept ones, the largest first
+    void drop_until(size_t bytes);  // frees idle blocks, the largest first, until they have at most `bytes`
 
     std::mutex mutex_;
-    std::multimap<size_t, void*> kept_;  // by size
+    std::multimap<size_t, void*> idle_blocks_;  // by size
     size_t used_ = 0, idle_ = 0, most_ = 0;
 
     friend void before_fork(), after_fork();

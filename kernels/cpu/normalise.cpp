@@ -1,5 +1,5 @@
-// Batch normalisation, the activation and the shortcut behind it. A thread has a channel: its planes fit into the
-// second-level cache, so that the second and the third pass over them don't go to memory.
+// Batch normalisation, and the activation and the residual behind it. One thread does a whole channel: its planes fit
+// into the second-level cache, so the second and the third pass over them don't go to memory.
 #include <algorithm>
 #include <cmath>
 
@@ -9,15 +9,17 @@
 namespace sfg {
 namespace {
 
+// The norm of u is scale * u + shift.
 template <typename T>
 struct Affine {
     T scale, shift;
 };
 
-// Sums in T are made of so many numbers: of all of a large plane they would lose what the statistics need.
+// At most so many numbers are summed in T, and the sums of pieces in double: a sum over a large plane in T would lose
+// digits that the statistics need.
 constexpr int64_t PIECE = 2048;
 
-// body(first, count) for every piece of a plane.
+// Calls body(first, count) for every piece of a plane.
 template <typename Body>
 void by_pieces(int64_t plane, const Body& body) {
     for (int64_t first = 0; first < plane; first += PIECE) body(first, std::min(PIECE, plane - first));
@@ -77,7 +79,7 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
 
 template <typename T>
 void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T* dy, const T* mean, const T* var,
-                        const T* add, T* du, T* dweight, T* dbias, T* made, int threads) {
+                        const T* shortcut_gradient, T* du, T* dweight, T* dbias, T* activated_again, int threads) {
     const int64_t plane = norm.h * norm.w, out_plane = norm.act.pool ? norm.h / 2 * (norm.w / 2) : plane;
     advise_large_pages(du, norm.n * norm.c * plane * sizeof(T));
     on_threads(threads, [&](int, int) {
@@ -87,11 +89,11 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
             const auto [scale, shift] = affine_of(norm, kernel, mean, var);
             const auto tile = [&](int64_t i) {
                 const int64_t at = i * norm.c + row;
-                if (norm.act.pool)  // dy stands in du already, where it belongs
+                if (norm.act.pool)  // pool_gradient has written g into du already
                     return AffineGradient<T>{norm.u + at * plane, du + at * plane, scale, shift, false, plane};
                 return AffineGradient<T>{norm.u + at * plane, dy + at * plane, scale, shift, norm.act.relu, plane};
             };
-            double plain = 0, moment = 0;  // sums of g and g * (u - mean), g = dL/d(scale * u + shift)
+            double plain = 0, moment = 0;  // sums of g and g * (u - mean), where g = dL/d(scale * u + shift)
             for (int64_t i = 0; i < norm.n; i++) {
                 const int64_t at = i * norm.c + row;
                 if (norm.act.pool)
@@ -113,8 +115,9 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
             dweight[kernel] = T(moment * std::sqrt(precision));
             for (int64_t i = 0; i < norm.n; i++) {
                 const int64_t at = (i * norm.c + row) * plane;
-                loops.affine_gradient(tile(i), T(slope), T(offset), add ? add + at : nullptr, du + at,
-                                      made ? made + at : nullptr);
+                loops.affine_gradient(tile(i), T(slope), T(offset),
+                                      shortcut_gradient ? shortcut_gradient + at : nullptr, du + at,
+                                      activated_again ? activated_again + at : nullptr);
             }
         }
     });

@@ -9,7 +9,7 @@ namespace sfg {
 namespace {
 
 constexpr int64_t CACHE_LINE = 64;
-constexpr int64_t SCRATCH_BYTES = 384 << 10;  // per thread, within the second-level cache
+constexpr int64_t SCRATCH_BYTES = 384 << 10;  // of what a block has there: it fits into the second-level cache
 
 int64_t floor_div(int64_t a, int64_t b) {
     return a >= 0 ? a / b : -((-a + b - 1) / b);
@@ -18,13 +18,13 @@ int64_t ceil_div(int64_t a, int64_t b) {
     return -floor_div(-a, b);
 }
 
-// taps: (place in the kernel, offset), offsets ascending.
+// taps: pairs of a place in the kernel and an offset, sorted by offset.
 Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64_t length,
                const std::vector<std::pair<int64_t, int64_t>>& taps) {
     Axis axis{first, step, count, stride, length, {}, {}, {}, {}, 0, 0};
     for (const auto& [index, offset] : taps) {
-        const int64_t reader =
-            std::max<int64_t>(0, ceil_div(-offset, stride));  // the first output that reads no padding
+        // The first output that reads no padding in front of the image.
+        const int64_t reader = std::max<int64_t>(0, ceil_div(-offset, stride));
         if (reader >= count || reader * stride + offset >= length) continue;
         const int64_t slot = floor_div(offset, stride), phase = offset - slot * stride;
         auto at = std::find(axis.phases.begin(), axis.phases.end(), phase);
@@ -40,6 +40,7 @@ Axis make_axis(int64_t first, int64_t step, int64_t count, int64_t stride, int64
     return axis;
 }
 
+// The taps that make_axis was given, without those that only ever read padding.
 std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     std::vector<std::pair<int64_t, int64_t>> list;
     for (size_t i = 0; i < axis.tap.size(); i++)
@@ -47,24 +48,25 @@ std::vector<std::pair<int64_t, int64_t>> taps_of(const Axis& axis) {
     return list;
 }
 
-// From line to line of a block in scratch, a line being a row, or a group of them to be transformed. Where columns are
-// much fewer than fill their vectors, all lines are worked on as one strip, with the gaps between them.
+// The distance between two lines of a block in scratch; a line is a row, or a group of rows that Winograd transforms
+// together. Where a line has much fewer columns than fill its vectors, all lines are worked on as one strip, with the
+// gaps between them.
 int64_t pitch_of(const Axis& horizontal, int64_t lines, int64_t columns, const Limits& limits) {
     const int64_t span = horizontal.slots(columns), in_vectors = round_up(columns, limits.lanes);
-    // They share the zeros between them, where there are any, but never an output's position.
+    // Neighbouring lines share the zeros between them, where there are any, but never an output's position.
     const int64_t shared = columns == horizontal.count ? std::min(horizontal.zero_slots(), span - columns) : 0;
     const int64_t strip = round_up((lines - 1) * (span - shared) + columns, limits.lanes);
     const bool narrow = lines > 1 && limits.flat_cost * double(strip) < double(lines * in_vectors);
     return narrow ? span - shared : round_up(std::max(span, in_vectors), limits.lanes);
 }
 
-// Rows and columns of a block.
+// The number of rows and columns of a block. Of the blocks that fit, this is the one that copies the least halo.
+// Columns are cut into ever more pieces of whole vectors, and rows are tried from many to few, in larger steps where a
+// row more or less hardly matters. If no block fits, it is the smallest one. Rows that are transformed together stay
+// together.
 std::pair<int64_t, int64_t> block(const Axis& vertical, const Axis& horizontal, int64_t channels,
                                   const Limits& limits) {
     const int64_t lanes = limits.lanes;
-    // The block that copies the least halo of those that fit: columns cut into ever more pieces, whole vectors each,
-    // and rows tried from many to few (in larger steps where a row more or less hardly matters). If none fits, the
-    // smallest. Rows that are transformed together stay together.
     const int64_t together = std::lcm(limits.together, limits.products ? winograd::ROWS : 1);
     int64_t best_rows = 0, best_columns = 0;
     double least = 0;
@@ -149,7 +151,7 @@ int64_t round_up(int64_t value, int64_t multiple) {
 
 int64_t spread(int64_t numbers, int64_t size_of_number) {
     const int64_t lines = (numbers * size_of_number + CACHE_LINE - 1) / CACHE_LINE;
-    return (lines | 1) * CACHE_LINE / size_of_number;  // even strides crowd into few sets of the cache
+    return (lines | 1) * CACHE_LINE / size_of_number;  // an even number of lines would crowd into few sets of the cache
 }
 
 int64_t Axis::zero_slots() const {
@@ -161,9 +163,9 @@ int64_t Axis::zero_slots() const {
 Shape with_long_rows(Shape p) {
     const bool pointwise =
         p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
-    if (pointwise) {  // knows no rows: the image is one line
+    if (pointwise) {  // a pointwise convolution knows no rows: the image is one line
         p.w *= p.h, p.ow *= p.oh, p.h = p.oh = 1;
-    } else if (p.w == 1 && p.ow == 1) {  // a column lies in memory as a row does
+    } else if (p.w == 1 && p.ow == 1) {  // an image of one column lies in memory as one of one row does
         std::swap(p.h, p.w), std::swap(p.oh, p.ow), std::swap(p.r, p.s), std::swap(p.stride[0], p.stride[1]);
         std::swap(p.padding[0], p.padding[1]), std::swap(p.dilation[0], p.dilation[1]);
         std::swap(p.tap_step[0], p.tap_step[1]);
@@ -241,7 +243,7 @@ std::vector<Part> parts(const Blocks& blocks, bool transposed, int64_t most_outp
         Part part{
             {}, reads.empty() ? Range{0, 0} : Range{reads.front().first, reads.back().last}, {out[g], out[g + 1]}};
         const int64_t count = (size + most_outputs - 1) / most_outputs;
-        for (int64_t t = 0; t < count; t++) {  // tiles of equal size, give or take one
+        for (int64_t t = 0; t < count; t++) {  // tiles have the same size, give or take one
             const int64_t first = out[g] + size * t / count, last = out[g] + size * (t + 1) / count;
             part.tiles.push_back({g, first, last - first, reads, total, *weights});
             *weights += (last - first) * total;

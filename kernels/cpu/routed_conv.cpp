@@ -1,8 +1,8 @@
-// Forward pass, input gradient and the gates' gradient.
+// Forward pass, input gradient and the gates' gradient. convolve.h cuts a convolution into tiles of blocks; here stands
+// what happens to each of them.
 #include "routed_conv.h"
 
 #include <numeric>
-#include <optional>
 
 #include "convolve.h"
 
@@ -15,7 +15,7 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
     const int64_t taps = p.r * p.s;
     Convolution<T> task{.loops = loops,
                         .in = x,
-                        .relu_in = nullptr,
+                        .relu_output = nullptr,
                         .in_channels = p.c,
                         .in_plane = p.h * p.w,
                         .weight = weight,
@@ -36,17 +36,17 @@ Convolution<T> forward_task(const InnerLoops<T>& loops, const T* x, const T* wei
     return task;
 }
 
-// A convolution of dy with the kernels turned around.
+// The input gradient is a convolution of dy with the kernels turned around.
 template <typename T>
-Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, const Shape& p,
+Convolution<T> gradient_task(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& p,
                              const Blocks& blocks) {
     const int64_t taps = p.r * p.s;
     Convolution<T> task{.loops = loops,
-                        .in = dy,
-                        .relu_in = relu,
+                        .in = tensors.dy,
+                        .relu_output = tensors.relu_output,
                         .in_channels = p.k,
                         .in_plane = p.oh * p.ow,
-                        .weight = weight,
+                        .weight = tensors.weight,
                         .bias = nullptr,
                         .output_stride = taps,
                         .read_stride = blocks.weight_row() * taps,
@@ -64,9 +64,10 @@ Convolution<T> gradient_task(const InnerLoops<T>& loops, const T* dy, const T* r
     return task;
 }
 
-// The same groups, where every output group reads the input groups from `first` on.
-struct Everything {
-    Everything(const Blocks& b, int64_t first) : reads(new bool[b.groups_out * b.groups_in]), blocks(b) {
+// The same groups with another table: every output group reads all input groups from `first` on. With it a tile has the
+// weights, and scratch the sources, for the groups that its channels were not drawn into, too.
+struct AllReads {
+    AllReads(const Blocks& b, int64_t first) : reads(new bool[b.groups_out * b.groups_in]), blocks(b) {
         blocks.reads = reads.get();
         for (int64_t i = 0; i < b.groups_out * b.groups_in; i++) reads[i] = i % b.groups_in >= first;
     }
@@ -74,236 +75,350 @@ struct Everything {
     Blocks blocks;
 };
 
-// u of a tile's rows as they would be in group g: in `aside`, or all of it in `kept` already.
+// The inner products that make the gates' gradient. Every item, a block of an image, has a sum of its own for each
+// gate, so no two threads add to the same number, and the items are added up in the same order whoever computed them.
 template <typename T>
-Place<const T> in_group(int64_t g, const Sums<T>& sums, const Blocks& blocks, const Place<const T>& kept,
-                        const Place<T>& aside, const Place<const T>& later = {}) {
-    const bool reads = g < blocks.groups_in && !(kept.at && g == 0);
-    const Range own = reads ? Range{blocks.columns[g], blocks.columns[g + 1]} : Range{0, 0};
-    if (kept.at && own.first == own.last) return kept;
-    const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
-    sums.compute(sums.over(&own, 1, from, kept, aside), {later});
-    return aside.to_read();
-}
-
-// What the producer kept for a tile's rows: where it is, if `sums` can start there, else in scratch.
-template <typename T>
-Place<const T> kept_of(const Work<T>& work, const Sums<T>& sums, const Producer<T>& producer, int aside) {
-    if (!producer.kept) return {};
-    const T* const kept = producer.kept + work.at(producer.shape.k, work.tile().first);
-    if (work.direct(sums)) return work.in(kept);
-    const Place<T> copied = sums.scratch(work.aside(aside).at);
-    work.fetch(kept, copied);
-    return copied.to_read();
-}
-
-// Sums of all items for all gates -> dz.
-template <typename T>
-void add_up(const Buffer<T>& found, int64_t items, int64_t gates, T* dz) {
-    for (int64_t gate = 0; gate < gates; gate++) {
-        double total = 0;
-        for (int64_t item = 0; item < items; item++) total += found.data()[item * gates + gate];
-        dz[gate] = T(total);
+class GateSums {
+ public:
+    GateSums(int64_t items, int64_t gates) : items_(items), gates_(gates), sums_(items * gates) {
+        std::fill_n(sums_.data(), items * gates, T(0));
     }
+
+    T* of(int64_t item, int64_t gate) const { return sums_.data() + item * gates_ + gate; }
+
+    void add_up(T* dz) const {
+        for (int64_t gate = 0; gate < gates_; gate++) {
+            double total = 0;
+            for (int64_t item = 0; item < items_; item++) total += *of(item, gate);
+            dz[gate] = T(total);
+        }
+    }
+
+ private:
+    const int64_t items_, gates_;
+    const Buffer<T> sums_;
+};
+
+// Adds the inner products of df with act(scale * u + shift), for a tile's channels in one block, to `sums`. Scale and
+// shift are those of the tile's first channel, or null.
+template <typename T>
+void add_inner_products(const Work<T>& work, const Place<const T>& u, const Place<const T>& df, const T* scale,
+                        const T* shift, Activation act, T* sums) {
+    work.task.loops.gates({.u = u.at,
+                           .df = df.at,
+                           .u_channel = u.channel,
+                           .u_row = u.row,
+                           .df_channel = df.channel,
+                           .df_row = df.row,
+                           .scale = scale,
+                           .shift = shift,
+                           .act = act,
+                           .channels = work.tile().outputs,
+                           .rows = work.patch.rows,
+                           .columns = work.patch.columns,
+                           .sums = sums});
+}
+
+// Where the kept product of a tile's rows is: in the tensor, if `sums` can start from there, otherwise copied to
+// `scratch`. Without a kept product the place is empty.
+template <typename T>
+Place<const T> kept_product_of(const Work<T>& work, const Sums<T>& sums, const UndrawnFeatures<T>& features,
+                               const Place<T>& scratch) {
+    if (!features.kept_product) return {};
+    const T* const kept_product = features.kept_product + work.at(features.shape.k, work.tile().first);
+    if (work.direct(sums)) return work.in(kept_product);
+    work.fetch(kept_product, scratch);
+    return scratch.to_read();
+}
+
+// u of a tile's rows as it would be in `group`: the kept product, if there is one, plus the product of the group's own
+// columns. It is computed in `scratch`, unless the kept product is all of it. `later`: see Sums::compute.
+template <typename T>
+Place<const T> u_in_group(int64_t group, const Sums<T>& sums, const Blocks& blocks, const Place<const T>& kept_product,
+                          const Place<T>& scratch, const Place<const T>& later = {}) {
+    const bool reads = group < blocks.groups_in && !(kept_product.at && group == 0);
+    const Range own = reads ? Range{blocks.columns[group], blocks.columns[group + 1]} : Range{0, 0};
+    if (kept_product.at && own.first == own.last) return kept_product;
+    const int64_t from = own.first < own.last ? own.first - sums.tile.reads.front().first : 0;
+    sums.compute(sums.over(&own, 1, from, kept_product, scratch), {later});
+    return scratch.to_read();
+}
+
+// The last step for the drawn features of a tile, in all modes of the input gradient: their gradient df, of one block,
+// gets the shortcut's, goes to dx, and is multiplied with the features for the gates.
+template <typename T>
+void finish_drawn(const Work<T>& work, const InputGradient<T>& tensors, const Place<T>& df, const GateSums<T>& gates) {
+    const int64_t at = work.at(work.task.out_channels, work.tile().first);
+    if (tensors.shortcut_gradient.dx) work.add(tensors.shortcut_gradient.dx + at, df);
+    if (df.at != tensors.dx + at) work.store(df, tensors.dx + at, nullptr);
+    if (!tensors.drawn_features) return;
+    const Place<const T> features = work.in(tensors.drawn_features, at);
+    add_inner_products<T>(work, features, df.to_read(), nullptr, nullptr, {}, gates.of(work.item, work.tile().first));
+}
+
+// Mode (a) of the input gradient: every tile of dx is one sum over the rows that read it.
+template <typename T>
+struct PackedGradient {
+    const InputGradient<T>& tensors;
+    const GateSums<T>& gates;
+
+    void operator()(const Work<T>& work) const {
+        const std::vector<Range>& reads = work.tile().reads;
+        const int64_t at = work.at(work.task.out_channels, work.tile().first);
+        const T* const shortcut = tensors.shortcut_gradient.dx;
+        const Place<T> aside = work.aside(0);
+        if (!tensors.drawn_features) {
+            const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, {}, aside);
+            return finish(work, sum, tensors.dx + at, shortcut ? shortcut + at : nullptr, aside);
+        }
+        const Place<T> df = work.direct(work.sums) ? work.in(tensors.dx + at) : aside;
+        work.sums.compute(work.sums.over(reads.data(), reads.size(), 0, {}, df),
+                          {work.in(tensors.drawn_features, at), work.in(shortcut, at)});
+        finish_drawn(work, tensors, df, gates);
+    }
+};
+
+// Mode (b): the gradient of the undrawn rows goes to dundrawn.
+template <typename T>
+struct StoreUndrawn {
+    T* dundrawn;
+
+    Place<const T> begin(const Work<T>&) const { return {}; }
+    T* target(int64_t at) const { return dundrawn + at; }
+    bool wants_zeros() const { return true; }
+    void finish(const Work<T>& work, int64_t, int64_t, const Place<T>& df, int64_t at, const Place<const T>&) const {
+        if (df.at != dundrawn + at) work.store(df, dundrawn + at, nullptr);
+    }
+};
+
+// Mode (c): the gradient of the undrawn rows stays in scratch, where it is multiplied with the features that they would
+// have; the companion convolution, of the layer that made the features, computes these.
+template <typename T>
+struct RecomputeUndrawn {
+    const UndrawnFeatures<T>& features;
+    const GateSums<T>& gates;
+
+    // The tile's kept product, which all groups need.
+    Place<const T> begin(const Work<T>& work) const {
+        return kept_product_of(work, *work.companion, features, work.companion->scratch(work.aside(2).at));
+    }
+    T* target(int64_t) const { return nullptr; }
+    bool wants_zeros() const { return false; }
+    void finish(const Work<T>& work, int64_t group, int64_t nth, const Place<T>& df, int64_t,
+                const Place<const T>& kept_product) const {
+        const Sums<T>& sums = *work.companion;
+        const int64_t first = work.tile().first, affine = features.affine_at(nth, first);
+        const Place<const T> u = u_in_group(group, sums, features.blocks, kept_product, sums.scratch(work.aside(3).at));
+        add_inner_products<T>(work, u, df.to_read(), features.scale ? features.scale + affine : nullptr,
+                              features.scale ? features.shift + affine : nullptr, {features.act.relu, false},
+                              gates.of(work.item, (nth + 1) * features.shape.k + first));
+    }
+};
+
+// Modes (b) and (c): the gradient that a tile's columns have in each group, one group after the other. In group g they
+// get it from the rows of group g. If these read the shared columns too, the gradient in group 0 is the sum over all
+// groups: it is collected on the way, and group 0 comes last. `undrawn` says what becomes of the undrawn rows'
+// gradient.
+template <typename T, typename Undrawn>
+struct GradientInAllGroups {
+    const InputGradient<T>& tensors;
+    const Blocks& blocks;
+    const GateSums<T>& gates;
+    const Undrawn undrawn;
+
+    // The sum of the gradients in the groups behind group 0 so far, in scratch.
+    struct Total {
+        const Place<T> sum;
+        bool started = false;
+    };
+
+    void operator()(const Work<T>& work) const {
+        const int64_t groups = blocks.groups_in, channels = work.task.out_channels, first = work.tile().first;
+        const Place<const T> kept_product = undrawn.begin(work);
+        Total total{work.aside(0)};
+        for (int64_t step = 0, nth = 0; step < groups; step++) {
+            const int64_t group = (step + 1) % groups;
+            if (group == work.tile().group) {
+                const int64_t at = work.at(channels, first);
+                const Place<T> df = compute(work, group, total, tensors.dx + at, tensors.shortcut_gradient.dx, at,
+                                            tensors.drawn_features);
+                finish_drawn(work, tensors, df, gates);
+                continue;
+            }
+            const int64_t number = nth++, at = work.at((groups - 1) * channels, number * channels + first);
+            const T* const shortcut = tensors.shortcut_gradient.dundrawn;
+            if (is_zero(group, total) && !shortcut && !undrawn.wants_zeros()) continue;
+            const Place<T> df = compute(work, group, total, undrawn.target(at), shortcut, at, nullptr);
+            if (shortcut) work.add(shortcut + at, df);
+            undrawn.finish(work, group, number, df, at, kept_product);
+        }
+    }
+
+    // Computes the gradient in `group`, still without the shortcut's, and returns where it is: in `target`, its place
+    // in a tensor, or in scratch if that is null or the block can't be computed there. The blocks of the shortcut's
+    // gradient and of the features, at `at` in their tensors, are prefetched for what follows.
+    Place<T> compute(const Work<T>& work, int64_t group, Total& total, T* target, const T* shortcut, int64_t at,
+                     const T* features) const {
+        const Range rows = rows_of(group);
+        const std::initializer_list<Place<const T>> later = {work.in(shortcut, at), work.in(features, at)};
+        const bool begins = collects() && group != 0 && !total.started, ends = collects() && group == 0;
+        const Place<T> to = begins ? total.sum : target && work.direct(work.sums) ? work.in(target) : work.aside(1);
+        const Place<const T> start = ends && total.started ? total.sum.to_read() : Place<const T>{};
+        work.sums.compute(work.sums.over(&rows, 1, rows.first, start, to), later);
+        total.started = true;
+        if (begins && shortcut) {  // the shortcut's gradient must not get into the total
+            const Place<T> copy = work.aside(1);
+            std::memcpy(copy.at, to.at, work.tile().outputs * work.sums.aside_stride * sizeof(T));
+            return copy;
+        }
+        if (collects() && !begins && !ends) work.add(to.to_read(), total.sum);
+        return to;
+    }
+
+    Range rows_of(int64_t group) const {
+        return group < blocks.groups_out ? Range{blocks.rows[group], blocks.rows[group + 1]} : Range{0, 0};
+    }
+    // Do the rows behind group 0 read group 0, too?
+    bool collects() const { return blocks.groups_out > 1 && blocks.reads[blocks.groups_in]; }
+    bool is_zero(int64_t group, const Total& total) const {
+        return rows_of(group).size() == 0 && !(collects() && group == 0 && total.started);
+    }
+};
+
+// Mode (a) for the whole output.
+template <typename T>
+void packed_gradient(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& shape,
+                     const Blocks& blocks, int threads) {
+    const Shape p = with_long_rows(shape);
+    Convolution<T> task = gradient_task(loops, tensors, p, blocks);
+    task.choose_method();
+    const Plan shares = plan(task, p, threads);
+    const GateSums<T> gates(p.n * shares.items, tensors.dz ? p.c : 0);
+    convolve(task, shares, p, threads, 1, PackedGradient<T>{tensors, gates});
+    if (tensors.dz) gates.add_up(tensors.dz);
+}
+
+// Mode (b) for the whole output.
+template <typename T>
+void gradient_with_undrawn(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& shape,
+                           const Blocks& blocks, int threads) {
+    const Shape p = with_long_rows(shape);
+    const AllReads all(blocks, 0);
+    Convolution<T> task = gradient_task(loops, tensors, p, all.blocks);
+    task.choose_method();
+    const Plan shares = plan(task, p, threads);
+    const GateSums<T> gates(p.n * shares.items, tensors.dz ? p.c : 0);
+    advise_large_pages(tensors.dundrawn, (blocks.groups_in - 1) * p.n * p.c * p.h * p.w * sizeof(T));
+    using Walk = GradientInAllGroups<T, StoreUndrawn<T>>;
+    convolve(task, shares, p, threads, 2, Walk{tensors, blocks, gates, {tensors.dundrawn}});
+    if (tensors.dz) gates.add_up(tensors.dz);
+}
+
+// Mode (c) for the whole output.
+template <typename T>
+void gradient_and_gates(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& p,
+                        const Blocks& blocks, int threads) {
+    const UndrawnFeatures<T>& features = *tensors.undrawn_features;
+    const AllReads all(blocks, 0), sources(features.blocks, features.kept_product ? 1 : 0);
+    Convolution<T> task = gradient_task(loops, tensors, p, all.blocks);
+    Convolution<T> companion =
+        forward_task(loops, features.x, features.weight, features.bias, features.shape, sources.blocks);
+    // Blocks of both convolutions must have the same lines of the image, so both are cut by the same distance.
+    const Axis gradient = gradient_axes(p, 0)[0], forward = forward_axis(features.shape, 0);
+    const int64_t distance = std::lcm(apart(gradient), apart(forward));
+    task.vertical = every({gradient}, distance), companion.vertical = every({forward}, distance);
+    task.choose_method(), companion.choose_method();
+    const Plan shares = plan(task, p, threads, &companion);
+    const GateSums<T> gates(p.n * shares.items, blocks.groups_in * p.c);
+    using Walk = GradientInAllGroups<T, RecomputeUndrawn<T>>;
+    convolve(task, shares, p, threads, 4, Walk{tensors, blocks, gates, {features, gates}}, &companion);
+    gates.add_up(tensors.dz);
 }
 
 }  // namespace
 
 template <typename T>
 void forward(const InnerLoops<T>& loops, const T* x, const T* scale, const T* shift, const T* weight, const T* bias,
-             const T* residual, bool relu, T* y, T* kept, const Shape& shape, const Blocks& blocks, int threads) {
+             const T* residual, bool relu, T* y, T* kept_product, const Shape& shape, const Blocks& blocks,
+             int threads) {
     const Shape p = with_long_rows(shape);
     Convolution<T> task = forward_task(loops, x, weight, bias, p, blocks);
     task.scale_in = scale, task.shift_in = shift;
     task.choose_method();
-    const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T), shared = blocks.columns[1];
+    const int64_t bytes = p.n * p.k * p.oh * p.ow * sizeof(T);
     advise_large_pages(y, bytes);
-    if (kept) advise_large_pages(kept, bytes);
-    convolve(task, plan(task, p, threads), p, threads, kept ? 2 : 1, [&](const Work<T>& work) {
+    if (kept_product) advise_large_pages(kept_product, bytes);
+    convolve(task, plan(task, p, threads), p, threads, kept_product ? 2 : 1, [&](const Work<T>& work) {
         const Tile& tile = work.tile();
         const int64_t at = work.at(p.k, tile.first);
         OutputTile<T> sum = work.sums.over(tile.reads.data(), tile.reads.size(), 0, {}, {});
-        Range rest{0, 0};
-        if (kept) {
-            const Range first{0, shared};
+        Range own{0, 0};
+        if (kept_product) {  // first the product of the shared columns, then the group's own on top of it
+            const Range shared{0, blocks.columns[1]};
             const bool direct = work.direct(work.sums);
-            const Place<T> start = direct ? work.in(kept + at) : work.aside(0);
-            work.sums.compute(work.sums.over(&first, 1, 0, {}, start));
-            if (!direct) work.place(start, kept + at, nullptr);
-            if (tile.group > 0) rest = {blocks.columns[tile.group], blocks.columns[tile.group + 1]};
-            sum = work.sums.over(&rest, 1, shared, start.to_read(), {});
+            const Place<T> start = direct ? work.in(kept_product + at) : work.aside(0);
+            work.sums.compute(work.sums.over(&shared, 1, 0, {}, start));
+            if (!direct) work.store(start, kept_product + at, nullptr);
+            if (tile.group > 0) own = {blocks.columns[tile.group], blocks.columns[tile.group + 1]};
+            sum = work.sums.over(&own, 1, shared.last, start.to_read(), {});
         }
         sum.relu = relu;
-        finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept ? 1 : 0));
+        finish(work, sum, y + at, residual ? residual + at : nullptr, work.aside(kept_product ? 1 : 0));
     });
 }
 
 template <typename T>
-void input_gradient(const InnerLoops<T>& loops, const T* dy, const T* relu, const T* weight, const Around<T>& around,
-                    T* dx, T* others, const T* live, const Producer<T>* producer, T* dz, const Shape& shape,
+void input_gradient(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& shape,
                     const Blocks& blocks, int threads) {
-    // With a producer, both convolutions walk over the same lines.
-    const Shape p = producer ? shape : with_long_rows(shape);
-    const int64_t last = others || producer ? blocks.groups_in - 1 : 0;
-    const Everything everything(blocks, 0);
-    Convolution<T> task = gradient_task(loops, dy, relu, weight, p, last ? everything.blocks : blocks);
-    std::optional<Convolution<T>> beside;
-    std::optional<Everything> sources;
-    if (producer) {
-        const Shape& q = producer->shape;
-        sources.emplace(producer->blocks, producer->kept ? 1 : 0);
-        beside.emplace(forward_task(loops, producer->x, producer->weight, producer->bias, q, sources->blocks));
-        const Axis mine = gradient_axes(p, 0)[0], its = forward_axis(q, 0);
-        const int64_t n = std::lcm(apart(mine), apart(its));
-        task.vertical = every({mine}, n), beside->vertical = every({its}, n);
-        beside->choose_method();
-    }
-    task.choose_method();
-    const Convolution<T>* second = beside ? &*beside : nullptr;
-    const Plan shares = plan(task, p, threads, second);
-    const int64_t items = p.n * shares.items, gates = dz ? (producer ? last + 1 : 1) * p.c : 0;
-    const Buffer<T> found(items * gates);  // [item][gate]: of the columns' own groups, then of their others
-    std::fill_n(found.data(), items * gates, T(0));
-    const int64_t bytes = p.n * p.c * p.h * p.w * sizeof(T);
-    advise_large_pages(dx, bytes);
-    if (others) advise_large_pages(others, last * bytes);
-    const bool shared = last > 0 && blocks.groups_out > 1 && blocks.reads[blocks.groups_in];  // row group 1 reads 0
-
-    // The inner products of a block of the gradient, in scratch, with its features.
-    const auto gate = [&](const Work<T>& work, int64_t number, const Place<T>& df, const Place<const T>& u,
-                          bool behind_norm) {
-        const bool affine = behind_norm && producer->scale;
-        const int64_t other = affine && producer->one_affine ? 0 : (number - 1) * p.c;
-        loops.gates({.u = u.at,
-                     .df = df.at,
-                     .u_channel = u.channel,
-                     .u_row = u.row,
-                     .df_channel = df.channel,
-                     .df_row = df.row,
-                     .scale = affine ? producer->scale + other + work.tile().first : nullptr,
-                     .shift = affine ? producer->shift + other + work.tile().first : nullptr,
-                     .act = {behind_norm && producer->act.relu, false},
-                     .channels = work.tile().outputs,
-                     .rows = work.patch.rows,
-                     .columns = work.patch.columns,
-                     .sums = found.data() + work.item * gates + number * p.c + work.tile().first});
-    };
-    const auto of_live = [&](const Work<T>& work, const Place<T>& df) {
-        const int64_t at = work.at(p.c, work.tile().first);
-        if (around.dx) work.include(around.dx + at, df);
-        if (df.at != dx + at) work.place(df, dx + at, nullptr);
-        if (live) gate(work, 0, df, work.in(live + at), false);
-    };
-
-    if (!last)
-        return convolve(task, shares, p, threads, 1,
-                        [&](const Work<T>& work) {
-                            const std::vector<Range>& reads = work.tile().reads;
-                            const int64_t at = work.at(p.c, work.tile().first);
-                            const Place<T> df = live && work.direct(work.sums) ? work.in(dx + at) : work.aside(0);
-                            const OutputTile<T> sum = work.sums.over(reads.data(), reads.size(), 0, {}, df);
-                            if (!live) return finish(work, sum, dx + at, around.dx ? around.dx + at : nullptr, df);
-                            work.sums.compute(sum, {work.in(live, at), work.in(around.dx, at)});
-                            of_live(work, df);
-                        }),
-               dz ? add_up(found, items, gates, dz) : void();
-
-    const auto of_all_groups = [&](const Work<T>& work) {
-        const Tile& tile = work.tile();
-        const Place<T> total = work.aside(0);
-        const Place<const T> kept = producer ? kept_of(work, *work.beside, *producer, 2) : Place<const T>{};
-        bool started = false;
-        int64_t other = 0;
-        for (int64_t step = 0; step <= last; step++) {  // group 0 last: it gets the sum of all, if it is read by all
-            const int64_t g = (step + 1) % (last + 1);
-            const Range own = g < blocks.groups_out ? Range{blocks.rows[g], blocks.rows[g + 1]} : Range{0, 0};
-            const bool sums_up = shared && g == 0, begins = shared && g != 0 && !started;
-            const int64_t number = g == tile.group ? 0 : ++other;
-            const int64_t at = number ? work.at(last * p.c, (number - 1) * p.c + tile.first) : work.at(p.c, tile.first);
-            T* const target = number ? others ? others + at : nullptr : dx + at;
-            Place<T> df = begins ? total : target && work.direct(work.sums) ? work.in(target) : work.aside(1);
-            const bool nothing = own.first == own.last && !(sums_up && started);
-            if (nothing && number && producer && !around.others) continue;
-            work.sums.compute(
-                work.sums.over(&own, 1, own.first, sums_up && started ? total.to_read() : Place<const T>{}, df),
-                {work.in(number ? around.others : around.dx, at), work.in(number ? nullptr : live, at)});
-            if (shared && !begins && g != 0)
-                for (int64_t k = 0; k < tile.outputs; k++)
-                    for (int64_t i = 0; i < work.patch.rows; i++)
-                        loops.add(total.at + k * total.channel + i * total.row, df.at + k * df.channel + i * df.row,
-                                  work.patch.columns);
-            started = true;
-            if (begins && (number ? around.others : around.dx)) {  // not part of the total
-                df = work.aside(1);
-                std::memcpy(df.at, total.at, tile.outputs * work.sums.aside_stride * sizeof(T));
-            }
-            if (number && around.others) work.include(around.others + at, df);
-            if (number == 0) {
-                of_live(work, df);
-            } else if (others) {
-                if (df.at != target) work.place(df, target, nullptr);
-            } else {
-                const Place<T> aside = work.beside->scratch(work.aside(3).at);
-                const Place<const T> u = in_group(g, *work.beside, producer->blocks, kept, aside);
-                gate(work, number, df, u, true);
-            }
-        }
-    };
-    convolve(task, shares, p, threads, producer ? 4 : 2, of_all_groups, second);
-    if (dz) add_up(found, items, gates, dz);
+    advise_large_pages(tensors.dx, shape.n * shape.c * shape.h * shape.w * sizeof(T));
+    if (blocks.groups_in == 1 || !(tensors.dundrawn || tensors.undrawn_features))  // with one group nothing is undrawn
+        packed_gradient(loops, tensors, shape, blocks, threads);
+    else if (tensors.dundrawn)
+        gradient_with_undrawn(loops, tensors, shape, blocks, threads);
+    else
+        gradient_and_gates(loops, tensors, shape, blocks, threads);
 }
 
 template <typename T>
-void gate_gradient(const InnerLoops<T>& loops, const Producer<T>& producer, const T* df, T* dz, int threads) {
-    const bool pool = producer.act.pool;
-    const Shape p = pool ? producer.shape : with_long_rows(producer.shape);
-    const Blocks& blocks = producer.blocks;
-    const int64_t last = blocks.groups_out - 1, gates = last * p.k;
-    const Everything sources(blocks, producer.kept ? 1 : 0);
-    Convolution<T> task = forward_task(loops, producer.x, producer.weight, producer.bias, p, sources.blocks);
-    if (pool) task.vertical = {forward_axis(p, 0)};  // neighbouring rows are looked at together
+void gate_gradient(const InnerLoops<T>& loops, const UndrawnFeatures<T>& features, const T* dundrawn, T* dz,
+                   int threads) {
+    const bool pool = features.act.pool;
+    const Shape p = pool ? features.shape : with_long_rows(features.shape);
+    const Blocks& blocks = features.blocks;
+    const int64_t groups = blocks.groups_out, gate_count = (groups - 1) * p.k;
+    const AllReads sources(blocks, features.kept_product ? 1 : 0);
+    Convolution<T> task = forward_task(loops, features.x, features.weight, features.bias, p, sources.blocks);
+    if (pool) task.vertical = {forward_axis(p, 0)};  // a window of the pooling needs neighbouring lines in one block
     task.choose_method();
     const Plan shares = plan(task, p, threads, (const Convolution<T>*)nullptr, pool ? 2 : 1);
     const int64_t df_width = pool ? p.ow / 2 : p.ow, df_plane = pool ? p.oh / 2 * df_width : p.oh * p.ow;
-    const int64_t items = p.n * shares.items;
-    const Buffer<T> found(items * gates);  // [item][gate]
-    std::fill_n(found.data(), items * gates, T(0));
+    const GateSums<T> gates(p.n * shares.items, gate_count);
     convolve(task, shares, p, threads, 2, [&](const Work<T>& work) {
         const Tile& tile = work.tile();
-        const Place<const T> kept = kept_of(work, work.sums, producer, 0);
-        for (int64_t step = 0, other = 0; step <= last; step++) {
-            const int64_t g = (step + 1) % (last + 1);
-            if (g == tile.group) continue;
-            const int64_t gate = other++ * p.k + tile.first, affine = producer.one_affine ? tile.first : gate;
-            const int64_t row = work.patch.row, column = work.patch.column;
-            const T* of_gate = df + (work.n * gates + gate) * df_plane;
-            const T* features = pool ? of_gate + row / 2 * df_width + column / 2 : df + work.at(gates, gate);
+        const Place<const T> kept_product = kept_product_of(work, work.sums, features, work.aside(0));
+        for (int64_t step = 0, nth = 0; step < groups; step++) {
+            const int64_t group = (step + 1) % groups;
+            if (group == tile.group) continue;
+            const int64_t affine = features.affine_at(nth, tile.first), gate = nth++ * p.k + tile.first;
+            const T* const plane = dundrawn + (work.n * gate_count + gate) * df_plane;
+            const Place<const T> df =
+                pool ? Place<const T>{plane + work.patch.row / 2 * df_width + work.patch.column / 2, df_plane, df_width}
+                     : work.in(dundrawn + work.at(gate_count, gate));
             const Place<const T> u =
-                in_group(g, work.sums, blocks, kept, work.aside(1), pool ? Place<const T>{} : work.in(features));
-            loops.gates({.u = u.at,
-                         .df = features,
-                         .u_channel = u.channel,
-                         .u_row = u.row,
-                         .df_channel = df_plane,
-                         .df_row = pool ? df_width : work.line(),
-                         .scale = producer.scale ? producer.scale + affine : nullptr,
-                         .shift = producer.scale ? producer.shift + affine : nullptr,
-                         .act = producer.act,
-                         .channels = tile.outputs,
-                         .rows = work.patch.rows,
-                         .columns = work.patch.columns,
-                         .sums = found.data() + work.item * gates + gate});
+                u_in_group(group, work.sums, blocks, kept_product, work.aside(1), pool ? Place<const T>{} : df);
+            add_inner_products(work, u, df, features.scale ? features.scale + affine : nullptr,
+                               features.scale ? features.shift + affine : nullptr, features.act,
+                               gates.of(work.item, gate));
         }
     });
-    add_up(found, items, gates, dz);
+    gates.add_up(dz);
 }
 
-#define SFG_INSTANTIATE(T)                                                                                           \
-    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*, const T*, bool, \
-                             T*, T*, const Shape&, const Blocks&, int);                                              \
-    template void input_gradient<T>(const InnerLoops<T>&, const T*, const T*, const T*, const Around<T>&, T*, T*,    \
-                                    const T*, const Producer<T>*, T*, const Shape&, const Blocks&, int);             \
-    template void gate_gradient<T>(const InnerLoops<T>&, const Producer<T>&, const T*, T*, int);
+#define SFG_INSTANTIATE(T)                                                                                            \
+    template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*, const T*, bool,  \
+                             T*, T*, const Shape&, const Blocks&, int);                                               \
+    template void input_gradient<T>(const InnerLoops<T>&, const InputGradient<T>&, const Shape&, const Blocks&, int); \
+    template void gate_gradient<T>(const InnerLoops<T>&, const UndrawnFeatures<T>&, const T*, T*, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)
 

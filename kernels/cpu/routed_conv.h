@@ -1,4 +1,5 @@
-// The routed convolution on packed, contiguous NCHW tensors in memory. See kernels/contract.py for the contract.
+// The routed convolution on packed, contiguous NCHW tensors in memory. kernels/contract.py says what these functions
+// have to compute, docs/cpu_kernels.md explains how they do it.
 #pragma once
 #include <cstdint>
 
@@ -14,9 +15,10 @@ struct Shape {
     int64_t tap_step[2];                         // between neighbouring taps in memory: s, 1
 };
 
-// Output group g owns rows [rows[g], rows[g+1]), input group g columns [columns[g], columns[g+1]);
-// reads[out * groups_in + in] says whether it is read. Weights, biases and their gradients stand in the layer's own
-// order: row_order[r] is where row r is there, column_order[c] where column c is (null: as they come).
+// Which rows (output channels) read which columns (input channels). Output group g owns rows [rows[g], rows[g+1]),
+// input group g owns columns [columns[g], columns[g+1]); reads[out * groups_in + in] says whether group `out` reads
+// group `in`. Weights, biases and their gradients stand in the layer's own order: row_order[r] is the place of row r
+// there, column_order[c] that of column c. Where an order is null, the weight has the order of the tensor.
 struct Blocks {
     const int64_t *rows, *columns;
     const bool* reads;
@@ -31,56 +33,83 @@ inline int64_t place(const int64_t* order, int64_t i) {
     return order ? order[i] : i;
 }
 
-// y = act(W x + bias) + residual, every element summed by one thread in a fixed order: the bits don't depend on
-// `threads`. bias, residual (laid out as y): may be null. kept: null, or laid out as y, to be filled with the part of
-// W x + bias that column group 0 has, which all rows read. scale, shift [c]: null, or relu(scale * x + shift) is
-// convolved instead of x.
+// y = act(W x + bias) + residual. One thread sums each element of y, in a fixed order, so the bits of y don't depend on
+// `threads`.
+// - bias and residual (laid out as y) may be null.
+// - kept_product is null, or laid out as y: then it gets the product of column group 0 with all rows, plus the bias.
+//   That is for tables where row group g reads column groups 0 and g.
+// - scale and shift [c] are null, or relu(scale * x + shift) is convolved instead of x.
 template <typename T>
 void forward(const InnerLoops<T>&, const T* x, const T* scale, const T* shift, const T* weight, const T* bias,
-             const T* residual, bool relu, T* y, T* kept, const Shape&, const Blocks&, int threads);
+             const T* residual, bool relu, T* y, T* kept_product, const Shape&, const Blocks&, int threads);
 
-// What the features of an SFG layer are made of: act(scale * u + shift), u its convolution. `kept`: what `forward`
-// filled, or null (then u is made of everything that a group reads).
+// How the features of an SFG layer's undrawn rows are computed: they are act(scale * u + shift), where u is the layer's
+// convolution. The kernels compute them block by block and never store them.
 template <typename T>
-struct Producer {
-    const T *x, *weight, *bias, *kept;
-    const T *scale, *shift;  // [groups_out - 1][k], or null: for each row in the groups that are not its own
-    bool one_affine;         // or [k], the same in all of them
+struct UndrawnFeatures {
+    const T *x, *weight, *bias;
+    const T* kept_product;   // that `forward` filled, or null: then row group g reads column group g alone
+    const T *scale, *shift;  // [groups_out - 1][k], one for each undrawn row, or null
+    bool one_affine;         // scale and shift are [k], the same in all groups
     Activation act;
     Shape shape;
     Blocks blocks;
+
+    // Where scale and shift of `row` are, for the nth (from 0) of the groups that it was not drawn into.
+    int64_t affine_at(int64_t nth, int64_t row) const { return (one_affine ? 0 : nth * shape.k) + row; }
 };
 
-// Gradients that came around the convolution, by a shortcut: each is added to its like, or null.
+// Gradients that came by a shortcut around the convolution, each laid out as the gradient that it is added to, or null.
 template <typename T>
-struct Around {
-    const T *dx, *others;
+struct ShortcutGradient {
+    const T *dx = nullptr, *dundrawn = nullptr;
 };
 
-// dx. relu: null, or the output of the ReLU that dy came through; dy counts where it is positive. Bits as above.
-// others: null, or [n][groups_in - 1][c][h][w] to be filled with the gradient that each column would have in each
-// group that is not its own, in the order 1, 2, .., 0.
-// dz: null, or the inner products of dx with the features `live` [n][c][h][w] to which it belongs, [1][c] (0 if these
-// are null). With their producer (without pooling): also of what would go to others with what these would be,
-// [groups_in][c] in all.
+// The tensors of an input gradient: what it is computed from, and what it fills. All may be null but dy, weight and dx.
 template <typename T>
-void input_gradient(const InnerLoops<T>&, const T* dy, const T* relu, const T* weight, const Around<T>&, T* dx,
-                    T* others, const T* live, const Producer<T>*, T* dz, const Shape&, const Blocks&, int threads);
+struct InputGradient {
+    const T* dy;                     // [n][k][oh][ow]
+    const T* relu_output = nullptr;  // of the ReLU that dy has yet to go back through: dy counts where it is positive
+    const T* weight;
+    ShortcutGradient<T> shortcut_gradient = {};
+    T* dx;                  // [n][c][h][w]
+    T* dundrawn = nullptr;  // [n][groups_in - 1][c][h][w]: the gradient of each column's undrawn rows
+    // For the gradient of the gates, with stride 1 only:
+    const T* drawn_features = nullptr;                     // [n][c][h][w], to which dx belongs
+    const UndrawnFeatures<T>* undrawn_features = nullptr;  // of the layer that made the features, without pooling
+    T* dz = nullptr;                                       // [1][c], with undrawn_features [groups_in][c]
+};
 
-// dz [groups_out - 1][k], the inner products of df [n][groups_out - 1][k][oh][ow] (half of each, with pooling) with
-// what each row would be in each group that is not its own, in the order 1, 2, .., 0. Bits as above.
+// The gradient of a convolution's input, in one of three modes:
+// (a) dx alone.
+// (b) dundrawn is given: also the gradient of the undrawn rows, stored in the order of the groups 1, 2, .., 0 without
+//     the one that the column is drawn into.
+// (c) undrawn_features are given, and dundrawn is not: the gradient of the undrawn rows is not stored, but multiplied
+//     with their features, which are computed at the same time.
+// dz[0] gets the inner products of dx with drawn_features (zeros without them), dz[1..] in mode (c) those of the
+// gradient of the undrawn rows with their features. In modes (b) and (c) output group g reads input group g and, if
+// group 1 does, group 0; other tables are for mode (a) alone.
+// The bits of dx and dundrawn don't depend on `threads`. Those of dz do: `threads` decides how an image is cut into
+// blocks, and each block has a partial sum of its own.
 template <typename T>
-void gate_gradient(const InnerLoops<T>&, const Producer<T>&, const T* df, T* dz, int threads);
+void input_gradient(const InnerLoops<T>&, const InputGradient<T>&, const Shape&, const Blocks&, int threads);
 
-// dw, zero where not read, and db (may be null); no two rows may be one in the weight's order, nor two columns that a
-// row reads. Each thread sums its part of the positions, then the parts are added in the order of the threads (or each
-// has its part of the weights): the bits depend on how many there are, and on nothing else.
+// dz [groups_out - 1][k], the inner products of dundrawn [n][groups_out - 1][k][oh][ow] (with pooling half of each of
+// oh and ow) with the features of the undrawn rows, in the order of the groups 1, 2, .., 0. The bits depend on
+// `threads`, as those of dz above.
 template <typename T>
-void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu, T* dw, T* db, const Shape&,
+void gate_gradient(const InnerLoops<T>&, const UndrawnFeatures<T>&, const T* dundrawn, T* dz, int threads);
+
+// dw, with zeros for weights that no row reads, and db, which may be null. relu_output is that of InputGradient. No two
+// rows may have the same place in the weight, nor two columns that a row reads. Each thread sums its part of the
+// positions and the parts are added in the order of the threads, or each thread has its part of the weights: the bits
+// depend on the number of threads and on nothing else.
+template <typename T>
+void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* relu_output, T* dw, T* db, const Shape&,
                      const Blocks&, int threads);
 
-// Batch normalisation of u [n][c][h][w] and what follows. Parameters and statistics stand in the layer's own order, as
-// in Blocks.
+// Batch normalisation of u [n][c][h][w] and the activation behind it. Weight, bias and statistics stand in the layer's
+// own order: order[c] is the place of channel c there, as in Blocks.
 template <typename T>
 struct Norm {
     const T *u, *weight, *bias;
@@ -90,44 +119,51 @@ struct Norm {
     int64_t n, c, h, w;
 };
 
-// Statistics that go towards those of each batch (var the unbiased one), or null.
+// Running statistics, or null. Each moves towards that of the batch by `rate` of the difference; var is the unbiased
+// variance.
 template <typename T>
 struct Running {
     T *mean, *var;
     T rate;
 };
 
-// y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual, with the mean and the (biased) variance of each
-// channel, which are also returned. residual: or null; none with pooling. y: or null. scale, shift: null, or get what
-// makes it scale * u + shift, each channel's where u has it.
+// y = act(weight * (u - mean) / sqrt(var + eps) + bias) + residual. Here and below the bits don't depend on `threads`.
+// - mean and var get the mean and the biased variance of each channel.
+// - residual may be null, and has to be with pooling. y may be null, if only the statistics are wanted.
+// - scale and shift are null, or get the numbers with which the norm of u is scale * u + shift; they have the order of
+//   u's channels.
 template <typename T>
 void normalise(const InnerLoops<T>&, const Norm<T>&, const T* residual, T* y, T* mean, T* var, T* scale, T* shift,
                const Running<T>&, int threads);
 
-// Its gradients du, dweight, dbias; that of the residual is dy. add: null, or what is added to du. made: null, or gets
-// act(norm(u)) once more, and may be dy; not with pooling.
+// The gradients du, dweight and dbias of `normalise`. (That of the residual is dy itself.)
+// - shortcut_gradient is null, or is added to du.
+// - activated_again is null, or gets act(norm(u)) once more; it may be dy. It must be null with pooling.
 template <typename T>
-void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var, const T* add,
-                        T* du, T* dweight, T* dbias, T* made, int threads);
+void normalise_gradient(const InnerLoops<T>&, const Norm<T>&, const T* dy, const T* mean, const T* var,
+                        const T* shortcut_gradient, T* du, T* dweight, T* dbias, T* activated_again, int threads);
 
-// Running statistics, see kernels/contract.py: [groups][kernels], or [kernels].
+// Running statistics of every kernel in every group, and pooled over the groups, see kernels/contract.py: tables are
+// [groups][kernels], the others [kernels].
 template <typename T>
 void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int64_t count, double momentum,
                      T* running_mean, T* running_var, T* draws, T* pooled_mean, T* pooled_var, int64_t groups,
                      int64_t kernels);
 
-// argmax of log_p + noise [kernels][groups] for each kernel (noise: or null), and the kernels sorted by it, stably:
-// what sfg_fast/groups.py has of a draw, by the same names.
+// The tensors that describe a draw. sfg_fast/groups.py has them by the same names.
 struct Drawn {
-    int64_t *assignment, *order, *offsets, *ids, *inverse, *others;
+    int64_t *assignment, *order, *offsets, *ids, *inverse, *undrawn;
 };
+// Fills the tensors of a draw: the group of each kernel, argmax of log_p + noise [kernels][groups] (noise may be null),
+// and the kernels sorted by it, stably.
 template <typename T>
 void sample(const T* log_p, const T* noise, const Drawn&, int64_t kernels, int64_t groups);
 
-// Names of the instruction sets that this processor can run, fastest first, ended by null; and their loops.
+// Names of the instruction sets that this processor can run, fastest first, ended by null.
 const char* const* instruction_sets();
+// The inner loops for one of these, null if there is none of that name.
 template <typename T>
-const InnerLoops<T>* inner_loops(const char* name);  // null if there is none of that name
+const InnerLoops<T>* inner_loops(const char* name);
 template <>
 const InnerLoops<float>* inner_loops<float>(const char* name);
 template <>

@@ -1,5 +1,5 @@
-// Copying, zeroing and asking for rows, which can be short: then a call of memcpy takes longer than the work.
-// Always inlined, so that no instruction set's version serves another's.
+// Functions that copy, zero and prefetch rows. Rows can be short: then a call of memcpy takes longer than the work. The
+// functions are always inlined, so that no instruction set's version serves another's.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,7 @@ SFG_INLINE void zero_row(T* at, int64_t count) {
     }
 }
 
-// Asks for a row well before it is needed: rows are too short for the processor to guess what comes next.
+// Asks for a row well before it is needed: rows are too short for the processor to guess which one comes next.
 template <typename T>
 SFG_INLINE void prefetch_row(const T* row, int64_t count) {
     for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);

@@ -1,4 +1,4 @@
-// The draw of a layer, and what is to be known of it.
+// The draw of a layer: the group of each kernel, and the tables that follow from it.
 #include <algorithm>
 #include <cmath>
 
@@ -24,8 +24,8 @@ void sample(const T* log_p, const T* noise, const Drawn& to, int64_t kernels, in
             if (to.assignment[k] != g) continue;
             to.order[row] = k, to.inverse[k] = row, to.ids[row] = g;
             int64_t nth = 0;
-            for (int64_t other = 1; other <= groups; other++)  // the tasks, then shared
-                if (other % groups != g) to.others[nth++ * kernels + row] = other % groups;
+            for (int64_t other = 1; other <= groups; other++)  // the order is: the tasks, then shared
+                if (other % groups != g) to.undrawn[nth++ * kernels + row] = other % groups;
             row++;
         }
 }

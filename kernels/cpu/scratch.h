@@ -1,4 +1,4 @@
-// Memory, threads, and the copy of a block to scratch.
+// Memory for scratch, threads, and the copy of a block to scratch.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -15,6 +15,7 @@
 
 namespace sfg {
 
+// Memory of a fixed size, aligned to a cache line, whose values are undefined at first.
 template <typename T>
 class Buffer {
  public:
@@ -31,8 +32,8 @@ class Buffer {
     T* data_;
 };
 
-// Memory of this size comes fresh from the system every time (glibc maps it anew), and is filled with pages as it is
-// written: in large ones that takes a third of the time off a 1x1 convolution with 34 MB of output.
+// Large memory comes fresh from the system every time (glibc maps it anew), and the system adds pages as it is written.
+// Large pages take a third of the time off a 1x1 convolution with 34 MB of output.
 inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = 4096;
@@ -43,12 +44,12 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] i
 #endif
 }
 
-// body(thread, number of threads) on each of them. They share the loops inside with `omp for`, which all of them must
-// reach; nothing inside may throw.
+// Calls body(thread, number of threads) in each thread. The threads share the loops inside with `omp for`, which all of
+// them must reach; nothing inside may throw.
 template <typename Body>
 void on_threads([[maybe_unused]] int threads, const Body& body) {
 #ifdef _OPENMP
-    // A region of one thread wakes nobody: after a fork (data loading workers) the pool's threads are gone.
+    // One thread must not wake the pool: after a fork (as in data loading workers) the pool's threads are gone.
 #pragma omp parallel num_threads(threads) if (threads > 1)
     body(omp_get_thread_num(), omp_get_num_threads());
 #else
@@ -56,13 +57,14 @@ void on_threads([[maybe_unused]] int threads, const Body& body) {
 #endif
 }
 
+// The copy of a block of output rows and columns, with its halo, to scratch. plane: numbers in a channel.
 template <typename T>
-Copy<T> copy_of(const T* image, const T* relu, int64_t plane, Range channels, const Axis& v, const Axis& h, int64_t row,
-                int64_t rows, int64_t column, int64_t columns, T* scratch, const Layout& layout) {
+Copy<T> copy_of(const T* image, const T* relu_output, int64_t plane, Range channels, const Axis& v, const Axis& h,
+                int64_t row, int64_t rows, int64_t column, int64_t columns, T* scratch, const Layout& layout) {
     const int64_t offset = channels.first * plane;
     return {
         .image = image + offset,
-        .relu = relu ? relu + offset : nullptr,
+        .relu_output = relu_output ? relu_output + offset : nullptr,
         .image_stride = plane,
         .channels = channels.size(),
         .vertical = {v.phases.data(), int64_t(v.phases.size()), row + v.low, v.stride, v.slots(rows), v.length},

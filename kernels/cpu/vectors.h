@@ -1,4 +1,4 @@
-// Vectors of an instruction set, for inner_loops.cpp and elementwise.h.
+// The vectors of an instruction set, and what the loops do with them. inner_loops.cpp and elementwise.h use this file.
 #pragma once
 #include <utility>
 #if defined(__AVX512F__)
@@ -87,7 +87,7 @@ SFG_INLINE void store_lanes(T* to, V value, int64_t count) {
 }
 #endif
 
-// The first `count` lanes, zeros in the others: what follows may be no memory.
+// Loads the first `count` lanes and sets the others to zero: the memory behind them may not exist.
 template <typename T>
 SFG_INLINE Vector<T> load_some(const T* from, int64_t count) {
     return count >= LANES<T> ? load(from) : count > 0 ? load_lanes(from, count) : Vector<T>{};
@@ -103,7 +103,7 @@ SFG_INLINE void store_some(T* to, Vector<T> value, int64_t count) {
 // Pins a value that several multiplications share to a register. Without it the compiler loads it anew for each of
 // them, and the load ports limit the loop (73 instead of 134 GFLOP/s in the weight gradient, GCC 12, AVX2).
 template <typename V>
-SFG_INLINE void keep(V& value) {
+SFG_INLINE void pin(V& value) {
 #if defined(__AVX512F__)
     asm("" : "+v"(value));
 #elif defined(__AVX2__)
@@ -113,7 +113,7 @@ SFG_INLINE void keep(V& value) {
 #endif
 }
 
-// Of two vectors side by side every other lane, from lane FIRST on.
+// Every other lane of two vectors side by side, from lane FIRST on.
 template <typename T, int FIRST, int... I>
 SFG_INLINE Vector<T> every_other(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -131,7 +131,7 @@ SFG_INLINE Vector<T> every_other(Vector<T> a, Vector<T> b) {
     return every_other<T, FIRST>(a, b, std::make_integer_sequence<int, LANES<T>>{});
 }
 
-// The way back: lanes FIRST, FIRST + 1, .. of [a0, b0, a1, b1, ..].
+// The inverse: lanes FIRST, FIRST + 1, .. of [a0, b0, a1, b1, ..].
 template <typename T, int FIRST, int... I>
 SFG_INLINE Vector<T> in_turn(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
     constexpr int L = sizeof...(I);

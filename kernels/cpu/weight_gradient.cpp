@@ -1,4 +1,5 @@
-// Weight and bias gradient: `Plan` says how the work is cut, a `Worker` goes through its blocks, `Totals` adds up.
+// Weight and bias gradient. `Plan` says how the work is cut, a `Worker` goes through a thread's blocks and sums, and
+// `Totals` adds up what the threads have.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -11,22 +12,24 @@
 namespace sfg {
 namespace {
 
-constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block, so that a tile's outputs stay in the first-level cache
+constexpr int64_t GRADIENT_POSITIONS = 1024;  // of a block: so a tile's outputs stay in the first-level cache
 
-using Factors = std::array<double, winograd::PRODUCTS>;  // zero for rows that don't count
+using Factors = std::array<double, winograd::PRODUCTS>;  // of a group's rows; zero for rows that don't count
 
-// Lines of an image to scratch, a row for each group of outputs: what one or two of Winograd's products multiply.
+// Mixes lines of an image to scratch, one row for each group of output rows: what one or two of Winograd's products
+// multiply.
 template <typename T>
 struct Mix {
-    const T *image, *relu;  // relu: see Copy
+    const T *image, *relu_output;  // see Copy
     int64_t plane, width;
-    int64_t line, step, lines;       // row i of the first group is line + i * step; those from 0 to `lines` are there
-    int64_t column;                  // of the first slot; those from 0 to `width` are there
-    std::array<Factors, 2> factors;  // of the rows of a group, for each product; a row counts for both or for none
+    int64_t line, step, lines;       // row i of the first group is line + i * step; lines 0 .. `lines` - 1 exist
+    int64_t column;                  // of the first slot; columns 0 .. `width` - 1 exist
+    std::array<Factors, 2> factors;  // for each product; a row counts for both or for none
     int products;
-    bool fresh;  // are they not in the cache yet?
+    bool fresh;  // are the lines not in the cache yet?
 
-    // slots: of a row, zeros behind them, and `slack` of them behind the last. Products lie `product_stride` apart.
+    // A row has `slots` numbers and zeros up to `pitch`; `slack` zeros follow the last row. The rows of two products
+    // are `product_stride` apart.
     void operator()(const InnerLoops<T>& loops, Range channels, int64_t groups, int64_t slots, int64_t pitch,
                     int64_t slack, int64_t channel_stride, T* to, int64_t product_stride) const {
         const int64_t first = std::clamp<int64_t>(-column, 0, slots), apart = winograd::ROWS * step;
@@ -35,11 +38,12 @@ struct Mix {
         mixture.products = products, mixture.product_stride = product_stride;
         mixture.group_stride = apart * width, mixture.pitch = pitch;
         mixture.before = first, mixture.length = last - first, mixture.behind = pitch - last;
-        for (int64_t group = 0; group < groups; group += mixture.groups) {  // those that have alike of their rows
+        // A mixture takes as many groups as have the same rows inside the image.
+        for (int64_t group = 0; group < groups; group += mixture.groups) {
             mixture.count = 0, mixture.groups = groups - group;
             for (size_t i = 0; i < winograd::PRODUCTS; i++) {
                 const int64_t at = line + group * apart + int64_t(i) * step;
-                const int64_t until = at < 0 ? -at : at < lines ? lines - at : 0;  // it changes
+                const int64_t until = at < 0 ? -at : at < lines ? lines - at : 0;  // lines until that changes
                 if (factors[0][i] == 0) continue;
                 if (until) mixture.groups = std::min(mixture.groups, (until + apart - 1) / apart);
                 if (at < 0 || at >= lines) continue;
@@ -49,7 +53,8 @@ struct Mix {
                 mixture.count++;
             }
             for (int64_t c = channels.first; c < channels.last; c++) {
-                mixture.image = image + c * plane, mixture.relu = relu ? relu + c * plane : nullptr;
+                mixture.image = image + c * plane,
+                mixture.relu_output = relu_output ? relu_output + c * plane : nullptr;
                 mixture.to = to + (c - channels.first) * channel_stride + group * pitch;
                 if (fresh && c + 1 < channels.last) prefetch(c + 1, line + group * apart, mixture.groups, slots);
                 loops.mix(mixture);
@@ -67,13 +72,14 @@ struct Mix {
             if (i < 0) continue;
             const int64_t at = channel * plane + i * width + first;
             prefetch_row(image + at, last - first);
-            if (relu) prefetch_row(relu + at, last - first);
+            if (relu_output) prefetch_row(relu_output + at, last - first);
         }
     }
 };
 
-constexpr int64_t TOGETHER_BYTES = 2048 << 10;  // of images that are worked on together
-constexpr double MIXING = 12, ADDING = 50;      // to make a product's rows; to add up what the lanes of a vector have
+constexpr int64_t TOGETHER_BYTES = 2048 << 10;  // of scratch, for images that are worked on together
+// Costs in multiplications: of a number in a product's mixed rows, and of adding up the lanes of a vector.
+constexpr double MIXING = 12, ADDING = 50;
 
 // How the work is cut.
 template <typename T>
@@ -81,20 +87,20 @@ struct Plan {
     const InnerLoops<T>& loops;
     const Shape p;
     const int64_t plane, out_plane;
-    int64_t weights = 0;  // sums of all tiles, without their taps
+    int64_t weights = 0;  // kernels of all tiles, each of which has sums for its taps
     const std::vector<Part> channel_parts;
     const std::vector<const Tile*> tiles;  // of all parts
     const std::vector<Axis> vertical, horizontal;
-    // Small images, many channels: a thread has tiles of its own, and goes over all positions, where otherwise it has
+    // With small images and many channels a thread has tiles of its own and goes over all positions. Otherwise it has
     // positions of its own, and a copy of all gradients.
     bool by_tiles;
     int threads;
     bool by_winograd;
-    int64_t taps;  // sums of a channel, of all products: the gradients of what these multiply
+    int64_t taps;  // sums for each kernel; with Winograd those of all products
     std::vector<Job> jobs;
     int64_t items;     // blocks of an image
     int64_t together;  // images that are worked on at a time
-    // Numbers in scratch, of a product's sources and outputs; most sources of a tile, each as its taps see it.
+    // Numbers in scratch for a product's sources and for its outputs, and the most shifted channels of a tile.
     int64_t source = 0, gradient = 0, shifted = 0;
 
     Plan(const InnerLoops<T>& loops, const Shape& shape, const Blocks& blocks, int most_threads)
@@ -107,7 +113,7 @@ struct Plan {
           vertical(undilated({forward_axis(p, 0)})),
           horizontal({forward_axis(p, 1)}) {
         const int64_t positions = p.n * out_plane, least = 8 * loops.lanes;
-        // What each thread copies then, against copies of all gradients, which are zeroed and added up.
+        // By tiles every thread copies all images; otherwise every thread zeroes and adds up a copy of all gradients.
         const int64_t copied = positions * (p.c + p.k);
         by_tiles = most_threads > 1 && copied < weights * p.r * p.s * 2;
         threads = by_tiles ? most_threads : int(std::clamp<int64_t>(positions / least, 1, most_threads));
@@ -131,17 +137,17 @@ struct Plan {
     Plan& operator=(const Plan&) = delete;
 
     int64_t tap_columns() const { return horizontal[0].tap.size(); }
-    int64_t at_once() const { return by_winograd ? 2 : 1; }  // products
+    int64_t at_once() const { return by_winograd ? 2 : 1; }  // products in scratch at a time
     int64_t scratch() const { return at_once() * (source + gradient); }
-    int64_t copies() const { return by_tiles ? 1 : threads; }  // of all gradients
+    int64_t copies() const { return by_tiles ? 1 : threads; }  // of the sums of all gradients
 
-    // Images that are worked on together lie side by side in every channel, the outputs as far apart as what is read.
+    // Images that are worked on together lie side by side in every channel; sources and outputs have the same distance.
     int64_t images_apart(const Layout& layout) const {
         const int64_t lines = layout.winograd ? layout.groups : layout.rows;
         return std::max(layout.source_stride, spread(lines * layout.pitch + loops.lanes, sizeof(T)));
     }
 
-    // Small ones, so that the lanes of fewer vectors are added up.
+    // Small images are worked on together, so that the lanes of fewer vectors have to be added up.
     int64_t images_together() const {
         int64_t count = std::max<int64_t>(1, by_tiles ? p.n : p.n / threads);
         for (const Job& job : jobs) {
@@ -154,22 +160,22 @@ struct Plan {
         return count;
     }
 
-    // By tiles, thread i has those whose first weight is in the i-th part of all.
+    // Does a thread of the team compute this tile? By tiles, thread i has those whose first weight is in the i-th part.
     bool has(int thread, int team, const Tile& tile) const {
-        const int64_t weight = std::min(tile.weights, weights - 1);  // one that reads nothing has none
+        const int64_t weight = std::min(tile.weights, weights - 1);  // a tile that reads nothing has no weight
         return !by_tiles || (weight * team >= weights * thread && weight * team < weights * (thread + 1));
     }
 };
 
-// A thread's own.
+// What one thread does: it sums the products of its blocks.
 template <typename T>
 struct Worker {
     const Plan<T>& plan;
-    const T *x, *dy, *relu;
+    const T *x, *dy, *relu_output;
     bool bias;
     int thread, team;
-    T *xs, *dys;   // scratch of what is read, and of outputs
-    T *dws, *dbs;  // sums of weights, [tile][channel][tap][output], and of biases
+    T *xs, *dys;   // scratch of sources and of outputs
+    T *dws, *dbs;  // sums for the weights, [tile][channel][tap][output], and for the biases
     Shifted<T>* shifted;
 
     bool has(const Tile& tile) const { return plan.has(thread, team, tile); }
@@ -183,7 +189,7 @@ struct Worker {
             std::memset(dbs + tile->first, 0, tile->outputs * sizeof(T));
         }
         const int64_t total = (plan.p.n + plan.together - 1) / plan.together * plan.items;
-        // A fixed share, for the sake of equal bits.
+        // Each thread has a fixed share of the blocks: so equal runs have equal bits.
         const int64_t first = plan.by_tiles ? 0 : total * thread / team;
         const int64_t last = plan.by_tiles ? total : total * (thread + 1) / team;
         for (int64_t item = first; item < last; item++) {
@@ -195,7 +201,7 @@ struct Worker {
         }
     }
 
-    // The same block of a few images.
+    // The same block in each of a few images that are worked on together.
     struct Block {
         const Worker& own;
         const Plan<T>& plan;
@@ -225,7 +231,7 @@ struct Worker {
               strips(layout.strips(patch.rows, patch.columns)) {
             const int64_t lanes = plan.loops.lanes;
             strips.length = round_up(strips.length, lanes);
-            if (layout.winograd && layout.pitch < strips.length)  // narrow: zeros between the outputs
+            if (layout.winograd && layout.pitch < strips.length)  // narrow lines: one strip, with zeros between them
                 strips = {1, round_up((lines - 1) * layout.pitch + patch.columns, lanes), 0};
             else if (layout.winograd)
                 strips.strips = lines;
@@ -234,8 +240,8 @@ struct Worker {
 
         const T* sources(int64_t i) const { return own.x + (image + i) * plan.p.c * plan.plane; }
         const T* gradients(int64_t i) const { return own.dy + (image + i) * plan.p.k * plan.out_plane; }
-        const T* passed(int64_t i) const {
-            return own.relu ? own.relu + (image + i) * plan.p.k * plan.out_plane : nullptr;
+        const T* relu_outputs(int64_t i) const {
+            return own.relu_output ? own.relu_output + (image + i) * plan.p.k * plan.out_plane : nullptr;
         }
 
         void add() const {
@@ -245,9 +251,9 @@ struct Worker {
                                           patch.rows, patch.column, patch.columns, own.xs + i * apart, layout);
                 copy.channel_stride = stride;
                 plan.loops.copy(copy);
-                // The outputs' lines are first + i * step; columns are all there is.
+                // The outputs' lines are first + i * step; their columns are all columns of the image.
                 plan.loops.copy({.image = gradients(i) + outputs.first * out_plane,
-                                 .relu = own.relu ? passed(i) + outputs.first * out_plane : nullptr,
+                                 .relu_output = own.relu_output ? relu_outputs(i) + outputs.first * out_plane : nullptr,
                                  .image_stride = out_plane,
                                  .channels = outputs.size(),
                                  .vertical = {&vertical.first, 1, patch.row, vertical.step, patch.rows, plan.p.oh},
@@ -299,8 +305,8 @@ struct Worker {
 
         void mix_gradients(int64_t i, const std::array<Factors, 2>& factors, int64_t count, bool fresh) const {
             const Mix<T> mix{
-                gradients(i),  passed(i), plan.out_plane, plan.p.ow, vertical.first + patch.row * vertical.step,
-                vertical.step, plan.p.oh, patch.column,   factors,   int(count),
+                gradients(i),  relu_outputs(i), plan.out_plane, plan.p.ow, vertical.first + patch.row * vertical.step,
+                vertical.step, plan.p.oh,       patch.column,   factors,   int(count),
                 fresh};
             mix(plan.loops, outputs, lines, patch.columns, layout.pitch, plan.loops.lanes, stride, own.dys + i * apart,
                 plan.gradient);
@@ -335,22 +341,22 @@ struct Worker {
     };
 };
 
-// What the threads have, added up in their order.
+// Adds up the sums of all threads, in the order of the threads, and writes the gradients.
 template <typename T>
 struct Totals {
     const Plan<T>& plan;
     const Blocks& blocks;
-    const T* sums;  // of the first thread
+    const T* sums;  // those of the first thread; the next thread's are `apart` numbers behind
     int64_t copies, apart;
 
-    // `count` numbers from the `at`-th.
+    // The totals of `count` sums from the `at`-th on.
     void total(int64_t at, int64_t count, T* to) const {
         for (int64_t i = 0; i < count; i++) to[i] = sums[at + i];
         for (int64_t t = 1; t < copies; t++)
             for (int64_t i = 0; i < count; i++) to[i] += sums[t * apart + at + i];
     }
 
-    // The rows of the gradient that a tile's outputs have.
+    // Writes the rows of the gradient that belong to a tile's outputs.
     void write(const Tile& tile, T* dw, T* db) const {
         const int64_t kernel_taps = plan.p.r * plan.p.s, kernel = blocks.weight_row() * kernel_taps;
         const int64_t count = tile.outputs;
@@ -377,7 +383,7 @@ struct Totals {
         for (int64_t k = 0; k < count; k++) db[place(blocks.row_order, tile.first + k)] = totals[k];
     }
 
-    // Of one channel.
+    // Writes those weights' gradients of a tile that one source channel has.
     void write_by_winograd(int64_t at, int64_t column, int64_t count, T* const* rows) const {
         const std::vector<int64_t>&vertical = plan.vertical[0].tap, &horizontal = plan.horizontal[0].tap;
         T totals[MOST_OUTPUTS];
@@ -397,7 +403,7 @@ struct Totals {
 }  // namespace
 
 template <typename T>
-void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu, T* dw, T* db,
+void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const T* relu_output, T* dw, T* db,
                      const Shape& shape, const Blocks& blocks, int threads) {
     const Plan<T> plan(loops, shape, blocks, threads);
     const int64_t weight_sums = plan.weights * plan.taps, sums = spread(weight_sums + plan.p.k, sizeof(T));
@@ -410,7 +416,7 @@ void weight_gradient(const InnerLoops<T>& loops, const T* x, const T* dy, const 
         Worker<T>{plan,
                   x,
                   dy,
-                  relu,
+                  relu_output,
                   db != nullptr,
                   thread,
                   team,

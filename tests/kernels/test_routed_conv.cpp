@@ -1,5 +1,6 @@
-// The C++ kernels without Python, on random problems, against plain loops in double: ctest, and under sanitizers.
-// Usage: test_routed_conv [cases]
+// Compares the C++ kernels, without Python, with plain loops in double on random problems. ctest runs it, and
+// `make test-sanitize` under sanitizers.
+// Usage: test_routed_conv [cases [first seed]]. Each case has a seed of its own, which is printed if it fails.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -39,7 +40,7 @@ struct Problem {
     std::vector<int64_t> rows, columns;
     std::vector<char> reads;  // char: std::vector<bool> has no array of bool
     bool relu, residual, bias;
-    bool normalised;  // of the input, relu(scale * u + shift), u is given
+    bool normalised;  // the kernels get u and compute the input, relu(scale * u + shift), themselves
     int threads;
 
     Blocks blocks() const {
@@ -92,7 +93,7 @@ void compare(const char* what, const std::vector<T>& actual, const std::vector<d
     double worst = 0;
     for (size_t i = 0; i < expected.size(); i++) {
         const double error = std::abs(double(actual[i]) - expected[i]);
-        if (!(error <= bound)) {  // also where nothing was written: NaN
+        if (!(error <= bound)) {  // so that a NaN, which says that nothing was written, is an error, too
             worst = error;
             break;
         }
@@ -110,18 +111,18 @@ void check(const Problem& problem, const char* isa) {
     const int64_t taps = p.r * p.s, inputs = p.n * p.c * p.h * p.w, outputs = p.n * p.k * p.oh * p.ow;
     std::vector<T> x = random_numbers<T>(inputs), weight = random_numbers<T>(p.k * p.c * taps);
     const std::vector<T> bias = random_numbers<T>(p.k), residual = random_numbers<T>(outputs);
-    const std::vector<T> dy = random_numbers<T>(outputs), around = random_numbers<T>(inputs);
+    const std::vector<T> dy = random_numbers<T>(outputs), shortcut = random_numbers<T>(inputs);
     for (int64_t k = 0; k < p.k; k++)
         for (int64_t c = 0; c < p.c; c++)
             if (!problem.read(k, c))
-                std::fill_n(weight.begin() + (k * p.c + c) * taps, taps, nan);  // not to be looked at
+                std::fill_n(weight.begin() + (k * p.c + c) * taps, taps, nan);  // the kernels must not read it
 
-    std::vector<T> y(outputs, nan), passed(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
+    std::vector<T> y(outputs, nan), activated(outputs, nan), dx(inputs, nan), dw(weight.size(), nan), db(p.k, nan);
     const T* b = problem.bias ? bias.data() : nullptr;
     const std::vector<T> u = x;
     std::vector<T> scale = random_numbers<T>(p.c), shift = random_numbers<T>(p.c);
     for (std::vector<T>* values : {&scale, &shift})
-        for (T& value : *values) value /= 2;  // so that x is of size one, as the bounds have it
+        for (T& value : *values) value /= 2;  // so that x is of size one, which the bounds assume
     if (problem.normalised)
         for (int64_t i = 0; i < inputs; i++) {
             const int64_t c = i / (p.h * p.w) % p.c;
@@ -130,22 +131,27 @@ void check(const Problem& problem, const char* isa) {
     const T *by = problem.normalised ? scale.data() : nullptr, *and_to = problem.normalised ? shift.data() : nullptr;
     sfg::forward<T>(loops, u.data(), by, and_to, weight.data(), b, problem.residual ? residual.data() : nullptr,
                     problem.relu, y.data(), nullptr, p, problem.blocks(), problem.threads);
-    sfg::forward<T>(loops, u.data(), by, and_to, weight.data(), b, nullptr, true, passed.data(), nullptr, p,
+    sfg::forward<T>(loops, u.data(), by, and_to, weight.data(), b, nullptr, true, activated.data(), nullptr, p,
                     problem.blocks(), 1);
-    const T* relu = problem.relu ? passed.data() : nullptr;
-    sfg::input_gradient<T>(loops, dy.data(), relu, weight.data(), {problem.residual ? around.data() : nullptr, nullptr},
-                           dx.data(), nullptr, nullptr, nullptr, nullptr, p, problem.blocks(), problem.threads);
-    sfg::weight_gradient<T>(loops, x.data(), dy.data(), relu, dw.data(), db.data(), p, problem.blocks(),
+    const T* relu_output = problem.relu ? activated.data() : nullptr;
+    sfg::input_gradient<T>(loops,
+                           {.dy = dy.data(),
+                            .relu_output = relu_output,
+                            .weight = weight.data(),
+                            .shortcut_gradient = {.dx = problem.residual ? shortcut.data() : nullptr},
+                            .dx = dx.data()},
+                           p, problem.blocks(), problem.threads);
+    sfg::weight_gradient<T>(loops, x.data(), dy.data(), relu_output, dw.data(), db.data(), p, problem.blocks(),
                             problem.threads);
 
     std::vector<double> y0(outputs), dx0(inputs), dw0(weight.size()), db0(p.k);
-    if (problem.residual) std::copy(around.begin(), around.end(), dx0.begin());
+    if (problem.residual) std::copy(shortcut.begin(), shortcut.end(), dx0.begin());
     for (int64_t n = 0; n < p.n; n++)
         for (int64_t k = 0; k < p.k; k++)
             for (int64_t i = 0; i < p.oh; i++)
                 for (int64_t j = 0; j < p.ow; j++) {
                     const int64_t at = ((n * p.k + k) * p.oh + i) * p.ow + j;
-                    const double gradient = relu && passed[at] <= 0 ? 0 : dy[at];
+                    const double gradient = relu_output && activated[at] <= 0 ? 0 : dy[at];
                     double sum = problem.bias ? bias[k] : 0;
                     db0[k] += gradient;
                     for (int64_t c = 0; c < p.c; c++)
@@ -176,7 +182,7 @@ void check(const Problem& problem, const char* isa) {
             long(p.dilation[1]), problem.relu, problem.threads);
 }
 
-// Group g reads columns g, and 0 (arrow).
+// A table of reads: row group g reads column groups g and 0 (arrow).
 struct Arrow {
     explicit Arrow(int64_t groups) : groups(groups) {
         for (int64_t i = 0; i < groups * groups; i++) reads.push_back(i % groups == 0 || i % groups == i / groups);
@@ -201,8 +207,8 @@ Shape layer(const Shape& before, int64_t channels, bool strided) {
     return p;
 }
 
-// The gates' gradient inside the consumer against that from the gradient of the others: memory is what this is about,
-// the numbers are compared with autograd in test_native.py.
+// The gates' gradient inside the input gradient (mode c) against that from the stored gradient of the undrawn rows
+// (mode b). This test is about memory that must not be touched; test_native.py compares the numbers with autograd.
 template <typename T>
 void check_gates(const char* isa) {
     const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
@@ -218,44 +224,68 @@ void check_gates(const char* isa) {
     image.n = pick(1, 2), image.k = offsets[0].back(), image.oh = pick(1, 40), image.ow = pick(1, 40);
     const Shape p = layer(image, offsets[1].back(), true), q = layer(p, offsets[2].back(), false);
     const Blocks first = arrow.blocks(offsets[1], offsets[0]), second = arrow.blocks(offsets[2], offsets[1]);
-    const int64_t others = arrow.groups - 1, features = p.n * p.k * p.oh * p.ow;
+    const int64_t undrawn = arrow.groups - 1, features = p.n * p.k * p.oh * p.ow;
     const std::vector<T> x = random_numbers<T>(p.n * p.c * p.h * p.w), bias = random_numbers<T>(p.k);
     const std::vector<T> weight = random_numbers<T>(p.k * p.c * p.r * p.s);
     const std::vector<T> weight_two = random_numbers<T>(q.k * q.c * q.r * q.s);
-    const std::vector<T> dy = random_numbers<T>(q.n * q.k * q.oh * q.ow), scale = random_numbers<T>(others * p.k);
-    std::vector<T> y(features, nan), kept(features, nan), dx(features, nan), df(features * others, nan);
-    std::vector<T> dz(others * p.k, nan), dz_all(arrow.groups * p.k, nan);
+    const std::vector<T> dy = random_numbers<T>(q.n * q.k * q.oh * q.ow), scale = random_numbers<T>(undrawn * p.k);
+    std::vector<T> y(features, nan), kept_product(features, nan), dx(features, nan), dundrawn(features * undrawn, nan);
+    std::vector<T> dz(undrawn * p.k, nan), dz_all(arrow.groups * p.k, nan);
     const int threads = int(pick(1, 3));
-    sfg::forward<T>(loops, x.data(), nullptr, nullptr, weight.data(), bias.data(), nullptr, true, y.data(), kept.data(),
-                    p, first, threads);
-    const sfg::Producer<T> producer{x.data(),     weight.data(),   bias.data(),   kept.data(), scale.data(),
-                                    scale.data(), pick(0, 1) == 1, {true, false}, p,           first};
-    sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, dx.data(), df.data(), nullptr, nullptr,
-                           nullptr, q, second, threads);
+    sfg::forward<T>(loops, x.data(), nullptr, nullptr, weight.data(), bias.data(), nullptr, true, y.data(),
+                    kept_product.data(), p, first, threads);
+    const sfg::UndrawnFeatures<T> undrawn_features{.x = x.data(),
+                                                   .weight = weight.data(),
+                                                   .bias = bias.data(),
+                                                   .kept_product = kept_product.data(),
+                                                   .scale = scale.data(),
+                                                   .shift = scale.data(),
+                                                   .one_affine = pick(0, 1) == 1,
+                                                   .act = {true, false},
+                                                   .shape = p,
+                                                   .blocks = first};
+    const auto stored = [&](const sfg::ShortcutGradient<T>& shortcut, std::vector<T>& dx, std::vector<T>& dundrawn) {
+        sfg::input_gradient<T>(loops,
+                               {.dy = dy.data(),
+                                .weight = weight_two.data(),
+                                .shortcut_gradient = shortcut,
+                                .dx = dx.data(),
+                                .dundrawn = dundrawn.data()},
+                               q, second, threads);
+    };
+    const auto recomputed = [&](const sfg::ShortcutGradient<T>& shortcut, std::vector<T>& dx) {
+        sfg::input_gradient<T>(loops,
+                               {.dy = dy.data(),
+                                .weight = weight_two.data(),
+                                .shortcut_gradient = shortcut,
+                                .dx = dx.data(),
+                                .drawn_features = y.data(),
+                                .undrawn_features = &undrawn_features,
+                                .dz = dz_all.data()},
+                               q, second, threads);
+    };
+    stored({}, dx, dundrawn);
     const int64_t terms = p.oh * p.ow * p.n * (p.c * p.r * p.s + 1) * (q.k * q.r * q.s + 1);
     std::vector<T> again(features, nan);
     if (pick(0, 1)) {  // a shortcut
-        const std::vector<T> past = random_numbers<T>(features), past_others = random_numbers<T>(df.size());
-        const sfg::Around<T> around{past.data(), past_others.data()};
-        std::vector<T> all(df.size(), nan);
-        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), around, again.data(), all.data(), nullptr,
-                               nullptr, nullptr, q, second, threads);
+        const std::vector<T> past = random_numbers<T>(features), past_undrawn = random_numbers<T>(dundrawn.size());
+        const sfg::ShortcutGradient<T> shortcut{past.data(), past_undrawn.data()};
+        std::vector<T> all(dundrawn.size(), nan);
+        stored(shortcut, again, all);
         for (size_t i = 0; i < dx.size(); i++) dx[i] += past[i];
-        for (size_t i = 0; i < df.size(); i++) df[i] += past_others[i];
+        for (size_t i = 0; i < dundrawn.size(); i++) dundrawn[i] += past_undrawn[i];
         compare("input gradient and shortcut", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
-        compare("others' gradient and shortcut", all, {df.begin(), df.end()}, q.k * q.r * q.s);
-        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), around, again.data(), nullptr, y.data(),
-                               &producer, dz_all.data(), q, second, threads);
+        compare("undrawn rows' gradient and shortcut", all, {dundrawn.begin(), dundrawn.end()}, q.k * q.r * q.s);
+        recomputed(shortcut, again);
     } else {
-        sfg::input_gradient<T>(loops, dy.data(), nullptr, weight_two.data(), {}, again.data(), nullptr, y.data(),
-                               &producer, dz_all.data(), q, second, threads);
+        recomputed({}, again);
     }
-    sfg::gate_gradient<T>(loops, producer, df.data(), dz.data(), threads);
+    sfg::gate_gradient<T>(loops, undrawn_features, dundrawn.data(), dz.data(), threads);
     compare("gates", std::vector<T>(dz_all.begin() + p.k, dz_all.end()), {dz.begin(), dz.end()}, terms);
-    compare("input gradient beside the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
+    compare("input gradient together with the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
 }
 
-// Batch normalisation: y against its definition; that du is right is checked in test_native.py with autograd.
+// Batch normalisation: y against its definition. test_native.py compares du with autograd.
 template <typename T>
 void check_normalise(const char* isa) {
     const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
@@ -294,15 +324,16 @@ void check_normalise(const char* isa) {
                 expected[at] = value + residual[at];
             else if (row < h / 2 && column < w / 2) {
                 double& most = expected[image * out_plane + row * out_w + column];
-                most = std::max(most, value);  // and a ReLU: it starts from 0
+                most = std::max(most, value);  // it starts from 0, which is the ReLU
             }
         });
     }
     compare("normalise", y, expected, n * plane);
     const double unbiased = double(n * plane) / std::max<double>(double(n * plane - 1), 1);
-    std::vector<double> kept(2 * c);
-    for (int64_t k = 0; k < c; k++) kept[k] = .75 + .25 * mean[k], kept[c + k] = .75 + .25 * unbiased * var[k];
-    compare("running statistics", running, kept, 4);
+    std::vector<double> expected_running(2 * c);
+    for (int64_t k = 0; k < c; k++)
+        expected_running[k] = .75 + .25 * mean[k], expected_running[c + k] = .75 + .25 * unbiased * var[k];
+    compare("running statistics", running, expected_running, 4);
     if (!pool) compare("normalise once more", again, expected, n * plane);
     for (int64_t k = 0; k < c; k++) expected[k] = weight[order[k]] / std::sqrt(var[order[k]] + 1e-5);
     compare("scale", scale, {expected.begin(), expected.begin() + c}, n * plane);
@@ -316,7 +347,7 @@ void check_normalise(const char* isa) {
         }
 }
 
-// Memory of results: no block lies in another, and there are never more than 5/4 of what was in use at the most.
+// Memory of results: no block lies in another, and at most 5/4 of what was ever in use is held.
 void check_memory() {
     sfg::Memory memory;
     struct Block {
@@ -356,19 +387,22 @@ void check_memory() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? std::atoi(argv[1]) : 150;
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 150, first_seed = argc > 2 ? std::atoi(argv[2]) : 0;
     int sets = 0;
     check_memory();
     for (int i = 0; i < cases && failures < 10; i++) {
-        const Problem problem = random_problem();
         sets = 0;
         for (const char* const* isa = sfg::instruction_sets(); *isa; isa++, sets++) {
+            const int before = failures, seed = first_seed + i;
+            generator.seed(unsigned(seed));
+            const Problem problem = random_problem();
             check<float>(problem, *isa);
             check<double>(problem, *isa);
             check_gates<float>(*isa);
             check_gates<double>(*isa);
             check_normalise<float>(*isa);
             check_normalise<double>(*isa);
+            if (failures > before) std::printf("  %s: again with test_routed_conv 1 %d\n", *isa, seed);
         }
     }
     std::printf("%d problems on %d instruction sets, %d failures\n", cases, sets, failures);
