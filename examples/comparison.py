@@ -1,4 +1,7 @@
-"""Hard sharing, cross-stitch units (Misra et al., 2016) and SFG compared: python examples/comparison.py [STEPS]"""
+"""Compares hard sharing, cross-stitch units (Misra et al., 2016) and SFG.
+
+python examples/comparison.py [STEPS]
+"""
 
 import sys
 
@@ -12,11 +15,14 @@ TASKS = ("blur", "edges")
 
 
 def backbone() -> nn.Sequential:
+    """A plain network of three convolutions, [N, 1, H, W] -> [N, 1, H, W]."""
     first = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()
     return nn.Sequential(*first, nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 1, 1))
 
 
 class HardSharing(nn.Module):
+    """All layers are shared; each task has a head."""
+
     def __init__(self) -> None:
         super().__init__()
         self.shared = backbone()[:-1]
@@ -26,7 +32,10 @@ class HardSharing(nn.Module):
         return {task: head(self.shared(x)) for task, head in self.heads.items()}
 
 
-class CrossStitch(nn.Module):  # a network for each task; after every stage each reads a learnt mixture of all
+class CrossStitch(nn.Module):
+    """Each task has a network. After every stage each network reads a learnt mixture of the features of all
+    networks."""
+
     def __init__(self) -> None:
         super().__init__()
         self.networks = nn.ModuleList(backbone() for _ in TASKS)
@@ -41,19 +50,22 @@ class CrossStitch(nn.Module):  # a network for each task; after every stage each
 
 
 def batch(size: int = 8) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noise images [N, 1, 24, 24]; the tasks are to blur them and to find their edges."""
     x = torch.randn(size, 1, 24, 24)
     return x, {"blur": nn.functional.avg_pool2d(x, 3, 1, 1), "edges": x - nn.functional.avg_pool2d(x, 3, 1, 1)}
 
 
 def sfg() -> nn.Module:
-    return convert(backbone(), TASKS, init=(0.9, 0.05, 0.05))  # mostly shared to start from
+    """The backbone with SFG layers; at the start its kernels are mostly shared."""
+    return convert(backbone(), TASKS, init=(0.9, 0.05, 0.05))
 
 
-def train(network: nn.Module, steps: int) -> float:  # the error, as a share of the targets' variance
+def train(network: nn.Module, steps: int) -> float:
+    """Train a network. Returns its error on new images: the sum over tasks of the share of the targets' variance."""
     optimiser = torch.optim.Adam(parameter_groups(network, lr=3e-3, logits_factor=10))
     for step in range(steps):
         set_temperature(network, max(0.1, 1 - step / steps))
-        if step == int(0.6 * steps):  # the rest is for the weights of the most probable architecture
+        if step == int(0.6 * steps):  # from here on only the weights of this architecture are trained
             assign(network, map_assignment(network))
         x, targets = batch()
         sum(nn.functional.mse_loss(y, targets[task]) for task, y in network(x).items()).backward()
@@ -66,6 +78,7 @@ def train(network: nn.Module, steps: int) -> float:  # the error, as a share of 
 
 
 def main(steps: int = 1000) -> dict[str, float]:
+    """Train and print the three methods. Returns their errors."""
     errors = {}
     for name, make in {"hard sharing": HardSharing, "cross-stitch": CrossStitch, "SFG": sfg}.items():
         torch.manual_seed(0)

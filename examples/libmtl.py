@@ -1,14 +1,14 @@
-"""LibMTL's split into an encoder and decoders: the encoder gives each task the features that the task reads.
+"""SFG layers in LibMTL, which splits a network into an encoder and decoders. The encoder gives each task its features.
 
 python examples/libmtl.py [STEPS]
 
-LibMTL's architectures call the encoder once, and decoder t with item t of the list that it returns. So `Encoder` below
-is an `encoder_class` for its Trainer, with `architecture=HPS` and any weighting:
+LibMTL's architectures call the encoder once, and decoder t with item t of the list that the encoder returns. So
+`Encoder` below is an `encoder_class` for LibMTL's Trainer, with `architecture=HPS` and any weighting:
 
     Trainer(task_dict, weighting=.., architecture=HPS, encoder_class=Encoder, decoders=decoders(), rep_grad=False, ..)
 
-Let `optim_param` have no weight_decay, which would decay the logits. `train` does what its Trainer does with equal
-weights.
+`optim_param` should have no weight_decay, which would decay the logits. `train` does what LibMTL's Trainer does with
+equal weights.
 """
 
 import sys
@@ -22,7 +22,7 @@ TASKS = ("blur", "edges")
 
 
 class Encoder(nn.Module):
-    """Layers whose kernels are shared or a task's own; returns a list of tensors [N, 12, H, W], one for each task."""
+    """Two SFG layers. They return a list of tensors [N, 12, H, W], one for each task."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +35,12 @@ class Encoder(nn.Module):
 
 
 def decoders() -> nn.ModuleDict:
+    """The decoder of each task, [N, 12, H, W] -> [N, 1, H, W]."""
     return nn.ModuleDict({task: nn.Conv2d(12, 1, 1) for task in TASKS})
 
 
 class Model(nn.Module):
-    """As LibMTL's architecture HPS: decoder t reads item t."""
+    """A network like LibMTL's architecture HPS: decoder t reads item t."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,14 +51,14 @@ class Model(nn.Module):
 
 
 def batch(size: int = 8) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Noise images; the tasks are to blur them and to find their edges."""
+    """Noise images [N, 1, 24, 24]; the tasks are to blur them and to find their edges."""
     x = torch.randn(size, 1, 24, 24)
     blurred = nn.functional.avg_pool2d(x, 3, 1, 1)
     return x, {"blur": blurred, "edges": x - blurred}
 
 
 def train(steps: int = 300) -> float:
-    """Returns the error on new images, as a share of the targets' variance."""
+    """Train the model. Returns the larger of the tasks' errors on new images, as a share of the targets' variance."""
     torch.manual_seed(0)
     model = Model()
     optimiser = torch.optim.AdamW(parameter_groups(model, 1e-4, lr=3e-3, logits_factor=10))

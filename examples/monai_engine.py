@@ -1,4 +1,4 @@
-"""A MONAI network, converted, in MONAI's engine: dict batches, sliding windows, metrics.
+"""Converts a MONAI network and trains it in MONAI's engine, with dict batches, sliding windows and metrics.
 
 python examples/monai_engine.py [EPOCHS]
 """
@@ -18,7 +18,8 @@ from sfg_fast import convert, parameter_groups, recalibrate
 
 
 def case(seed: int) -> dict[str, Tensor]:
-    """A disc of random place and size: the MR is it with noise, the CT its inverse, the label the disc."""
+    """A case [1, 48, 48] of a disc of random place and size. The MR is the disc with noise, the CT is 1 minus the disc,
+    and the label is the disc."""
     generator = torch.Generator().manual_seed(seed)
     centre, radius = 16 + 16 * torch.rand(2, 1, 1, generator=generator), 6 + 6 * torch.rand(1, generator=generator)
     grid = torch.stack(torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij"))
@@ -27,6 +28,8 @@ def case(seed: int) -> dict[str, Tensor]:
 
 
 class Loss(nn.Module):
+    """The sum of the losses of both tasks."""
+
     def __init__(self) -> None:
         super().__init__()
         self.dice = DiceCELoss(to_onehot_y=True, softmax=True)
@@ -36,10 +39,12 @@ class Loss(nn.Module):
 
 
 def prepare(batch: dict[str, Tensor], device: torch.device, non_blocking: bool, **_: object) -> tuple[Tensor, dict]:
+    """The images of a batch, and its targets by task, as MONAI's engine wants them."""
     return batch["mr"].to(device), {task: batch[task].to(device) for task in ("ct", "organs")}
 
 
 def main(epochs: int = 10) -> dict[str, float]:
+    """Train and test. Returns the Dice of the labels and the mean absolute error of the CT on test cases."""
     torch.manual_seed(0)
     plain = BasicUNet(2, 1, 2, features=(8, 8, 16, 16, 16, 8), norm=("batch", {}), upsample="nontrainable")
     network = convert(plain, {"ct": 1, "organs": 2}, init=[0.9, 0.05, 0.05])  # p at the start: mostly shared

@@ -1,4 +1,4 @@
-"""Two tasks in plain PyTorch: learn which kernels they share, then look.
+"""Trains two tasks in plain PyTorch, which learn the kernels that they share, then prints p.
 
 python examples/multitask.py [STEPS]
 """
@@ -13,13 +13,14 @@ from sfg_fast.layers.streams import Heads
 
 
 def batch(size: int = 8) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Noise images; the tasks are to blur them and to find their edges."""
+    """Noise images [N, 1, 24, 24]; the tasks are to blur them and to find their edges."""
     x = torch.randn(size, 1, 24, 24)
     blurred = nn.functional.avg_pool2d(x, 3, 1, 1)
     return x, {"blur": blurred, "edges": x - blurred}
 
 
 def main(steps: int = 300) -> float:
+    """Train, and print p of each layer and the errors. Returns the error on new images, as a share of the variance."""
     torch.manual_seed(0)
     options = {"tasks": ["blur", "edges"], "padding": 1, "norm": "batch", "activation": "relu"}
     network = nn.Sequential(SFGConv2d(1, 12, 3, **options), SFGConv2d(12, 12, 3, **options))
@@ -28,15 +29,15 @@ def main(steps: int = 300) -> float:
     for step in range(steps):
         set_temperature(network, max(0.1, 1 - step / steps))
         x, targets = batch()
-        outputs = network(x)  # draws a grouping
+        outputs = network(x)  # the forward pass draws a grouping
         loss = sum(nn.functional.mse_loss(outputs[task], target) for task, target in targets.items())
-        loss = loss - 1e-4 * penalties(network)[1]  # entropy (eq. 2): stay open to every group
+        loss = loss - 1e-4 * penalties(network)[1]  # the entropy (eq. 2) keeps p open to every group
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     recalibrate(network, [batch()[0] for _ in range(8)])
     x, targets = batch(32)
-    outputs = predict(network, x)  # the most probable architecture
+    outputs = predict(network, x)  # by the most probable architecture
     for layer in (network[0], network[1]):
         print({group: f"{p:.2f}" for group, p in zip(layer.group_names, layer.probabilities().mean(0), strict=True)})
     errors = {task: nn.functional.mse_loss(outputs[task].mean, target).item() for task, target in targets.items()}

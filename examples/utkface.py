@@ -1,6 +1,6 @@
-"""UTKFace as a cohort of images, age and gender: python examples/utkface.py FOLDER --out FOLDER/list.csv
+"""Makes a cohort of images, for age and gender, of UTKFace: python examples/utkface.py FOLDER --out FOLDER/list.csv
 
-FOLDER holds the data set as it is handed out, files called age_gender_race_time.jpg.chip.jpg. Then:
+FOLDER holds the data set with its own names of files, age_gender_race_time.jpg.chip.jpg. Afterwards run:
 
     sfg-fast preprocess FOLDER/list.csv CACHE --size [64,64]
 """
@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 NAME = re.compile(r"(\d{1,3})_([01])_[0-4]_\d+\.jpg(\.chip\.jpg)?", re.I)
-GENDERS = ("male", "female")  # as the names of the files number them
+GENDERS = ("male", "female")  # names of files have the number 0 or 1
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test", "inference": "test"}
-PARTS = {"train": 0.7, "val": 0.15}  # and the rest
+PARTS = {"train": 0.7, "val": 0.15}  # the other images are the test split
 
 
 def bare(name: str) -> str:
@@ -26,7 +26,7 @@ def bare(name: str) -> str:
 
 
 def read_split(path: Path) -> dict[str, str]:
-    """Split by bare name, from rows of name and split, with a header id,split or without."""
+    """The split of each image by its bare name. Rows have a name and a split; a header id,split is skipped."""
     found = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.reader(file), 1):
@@ -41,7 +41,7 @@ def read_split(path: Path) -> dict[str, str]:
 
 
 def draw_split(names: list[str], seed: int) -> dict[str, str]:
-    """70 % of the images to train on, 15 % to validate, 15 % to test."""
+    """A random split: 70 % of the images are for training, 15 % for validation, 15 % for testing."""
     shuffled, found, start = random.Random(seed).sample(sorted(names), len(names)), {}, 0
     for split, part in PARTS.items():
         end = start + round(part * len(names))

@@ -1,8 +1,9 @@
 """The command line: sfg-fast phantom | preprocess | train | predict | evaluate | report | freeze | experiment | demo |
 gpu-check.
 
-Exit codes: 0 done; 1 the work itself failed (training diverged, disk full); 2 bad input, explained in one line, also a
-place that can't be read or written; 130 interrupted; 143 asked to stop by SIGTERM, and what was complete is saved.
+The exit code is 0 if the work is done, 1 if the work itself failed (training diverged, the disk is full), 2 for bad
+input or a place that can't be read or written, which one line explains, 130 if the command was interrupted, and 143 if
+SIGTERM asked it to stop and what was complete is saved.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, Literal
 from .errors import InputError, Preempted
 from .files import alone_in, check_file, check_vacant, one_line, read_text, write_json
 
-# (Nothing heavier up here: Ctrl-C is answered in one line from `main` on.)
+# Heavier modules are imported in the functions: Ctrl-C is answered in one line only once `main` runs.
 
 MAX_YAML_NODES = 10_000
 PATHS = {"cohort", "data", "out", "run", "predictions", "metrics"}
@@ -66,9 +67,9 @@ def phantom(
         test: how many of them are test cases.
         size: voxels along each in-plane axis, over 400 mm.
         slices: axial slices, over 144 mm.
-        seed: of the shapes and the noise.
-        difficulty: 0 to 1: more varied anatomy, less contrast, more noise; what only its place tells apart; borders
-            that only the MR shows, and densities that only the CT shows.
+        seed: seed of the shapes and the noise.
+        difficulty: 0 to 1: more varied anatomy, less contrast, more noise; tissues that only their place tells apart;
+            borders that only the MR shows, and densities that only the CT shows.
     """
     from .data.phantom import write_phantom
 
@@ -84,13 +85,13 @@ def preprocess(
     size: list[int] | None = None,
     allow_outside: bool = False,
 ) -> None:
-    """Check a cohort and write it as memory maps for training; again: only the cases that are new or have changed.
+    """Check a cohort and write it as memory maps for training; a second run writes only what is new or has changed.
 
     Args:
         cohort: folder of cases (mr/ct/labels.nii.gz), nnU-Net folder (+ targetsTr), or CSV/JSON list of files.
         out: folder to be made, or made by an earlier run for this cohort.
         processes: cases (or blocks of images) at a time; 0 for one per core.
-        on_bad_case: stop at the first case that can't be used (exit code 2), or skip it and tell at the end (0).
+        on_bad_case: stop at the first case that can't be used (exit code 2), or skip it and tell at the end (code 0).
         size: height and width in pixels that images are resized to, such as [64, 64]; null: all have one size.
         allow_outside: let a CSV/JSON list name files outside its own folder.
     """
@@ -118,7 +119,8 @@ def preprocess(
 def train(config: Any, resume: bool = False) -> None:
     """Train a network on a preprocessed cohort; the run folder holds everything that the other commands need.
 
-    Several processes: torchrun --nproc-per-node=N -m sfg_fast.cli train ..; one that torchrun restarts goes on."""
+    For several processes: torchrun --nproc-per-node=N -m sfg_fast.cli train ..; a run that torchrun restarts goes on.
+    """
     from .training.folds import summarise
     from .training.parallel import clear_word_of_lost_processes, launched, leave
     from .training.state import check_finished
@@ -157,7 +159,7 @@ def train(config: Any, resume: bool = False) -> None:
 
 
 def _trained(run: Any, resume: bool) -> int:
-    """Trains, and says for how many steps in all."""
+    """Trains, and returns for how many steps in all."""
     from .training.trainer import Trainer
 
     trainer = Trainer(run, resume, _draw_progress)
@@ -226,7 +228,7 @@ def predict(
 def evaluate(
     predictions: str, cohort: str, out: str | None = None, metrics: str = "paper", allow_outside: bool = False
 ) -> None:
-    """Compare predictions with a cohort's targets, such as CT and labels, case by case; mean and SD.
+    """Compare predictions with a cohort's targets, such as CT and labels, case by case, and give mean and SD.
 
     Args:
         predictions: folder made by predict.
@@ -241,7 +243,7 @@ def evaluate(
     from .evaluation.metrics import table
 
     target = Path(predictions).parent / "metrics.json" if out is None else Path(out)
-    check_file(target)  # before the work
+    check_file(target)  # a bad name is refused before the work
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     document = compare(Path(predictions), found, metrics)
     write_json(target, document)
@@ -267,7 +269,7 @@ def report(
     from .evaluation.report import report_on
 
     target = Path(run) / "report.html" if out is None else Path(out)
-    check_file(target)  # before anything lies beside it
+    check_file(target)  # a bad name is refused before figures lie beside it
     found = read_cohort(Path(cohort), allow_outside=allow_outside)
     report_on(Path(run), found, Path(predictions), Path(metrics), target)
     print(f"report in {target}")
@@ -290,7 +292,7 @@ def freeze(run: str, out: str, tasks: list[str] | None = None) -> None:
 
 
 def experiment(config: Any) -> None:
-    """The paper's experiment: every method trained and tested with every seed; Table 1, tests, report; resumable."""
+    """Do the paper's experiment: train and test every method with every seed, and write Table 1, tests and a report."""
     from .experiment.run import run_experiment
 
     run_experiment(config)
@@ -299,11 +301,11 @@ def experiment(config: Any) -> None:
 
 
 def demo(out: str = "runs/demo", seed: int = 0, steps: int = 2000) -> None:
-    """The whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report. Minutes on a CPU.
+    """Do the whole job on a synthetic cohort: phantom, preprocess, train, predict, evaluate, report (minutes on a CPU).
 
     Args:
         out: folder to be made.
-        seed: of the cohort and of the training.
+        seed: seed of the cohort and of the training.
         steps: training steps.
     """
     from .demo import run_demo
@@ -312,11 +314,11 @@ def demo(out: str = "runs/demo", seed: int = 0, steps: int = 2000) -> None:
 
 
 def gpu_check(device: str = "cuda", again: bool = False) -> None:
-    """Check the Triton kernels on this GPU, and time them: training then uses them where they are faster. A minute.
+    """Check the Triton kernels on this GPU, and time them, in a minute: training then uses them where they are faster.
 
     Args:
         device: cuda, or cuda:1 for the second GPU.
-        again: also where there is a result already.
+        again: check again, also where there is a result already.
     """
     import torch
 
@@ -340,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     os.environ["MPLBACKEND"] = "agg"  # figures are only written; the backend of a notebook may not even be there
     goes_on = GOES_ON.get(given[0] if given else "", "")
-    # The process ends right after this: then nothing that comes late may make anything else of what was done.
+    # Called as a command, the process ends right after this: no late signal may change what the command says it did.
     with _stoppable(goes_on, for_good=arguments is None) as signals, _patient_streams(), _one_line_warnings():
         try:
             try:
@@ -350,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signals.heard = False
         except BaseException as error:
             signals.heard = False
-            if isinstance(error, Exception) and signals.came:  # what a library made of it
+            if isinstance(error, Exception) and signals.came:  # a library made another exception of the signal's
                 error = KeyboardInterrupt() if signals.came[0] == signal.SIGINT else Preempted("stopped by SIGTERM")
             code, line = _ending(error)
         print(f"sfg-fast: {line}", file=sys.stderr)
@@ -359,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the line of source that they come from, each on a line of its own, not behind a progress bar."""
+    """Prints warnings without the line of source that they come from, each on a line of its own, not behind a progress
+    bar."""
     before, shown_before = warnings.formatwarning, warnings.showwarning
 
     def show(*arguments: Any, **options: Any) -> None:
@@ -375,7 +378,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _bars_aside() -> contextlib.AbstractContextManager[Any]:
-    """Where bars are drawn on stderr, they are cleared as long as that, and drawn again."""
+    """Clears progress bars on stderr during the body of the `with`, and draws them again."""
     if "tqdm" not in sys.modules:
         return contextlib.nullcontext()
     from tqdm import tqdm
@@ -384,7 +387,8 @@ def _bars_aside() -> contextlib.AbstractContextManager[Any]:
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line that an exception means to the user. Raises those that mean nothing to them."""
+    """The exit code and the line that an exception means to the user. An exception that means nothing to the user is
+    raised again."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, Preempted):
@@ -411,8 +415,8 @@ class _Signals:
 
 @contextlib.contextmanager
 def _stoppable(goes_on: str, for_good: bool) -> Iterator[_Signals]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt and Preempted, as long as they are heard. for_good: they are ignored
-    after it, too."""
+    """Makes Ctrl-C raise KeyboardInterrupt, and SIGTERM Preempted, as long as `heard` is true. goes_on: what Preempted
+    says of how the command goes on. for_good: both signals are also ignored afterwards."""
     signals = _Signals()
 
     def stop(number: int, frame: Any) -> None:
@@ -421,13 +425,13 @@ def _stoppable(goes_on: str, for_good: bool) -> Iterator[_Signals]:
         signals.came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Preempted(f"stopped by SIGTERM{goes_on}")
 
-    # Not in a background job that ignores Ctrl-C. Processes of torchrun wait for each other where no handler is heard:
-    # SIGTERM has to end them at once.
+    # A signal that a background job ignores stays ignored. Processes of torchrun wait for each other inside calls in
+    # which no handler runs, so that SIGTERM has to end them at once.
     listens: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
     if os.environ.get("WORLD_SIZE", "1") == "1":
         listens[signal.SIGTERM] = signal.SIG_DFL
     taken = {}
-    if threading.current_thread() is threading.main_thread():  # no other can listen
+    if threading.current_thread() is threading.main_thread():  # no other thread can listen
         taken = {number: usual for number, usual in listens.items() if signal.getsignal(number) is usual}
     try:
         for number in taken:
@@ -440,8 +444,8 @@ def _stoppable(goes_on: str, for_good: bool) -> Iterator[_Signals]:
 
 
 class _Patient:
-    """stdout or stderr. Once it can't be written to (a pipe that nobody reads any more, a terminal that is gone) what
-    is said is lost, and the work goes on: all results are in files."""
+    """Stands for stdout or stderr. Once the stream can't be written to (a pipe that nobody reads any more, a terminal
+    that is gone), what is printed is lost and the work goes on, because all results are in files."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -457,7 +461,7 @@ class _Patient:
             return call()
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                number = os.open(os.devnull, os.O_WRONLY)  # also for what Python itself has to flush at its end
+                number = os.open(os.devnull, os.O_WRONLY)  # Python flushes the stream once more at its own end
                 os.dup2(number, self._stream.fileno())
                 os.close(number)
             return None
@@ -468,7 +472,8 @@ class _Patient:
 
 @contextlib.contextmanager
 def _patient_streams() -> Iterator[None]:
-    """Nothing that is printed can end a command, nor a name that the terminal has no letters for."""
+    """Makes stdout and stderr such that printing can't end a command, not even a name that the terminal has no letters
+    for."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         for stream in before:
@@ -544,7 +549,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _at_home(name: str, value: Any) -> Any:
-    """The value of an option; of a path, `~` at its start is the home folder."""
+    """The value of an option; in a path, a `~` at the start becomes the home folder."""
     if isinstance(value, dict):
         return {key: _at_home(str(key), one) for key, one in value.items()}
     if isinstance(value, str) and name.rpartition(".")[2] in PATHS:
@@ -553,8 +558,9 @@ def _at_home(name: str, value: Any) -> Any:
 
 
 def _check_yaml(path: Path, shape: Any) -> None:
-    """InputError for a configuration that is not UTF-8, is no mapping, or has a section that is none; whose aliases
-    stand for far more than is written there ("billion laughs"); with a key twice, of which YAML would take the last."""
+    """Raises InputError for a configuration that isn't UTF-8, that is no mapping or has a section that is none, whose
+    aliases stand for far more than is written there ("billion laughs"), or that has a key twice, of which YAML would
+    take the last."""
     import yaml
 
     if not path.exists():
@@ -570,7 +576,7 @@ def _check_yaml(path: Path, shape: Any) -> None:
         if isinstance(node, tuple):
             return size(node[0]) + size(node[1])
         if id(node) not in sizes:
-            sizes[id(node)] = MAX_YAML_NODES  # of a node inside itself
+            sizes[id(node)] = MAX_YAML_NODES  # the size that a node inside itself finds
             keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
             if twice := [key for key, count in Counter(keys).items() if count > 1]:
                 raise InputError(f"{path}: the key {twice[0]!r} is there twice, expected once")
@@ -591,7 +597,7 @@ def _check_yaml(path: Path, shape: Any) -> None:
 
 
 def _check_backend() -> None:
-    """InputError if SFG_FAST_BACKEND names a backend that is not there."""
+    """Raises InputError if SFG_FAST_BACKEND names a backend that is not there."""
     from . import backends
 
     try:
@@ -604,7 +610,7 @@ def _check_backend() -> None:
 
 
 def _underscored(argument: str) -> str:
-    """--log-every is --log_every."""
+    """An option with underscores in its name: --log-every=5 becomes --log_every=5. Other arguments stay."""
     name, equals, value = argument.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 

@@ -1,4 +1,4 @@
-"""What a person pastes into a bug report: versions, devices, and which backend each device gets, and why."""
+"""What a person pastes into a bug report: versions, devices, and which backend each device gets and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def show_config() -> None:
 
 
 def lines() -> list[str]:
-    """What `show_config` prints."""
+    """The lines that `show_config` prints."""
     cuda = "without CUDA"
     if torch.version.cuda:
         cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"

@@ -1,4 +1,4 @@
-"""`make demo`: the whole job on a synthetic cohort, in minutes on two CPU cores.
+"""`make demo` does the whole job on a synthetic cohort, in minutes on two CPU cores.
 
 It shows the job, not the paper's ranking of methods: the phantom is too easy to separate them.
 """
@@ -22,7 +22,7 @@ DRAWS = 8
 
 
 def demo_config(out: Path, seed: int, steps: int) -> TrainConfig:
-    """The training of the demo: a small network with the cheaper residual blocks, at a high rate."""
+    """The training of the demo: a small network with the cheaper residual blocks, trained at a high learning rate."""
     return TrainConfig(
         data=str(out / "cache"),
         out=str(out),
@@ -36,11 +36,12 @@ def demo_config(out: Path, seed: int, steps: int) -> TrainConfig:
 
 
 def run_demo(out: Path, seed: int, steps: int) -> None:
-    """Make a cohort, preprocess, train, predict, evaluate, report; everything below `out`, a new folder."""
+    """Make a cohort, preprocess, train, predict, evaluate and report. All files go into the folder `out`, which must be
+    new or empty; otherwise InputError is raised."""
     from tqdm import tqdm
 
     config = demo_config(out, seed, steps)
-    check(config)  # before anything is made
+    check(config)  # a wrong option is refused before anything is made
     claim_folder(out)
     write_phantom(out / "cohort", seed=seed)
     cohort = read_cohort(out / "cohort")

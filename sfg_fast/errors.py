@@ -1,11 +1,11 @@
-"""What ends a command: bad input (exit code 2), or a request to stop (exit code 143)."""
+"""The exceptions that end a command: bad input (exit code 2), and a request to stop (exit code 143)."""
 
 
 class InputError(ValueError):
     """Something the user gave (a file, a folder, a value) can't be used.
 
-    The message is one sentence that names the file or argument, the value found and what was expected; on one line,
-    whatever the value is.
+    The message is one sentence that names the file or argument, the value found and what was expected. It stays on one
+    line, whatever the value is.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,5 +13,5 @@ class InputError(ValueError):
 
 
 class Preempted(BaseException):
-    """SIGTERM came, as a cluster sends it, and everything is saved. Like KeyboardInterrupt it may come at any moment,
-    so nothing that deals with exceptions of its own may catch it along with them."""
+    """SIGTERM came, as a cluster sends it, and everything is saved. Like KeyboardInterrupt it may be raised at any
+    moment. So it is no Exception: code that catches exceptions of its own must not catch it, too."""

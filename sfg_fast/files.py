@@ -1,5 +1,5 @@
-"""Files that are written whole or not at all, and read with a clear word when they can't be; folders that one process
-at a time works in."""
+"""Files and folders: files are written whole or not at all, one that can't be read is refused in clear words, and only
+one process at a time works in a folder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from .errors import InputError
 MAX_JSON_BYTES = 2**29  # a manifest of 10^5 cases has about 10^8
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LOCKED: set[tuple[int, int]] = set()  # by this process; the kernel would let it in again
+_LOCKED: set[tuple[int, int]] = set()  # files that this process has locked; the kernel would let it lock them again
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file in UTF-8. InputError: missing, not readable, something else."""
+    """The content of a text file in UTF-8. Raises InputError if the file is missing, can't be read or is no such
+    text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -44,10 +45,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, shape: Any = Any) -> Any:
-    """The content of a JSON file, of a shape as for `check_shape`.
+    """The content of a JSON file, which must have the `shape` (see `check_shape`).
 
-    InputError: missing, not text, not JSON, a key that is there twice, half a letter (a lone surrogate, which no file
-    name or page can hold), more than MAX_JSON_BYTES, or another shape.
+    Raises InputError if the file is missing, isn't text or isn't JSON, for a key that is there twice, for half a letter
+    (a lone surrogate, which no file name or page can hold), for more than MAX_JSON_BYTES, and for another shape.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -69,7 +70,7 @@ def read_json(path: Path, shape: Any = Any) -> Any:
 
 
 class _Twice(Exception):
-    """A key is in an object twice, of which JSON would take the last."""
+    """A key stands in an object twice; Python's JSON would take the last."""
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,9 +81,12 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
-    """InputError, naming the place, if content as it comes from JSON or YAML doesn't have the shape: a type, `A | B`,
-    list[..], dict[str, ..], a TypedDict (other keys may be there, too), a dataclass (all keys are options of it), Any.
-    An int will do for a float; a bool will not do for an int; a number has to be finite, as a float, too."""
+    """Raises InputError, which starts with `where` and names the place, if content from JSON or YAML lacks the shape.
+
+    shape: a type, `A | B`, list[..], dict[str, ..], a TypedDict (other keys may be there, too), a dataclass (every key
+    must be a field of it, none has to be there), or Any. An int will do for a float, but a bool will not do for an int.
+    A number has to be finite, also when it is turned into a float. place: where in the whole content this content is.
+    """
     origin, inside = typing.get_origin(shape), typing.get_args(shape)
     if shape is Any:
         return
@@ -95,7 +99,7 @@ def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
                 refused.append(error)
         parts = [one for one in inside if one is not type(None)]
         inner = isinstance(content, dict | list) or (isinstance(content, int | float) and not finite(content))
-        if len(parts) == 1 and inner:  # an optional: what is wrong inside says more
+        if len(parts) == 1 and inner:  # of an optional, what is wrong inside says more
             raise refused[inside.index(parts[0])]
     elif origin is list and isinstance(content, list | tuple):
         for index, value in enumerate(content):
@@ -130,7 +134,7 @@ def check_shape(content: Any, shape: Any, where: str, place: str = "") -> None:
 
 
 def finite(number: float) -> bool:
-    """Whether it is finite as a float; an int may be too large for one."""
+    """Whether a number is finite as a float; an int may be too large for one."""
     try:
         return math.isfinite(number)
     except OverflowError:
@@ -138,7 +142,7 @@ def finite(number: float) -> bool:
 
 
 def shown(content: Any) -> str:
-    """What was found, in a sentence. (Python prints no int of thousands of digits.)"""
+    """Content as messages show it, in about 60 characters. (Python refuses to print an int of thousands of digits.)"""
     if isinstance(content, int) and not finite(content):
         return "a whole number of more than 300 digits"
     found = repr(content)
@@ -150,7 +154,7 @@ def _below(place: str, key: Any) -> str:
 
 
 def _name(shape: Any) -> str:
-    """What a shape is called in a sentence."""
+    """The name of a shape in messages."""
     origin, inside = typing.get_origin(shape), typing.get_args(shape)
     if shape is type(None):
         return "null"
@@ -164,7 +168,7 @@ def _name(shape: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Of the bytes of a file. InputError if it can't be read."""
+    """The SHA-256 of a file's bytes, in hexadecimal digits. Raises InputError if the file can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,17 +180,17 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes content as JSON, complete or not at all."""
+    """Writes content as JSON; the file is complete or as it was before. Raises as `replacing` does."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of path to write to; it becomes path at the end (of a link, what the link leads to), and
-    vanishes if the block fails.
+    """Gives a temporary path beside `path` to write to. At the end that file becomes `path` (or what `path` leads to,
+    if it is a link); if the body of the `with` fails, it is removed.
 
-    Raises InputError if it can't be written there, OSError if the disk is full.
+    Raises InputError if the file can't be written there, OSError if the disk is full.
     """
     target = check_file(path)
     partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
@@ -195,7 +199,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, target)
     except OSError as error:
         message = f"{path}: can't be written ({one_line(error)})"
-        if error.errno in _FULL:  # not the user's input, but a full disk
+        if error.errno in _FULL:  # a full disk is not the user's input
             raise OSError(message) from error
         raise InputError(message) from error
     finally:
@@ -204,7 +208,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path) -> Path:
-    """Where a file of this name really lies, whatever links lead there. InputError for a folder or a device."""
+    """The path where a file of this name really lies, whatever links lead there. Raises InputError for a folder or a
+    device."""
     target = Path(os.path.realpath(path))  # unlike Path.resolve it never raises
     if not path.name or (os.path.exists(target) and not os.path.isfile(target)):
         raise InputError(f"{str(path)!r}: a folder or a device, expected the name of a file")
@@ -228,19 +233,20 @@ def _remove(path: Path) -> None:
 
 
 def check_vacant(path: Path, otherwise: str = "name a new one") -> None:
-    """InputError: path is already there and not an empty folder (a lock alone is nothing)."""
+    """Raises InputError if `path` is already there and not an empty folder (a lock file doesn't count). otherwise: what
+    the message says to do."""
     if path.exists() and (not path.is_dir() or any(child.name != LOCK for child in path.iterdir())):
         raise InputError(f"{path}: already there and not an empty folder; {otherwise}")
 
 
 def claim_folder(path: Path) -> None:
-    """Makes a folder. InputError: it is already there and not empty, or can't be made."""
+    """Makes a folder. Raises InputError if the folder is already there and not empty, or if it can't be made."""
     check_vacant(path)
     make_folder(path)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder where there is none. InputError: it can't be made."""
+    """Makes a folder, and those above it, where there is none. Raises InputError if the folder can't be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -249,8 +255,9 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """A folder to fill, new or empty before (otherwise InputError). If the block fails or is interrupted, what was
-    put into it is removed, and so is the folder unless it was there before."""
+    """Makes a folder to fill in the body of the `with`. If the body fails or is interrupted, what was put into the
+    folder is removed, and so is the folder unless it was there before. Raises InputError for a folder that isn't
+    empty."""
     there = path.is_dir()
     claim_folder(path)
     try:
@@ -265,10 +272,11 @@ def new_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else who asks for it works in this folder inside the block: there is a lock file in it as long as that.
-    InputError if somebody does.
+    """Keeps a folder for this process during the body of the `with`: a lock file in it keeps out everybody else who
+    calls this.
 
-    The folder is made, if need be, and removed again if the block leaves nothing in it.
+    The folder is made, if need be, and then removed again if the body leaves nothing in it. Raises InputError if
+    another process has the folder, or if the folder can't be made.
     """
     there = folder.is_dir()
     make_folder(folder)
@@ -281,19 +289,20 @@ def alone_in(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 with suppress(OSError):
-                    lock.unlink()  # while it is locked: whoever opened it before sees that it is gone, and looks again
+                    lock.unlink()  # while it is still locked: whoever opened it before sees that it is gone, and stops
     finally:
         if not there:
             with suppress(OSError):
-                folder.rmdir()  # which fails, as it should, where something is in it
+                folder.rmdir()  # this fails, as it should, if something is in the folder
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else holds this file's lock inside the block. InputError if somebody does.
+    """Holds the lock of a file during the body of the `with`. Raises InputError if somebody else holds it.
 
-    It is a lock of POSIX: it goes with the process that took it, whatever ends it, is not the children's, and holds on
-    NFS, too. (The process must not open and close the file elsewhere in the block: that lets go of the lock.)
+    It is a lock of POSIX: it ends with the process that took it, however that ends; child processes don't inherit it;
+    and it holds on NFS, too. The process must not open and close the file elsewhere in the body, because that lets go
+    of the lock. Where a file system has no locks, a warning says so and the body runs.
     """
     busy = InputError(f"{path.parent}: another process is writing to it, expected to be the only one")
     with _told(path.parent):
@@ -311,7 +320,7 @@ def locked(path: Path) -> Iterator[None]:
             message = f"{path.parent}: can't be locked ({one_line(error)}), see to it that one process works in it"
             warnings.warn(message, stacklevel=4)
         if not path.exists() or not os.path.samestat(status, path.stat()):
-            raise busy  # until a moment ago: who had it has removed the file
+            raise busy  # somebody held the lock until a moment ago, and has removed the file
         _LOCKED.add(identity)
         try:
             yield
@@ -321,7 +330,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """InputError for a lock file that can't be made."""
+    """Raises InputError, which names the folder, for a lock file that can't be made; OSError if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -330,4 +339,5 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
+    """The message of an exception on one line; its type's name if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Numbers of many cases in words: mean (SD), tables in Markdown."""
+"""Numbers of many cases as text: mean (SD), and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 
 class Table(NamedTuple):
-    """One table in words: its caption, the heading of each column, and the rows' cells (first cell: row heading)."""
+    """A table of texts: its caption, the heading of each column, and the cells of each row, of which the first is the
+    row's heading."""
 
     caption: str
     header: list[str]
@@ -17,7 +18,7 @@ class Table(NamedTuple):
 
 
 def markdown(part: Table) -> str:
-    """The header and the rows of a table as Markdown with aligned columns; ends with a newline."""
+    """The header and the rows of a table as Markdown with aligned columns; the text ends with a newline."""
     cells = [[cell.replace("|", r"\|") for cell in row] for row in (part.header, *part.rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -36,8 +37,8 @@ def heading(name: str) -> str:
 
 
 def spread(numbers: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "sd", "n"} of numbers: the SD is the sample's (divided by n - 1), 0 for n = 1; for n = 0 both are
-    None."""
+    """{"mean", "sd", "n"} of numbers. The SD is the sample's (divided by n - 1), and 0 for n = 1; for n = 0 mean and SD
+    are None."""
     if not len(numbers):
         return {"mean": None, "sd": None, "n": 0}
     sd = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
@@ -45,8 +46,8 @@ def spread(numbers: Sequence[float]) -> dict[str, Any]:
 
 
 def cell(value: Mapping[str, Any], digits: int, n_cases: int, sd: bool = True) -> str:
-    """`mean (SD)` from a `spread`, or the mean alone, followed by `n=` where that is not n_cases; for n = 0 a
-    hyphen."""
+    """A `spread` as text: `mean (SD)`, or the mean alone (`sd` is False), followed by `n=` where n isn't n_cases. For
+    n = 0 it is a hyphen."""
     if value["n"] == 0:
         return "-"
     text = f"{value['mean']:.{digits}f}" + (f" ({value['sd']:.{digits}f})" if sd else "")

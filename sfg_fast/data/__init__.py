@@ -1,5 +1,7 @@
-"""Cohorts: from volumes or images, real or synthetic, to training batches; nibabel, SimpleITK, scipy, Pillow and tqdm
-load where used."""
+"""Cohorts: this package takes volumes or images, real or synthetic, to training batches.
+
+nibabel, SimpleITK, scipy, Pillow and tqdm are imported where they are used, not with the package.
+"""
 
 from .cache import BlockArrays, Cache, CaseArrays
 from .cases import SPLITS, Case, Cohort, LoadedCase

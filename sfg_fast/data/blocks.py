@@ -1,4 +1,4 @@
-"""Images to memory maps: those of a split in blocks, each a folder that is written as one."""
+"""Writes images to memory maps: the images of a split lie in blocks, and a block is a folder that is written as one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .images import load_image, read_image
 from .targets import Target
 from .written import complete, write
 
-BLOCK = 4096  # images, at most
-BLOCK_BYTES = 2**27  # of images, at most (or one image)
+BLOCK = 4096  # the most images in a block
+BLOCK_BYTES = 2**27  # the most bytes of pixels in a block (a single image may be larger)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Images of one split that are written together."""
+    """Images of one split that are written together; `name` is the folder's."""
 
     name: str
     split: str
@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What each image is to be: size (height, width), channels, and whether it is resized to that."""
+    """What each image of a cache is: its size (height, width), its channels, and whether it is resized to that size."""
 
     size: tuple[int, int]
     channels: int
@@ -42,12 +42,16 @@ class Pixels:
 
     @property
     def bytes(self) -> int:
+        """The bytes of one image: a byte for each pixel and channel."""
         return self.channels * self.size[0] * self.size[1]
 
 
 def pixels_of(cohort: Cohort, size: tuple[int, int] | None, skip: bool) -> Pixels:
-    """As the first image is, or resized to size (height, width); skip: the first that can be read. InputError if it
-    can't be, or none."""
+    """What all images of a cohort have to be: as the first one is, or resized to `size` (height, width).
+
+    skip: images that can't be read are passed over. Raises InputError if the first image (with `skip`: every image)
+    can't be read, or if there are no cases.
+    """
     first: InputError | None = None
     for case in cohort.cases:
         try:
@@ -61,7 +65,7 @@ def pixels_of(cohort: Cohort, size: tuple[int, int] | None, skip: bool) -> Pixel
 
 
 def blocks_of(cohort: Cohort, pixels: Pixels) -> list[Block]:
-    """The images of each split in the cohort's order, so many together as fit."""
+    """The blocks of all splits, with the images in the cohort's order and as many in a block as fit."""
     count = max(1, min(BLOCK, BLOCK_BYTES // pixels.bytes))
     splits = {split: cohort.split(split) for split in SPLITS}
     return [
@@ -74,8 +78,11 @@ def blocks_of(cohort: Cohort, pixels: Pixels) -> list[Block]:
 def process_block(
     targets: Mapping[str, Target], pixels: Pixels, skip: bool, out: Path, block: Block
 ) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """Writes a block, if its folder isn't complete and up to date: its entry in the manifest (None: no image can be
-    used), and why images are refused, by name; without `skip` it ends with the first of these."""
+    """Writes a block, unless its folder is already complete and up to date.
+
+    Returns the block's entry in the manifest (None if no image can be used), and why images are refused, {case:
+    reason}. Without `skip` the first refused image ends the work, and nothing is written.
+    """
     source, folder = _content_hash(block, targets, pixels), out / block.name
     entry = complete(folder, source, BLOCK_ENTRY - {"split"}, {"inputs", "names", *targets})
     if entry is None:
@@ -97,7 +104,7 @@ def process_block(
 
 
 def _content_hash(block: Block, targets: Mapping[str, Target], pixels: Pixels) -> str:
-    """Of the contents of all images, their names and targets, and what else the arrays depend on."""
+    """The hash of the contents of all images, of their names and targets, and of all else that the arrays depend on."""
     about = [[name, target.kind, target.names] for name, target in targets.items()]
     rows = [[case.name, _sha256(case.inputs[0]), [case.values.get(name) for name in targets]] for case in block.cases]
     found = [VERSION, pixels.size, pixels.channels, pixels.resized, about, rows]
@@ -105,7 +112,7 @@ def _content_hash(block: Block, targets: Mapping[str, Target], pixels: Pixels) -
 
 
 def _sha256(path: Path) -> str | None:
-    """None for a file that can't be read, which `load_image` will refuse."""
+    """The hash of a file; None for a file that can't be read, which `load_image` will refuse."""
     try:
         return sha256_of(path) if path.is_file() else None
     except (InputError, OSError, ValueError):
@@ -133,7 +140,7 @@ def _write_block(
             exact, some = there.astype(np.float64), bool(there.size)
             mean, sd = (float(exact.mean()), float(exact.std())) if some else (0.0, 0.0)
             statistics[name] = {"count": int(there.size), "mean": mean, "sd": sd}
-    counts = np.zeros((images.shape[1], 256), np.int64)  # of each value in each channel
+    counts = np.zeros((images.shape[1], 256), np.int64)  # how many pixels have each value in each channel
     for image in images:
         counts += [np.bincount(channel.ravel(), minlength=256) for channel in image]
     entry = {

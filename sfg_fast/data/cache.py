@@ -1,5 +1,4 @@
-"""What `preprocess` wrote, opened for reading: memory maps of slices or images, and the statistics that training starts
-from.
+"""`Cache` opens what `preprocess` wrote: memory maps of slices or images, and the statistics that training starts from.
 
     CACHE/manifest.json      what there is, statistics and checksums; written last
     CACHE/CASE/inputs.npy    float32 [Z, C, Y, X], normalised MR (`preprocessing.normalise`)
@@ -7,11 +6,11 @@ from.
     CACHE/CASE/mask.npy      bool [Z, Y, X], the body
     CACHE/CASE/case.json     this case's entry in the manifest
 
-Axes Z, Y, X as in `sfg_fast.data.volumes`. Of images, N of one split lie together in a block:
+The axes Z, Y, X are those of `sfg_fast.data.volumes`. In a cache of images, N images of one split lie in a block:
 
-    CACHE/BLOCK/inputs.npy   uint8 [N, C, H, W], as they were read (and resized)
+    CACHE/BLOCK/inputs.npy   uint8 [N, C, H, W], the pixels as they were read (and resized)
     CACHE/BLOCK/TARGET.npy   [N], float32 of numbers, NaN where missing; int16 of classes, -1 where missing
-    CACHE/BLOCK/names.npy    bytes [N], their names in UTF-8
+    CACHE/BLOCK/names.npy    bytes [N], the images' names in UTF-8
     CACHE/BLOCK/case.json    this block's entry in the manifest
 """
 
@@ -59,21 +58,21 @@ ENTRY = {
 }
 BLOCK_ENTRY = {"split", "shape", "name_bytes", "targets", "pixels", "rejected", "notes", "source", "checksums"}
 MOST = float(np.finfo(np.float32).max)
-MAX_ENTRY_BYTES = 2**24  # of case.json
-_Stamp = tuple[int, int, int, int]  # which file it is, how long, and when it was written
+MAX_ENTRY_BYTES = 2**24  # the most bytes of case.json that are read
+_Stamp = tuple[int, int, int, int]  # device and inode of a file, its length in bytes, and when it was written (ns)
 DTYPES: dict[str, np.dtype] = {
     "intensities": np.dtype(np.float32),
     "labels": np.dtype(np.uint8),
     "number": np.dtype(np.float32),
     "class": np.dtype(np.int16),
 }
-"""Of the arrays of each kind of target."""
+"""The dtype of the arrays of each kind of target."""
 
 
 @dataclass(frozen=True, eq=False)
 class CaseArrays:
-    """Read-only memory maps of one case: inputs float32 [Z, C, Y, X], mask bool [Z, Y, X], and the targets that the
-    case has [Z, Y, X], intensities float32, labels uint8."""
+    """Read-only memory maps of one case: inputs float32 [Z, C, Y, X], mask bool [Z, Y, X], and those targets that the
+    case has, by name, [Z, Y, X] each: intensities are float32, labels uint8."""
 
     inputs: np.ndarray
     targets: dict[str, np.ndarray]
@@ -82,8 +81,8 @@ class CaseArrays:
 
 @dataclass(frozen=True, eq=False)
 class BlockArrays:
-    """Read-only memory maps of one block of images: inputs uint8 [N, C, H, W], targets [N], numbers float32 (NaN:
-    missing), classes int16 (-1: missing), and names, bytes [N] in UTF-8."""
+    """Read-only memory maps of one block of images: inputs uint8 [N, C, H, W], names (bytes in UTF-8) [N], and the
+    targets by name, [N] each: numbers are float32 (NaN: missing), classes int16 (-1: missing)."""
 
     inputs: np.ndarray
     targets: dict[str, np.ndarray]
@@ -94,10 +93,10 @@ class Cache:
     """A folder that `preprocess` wrote; opening it reads the manifest and no array.
 
     Attributes:
-        cases: the manifest's entry of each case, or block of images, by name; `rejected`: why a case, or an image, is
-            not there, by name.
-        targets: what the cases have to be learnt from, by name; labels and classes all have names.
-        in_channels, channel_names: of the MR, or the images.
+        cases: the manifest's entry of each case, or of each block of images, by name.
+        rejected: why a case, or an image, was refused and is not in the cache, by name.
+        targets: what can be learnt from the cases, by name; all labels and classes have names here.
+        in_channels, channel_names: the number and the names of the channels of the MR, or of the images.
 
     Raises InputError if the manifest is missing, isn't one, or preprocessing never came to its end.
     """
@@ -122,7 +121,7 @@ class Cache:
             for target in self.targets.values():
                 self._check_target(target, str(where))
             self.rejected: dict[str, str] = manifest["rejected"]
-            self._stamps: dict[str, dict[str, _Stamp]] = {}  # of the files of each case that was opened, by name
+            self._stamps: dict[str, dict[str, _Stamp]] = {}  # by case that was opened, then by path
             self.cases: dict[str, dict[str, Any]] = manifest["cases"]
             for name, entry in self.cases.items():
                 check_case_name(name, str(where))
@@ -148,7 +147,7 @@ class Cache:
                 raise ValueError(f"target {target.name}")
 
     def _check(self, name: str, entry: dict[str, Any]) -> None:
-        """ValueError (or another that a wrong type gives): the entry can't be one that `preprocess` wrote."""
+        """Raises ValueError (or whatever a wrong type gives) for an entry that `preprocess` can't have written."""
         z, y, x = entry["shape"]
         try:
             grid = Grid.from_json(entry["grid"])
@@ -172,7 +171,7 @@ class Cache:
             raise ValueError(f"case {name}")
 
     def _check_block(self, name: str, entry: dict[str, Any]) -> None:
-        """As `_check`."""
+        """Raises as `_check` does, for the entry of a block of images."""
         n, c, h, w = entry["shape"]
         first = next(iter(self.cases.values()))["shape"]
         good = (
@@ -209,15 +208,15 @@ class Cache:
 
     @property
     def images(self) -> ImageForm | None:
-        """What the images are, with mean and SD of the pixels of those to train on (of all, if there are none of
-        these); None: the cases are volumes. InputError if a channel is one value in all of them."""
+        """What the images are, with mean and SD of the pixels of all training images (of all images, if none is to be
+        trained on); None if the cases are volumes. Raises InputError if a channel has one value in all those images."""
         if self._resized is None:
             return None
         entries = [self.cases[name] for name in self.names("train")] or list(self.cases.values())
         _, channels, height, width = entries[0]["shape"]
         count = sum(entry["shape"][0] for entry in entries) * height * width
         mean, sd = [], []
-        for channel in range(channels):  # whole numbers, without an error of rounding
+        for channel in range(channels):  # the sums are whole numbers, so that nothing is rounded
             total, squares = (sum(entry["pixels"][key][channel] for entry in entries) for key in ("sum", "squares"))
             mean.append(total / count)
             sd.append(math.sqrt(count * squares - total**2) / count)
@@ -229,7 +228,8 @@ class Cache:
         return ImageForm((height, width), self._resized, channels, mean, sd)
 
     def with_splits(self, splits: Mapping[str, Sequence[str]]) -> Cache:
-        """The same arrays, only the named cases, each in the split that names it: {"train": [..], "val": [..]}."""
+        """A cache of the same arrays that has the named cases only, each in the split that names it: {"train": [..],
+        "val": [..]}. Raises InputError for an unknown split."""
         other = copy.copy(self)
         other.cases = {
             name: {**self.cases[name], "split": check_split(split, "split")}
@@ -239,12 +239,12 @@ class Cache:
         return other
 
     def names(self, split: str) -> list[str]:
-        """The names of the cases, or blocks of images, in split train, val or test."""
+        """The names of the cases, or of the blocks of images, in the split train, val or test."""
         check_split(split, "split")
         return [name for name, entry in self.cases.items() if entry["split"] == split]
 
     def count(self, split: str | None = None, target: str | None = None) -> int:
-        """How many cases, or images, the split has (None: all splits), with the target (None: whatever they have)."""
+        """How many cases, or images, of the split (None: of all splits) have the target (None: any targets or none)."""
         entries = [entry for entry in self.cases.values() if split in (None, entry["split"])]
         if target is None:
             return sum(1 if self._resized is None else entry["shape"][0] for entry in entries)
@@ -261,9 +261,12 @@ class Cache:
         return any(self._having(self.cases[name], target) for name in self.names(split))
 
     def described(self, split: str = "train") -> dict[str, Target]:
-        """The targets that the split has, with statistics over it: of intensities the mean over the cases of the mean
-        in the body mask, and of the SD there; of numbers mean and SD over the images; of labels and classes the
-        frequencies, the share of each among all voxels or images."""
+        """The targets that the split has, by name, with statistics over the split.
+
+        Intensities get "mean" and "sd": mean and SD in the body mask of each case, averaged over the cases. Numbers
+        get "mean" and "sd" over the images. Labels and classes get "frequencies": the share of each value among all
+        voxels or images.
+        """
         found = {}
         for name, target in self.targets.items():
             if self.has(name, split):
@@ -273,8 +276,11 @@ class Cache:
         return found
 
     def case(self, name: str) -> CaseArrays:
-        """Opens the memory maps of a case, all of one version of it. InputError: no such case, a file missing or not
-        what the manifest says, or another than when the case was opened before."""
+        """Opens the memory maps of a case, all of one version of that case.
+
+        Raises InputError if there is no such case, if a file is missing or isn't what the manifest says, or if a file
+        has changed since the case was first opened.
+        """
         entry = self._entry(name, images=False)
         z, y, x = entry["shape"]
         kinds = {
@@ -286,7 +292,7 @@ class Cache:
         return CaseArrays(arrays["inputs"], {target: arrays[target] for target in entry["targets"]}, arrays["mask"])
 
     def block(self, name: str) -> BlockArrays:
-        """Opens the memory maps of a block of images, as `case` does."""
+        """Opens the memory maps of a block of images. Raises InputError as `case` does."""
         entry = self._entry(name, images=True)
         shape, count = tuple(entry["shape"]), entry["shape"][0]
         kinds = {
@@ -303,10 +309,10 @@ class Cache:
         return self.cases[name]
 
     def _arrays(self, name: str, kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
-        """The memory maps of a folder, by the names of the files, of these shapes and dtypes."""
+        """The memory maps of a folder by array, {"inputs": ..}; `kinds` has the shape and dtype that each must have."""
         arrays: dict[str, np.ndarray] = {}
         stamps: dict[str, _Stamp] = {}
-        with self._folder(name) as folder:  # stays the same if another takes its name
+        with self._folder(name) as folder:  # the descriptor stays with this folder, if another takes its name
             if name not in self._stamps:
                 self._check_source(name, folder)
             for key, (shape, dtype) in kinds.items():
@@ -317,8 +323,8 @@ class Cache:
         return arrays
 
     def check_unchanged(self, name: str) -> None:
-        """InputError if a file of a case is another than when it was opened: replaced, removed or written to. A few
-        microseconds."""
+        """Raises InputError if a file of a case was replaced, removed or written to since the case was opened. The
+        check takes a few microseconds."""
         try:
             for file, stamp in self._stamps[name].items():
                 if _stamp(os.stat(file)) != stamp:
@@ -334,7 +340,7 @@ class Cache:
 
     @contextmanager
     def _folder(self, name: str) -> Iterator[int]:
-        """A descriptor of the case's folder."""
+        """Opens the case's folder and gives its descriptor, which is closed in the end."""
         folder = os.path.join(self.path, name)
         try:
             number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -346,7 +352,8 @@ class Cache:
             os.close(number)
 
     def _check_source(self, name: str, folder: int) -> None:
-        """The case's own entry against the manifest's: of another version of its files the statistics are others."""
+        """Raises InputError if the case's own entry has another source than the manifest's: the arrays then come from
+        other files than the manifest's statistics."""
         where = self.path / name / "case.json"
         try:
             with open(os.open("case.json", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
@@ -360,14 +367,15 @@ class Cache:
             )
 
     def fingerprint(self) -> str:
-        """A hash of all cases, their files' contents and splits: two caches with the same one train alike."""
+        """A hash of all targets and of all cases, their files' contents and splits: two caches with the same hash train
+        alike."""
         content = [(name, entry["source"], entry["split"]) for name, entry in sorted(self.cases.items())]
         targets = {name: target.to_json() for name, target in self.targets.items()}
         return hashlib.sha256(json.dumps([targets, content]).encode()).hexdigest()
 
 
 def _are_pixels(found: dict[str, Any], channels: int, count: int) -> bool:
-    """Whether so many values from 0 to 255 can have these sums and sums of squares in each channel."""
+    """Whether `count` values from 0 to 255 can have the sums and the sums of squares that stand there per channel."""
     sums, squares = found["sum"], found["squares"]
     return len(sums) == len(squares) == channels and all(
         type(one) is type(two) is int and 0 <= one <= two <= 255 * one <= 255**2 * count and one**2 <= two * count
@@ -383,7 +391,7 @@ def _targets(found: dict[str, TargetAsJson], where: str) -> dict[str, Target]:
 
 
 def _statistics(target: Target, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over a split, from the statistics of its cases, or blocks of images."""
+    """The statistics of a target over a split, from those of its cases, or blocks of images."""
     if target.kind in NAMED:
         total = np.sum([one["counts"] for one in found], axis=0, dtype=np.float64)
         return {"frequencies": (total / total.sum()).tolist()}
@@ -397,11 +405,11 @@ def _statistics(target: Target, found: list[dict[str, Any]]) -> dict[str, Any]:
 def _open(file: str, folder: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, _Stamp]:
     """The memory map of a file, found in the open folder, and its stamp."""
     try:
-        # No stream: this is done for every slice.
+        # Plain descriptors are used, because a stream is slower and a file is opened for every slice.
         number = os.open(os.path.basename(file), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
         try:
             stamp = _stamp(os.fstat(number))
-            start = os.read(number, 10)  # magic, version, and how long the header is
+            start = os.read(number, 10)  # of an npy file: magic, version, and the length of the header
             found, dtype_found, offset = _header(start + os.read(number, int.from_bytes(start[8:], "little")))
             if (found, dtype_found) != (shape, dtype):
                 raise InputError(f"{file}: {dtype_found} {found}, but the manifest says {dtype} {shape}")
@@ -419,8 +427,11 @@ def _stamp(status: os.stat_result) -> _Stamp:
 
 @lru_cache(1024)
 def _header(head: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and length of an npy header. A cohort has few different ones, and reading one is what costs most
-    when a sampler opens another case for every slice: this is seven times as fast as numpy's open_memmap."""
+    """Shape, dtype and length of an npy header.
+
+    A cohort has few different headers, and parsing them is what costs most when a sampler opens another case for every
+    slice. With this cache opening is seven times as fast as numpy's open_memmap.
+    """
     stream = io.BytesIO(head)
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):

@@ -1,4 +1,4 @@
-"""Cases and cohorts: the files of patients or images and what is known of them, before anything is read."""
+"""Cases and cohorts: the files of patients or images, and what is known of them before any is read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from .targets import Target
 from .volumes import Grid
 
 SPLITS = ("train", "val", "test")
-MAX_CLASSES = 2**15  # an int16 holds their indices
-_TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")  # names of files beside cases
+MAX_CLASSES = 2**15  # the indices of classes are stored as int16
+# Files of these names stand beside the folders of cases.
+_TAKEN = ("manifest.json", "preprocess.json", "splits_final.json", "predictions.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One patient: the files of its MR channels (at least one) and, where there are any, of targets and the body mask.
+    """One patient, or one image.
 
-    Or one image: its file, and `values`, those of its targets (of a class its index), without those that are missing.
+    A patient has the files of its MR channels (`inputs`, at least one), of those targets that are there (`targets`, by
+    name), and of its body mask (None: there is none). An image has its file (`inputs`), and `values`: the number, or
+    the index of the class, of each target that is not missing, by name.
     """
 
     name: str
@@ -38,9 +41,10 @@ class Case:
 class Cohort:
     """Cases of patients, or of images.
 
-    targets: what the cases have to be learnt from, by name, without those that no case has; the names of labels are
-    empty where nobody named them. channel_names: of the MR; none of images, which say themselves what they are.
-    source: the list, if it is one.
+    root: the folder that the cohort lies in. targets: what can be learnt from the cases, by name, without targets that
+    no case has; labels that nobody named have no `names`. channel_names: the names of the MR channels; empty for
+    images, whose files say how many channels they have. source: the .csv or .json that lists the cases; None for a
+    folder. images: whether the cases are images.
     """
 
     root: Path
@@ -58,24 +62,30 @@ class Cohort:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """The voxels of one case on one grid: inputs float32 [C, Z, Y, X] as scanned; targets [Z, Y, X], those that were
-    asked for and are there, intensities float32, labels uint8; mask bool [Z, Y, X], None where the case has none."""
+    """The voxels of one case, all on one grid.
+
+    inputs: float32 [C, Z, Y, X], as scanned. targets: those that were asked for and that the case has, by name,
+    [Z, Y, X] each; intensities are float32, labels uint8. mask: bool [Z, Y, X]; None if the case has none. notes: what
+    a person should know of its files.
+    """
 
     inputs: np.ndarray
     targets: dict[str, np.ndarray]
     mask: np.ndarray | None
     grid: Grid
-    notes: tuple[Note, ...] = ()  # of all files
+    notes: tuple[Note, ...] = ()
 
 
 def check_split(name: Any, where: str) -> str:
+    """Returns the name of a split. Raises InputError, which starts with `where`, unless it is train, val or test."""
     if name not in SPLITS:
         raise InputError(f"{where}: unknown split {name!r}, expected one of {', '.join(SPLITS)}")
     return name
 
 
 def check_case_name(name: Any, where: str) -> str:
-    """Case names become folder names: no separators, nothing hidden, not too long, no name of a file beside them."""
+    """Returns the name of a case. Raises InputError, which starts with `where`, if no folder can be called so: a name
+    with a separator, a hidden or too long one, or that of a file that stands beside the cases."""
     plain = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^./\\][^/\\]*", name)
     if not plain or len(name.encode()) > 200 or name in _TAKEN:
         raise InputError(f"{where}: case name {name!r} can't be a folder name")
@@ -83,7 +93,8 @@ def check_case_name(name: Any, where: str) -> str:
 
 
 def check_label_names(labels: Any, where: str) -> dict[str, int]:
-    """{name: value} with "background" 0 and the values 0 .. n-1 once each (they index the network's outputs)."""
+    """Returns the labels {name: value}. Raises InputError unless "background" is 0 and each of the values 0 .. n-1 is
+    there once, because they index the network's outputs."""
     if not isinstance(labels, dict) or not all(type(value) is int for value in labels.values()):
         raise InputError(f'{where}: labels {labels!r}, expected {{"background": 0, "prostate": 1, ..}}')
     if labels.get("background") != 0 or sorted(labels.values()) != list(range(len(labels))) or len(labels) > 256:
@@ -92,7 +103,8 @@ def check_label_names(labels: Any, where: str) -> dict[str, int]:
 
 
 def check_class_names(names: Any, where: str) -> dict[str, int]:
-    """{name: index} of the classes of images, from their list. InputError for anything but different texts."""
+    """Returns {name: index} for a list of names of classes. Raises InputError for anything but a list of different
+    texts, `MAX_CLASSES` at most."""
     good = isinstance(names, list | tuple) and all(
         isinstance(name, str) and name and name.isprintable() and name == name.strip() for name in names
     )

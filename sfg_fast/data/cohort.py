@@ -1,10 +1,10 @@
-"""Which files make a cohort: three layouts of volumes, lists of images, one answer, every file checked.
+"""Which files make a cohort: `read_cohort` knows three layouts of volumes, and lists of images, and checks every file.
 
     folder   ROOT/CASE/mr.nii.gz, and optionally ct, labels, mask (any format of volumes.py; several MR channels: mr_0,
              mr_1, ..); optionally ROOT/dataset.json with "labels", "channel_names", "split", "targets"
     nnU-Net  ROOT/dataset.json, imagesTr/CASE_0000.nii.gz (channels _0000, _0001, ..), labelsTr/CASE.nii.gz, and as
              additions targetsTr/CASE.nii.gz (the CT) and masksTr/CASE.nii.gz; imagesTs, .. are the test split;
-             "file_ending" in dataset.json may be any that is read
+             "file_ending" in dataset.json may be that of any format that is read
     list     a .csv or .json of rows: case, mr (or mr_0, mr_1, ..), ct, labels, mask, split; all but case and mr are
              optional, paths are relative to the list; label names in labels.json beside it, {name: value}, or in the
              JSON itself: {"labels": {..}, "cases": [rows]}
@@ -22,11 +22,18 @@ CASE/pet.nii.gz (folder), petTr/CASE.nii.gz (nnU-Net), or those in the column `p
 Only the MR is needed to predict. A case is in the split `train` unless something says otherwise; a "split" in
 dataset.json, {"train": [..], "val": [..], "test": [..]}, must place every case.
 
-Nothing is lost without a word: a file that is called as one that is looked for, but of a format that isn't read, an
-entry of dataset.json that is nearly one that means something, a file that is nearly called dataset.json, labels.json or
-targets.json where that is not there, a link that leads nowhere, a number of cases that isn't the one announced, a row
-without a split among rows that have one, and a file that stands for two things are refused; other entries and images
-that nothing reads, by their names, their formats or the depth of their folder, are told.
+Nothing is left out without a word. These are refused:
+
+- a file that has the name of one that is looked for, but a format that isn't read
+- an entry of dataset.json whose name is nearly that of an entry that is read
+- a file that is nearly called dataset.json, labels.json or targets.json, where that file isn't there
+- a link that leads nowhere
+- a number of cases that isn't the number announced
+- a row without a split among rows that have one
+- a file that stands for two things
+
+A warning names other entries that nothing is read from, and images that nothing reads because of their names, their
+formats or their folder's depth.
 """
 
 from __future__ import annotations
@@ -70,10 +77,11 @@ __all__ = [
     "unnamed_labels",
 ]
 
-WIDE_REGIONS = ("overall", "bones", "organs")  # of results, beside each organ: no organ may be called so
+WIDE_REGIONS = ("overall", "bones", "organs")  # regions of results beside each organ: no organ may be called so
 USUAL = {"ct": Target("ct", "intensities", HU), "labels": Target("labels", "labels")}
 """The targets of volumes that need not be declared."""
-_FOLDERS = {"ct": "targets", "labels": "labels", "mask": "masks"}  # in nnU-Net's layout; other targets: their names
+# The folders of nnU-Net's layout, without Tr or Ts; those of other targets have the targets' names.
+_FOLDERS = {"ct": "targets", "labels": "labels", "mask": "masks"}
 _MR_COLUMN = re.compile(r"mr(_\d+)?")
 # What may lie beside a volume and have its name: descriptions, transforms, pictures, but no voxels.
 _BESIDE = re.compile(
@@ -81,11 +89,11 @@ _BESIDE = re.compile(
     |sha256|md5)""",
     re.X | re.I,
 )
-# Images, or one slice of them, in formats that aren't read.
+# Names of images, or of a slice of one, in formats that aren't read.
 _UNREAD = re.compile(r".+\.(dcm|dicom|ima|mgz|mgh|mnc|hdr|img|nii\.(bz2|xz|zst|zip))", re.I)
 DEPTH = 4  # how many folders deep images that nothing reads are looked for
 _MEANING = ("labels", "split", "channel_names", "file_ending", "targets")  # entries of dataset.json that are read
-# nnU-Net's own, of the Decathlon before it, and the phantom's: they say nothing that is needed here.
+# Entries of nnU-Net, of the Decathlon before it, and of the phantom, which say nothing that is needed here.
 _KNOWN = re.compile(
     r"""name|description|dataset_name|tensorImageSize|reference|licen[cs]e|release|data_release|numTraining|numTest
     |training|test|modality|overwrite_image_reader_writer|dataset|citation|converted_by|regions_class_order|authors?
@@ -95,7 +103,7 @@ _KNOWN = re.compile(
 
 
 def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
-    """Finds the layout of a folder, .csv or .json (see the module's text) and lists its cases; reads no volumes.
+    """Finds the layout of a folder, .csv or .json (see the module's text) and lists its cases; it reads no volumes.
 
     allow_outside: a list may name files outside its own folder.
     Raises InputError, naming the case and file, for anything missing, ambiguous, doubled or malformed. Warns
@@ -136,8 +144,8 @@ def read_cohort(path: Path | str, allow_outside: bool = False) -> Cohort:
 
 
 def _beside(path: Path, meta: dict[str, Any], *entries: str) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a list says besides its rows, with these entries from files of their names beside it, if it doesn't have
-    them itself; and where each was said."""
+    """What a list says besides its rows, and the file that said each of `entries`. An entry that the list doesn't have
+    is read from the file of its name beside the list, if there is one."""
     said = {}
     for entry in entries:
         said[entry], beside = path, path.with_name(f"{entry}.json")
@@ -149,7 +157,7 @@ def _beside(path: Path, meta: dict[str, Any], *entries: str) -> tuple[dict[str, 
 
 
 def _targets(meta: dict[str, Any], labels_path: Path, targets_path: Path) -> dict[str, Target]:
-    """All targets of volumes that may be there, by name: the usual ones, and those that are declared."""
+    """All targets that volumes may have, by name: the usual ones, and those that are declared."""
     found = dict(USUAL)
     if "labels" in meta:
         where = str(labels_path)
@@ -174,24 +182,24 @@ def _targets(meta: dict[str, Any], labels_path: Path, targets_path: Path) -> dic
 
 
 def files(case: Case) -> dict[str, tuple[Path, ...]]:
-    """The files of a case by what they are: mr, its targets, and mask, if there is one."""
+    """The files of a case by what they are: "mr", the name of each target, and "mask", if there is one."""
     targets = {name: (path,) for name, path in case.targets.items()}
     return {"mr": case.inputs} | targets | ({} if case.mask is None else {"mask": (case.mask,)})
 
 
 def _roles(case: Case) -> Iterable[tuple[str, Path]]:
-    """(what it is, file) of every file of a case; MR channels are mr_0, mr_1, .. if there are several."""
+    """Gives (what it is, file) for every file of a case; MR channels are mr_0, mr_1, .. if there are several."""
     for role, paths in files(case).items():
         for index, path in enumerate(paths):
             yield role if len(paths) == 1 else f"{role}_{index}", path
 
 
 def load_case(case: Case, targets: Mapping[str, Target]) -> LoadedCase:
-    """Reads the files of a case, of its targets those that are named, and checks them against each other.
+    """Reads the MR, the mask and those targets of a case that are in `targets`, and checks them against each other.
 
-    Raises InputError: what `read_volume` and `read_labels` raise, files on different grids, a label value without a
-    name, where labels have names, an empty mask. Warns (UserWarning) of files that say two places (`LoadedCase.notes`
-    has all that there is to tell).
+    Raises InputError for whatever `read_volume` and `read_labels` refuse, for files on different grids, for a label
+    value without a name where labels have names, and for an empty mask. Warns (UserWarning) of files that say two
+    places; `LoadedCase.notes` has all that there is to tell.
     """
     try:
         loaded = _load(case, targets)
@@ -212,18 +220,18 @@ def _check_organ_names(labels: dict[str, int], where: str) -> dict[str, int]:
 
 
 def unnamed_labels(largest: int) -> dict[str, int]:
-    """Names for the labels of a cohort that names none: label_1, label_2, .. up to the largest value."""
+    """{name: value} for the labels of a cohort that names none: background, label_1, .. up to the value `largest`."""
     return {"background": 0} | {f"label_{value}": value for value in range(1, largest + 1)}
 
 
 def unnamed_channels(count: int) -> tuple[str, ...]:
-    """Names for the MR channels of a cohort that names none."""
+    """Names for the MR channels of a cohort that names none: MR, or MR_0, MR_1, .. if there are several."""
     return ("MR",) if count == 1 else tuple(f"MR_{index}" for index in range(count))
 
 
 def check_same_targets(targets: Mapping[str, Target], cohort: Cohort, where: str) -> None:
-    """InputError if a target of a run and the one of its name in a cohort differ in kind, unit, or names or values of
-    labels or classes. (What nobody named can't differ.)"""
+    """Raises InputError if a target of a run and the one of its name in a cohort differ in kind or unit, or in the
+    names or values of labels or classes. (Labels that nobody named can't differ.)"""
     for name, ours in targets.items():
         theirs = cohort.targets.get(name)
         if theirs is None:
@@ -244,8 +252,8 @@ def check_same_targets(targets: Mapping[str, Target], cohort: Cohort, where: str
 
 
 def check_same_channels(channels: tuple[str, ...], cohort: Cohort, where: str) -> None:
-    """InputError if the MR channels of a run and of a cohort differ in number, names or order. (Images say themselves
-    what they are, when they are read.)"""
+    """Raises InputError if the MR channels of a run and of a cohort differ in number, names or order. (The channels of
+    images are checked when the images are read.)"""
     theirs = cohort.channel_names
     if cohort.images:
         return
@@ -283,7 +291,7 @@ def _load(case: Case, targets: Mapping[str, Target]) -> LoadedCase:
 
 
 def _check_called(path: Path, *others: Path) -> None:
-    """InputError if a file is not there, but one that is nearly called so (and is none of the others)."""
+    """Raises InputError if a file is not there, but one of nearly its name is, which is none of the `others`."""
     if os.path.lexists(path):
         return
     for child in sorted(path.parent.iterdir()):
@@ -320,8 +328,8 @@ def _folder_cases(root: Path, targets: Mapping[str, Target]) -> list[Case]:
 
 
 def _check_format(file: Path, expected: str) -> None:
-    """InputError if a file that is called like one that is looked for is a volume, or a folder of slices, that isn't
-    read: without a word its case would have none."""
+    """Raises InputError if a file has the name of one that is looked for, but is a folder, or a volume of a format that
+    isn't read. Otherwise its case would lack that volume without a word."""
     if file.is_dir():
         raise InputError(f"{file}: a folder, expected a file that ends in {expected}")
     if volume_stem(file.name) is None and not _BESIDE.fullmatch(file.suffix):
@@ -329,7 +337,8 @@ def _check_format(file: Path, expected: str) -> None:
 
 
 def _check_entries(meta: dict[str, Any], path: Path) -> None:
-    """InputError for an entry of dataset.json that nearly is one that is read; a warning of other unknown ones."""
+    """Raises InputError for an entry of dataset.json that is nearly called as one that is read; warns of other unknown
+    entries."""
     unknown = sorted(key for key in meta if key not in _MEANING and not _KNOWN.fullmatch(key))
     for key in unknown:
         if near := difflib.get_close_matches(key.lower(), _MEANING, 1, 0.75):
@@ -339,8 +348,11 @@ def _check_entries(meta: dict[str, Any], path: Path) -> None:
 
 
 def _tell_unread(root: Path, cases: list[Case]) -> None:
-    """A warning if there are images that no case has: a misspelt name would otherwise be a target that is missing, and
-    a folder that lies too deep a case. (An image beside one of its name that is read is another format of it.)"""
+    """Warns of images that no case has.
+
+    Without the warning a misspelt name would be taken for a missing target, and a folder that lies too deep would be a
+    case less. An image in a format that isn't read is left out if one of the same name beside it is read.
+    """
     read = {path for case in cases for paths in files(case).values() for path in paths}
     names = {path.with_name(volume_stem(path.name) or path.name) for path in read}
     unread = sorted(
@@ -356,8 +368,8 @@ def _tell_unread(root: Path, cases: list[Case]) -> None:
 
 
 def _visible_files(folder: Path, depth: int) -> Iterator[Path]:
-    """The files in a folder, and in its folders down to a depth; of its hidden folders those right inside, where a case
-    may have been hidden (and not the thousands in a .git)."""
+    """Gives the files in a folder, and in its folders down to a depth. Of the hidden folders it enters only those right
+    inside, where a case may have been hidden, and not their folders (a .git has thousands)."""
     for child in folder.iterdir():
         if child.is_dir():
             hidden = child.name.startswith(".")
@@ -398,7 +410,8 @@ def _nnunet_cases(root: Path, meta: dict[str, Any], targets: Mapping[str, Target
 
 
 def _with_ending(folder: Path, ending: str) -> dict[str, Path]:
-    """The files of one of nnU-Net's folders by their names without the ending. InputError for a volume of another."""
+    """The files of one of nnU-Net's folders by their names without the ending. Raises InputError for a volume with
+    another ending."""
     files: dict[str, Path] = {}
     others = []
     for file in sorted(folder.glob("[!.]*")):
@@ -458,7 +471,8 @@ def _row_case(
 
 
 def _case(name: str, files: dict[str, Path], targets: Mapping[str, Target], split: str, where: str) -> Case:
-    """A case from its files by column; the MR channels are mr, or mr_0 .. mr_n without gaps."""
+    """A case from its files by column. Raises InputError unless the MR channels are mr, or mr_0 .. mr_n without
+    gaps."""
     found = [key for key in files if _MR_COLUMN.fullmatch(key)]
     if not found:
         raise InputError(f"{where}: case {name} has no MR")

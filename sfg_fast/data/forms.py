@@ -1,5 +1,7 @@
-"""How a NIfTI header says where its voxels lie: two forms, units, voxel sizes. Kept as they stand in an MR's file, so
-that a prediction says the same in the same way: programs differ in which form they read, and in what they make of it.
+"""How a NIfTI header says where its voxels lie: by two forms (qform and sform), a unit, and voxel sizes.
+
+They are kept as they stand in an MR's file, so that the file of a prediction says the same in the same way. Programs
+differ in which form they read, and in what they make of it.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ _SFORM = ("srow_x", "srow_y", "srow_z")
 
 
 def millimetres(units: int) -> float:
-    """The header's unit of length (of its xyzt_units) in mm; a unit that isn't said is mm."""
+    """The header's unit of length, from its xyzt_units, in mm. A header without a unit means mm."""
     return _MM.get(units & 7, 1.0)
 
 
 @dataclass(frozen=True)
 class Forms:
-    """version: NIfTI-1 or -2; units: xyzt_units; pixdim: qfac and the three voxel sizes; qform: quaternion (b, c, d)
-    and offsets; sform: three rows of four; each form with its code (0: it says nothing). Lengths in the file's unit."""
+    """Where a NIfTI header says that its voxels lie; all lengths are in the file's own unit.
+
+    version: 1 or 2, for NIfTI-1 and -2. units: the header's xyzt_units. pixdim: qfac and the three voxel sizes.
+    qform: quaternion (b, c, d) and three offsets. sform: the three rows of four numbers, one after the other.
+    qform_code, sform_code: 0 if the form says nothing.
+    """
 
     version: int
     units: int
@@ -36,8 +42,11 @@ class Forms:
 
     @classmethod
     def of_header(cls, header: Any, version: int) -> Forms:
-        """The forms of nibabel's header, which has the file's own bytes (nothing mended). ValueError if a form that
-        counts isn't finite; what doesn't count becomes 0 where it isn't finite."""
+        """The forms of a header of nibabel that holds the file's own bytes, with nothing mended.
+
+        Raises ValueError if a form with a code, or a voxel size, isn't finite. In a form whose code is 0, numbers that
+        aren't finite become 0.
+        """
         qform, sform = (_numbers(header, names) for names in (_QFORM, _SFORM))
         qfac, *sizes = np.asarray(header["pixdim"], np.float64)[:4].tolist()
         for what, values, counts in (
@@ -58,7 +67,7 @@ class Forms:
         )
 
     def put_into(self, header: Any) -> None:
-        """Writes the forms into nibabel's header of the same version."""
+        """Writes the forms into a header of nibabel, which must be of the same version."""
         header["xyzt_units"] = self.units
         header["pixdim"][:4] = self.pixdim
         header["qform_code"], header["sform_code"] = self.qform_code, self.sform_code
@@ -68,11 +77,12 @@ class Forms:
             header[name] = row
 
     def to_json(self) -> dict[str, Any]:
+        """The forms as an object that JSON can hold, for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> Forms:
-        """The forms that `to_json` described. InputError if content is anything else."""
+        """The forms that `to_json` described. Raises InputError for any other content."""
         lengths = {"pixdim": 4, "qform": 6, "sform": 12}
         try:
             found: dict[str, Any] = {

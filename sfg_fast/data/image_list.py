@@ -1,4 +1,5 @@
-"""A list of images: rows of image, optionally case and split, and every other column a target, numbers or classes."""
+"""A list of images: each row has an image, optionally a case and a split, and every other column is a target of numbers
+or classes."""
 
 from __future__ import annotations
 
@@ -28,17 +29,19 @@ def image_cohort(
     declared_in: Path,
     allow_outside: bool,
 ) -> Cohort:
-    """The cohort of a list of images. Whether these are there, and what they are, is seen when they are read.
+    """The cohort of a list of images. Whether the images are there, and what they are, is checked when they are read.
 
-    declared: targets that are known, {name: {"unit": ..} or {"classes": [..]}}, as a file says. Others are numbers if
-    all their values are, or else classes, in alphabetical order. Without a column `case` an image is called as its path
-    is written, with _ for each /. Raises InputError, naming line, column and value.
+    rows: the rows of the list, each with the place where it stands. declared: the targets that the file `declared_in`
+    declares, {name: {"unit": ..} or {"classes": [..]}}. Any other column is a target of numbers if all its values are
+    numbers, or else of classes, in alphabetical order. Without a column `case` the name of an image is its path as
+    written, with _ for each /. allow_outside: images may lie outside the list's folder.
+    Raises InputError, naming line, column and value, for anything else.
     """
     columns: dict[str, _Column] = {}
     names: dict[str, None] = {}
     files: dict[str, Path] = {}
     splits: list[str] = []
-    with_split = without_split = ""  # where the first is
+    with_split = without_split = ""  # where the first such row stands
     inside = _Inside(path.parent, allow_outside)
     for where, row in rows:
         written = check_text(row.get("image") or "", where, "image")
@@ -82,7 +85,8 @@ class _Inside:
         self._known: dict[str, bool] = {}
 
     def check(self, written: str, where: str) -> str:
-        """The path of the file. InputError if it is outside, though it may not, or can be a folder alone."""
+        """The path of an image's file. Raises InputError if the file lies outside and may not, or if the path can be
+        that of a folder only."""
         if os.path.basename(written) in ("", ".", ".."):
             raise InputError(f"{where}: image {written} is a folder, expected the path of a file")
         file = os.path.join(self._root, written)
@@ -95,9 +99,9 @@ class _Inside:
 
 
 class _Column:
-    """The values of one target, row by row, the first rows (`before`) without any.
+    """The values of one target, row by row; the first `before` rows have none.
 
-    Of a column that nobody declared it is known at its end whether it has numbers or names of classes.
+    Whether a column that nobody declared has numbers or names of classes is known when all rows were added.
     """
 
     def __init__(self, name: str, about: Mapping[str, Any] | None, declared_in: Path, before: int) -> None:
@@ -112,10 +116,11 @@ class _Column:
             assert about is not None
             self.names = check_class_names(about["classes"], where)
         self._texts = [""] * before
-        self._known: dict[str, str] = {}  # a million rows have few different texts
-        self._number = self._other = ""  # the first that is a number, and what to say of the first that is none
+        self._known: dict[str, str] = {}  # each text is kept once: a million rows have few different ones
+        self._number = self._other = ""  # the first text that is a number, and what to say of the first that is none
 
     def add(self, value: Any, where: str) -> None:
+        """Adds the value of the next row (None or "": it has none). Raises InputError for a value that can't be."""
         text = "" if value is None else value if isinstance(value, str) else repr(value)
         if text and text not in self._known:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -138,7 +143,7 @@ class _Column:
             raise InputError(f"{self._other}, but other rows have numbers there; expected them in all rows, or in none")
 
     def target(self, path: Path) -> Target | None:
-        """What the column holds; None: nothing."""
+        """The target that the column is; None if no row has a value."""
         if not self._known:
             return None
         if self.kind == "number" or self._number:
@@ -154,13 +159,14 @@ class _Column:
         return Target(self.name, "class", names=self.names)
 
     def values(self) -> Iterator[float | int | None]:
-        """Once `target` was asked for."""
+        """The number, or the index of the class, of each row (None: it has none). Call `target` first: it numbers the
+        classes."""
         known: dict[str, float | int] = {text: self.names[text] if self.names else float(text) for text in self._known}
         return map(known.get, self._texts)
 
 
 def _check_declared(declared: Mapping[str, Any], columns: Mapping[str, Any], declared_in: Path) -> None:
-    """InputError for a target without a column, if there is a column of nearly its name."""
+    """Raises InputError for a declared target without a column, if there is a column of nearly its name."""
     others = {name.lower(): name for name in columns if name not in declared}
     for name in declared:
         if name not in columns and (near := difflib.get_close_matches(name.lower(), others, 1, 0.75)):
@@ -170,6 +176,6 @@ def _check_declared(declared: Mapping[str, Any], columns: Mapping[str, Any], dec
 
 
 def _as_name(written: str) -> str:
-    """A path as the name of a case."""
+    """The name of a case for an image's path: its parts joined by _, and no dot in front."""
     name = "_".join(part for part in re.split(r"[/\\]", written) if part not in ("", ".", ".."))
     return f"_{name}" if name.startswith(".") else name

@@ -1,4 +1,4 @@
-"""Images as files, PNG or JPEG of 8 bits: read with Pillow, checked, resized, and normalised as a network sees them."""
+"""Images in PNG or JPEG files of 8 bits: this module reads them with Pillow, checks, resizes and normalises them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG")
 MAX_PIXELS = 2**26  # 8192 x 8192; refused from the header alone, before any memory is taken
-MAX_BYTES = 2**28  # of a file
+MAX_BYTES = 2**28  # the largest file that is read
 # No file holds more: deflate packs 1032 bytes of 4 pixels (of 2 bits) into one, and a JPEG has a bit for 64 pixels.
 PIXELS_PER_BYTE = 4 * DEFLATE_LIMIT
-CHANNELS = {"L": 1, "RGB": 3}  # of the modes of Pillow that are read
+CHANNELS = {"L": 1, "RGB": 3}  # how many channels each of Pillow's modes has that are read
 CHANNEL_NAMES = {1: ("grey",), 3: ("red", "green", "blue")}
 EXPECTED = "expected 8 bits of grey (mode L) or colour (RGB), nothing transparent"
-_ORIENTATION = 0x0112  # of EXIF
+_ORIENTATION = 0x0112  # EXIF's number for the orientation
 
 
 class ImageFormAsJson(TypedDict):
@@ -44,8 +44,8 @@ class ImageFormAsJson(TypedDict):
 
 @dataclass(frozen=True)
 class ImageForm:
-    """What all images of a cohort are: size (height, width), whether each was resized to it, channels (1: grey, 3: red,
-    green, blue), and mean and SD of each channel over the training images, in 0 .. 255."""
+    """What all images of a cohort are: their size (height, width), whether each was resized to that size, their
+    channels (1: grey, 3: red, green, blue), and mean and SD of each channel over the training images, in 0 .. 255."""
 
     size: tuple[int, int]
     resized: bool
@@ -54,12 +54,14 @@ class ImageForm:
     sd: list[float]
 
     def to_json(self) -> ImageFormAsJson:
+        """The form as an object that JSON can hold, for `from_json`."""
         found: Any = asdict(self) | {"size": list(self.size)}
         return found
 
     @classmethod
     def from_json(cls, content: ImageFormAsJson) -> ImageForm:
-        """What `to_json` gave (its shape was checked). InputError for what can't be."""
+        """The form that `to_json` described; the types in `content` must have been checked. Raises InputError for
+        values that no form can have."""
         size, channels, mean, sd = content["size"], content["channels"], content["mean"], content["sd"]
         good = (
             len(size) == 2
@@ -74,15 +76,16 @@ class ImageForm:
         return cls((size[0], size[1]), content["resized"], channels, list(mean), list(sd))
 
     def normalised(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [N, C, H, W] -> float32: minus the mean, by the SD, per channel."""
+        """Pixels uint8 [N, C, H, W] as a network sees them, float32: each channel minus its mean, divided by its SD."""
         mean, sd = (np.array(one, np.float32)[:, None, None] for one in (self.mean, self.sd))
         return (pixels - mean) / sd
 
 
 def load_images(cases: Sequence[Case], form: ImageForm) -> np.ndarray:
-    """The images of cases as a network sees them, float32 [N, C, H, W]: read, resized if the form says so, normalised.
+    """Reads the images of cases, resizes them if the form says so, and normalises them: float32 [N, C, H, W].
 
-    InputError, naming case and file, for whatever `read_image` refuses, or another size or mode than the form's.
+    Raises InputError, naming case and file, for whatever `read_image` refuses, and for another size or other channels
+    than the form's.
     """
     pixels = np.empty((len(cases), form.channels, *form.size), np.uint8)
     for case, out in zip(cases, pixels, strict=True):
@@ -91,7 +94,8 @@ def load_images(cases: Sequence[Case], form: ImageForm) -> np.ndarray:
 
 
 def load_image(case: Case, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
-    """The image of a case, uint8 [C, H, W]. InputError, naming case and file: see `load_images`."""
+    """The image of a case, uint8 [C, H, W], resized to `size` if `resize`. Raises InputError, naming case and file, for
+    whatever `read_image` refuses, and for another size or other channels."""
     try:
         path, found = case.inputs[0], read_image(case.inputs[0], size if resize else None)
         if found.shape[1:] != size:
@@ -107,12 +111,13 @@ def load_image(case: Case, size: tuple[int, int], channels: int, resize: bool) -
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image as uint8 [C, H, W], C = 1 (grey) or 3 (red, green, blue), turned as its EXIF says; resized to size
-    (height, width): bilinear, as far as it shrinks over all pixels that it covers.
+    """Reads an image as uint8 [C, H, W], C = 1 (grey) or 3 (red, green, blue), turned as its EXIF says.
 
-    InputError: no such file, not a whole PNG or JPEG of one picture, more than MAX_PIXELS or than the file can hold, or
-    another mode than 8 bits of grey or colour, such as one with transparency or a palette, which could be read in
-    several ways.
+    size: (height, width) that the image is resized to, by bilinear interpolation; where the image shrinks, each new
+    pixel is made of all pixels that it covers.
+    Raises InputError if there is no such file, if it isn't a whole PNG or JPEG of one picture, if it has more pixels
+    than MAX_PIXELS or than the file can hold, or for any mode but 8 bits of grey or colour: transparency or a palette,
+    for example, could be read in several ways.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -122,8 +127,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise InputError(f"{path}: {size_of_file} bytes, expected at most {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF, and of sizes, which are checked here
-            # (A file would be asked for as many bytes as it says that it has; these are no more than there are.)
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF, and of sizes, which are checked here
+            # Pillow would ask a file for as many bytes as the file says it has; BytesIO has no more than there are.
             with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
                 _check(path, image, size_of_file)
                 image.load()
@@ -141,7 +146,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def _check(path: Path, image: ImageFile.ImageFile, size_of_file: int) -> None:
-    """InputError for what isn't read, from the header alone."""
+    """Raises InputError for an image that isn't read, from its header alone."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{path}: {height} x {width} pixels, more than the {MAX_PIXELS} that are accepted")

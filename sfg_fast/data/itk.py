@@ -1,4 +1,4 @@
-"""MetaImage and NRRD files, read by SimpleITK where that is installed (pip install 'sfg_fast[itk]')."""
+"""MetaImage and NRRD files: SimpleITK reads them where it is installed (pip install 'sfg_fast[itk]')."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stored import DEFLATE_LIMIT, Stored, check_affine
 
 ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
 _READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
-_HEADER_BYTES = 2**16  # of text; the name of a data file stands in it
+_HEADER_BYTES = 2**16  # the name of a data file is looked for in so many bytes of a header's text
 _DATA_FILE = {
     "MetaImageIO": re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", re.M | re.I),
     "NrrdImageIO": re.compile(rb"\A(?:.+\n)*?data ?file:[ \t]*(.*?)[ \t\r]*$", re.M | re.I),  # before the empty line
@@ -26,8 +26,8 @@ _TO_RAS = np.diag([-1.0, -1, 1, 1])  # ITK's world is Left, Posterior, Superior
 
 
 def data_file(path: Path) -> Path | None:
-    """The file with the voxels beside a header, None if they are in the same file. InputError for a header that can't
-    be read, or that names several files or one in another folder."""
+    """The file with the voxels of a header; None if they are in the header's own file. Raises InputError for a header
+    that can't be read, or that names several files or one in another folder."""
     try:
         with path.open("rb") as file:
             found = _DATA_FILE[_READERS[path.suffix.lower()]].search(file.read(_HEADER_BYTES))
@@ -42,8 +42,11 @@ def data_file(path: Path) -> Path | None:
 
 
 def opened(path: Path) -> Stored:
-    """The header of a file that ends in .mha, .mhd, .nrrd or .nhdr. InputError: SimpleITK isn't there or can't read it,
-    axes that aren't at right angles (the NIfTI file of a prediction couldn't have them)."""
+    """Reads the header of a file that ends in .mha, .mhd, .nrrd or .nhdr.
+
+    Raises InputError if SimpleITK isn't installed or can't read the file, for voxels that aren't real numbers, and for
+    axes that aren't at right angles, because the NIfTI file of a prediction couldn't have them.
+    """
     try:
         import SimpleITK as sitk
     except ImportError as error:
@@ -54,7 +57,7 @@ def opened(path: Path) -> Stored:
     if not data.is_file():
         raise InputError(f"{path}: its voxels are in {data.name}, but there is no such file")
     reader = sitk.ImageFileReader()
-    reader.SetImageIO(_READERS[path.suffix.lower()])  # whatever the content says
+    reader.SetImageIO(_READERS[path.suffix.lower()])  # the ending decides, whatever the content says
     reader.SetFileName(str(path))
     with _one_line(sitk, path):
         reader.ReadImageInformation()
@@ -79,7 +82,7 @@ def opened(path: Path) -> Stored:
     def read(wanted: DTypeLike | None) -> np.ndarray:
         with _one_line(sitk, path):
             image = reader.Execute()
-        return np.array(sitk.GetArrayViewFromImage(image), dtype=wanted).T  # a copy: the image goes
+        return np.array(sitk.GetArrayViewFromImage(image), dtype=wanted).T  # a copy, because the image goes
 
     room = data.stat().st_size * DEFLATE_LIMIT
     return Stored(shape, np.dtype(types[pixel].lower()), _TO_RAS @ affine, None, room, (), read)
@@ -87,7 +90,8 @@ def opened(path: Path) -> Stored:
 
 @contextmanager
 def _one_line(sitk: Any, path: Path) -> Iterator[None]:
-    """SimpleITK's exceptions as one line that names the file, and its warnings, which name none, left out."""
+    """Turns SimpleITK's exceptions into InputErrors of one line that name the file, and silences its warnings, which
+    name none."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

@@ -1,4 +1,4 @@
-"""The rows of a list, .csv or .json, and what may stand beside them."""
+"""The rows of a list of cases, .csv or .json, and what the list may say beside its rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ..files import read_json, shown
 from .targets import check_target_name
 
 Row = tuple[str, dict[str, Any]]
-"""Where it stands, and its values by column."""
-ENTRIES = ("labels", "channel_names", "targets", "cases")  # of a JSON list that is an object
+"""The place where a row stands, for messages, and the row's values by column."""
+ENTRIES = ("labels", "channel_names", "targets", "cases")  # the entries that a JSON list may have if it is an object
 
 
 def csv_rows(path: Path) -> tuple[Iterator[Row], dict[str, Any]]:
-    """The rows of a table, read as they are asked for, and what it says besides: nothing."""
+    """The rows of a .csv, which are read as they are asked for, and an empty dict, because a .csv says nothing besides.
+    The rows raise InputError for a file that isn't readable as CSV."""
     return _csv_rows(path), {}
 
 
@@ -40,7 +41,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def json_rows(path: Path) -> tuple[Iterator[Row], dict[str, Any]]:
-    """The rows of a list, and what its object form says besides."""
+    """The rows of a .json, and the whole object that they stand in, if it is one. Raises InputError for any other
+    content, and for unknown entries of the object."""
     content = read_json(path)
     meta = content if isinstance(content, dict) else {"cases": content}
     rows = meta.get("cases")
@@ -53,22 +55,25 @@ def json_rows(path: Path) -> tuple[Iterator[Row], dict[str, Any]]:
 
 
 def check_each_has_a_split(rows: Sequence[Row]) -> None:
-    """InputError if some rows say their split and others don't: these may be any."""
+    """Raises InputError if some rows say their split and others don't: these might belong to any split."""
     without = [where for where, row in rows if row.get("split") in ("", None)]
     if without and len(without) < len(rows):
         raise no_split(without[0])
 
 
 def no_split(where: str) -> InputError:
+    """The error for a row without a split, at the place `where`, among rows that have one."""
     return InputError(f"{where}: no split, but other rows have one; expected one in every row, or in none")
 
 
 def outside(where: str, column: str, value: str) -> InputError:
+    """The error for a row, at the place `where`, that names a file outside the list's folder."""
     return InputError(f"{where}: {column} {value} is outside the list's folder; allow_outside=True permits it")
 
 
 def check_text(value: Any, where: str, column: str) -> str:
-    """InputError for a cell that is no text, or that no file can be called."""
+    """Returns the text of a cell. Raises InputError if it is no text, has spaces around it, or holds a zero byte, which
+    no path can."""
     if not isinstance(value, str) or "\0" in value:
         raise InputError(f"{where}: {column} is {value!r}, expected text")
     if value != value.strip():
@@ -77,9 +82,10 @@ def check_text(value: Any, where: str, column: str) -> str:
 
 
 def declared(content: Any, path: Path, names: str) -> dict[str, dict[str, Any]]:
-    """The "targets" that were declared in a file, {name: {"unit": .., names: ..}}; names: "labels" or "classes".
+    """Checks the "targets" that the file `path` declares, and returns them: {name: {"unit": .., names: ..}}.
 
-    InputError for anything else. (Of the names, whoever asked for them has to check the value.)
+    names: the key beside "unit" that a target may have, "labels" or "classes". The caller has to check the value of
+    that key. Raises InputError for anything else.
     """
     if not isinstance(content, dict):
         raise InputError(f"{path}: targets are {shown(content)}, expected an object, {{name: {{..}}}}")

@@ -1,5 +1,8 @@
-"""NIfTI files: what stands before the voxels is checked before anything follows it; files are written byte by byte, so
-that where the voxels lie is said as it was in the file that it comes from."""
+"""NIfTI files: this module reads and writes them.
+
+Everything that stands before the voxels is checked before a reader follows it. Files are written byte by byte, so that
+their headers say where the voxels lie just as the header of the MR does.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,14 @@ from .notes import Note
 from .stored import DEFLATE_LIMIT, Stored, apart, check_affine, smallest_edge
 
 ENDINGS = (".nii.gz", ".nii")
-MAX_HEADER_BYTES = 2**24  # everything before the voxels, extensions included
-FORMS_TOLERANCE = 0.1  # of a voxel edge: forms that differ less say the same place
-_VERSIONS = {348: 1, 540: 2}  # by the header's length
+MAX_HEADER_BYTES = 2**24  # the most bytes before the voxels, extensions included
+FORMS_TOLERANCE = 0.1  # of a voxel edge: two forms that differ less say the same place
+_VERSIONS = {348: 1, 540: 2}  # the version by the header's length in bytes
 
 
 def opened(path: Path) -> Stored:
-    """The header of a NIfTI-1 or -2 file (.nii, .nii.gz in any case of letters). InputError if it can't be one."""
+    """Reads the header of a NIfTI-1 or -2 file (.nii, .nii.gz in any case of letters). Raises InputError if the file
+    can't be one."""
     import nibabel as nib
 
     try:
@@ -39,7 +43,7 @@ def opened(path: Path) -> Stored:
         header, notes = _mended(as_it_is.copy(), path)
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite then, and refused
+        with np.errstate(over="ignore", invalid="ignore"):  # an affine that overflows is infinite, and refused
             affine = np.asarray(header.get_best_affine(), np.float64)
             affine[:3] *= millimetres(int(header["xyzt_units"]))
         check_affine(path, affine)
@@ -54,7 +58,7 @@ def opened(path: Path) -> Stored:
             with _bytes(path) as file:
                 voxels = np.asarray(nib.arrayproxy.ArrayProxy(file, header, mmap=False), dtype=wanted)
                 if _zipped(path):
-                    file.read(1)  # the checksum is compared at the end of the file, where nibabel never comes
+                    file.read(1)  # gzip compares the checksum at the end of the file, which nibabel never reaches
             return voxels
         except Exception as error:
             raise _refusal(path, error, "the voxels can't be read") from error
@@ -67,10 +71,11 @@ def opened(path: Path) -> Stored:
 
 
 def write(path: Path, stored: np.ndarray, affine: np.ndarray, forms: Forms | None) -> None:
-    """Writes voxels [x, y, z] as they are to be stored, of little-endian or one-byte type, complete or not at all.
+    """Writes voxels [x, y, z] as they are to be stored; the file is complete or absent.
 
-    The forms of a file are written as they are; without them (forms None) both say the affine, code 1, in mm.
-    InputError if the header can't hold the shape or the affine.
+    stored: the voxels, of a little-endian or one-byte type. affine: index to mm. forms: the forms of another file's
+    header, which are written as they are; with None both forms say the affine, with code 1, in mm.
+    Raises InputError if the header can't hold the shape or the affine.
     """
     import nibabel as nib
 
@@ -96,9 +101,9 @@ def write(path: Path, stored: np.ndarray, affine: np.ndarray, forms: Forms | Non
                 "expected axes at right angles"
             )
     with replacing(path) as partial, partial.open("wb") as file:
-        # Neither time nor name goes into the archive: the same voxels give the same bytes.
+        # Neither time nor name goes into the archive, so that the same voxels give the same bytes.
         out = gzip.GzipFile("", "wb", 1, file, mtime=0) if _zipped(path) else file
-        out.write(header.binaryblock + bytes(4))  # no extensions
+        out.write(header.binaryblock + bytes(4))  # four zeros say that there are no extensions
         out.write(stored.tobytes(order="F"))
         out.close()
 
@@ -112,7 +117,7 @@ def _bytes(path: Path) -> gzip.GzipFile | BufferedReader:
 
 
 def _refusal(path: Path, error: Exception, what: str) -> InputError:
-    """The one line for an exception of gzip or nibabel."""
+    """The error of one line for an exception of gzip or nibabel."""
     if isinstance(error, gzip.BadGzipFile) and "Not a gzipped" in str(error):
         with suppress(OSError), path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
@@ -121,8 +126,8 @@ def _refusal(path: Path, error: Exception, what: str) -> InputError:
 
 
 def _start(path: Path) -> bytes:
-    """The header. Where the voxels start, and the extensions before them, are numbers in the file that a reader would
-    follow to anywhere: InputError if they are absurd."""
+    """The bytes of the header, 348 or 540. Raises InputError if the file says absurd numbers for the start of the
+    voxels or the lengths of extensions, because a reader would follow them anywhere."""
     with _bytes(path) as file:
         start = file.read(540)
         sizes = {order: struct.unpack_from(order + "i", start.ljust(4, b"\0"))[0] for order in "<>"}
@@ -147,7 +152,7 @@ def _start(path: Path) -> bytes:
 
 
 class _Heard(logging.Handler):
-    """Keeps what is said; nibabel's own logger would print it without the name of the file."""
+    """Keeps what nibabel says of a header; nibabel's own logger would print it without the name of the file."""
 
     def __init__(self) -> None:
         super().__init__(level=1)
@@ -158,7 +163,8 @@ class _Heard(logging.Handler):
 
 
 def _mended(header: Any, path: Path) -> tuple[Any, tuple[Note, ...]]:
-    """The header after nibabel's checks, which mend what they can and raise for the rest, and what they said."""
+    """The header after nibabel's checks, and what they said as notes. The checks mend what they can, and raise for the
+    rest."""
     heard, logger = _Heard(), logging.Logger("header of a file")
     logger.addHandler(heard)
     header.check_fix(logger, 40)
@@ -166,7 +172,7 @@ def _mended(header: Any, path: Path) -> tuple[Any, tuple[Note, ...]]:
 
 
 def _doubts(path: Path, header: Any, forms: Forms, affine: np.ndarray, shape: tuple[int, ...]) -> tuple[Note, ...]:
-    """Notes of what other programs may see otherwise: two forms that differ, or none."""
+    """Notes of a place that other programs may read otherwise: the two forms differ, or neither says one."""
     codes = int(header["qform_code"]), int(header["sform_code"])
     if codes == (0, 0):
         what = "neither qform nor sform says where it lies (both codes are 0); it is read with axes towards Left, "
@@ -177,7 +183,7 @@ def _doubts(path: Path, header: Any, forms: Forms, affine: np.ndarray, shape: tu
         with np.errstate(over="ignore", invalid="ignore"):
             qform = np.asarray(header.get_qform(), np.float64)
             qform[:3] *= millimetres(forms.units)
-    except Exception:  # whatever a quaternion that is none may raise
+    except Exception:  # numbers that are no quaternion may raise anything
         return (Note("forms", f"{path}: the qform is no rotation; the sform is used, both are written back"),)
     far = apart(qform, affine, (shape[0], shape[1], shape[2]))
     if far <= FORMS_TOLERANCE * smallest_edge(affine):

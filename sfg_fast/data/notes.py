@@ -1,4 +1,4 @@
-"""What a person should know of a case that is used all the same: notes, one line each, of a few kinds."""
+"""Notes of one line each: what a person should know of a case that is used all the same."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SHOWN = 5  # notes of each kind; all of them are in the manifest
+SHOWN = 5  # how many notes of each kind are printed; all of them are in the manifest
 
 
 @dataclass(frozen=True)
 class Note:
-    """kind: "forms" (qform and sform say two places), "place" (a file doesn't say where it lies), "header" (what had
-    to be mended to read a header), "name" (how a file is called), "ct" or "mr" (values that are hardly plausible).
-    text: one line that names the file or the case."""
+    """What a person should know of a file or a case.
+
+    kind: "forms" (qform and sform say two places), "place" (a file doesn't say where it lies), "header" (what had to be
+    mended to read a header), "name" (how a file is called), "ct" or "mr" (values that are hardly plausible).
+    text: one line that names the file or the case.
+    """
 
     kind: str
     text: str
 
     def to_json(self) -> dict[str, str]:
+        """The note as an object that JSON can hold."""
         return asdict(self)
 
 
@@ -31,7 +35,8 @@ def is_note(content: Any) -> bool:
 
 
 def told(cases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The notes of a manifest's cases, {case: entry}, as lines to print: SHOWN of each kind, and how many more."""
+    """Gives the notes of a manifest's cases, {case: entry}, as lines to print: SHOWN of each kind, and how many more
+    there are."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for entry in cases.values():
         for note in entry["notes"]:

@@ -1,9 +1,9 @@
-"""The anatomy of the synthetic patient: solids in mm, drawn once, cut at any height.
+"""The anatomy of the synthetic patient: solids in mm, which are drawn at random once and can be cut at any height.
 
 The origin lies midway between the femoral heads; x points to the patient's right, front to anterior, z to superior. A
-shape takes x and front (float32 arrays of an axial plane) and z (a number) and gives the signed distance to its surface
-in mm, about, negative inside; or None if the plane misses it. Most shapes are symmetric: their x is the distance from
-the midline, and it is the bending of the patient that makes the sides differ.
+shape takes x and front (float32 arrays of an axial plane) and z (a number). It gives the distance of each place to its
+surface in mm, approximately, which is negative inside; or None if the plane misses the shape. Most shapes are
+symmetric: their x is the distance from the midline, and only the bending of the patient makes the sides differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 LABELS = {"background": 0, "prostate": 1, "bladder": 2, "rectum": 3, "left_femoral_head": 4, "right_femoral_head": 5}
 AIR, SKIN, FAT, MUSCLE, CORTICAL, MARROW, CARTILAGE, URINE, PROSTATE, PERIPHERAL_ZONE = range(10)
 GLAND, WALL, MUCOSA, STOOL, GAS, ARTERY, VEIN, TENDON, CALCIFICATION = range(10, 19)
-REACH = 5.0  # how far outside its surface a shape is still measured, in mm
+REACH = 5.0  # how far above and below its surface a shape is still measured, in mm
 
 Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray | None]
 Limit = Callable[[np.ndarray, np.ndarray, float], np.ndarray]  # a shape that every plane meets
@@ -26,9 +26,12 @@ Knot = Sequence[float]
 
 @dataclass(frozen=True)
 class Solid:
-    """A shape and what it is made of, from outside to inside: (tissue, edge) fills all that lies deeper than edge mm (a
-    negative edge is outside the shape). label: of what is inside, on the patient's left and right. over: the tissues
-    that it replaces (empty: all)."""
+    """A shape and what it is made of.
+
+    layers: from outside to inside, (tissue, edge): the tissue fills all that lies deeper than edge mm (a negative edge
+    lies outside the shape). label: the labels of what is inside the shape, on the patient's left and right (0: it gets
+    none). over: the tissues that the solid replaces (empty: all).
+    """
 
     shape: Shape
     layers: tuple[tuple[int, float], ...] = ()
@@ -37,8 +40,8 @@ class Solid:
 
 
 def cut(solids: Sequence[Solid], x: np.ndarray, front: np.ndarray, z: float) -> tuple[np.ndarray, ...]:
-    """Tissue (uint8), label (uint8) and depth below the surface of the solid (float32, mm) in an axial plane; later
-    solids replace earlier ones and lie within the first."""
+    """Cuts all solids by an axial plane: tissue (uint8), label (uint8), and depth below the surface of the solid
+    (float32, mm), each of the shape of x. Later solids replace earlier ones, and lie within the first."""
     tissue, label = np.zeros(x.shape, np.uint8), np.zeros(x.shape, np.uint8)
     depth = np.zeros(x.shape, np.float32)
     _draw(solids[0], x, front, z, tissue, label, depth)
@@ -73,12 +76,14 @@ def _draw(
 
 
 def ellipsoid(centre: Knot, radii: Knot) -> Shape:
+    """An ellipsoid; its centre and its radii in mm along x, front, z."""
+
     def shape(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
         w = (z - centre[2]) / radii[2]
         if abs(w) > 1 + REACH / radii[2]:
             return None
         u, v = (x - centre[0]) / radii[0], (front - centre[1]) / radii[1]
-        tiny = 1e-6  # for the centre, which lies as deep as the shortest radius
+        tiny = 1e-6  # keeps the centre from 0 / 0: it lies as deep as the shortest radius
         radius = np.sqrt(u**2 + v**2 + w**2 + tiny)
         slope = np.sqrt((u / radii[0]) ** 2 + (v / radii[1]) ** 2 + (w / radii[2]) ** 2 + tiny / min(radii) ** 2)
         return radius * (radius - 1) / slope
@@ -87,7 +92,7 @@ def ellipsoid(centre: Knot, radii: Knot) -> Shape:
 
 
 def tube(*knots: Knot) -> Shape:
-    """Along a line in space; knots: x, front, z, radius."""
+    """A tube along a line in space from knot to knot; a knot is x, front, z, radius in mm."""
 
     def shape(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
         nearest = None
@@ -108,7 +113,11 @@ def tube(*knots: Knot) -> Shape:
 
 
 def strap(planes: Mapping[int, Sequence[Knot]]) -> Shape:
-    """Along a line in the axial plane that changes with height; planes: rising z -> knots x, front, radius."""
+    """A shape that is, in each axial plane, a tube from knot to knot; the knots move with height.
+
+    planes: {z: knots}, with z rising and as many knots in each plane; a knot is x, front, radius in mm. Between two
+    planes the knots are interpolated.
+    """
     heights, table = list(planes), np.array(list(planes.values()), float)
 
     def shape(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
@@ -123,11 +132,12 @@ def strap(planes: Mapping[int, Sequence[Knot]]) -> Shape:
 
 
 def both_sides(shape: Shape) -> Shape:
+    """A shape of the patient's right, where x is positive, and its mirror image on the left."""
     return lambda x, front, z: shape(np.abs(x), front, z)
 
 
 def union(*shapes: Shape, blend: float = 4.0) -> Shape:
-    """blend: mm over which they flow into each other."""
+    """All shapes as one; blend: the mm over which they flow into each other."""
 
     def shape(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
         found = [one for one in (part(x, front, z) for part in shapes) if one is not None]
@@ -143,7 +153,7 @@ def union(*shapes: Shape, blend: float = 4.0) -> Shape:
 
 
 def apart(*shapes: Shape, gap: float, more: float) -> Shape:
-    """Shapes that grow by `more` mm until they meet, and keep a gap there."""
+    """Shapes that grow by `more` mm, but keep a gap of `gap` mm where two of them meet."""
 
     def shape(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
         found = [one for one in (part(x, front, z) for part in shapes) if one is not None]
@@ -159,7 +169,7 @@ def apart(*shapes: Shape, gap: float, more: float) -> Shape:
 
 
 def within(shape: Shape, limit: Limit) -> Shape:
-    """What of a shape lies inside of a limit, too."""
+    """The part of a shape that also lies inside a limit."""
 
     def limited(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray | None:
         distance = shape(x, front, z)
@@ -172,10 +182,10 @@ def within(shape: Shape, limit: Limit) -> Shape:
 
 
 def pelvis(rng: np.random.Generator, difficulty: float) -> list[Solid]:
-    """A patient's solids, in the order in which they are to be drawn: from the skin to the organs."""
+    """A patient's solids, in the order in which `cut` needs them: from the skin to the organs. difficulty: 0 to 1."""
 
     def draw(low: float, high: float) -> float:
-        """From an interval that is 40 % wider at difficulty 1."""
+        """A number from the interval, which is 40 % wider at difficulty 1."""
         margin = 0.2 * difficulty * (high - low)
         return float(rng.uniform(low - margin, high + margin))
 
@@ -206,7 +216,7 @@ def _trunk(draw: Callable[[float, float], float]) -> list[Solid]:
 
 
 def _muscles(draw: Callable[[float, float], float]) -> list[Solid]:
-    """Groups of muscles; those of a group are kept apart by planes of fat."""
+    """Groups of muscles; planes of fat keep the muscles of a group apart."""
     bulk, gap = draw(2.5, 5.5), draw(1.5, 3)
     return [
         Solid(both_sides(apart(*map(strap, group.values()), gap=gap, more=more)), ((MUSCLE, 0),), over=(FAT,))
@@ -339,7 +349,7 @@ def _bones(draw: Callable[[float, float], float]) -> list[Solid]:
     ball = ellipsoid(head, (radius + 9,) * 3)
 
     def medial(x: np.ndarray, front: np.ndarray, z: float) -> np.ndarray:
-        """The cup's rim: it opens to the side, downwards and to the front."""
+        """The plane of the cup's rim: the cup opens to the side, downwards and to the front."""
         return 0.9 * (x - head[0]) + 0.3 * front - 0.3 * z - 5
 
     hip = union(ilium, front_column, pubis, back_column, lower_ramus, plate, within(ball, medial))
@@ -368,7 +378,7 @@ def _bones(draw: Callable[[float, float], float]) -> list[Solid]:
 
 
 def _organs(draw: Callable[[float, float], float]) -> list[Solid]:
-    # Vessels: the external iliac and femoral ones, artery beside vein; then those of the pelvic wall.
+    # The vessels are the external iliac and femoral ones, artery beside vein, and then those of the pelvic wall.
     artery = tube((56, 36, 95, 5), (52, 46, 40, 5), (62, 62, 5, 5), (68, 66, -30, 5), (76, 58, -95, 5))
     vein = tube((46, 24, 95, 7), (46, 34, 40, 7), (52, 56, 5, 6), (57, 60, -30, 6), (66, 50, -95, 6))
     inner = tube((36, -20, 70, 3), (42, -28, 40, 3), (36, -30, 10, 3), (30, -10, -10, 2))
@@ -431,7 +441,8 @@ def _organs(draw: Callable[[float, float], float]) -> list[Solid]:
 
 
 def _scattered(rng: np.random.Generator, difficulty: float) -> list[Solid]:
-    """Small vessels and loops of bowel; and what a difficult patient has more of, which is drawn last."""
+    """The solids of small vessels and loops of bowel. What only a difficult patient has is drawn last, so that the rest
+    stays the same."""
 
     def in_front_of(level: float) -> Limit:
         return lambda x, front, z: level - front
@@ -452,7 +463,7 @@ def _scattered(rng: np.random.Generator, difficulty: float) -> list[Solid]:
     if difficulty > 0:
         plexus = ellipsoid((0, 10, -22), (38, 30, 26))
         solids.append(Solid(plexus, ((VEIN, 8 * (1 - difficulty)),), over=(FAT,)))
-        for index in range(round(8 * difficulty)):  # in veins beside the organs, left and right in turn
+        for index in range(round(8 * difficulty)):  # stones in veins beside the organs, left and right in turn
             where = rng.uniform((34, -50, -50), (60, 30, 40)) * ((-1) ** index, 1, 1)
             stone = ellipsoid(tuple(where), (rng.uniform(3, 6),) * 3)
             solids.append(Solid(stone, ((CALCIFICATION, 0),), over=(FAT, MUSCLE)))

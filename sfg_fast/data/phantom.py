@@ -1,16 +1,17 @@
 """A synthetic pelvis cohort: MR, CT, labels and body mask as NIfTI, for the demo, the tests and experiments.
 
-`pelvis.py` says where each tissue of a patient lies, `TISSUES` how bright it is; here it is imaged. Everything is given
-in mm and depends on the seed alone; the grid that is asked for only samples it, eight times per voxel, so that a voxel
-on a border holds a mixture. Cortical bone and rectal gas are both dark in the MR but about 2000 HU apart in the CT, so
-that a synthetic CT needs context, not only intensity; and organs differ from their walls and neighbours in the MR only.
+`pelvis.py` says where each tissue of a patient lies, and `TISSUES` how bright it is; this module images the patient.
+Everything is given in mm and depends on the seed alone. The grid only samples the patient, eight times per voxel, so
+that a voxel on a border holds a mixture. Cortical bone and rectal gas are both dark in the MR but about 2000 HU apart
+in the CT, so that a synthetic CT needs context, not only intensity. Organs differ from their walls and neighbours in
+the MR only.
 
-The difficulty, 0 to 1, takes away what makes the job easy. Anatomy varies more; organs, muscle and stool come closer
-together in the MR, marrow becomes as bright as fat; bias field and noise grow. Tendons, calcifications and gas in the
+The difficulty, 0 to 1, takes away what makes the job easy. Anatomy varies more. In the MR organs, muscle and stool come
+closer together, and marrow becomes as bright as fat. Bias field and noise grow. Tendons, calcifications and gas in the
 bowel are dark in the MR, too, and only place and shape tell them apart. And each task has to look at what the other has
-no use for. The organs: the veins around the prostate have its HU, so that the CT does not show its border. The CT: how
-dense a bone is. Marrow is denser where its texture in the MR is coarser, near the bone's surface, and in the femoral
-heads; cortical bone is denser the farther it is from the midline.
+no use for. For the organs these are the veins around the prostate: they have its HU, so that the CT does not show its
+border. For the CT it is how dense a bone is. Marrow is denser where its texture in the MR is coarser, near the bone's
+surface, and in the femoral heads; cortical bone is denser the farther it is from the midline.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ from .stored import MAX_VOXELS
 from .volumes import Grid, write_volume
 
 FIELD_OF_VIEW_MM = (144.0, 400.0, 400.0)  # along Z, Y, X
-SCANNER_UNITS = 1000.0  # MR intensity of the brightest tissue, about
-BLUR_MM = 0.8  # SD of what scanners blur in plane
-SAMPLES, WEIGHTS = 2, (0.499, 0.501)  # of a voxel along each axis; a little unequal, so that no label wins all ties
-# MR at difficulty 0 and 1, HU; SD among patients of MR (relative) and HU; SD of the texture in MR (relative) and HU.
+SCANNER_UNITS = 1000.0  # about the MR intensity of the brightest tissue
+BLUR_MM = 0.8  # SD by which scanners blur in plane
+# Samples of a voxel along each axis, and their weights, a little unequal, so that no label wins all ties.
+SAMPLES, WEIGHTS = 2, (0.499, 0.501)
+# Of each tissue: MR at difficulty 0 and at 1 (1 is about the brightest tissue), HU; the SD among patients of MR
+# (relative) and of HU; the SD of the texture in MR (relative) and in HU.
 TISSUES = {
     AIR: (0.00, 0.00, -1000, 0.00, 0, 0.00, 0),
     SKIN: (0.35, 0.35, 0, 0.05, 5, 0.00, 5),
@@ -80,7 +83,8 @@ TISSUES = {
 
 @dataclass(frozen=True, eq=False)
 class PhantomCase:
-    """mr float32 in scanner units (> 0), ct float32 HU, labels uint8 (see LABELS), mask bool; all [Z, Y, X]."""
+    """One synthetic patient, all arrays [Z, Y, X]: mr float32 in scanner units (> 0), ct float32 in HU, labels uint8
+    (their values are those of `pelvis.LABELS`), mask bool."""
 
     mr: np.ndarray
     ct: np.ndarray
@@ -89,7 +93,7 @@ class PhantomCase:
 
 
 def phantom_grid(size: int = 96, slices: int = 24) -> Grid:
-    """The grid of a case: RAS+, the field of view centred on the world's origin."""
+    """The grid of a case of size x size voxels in a slice: RAS+, with the field of view around the world's origin."""
     z, y, x = (extent / count for extent, count in zip(FIELD_OF_VIEW_MM, (slices, size, size), strict=True))
     affine = np.diag([x, y, z, 1.0])
     affine[:3, 3] = [-x * (size - 1) / 2, -y * (size - 1) / 2, -z * (slices - 1) / 2]
@@ -97,8 +101,8 @@ def phantom_grid(size: int = 96, slices: int = 24) -> Grid:
 
 
 def make_case(rng_seed: int | Sequence[int], size: int = 96, slices: int = 24, difficulty: float = 0.0) -> PhantomCase:
-    """One patient, a function of the seed and the difficulty (0 to 1); arrays [slices, size, size], axes towards
-    Superior, Anterior, Right."""
+    """Makes one patient, as a function of the seed and the difficulty (0 to 1). Arrays are [slices, size, size], with
+    axes towards Superior, Anterior, Right."""
     shape = (slices, size, size)
     of_anatomy, of_images, of_noise = np.random.default_rng(rng_seed).spawn(3)
     patient = _Patient(of_anatomy, of_images, difficulty)
@@ -129,8 +133,8 @@ def write_phantom(
     difficulty: float = 0.0,
 ) -> None:
     """Writes a cohort in the folder layout of `read_cohort`: OUT/phantom_000/{mr,ct,labels,mask}.nii.gz, .., and
-    OUT/dataset.json with label names, split (the last `test` cases are the test split) and difficulty. All of it or
-    nothing.
+    OUT/dataset.json with label names, split (the last `test` cases are the test split) and difficulty. If it fails or
+    is stopped, nothing stays.
 
     Raises InputError for a folder that isn't empty, size < 24, slices < 4, more than MAX_VOXELS voxels, test not in
     0 .. cases - 1, seed < 0, difficulty not in 0 .. 1.
@@ -160,11 +164,11 @@ def write_phantom(
 
 
 class _Patient:
-    """Solids, and all that varies smoothly from place to place."""
+    """The solids of a patient, and all that varies smoothly from place to place."""
 
     def __init__(self, of_anatomy: np.random.Generator, of_images: np.random.Generator, difficulty: float):
         self.difficulty = difficulty
-        self.middle = (*of_anatomy.normal(0, 4, 2), of_anatomy.uniform(-16, -4))  # of the hips in the field of view
+        self.middle = (*of_anatomy.normal(0, 4, 2), of_anatomy.uniform(-16, -4))  # where the hips are in the field
         self.scale = of_anatomy.uniform((0.9, 0.9, 0.94), (1.0, 1.02, 1.04))
         self.bend = [_Field(of_anatomy, (80, 120, 120)) for _ in range(2)]
         self.bulge = [_Field(of_anatomy, (25, 28, 28)) for _ in range(2)]
@@ -179,7 +183,8 @@ class _Patient:
         self.hu = hu + hu_spread * of_images.normal(size=len(hu))
 
     def section(self, z: float, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """MR, CT, body and labels (one plane each) of an axial plane; places in mm from the middle of the field."""
+        """Images the axial plane at height z: float32 [3 + labels, Y, X] with MR, CT, body (0 or 1), and a plane for
+        each label (0 or 1). z, y, x: places in mm from the middle of the field of view."""
         from scipy import ndimage
 
         place, difficulty = (np.array([z]), y, x), self.difficulty
@@ -212,7 +217,8 @@ class _Patient:
 def _with_noise(
     rng: np.random.Generator, mr: np.ndarray, ct: np.ndarray, difficulty: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """MR in scanner units with Rician noise; CT with noise that is smooth in plane and strongest deep in the body."""
+    """The MR in scanner units with Rician noise, and the CT with noise that is smooth in plane and strongest deep in
+    the body."""
     from scipy import ndimage
 
     gain = SCANNER_UNITS * rng.uniform(0.8, 1.25)
@@ -228,8 +234,8 @@ def _with_noise(
 
 
 class _Field:
-    """A smooth random function of place, of mean 0 and SD 1: cubic B-splines with a random coefficient every so many mm
-    along Z, Y, X."""
+    """A smooth random function of place with mean 0 and SD 1: cubic B-splines with a random coefficient every so many
+    mm (`every`) along Z, Y, X."""
 
     def __init__(self, rng: np.random.Generator, every: tuple[float, float, float]):
         self.every = every
@@ -239,7 +245,7 @@ class _Field:
         self.coefficients /= (151 / 315) ** 1.5  # a cubic B-spline's integral of squares, along three axes
 
     def __call__(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """[Y, X] at one z and places y, x, in mm from the middle of the field of view."""
+        """The values [Y, X] at one z ([1]) and the places y, x, in mm from the middle of the field of view."""
         (of_z,), of_y, of_x = (
             _splines((at + extent / 2) / mm + 1, count)
             for at, extent, mm, count in zip(
@@ -251,7 +257,7 @@ class _Field:
 
 
 def _splines(at: np.ndarray, count: int) -> np.ndarray:
-    """Cubic B-splines around 0, 1 .. count - 1: [places, count]."""
+    """The values of the cubic B-splines around 0, 1 .. count - 1 at the places `at`: [places, count]."""
     distance = np.abs(at[:, None] - np.arange(count))
     near = (4 - 6 * distance**2 + 3 * distance**3) / 6
     return np.where(distance < 1, near, np.maximum(2 - distance, 0) ** 3 / 6)

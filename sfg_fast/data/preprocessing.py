@@ -1,8 +1,8 @@
-"""From a cohort of files to memory maps: every case checked, normalised and written, in parallel.
+"""Takes a cohort of files to memory maps: `preprocess` checks, normalises and writes every case, in parallel.
 
 A case, or a block of images (blocks.py), is written to a folder of its own, which appears when it is complete. So a run
-that was killed goes on where it was, and a second run writes only what has changed: each is known by a hash of its
-files' contents and of everything else that its arrays depend on. The layout of the folder: cache.py.
+that was killed goes on where it was. A second run writes only what has changed, because each case is known by a hash of
+its files' contents and of everything else that its arrays depend on. cache.py describes the layout of the folder.
 """
 
 from __future__ import annotations
@@ -41,30 +41,37 @@ from .volumes import volume_files, volume_shape, volume_stem
 from .written import complete, write
 
 MARKER = "preprocess.json"  # says whose cache a folder is, also before the manifest is written
-# Memory per voxel and MR channel that a case takes while it is written: 13 to 18 measured, more if it has to be scaled.
+# Bytes per voxel and MR channel that a case takes while it is written: 13 to 18 were measured, and a file whose header
+# scales its values takes more.
 BYTES_AT_WORK = 34
-DECODED_BYTES = 2**28  # the same for an image that is resized, whose own size is not known before
+DECODED_BYTES = 2**28  # bytes that an image which is resized takes; its own size is not known before it is read
 FEW = 1e-3  # the share of the voxels, the brightest, that must not decide alone how the others are scaled
-TOLD_SQUASH, REFUSED_SQUASH = 3.0, 100.0  # how far they may move the scale, in SDs of the others
-# The same for more voxels, at both ends. Where so many do it, they may be all that there is to see: what is refused is
-# more than the 16 bits of a scanner hold.
+TOLD_SQUASH, REFUSED_SQUASH = 3.0, 100.0  # how far these few may move the scale, in SDs of the others
+# The share of voxels at each end, and how far these may move the scale. So many voxels may be all that there is to see:
+# only a scale that is more than the 16 bits of a scanner hold is refused.
 SOME, REFUSED_SQUASH_OF_SOME = 2e-2, 1e5
 # How far a voxel may lie from the foreground's mean in SDs: the brightest vessels reach 20, padding is beyond 50.
 TOLD_Z, REFUSED_Z = 30.0, 1000.0
-INT16 = 2.0**15  # a brightness beyond turns negative where nobody looks
-SAMPLE = 2**18  # voxels that percentiles are taken from
-WHOLE = 0.995  # a body of this share of the volume is none
-# Of the body in HU: lungs, knees, heads and metal all stay inside; 0..4095 that nobody rescaled doesn't.
+INT16 = 2.0**15  # a brightness beyond this turns negative in a program that stores 16 bits
+SAMPLE = 2**18  # how many voxels, at most, percentiles are taken from
+WHOLE = 0.995  # a body that fills more than this share of the volume is not plausible
+# Median and mean of the body in HU: lungs, knees, heads and metal all stay inside these intervals; values 0..4095 that
+# nobody rescaled don't.
 PLAUSIBLE_MEDIAN, PLAUSIBLE_MEAN = (-500.0, 300.0), (-500.0, 500.0)
 
 
 Done = tuple[dict[str, Any] | None, dict[str, str]]
-"""The entry in the manifest of a case or block (None: it can't be used), and why which case, or image, is refused."""
+"""The entry in the manifest of a case or block (None: it can't be used), and why cases, or images, are refused, by
+name."""
 
 
 class _Work(NamedTuple):
-    """What there is to write: jobs with a name and a split, how each is done, the bytes that each takes on the disk,
-    and one in memory at most; what a job is called, and what the manifest says of images and channels."""
+    """What there is to write.
+
+    jobs: cases or blocks, each with a name and a split. do: the function that does one job. disk: the bytes that each
+    takes on the disk. memory: the most bytes that one takes in memory. unit: what a job is called. images,
+    channel_names: what the manifest says of them.
+    """
 
     jobs: Sequence[Any]
     do: Callable[[Any], Done]
@@ -84,12 +91,14 @@ def preprocess(
     on_bad_case: str = "stop",
     size: Sequence[int] | None = None,
 ) -> Cache:
-    """Reads, checks and normalises every case of the cohort and writes the cache to folder `out`: new, empty, or of an
-    earlier run for the same cohort, of which unchanged cases are kept.
+    """Reads, checks and normalises every case of the cohort, writes the cache to the folder `out`, and opens it.
 
-    processes: how many cases (or blocks of images) at once, each in a process of its own (fewer if memory is short).
-    on_bad_case: "stop" at the first case or image that can't be used, or "skip" it; the manifest then has the reasons,
-    {"rejected": {case: reason}}. size: height and width that images are resized to; without it all must have one.
+    out: a folder that is new or empty, or one of an earlier run for the same cohort, whose unchanged cases are kept.
+    processes: how many cases (or blocks of images) are done at once, each in a process of its own (fewer if memory is
+    short). on_bad_case: "stop" at the first case or image that can't be used, or "skip" it; the manifest then has the
+    reasons, {"rejected": {case: reason}}. size: height and width in pixels that images are resized to; without it all
+    images must have one size.
+
     The body mask is the case's own file, else `body_mask` of its first target in HU, else the whole volume. Labels that
     nobody named become "label_1", "label_2", .. Targets in HU are clipped to `CLIP_HU`. What a person should know of a
     case that is used all the same is in its "notes" in the manifest.
@@ -97,7 +106,7 @@ def preprocess(
     Raises InputError, naming the case, for whatever `load_case` or `load_image` refuses, an MR without contrast, or
     whose contrast a few voxels take (`foreground_statistics`), a CT that can't be in HU (`check_hounsfield`), labels
     that are background in every case, label values with gaps that nobody named, no case that can be used, a disk that
-    is too full for all of it, and a folder that holds anything else. Complete cases then stay for the next run; if
+    is too full for the cache, and a folder that holds anything else. Complete cases then stay for the next run; if
     there is none, nothing of the output remains. Raises ChildProcessError if a process dies.
     """
     from tqdm import tqdm
@@ -179,8 +188,8 @@ def _blocks(cohort: Cohort, out: Path, stop: bool, size: Sequence[int] | None) -
 
 @contextmanager
 def _output(cohort: Cohort, out: Path) -> Iterator[None]:
-    """The folder to write to: new, empty or of this cohort, and nobody else writes to it. If the block fails before a
-    case is complete, everything is as it was before."""
+    """Holds the folder to write to, which must be new, empty or of this cohort, so that nobody else writes to it. If
+    the body of the `with` fails before a case is complete, the folder is as it was before."""
     there, marker = out.is_dir(), out / MARKER
     whose = {"version": VERSION, "cohort": str((cohort.source or cohort.root).resolve())}
     if not marker.exists():
@@ -209,7 +218,7 @@ def _case_folders(out: Path) -> set[str]:
 
 
 def _check_space(work: _Work, out: Path, processes: int, progress: bool) -> None:
-    """Says what the cases that are not there yet will take on the disk; InputError if there is less."""
+    """Prints what the cases that are not there yet will take on the disk. Raises InputError if the disk has less."""
     there = _case_folders(out)
     new = [needed for job, needed in zip(work.jobs, work.disk, strict=True) if job.name not in there]
     needed, free, unit = sum(new), shutil.disk_usage(out).free, f"{work.unit}s"
@@ -233,11 +242,11 @@ def _size(number: float) -> str:
 
 @contextmanager
 def _pool(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
-    """`map`, in order, over this many processes (one: in this very process)."""
+    """Gives a `map` that keeps the order and works in so many processes (one: in this very process)."""
     if processes == 1:
         yield map
         return
-    # Not forked: the parent may have threads, which a fork would leave in the middle of anything.
+    # Processes are spawned, not forked: the parent may have threads, which a fork would stop in the middle of anything.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
         try:
             yield pool.map
@@ -251,7 +260,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[A
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the parent's business, and a worker doesn't outlive it."""
+    """Makes a worker leave Ctrl-C to its parent, and end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -268,7 +277,7 @@ def _that_fit_in_memory(needed: int) -> int:
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return sys.maxsize  # not known here
+        return sys.maxsize  # this system doesn't tell
     return max(1, free // max(1, needed))
 
 
@@ -276,7 +285,7 @@ def _that_fit_in_memory(needed: int) -> int:
 
 
 def _voxels(case: Case) -> int:
-    """From the header alone; 0 for one that can't be read, which `_process` will reject."""
+    """The voxels of a case, from its header alone; 0 for a header that can't be read, which `_process` will reject."""
     try:
         return math.prod(volume_shape(case.inputs[0]))
     except InputError:
@@ -284,7 +293,7 @@ def _voxels(case: Case) -> int:
 
 
 def _process(targets: Mapping[str, Target], out: Path, case: Case) -> Done:
-    """Writes the case, if its folder isn't complete and up to date."""
+    """Writes the case, unless its folder is already complete and up to date."""
     try:
         source = _content_hash(case, targets)
         arrays = {"inputs", "mask", *case.targets}
@@ -299,12 +308,12 @@ def _process(targets: Mapping[str, Target], out: Path, case: Case) -> Done:
 
 
 def _content_hash(case: Case, targets: Mapping[str, Target]) -> str:
-    """Of the contents of all files, what they are, and what else the arrays depend on."""
+    """The hash of the contents of all files, of what they are, and of all else that the arrays depend on."""
     about = [[name, targets[name].kind, targets[name].unit, targets[name].names] for name in case.targets]
     found: list[Any] = [VERSION, about]
     for role, paths in files(case).items():
         for path in paths:
-            kind = path.name[len(volume_stem(path.name) or path.name) :].lower()  # by which it is read
+            kind = path.name[len(volume_stem(path.name) or path.name) :].lower()  # the ending decides who reads a file
             found.append([role, kind, [sha256_of(file) for file in volume_files(path)]])
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -312,7 +321,8 @@ def _content_hash(case: Case, targets: Mapping[str, Target]) -> str:
 def _write_case(
     case: Case, loaded: LoadedCase, targets: Mapping[str, Target], source: str, out: Path
 ) -> dict[str, Any]:
-    """Writes the arrays of one case; returns its entry in the manifest."""
+    """Writes the arrays of one case and returns its entry in the manifest. Raises InputError, naming case and file, for
+    an MR without contrast and a CT that can't be in HU."""
     notes = list(loaded.notes)
     found = dict(loaded.targets)
     in_hu = [name for name in found if targets[name].unit == HU]
@@ -363,13 +373,14 @@ def _counted(target: Target, array: np.ndarray, mask: np.ndarray) -> dict[str, A
 
 
 def _runs(where: np.ndarray) -> list[list[int]]:
-    """[[from, to), ..] of the runs of True in a vector."""
+    """The runs of True in a vector: [[first, end], ..], where the run stops before `end`."""
     edges = np.flatnonzero(np.diff(where, prepend=False, append=False))
     return edges.reshape(-1, 2).tolist()
 
 
 def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, Target]:
-    """The cohort's targets that any case has; labels that nobody named get names, and all get a count in each case."""
+    """The cohort's targets that any case has. Labels that nobody named get names, and in `entries` every label gets a
+    count in each case."""
     found = {}
     for name, target in cohort.targets.items():
         counted = [one["targets"][name] for one in entries.values() if name in one["targets"]]
@@ -385,7 +396,7 @@ def _named(cohort: Cohort, entries: dict[str, dict[str, Any]]) -> dict[str, Targ
 
 
 def _label_names(cohort: Cohort, target: Target, counts: list[list[int]]) -> dict[str, int]:
-    """The names of labels as the cohort says, or label_1, label_2, .. for the values found."""
+    """The names of labels as the cohort says, or else label_1, label_2, .. for the values that are found."""
     values = sorted({value for one in counts for value, count in enumerate(one) if count})
     if values == [0]:
         raise InputError(
@@ -404,9 +415,9 @@ def _label_names(cohort: Cohort, target: Target, counts: list[list[int]]) -> dic
 
 
 def foreground_statistics(inputs: np.ndarray) -> list[tuple[float, float]]:
-    """Mean and SD of each channel of inputs [C, ...] over its foreground, the voxels above the channel's own mean.
+    """(mean, SD) of each channel of inputs [C, ...] over its foreground: the voxels above the channel's own mean.
 
-    Raises InputError where the image or its foreground is constant, or all but constant next to a few voxels
+    Raises InputError if a channel or its foreground is constant, or all but constant next to a few voxels
     (`REFUSED_SQUASH`, `REFUSED_Z`).
     """
     statistics = []
@@ -435,7 +446,7 @@ def foreground_statistics(inputs: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _foreground(channel: np.ndarray) -> tuple[float, float, int]:
-    """Mean, SD and number of the voxels above the mean; SD 0 if there are none."""
+    """Mean, SD and number of the voxels above the channel's mean; all are 0 if there are none."""
     foreground = channel[channel > channel.mean(dtype=np.float64)]
     if not foreground.size:
         return 0.0, 0.0, 0
@@ -443,11 +454,14 @@ def _foreground(channel: np.ndarray) -> tuple[float, float, int]:
 
 
 def _squash(channel: np.ndarray, mean: float, deviation: float, count: int) -> float:
-    """How far, in SDs of the foreground without the brightest voxels (a share FEW of all), these move its mean or
-    stretch its SD; about 1 in images where they decide nothing."""
+    """How far the brightest voxels (a share FEW of all) move the foreground's mean or stretch its SD, in SDs of the
+    foreground without them; about 1 in images where they decide nothing.
+
+    mean, deviation, count: mean, SD and number of voxels of the foreground with them.
+    """
     few = int(FEW * channel.size)
-    # To raise a variance to TOLD_SQUASH^2 = 9 times itself they must make up 8/9 of it, so that one of them lies at
-    # least as far out as this. In most images none does, and nothing has to be sorted.
+    # To raise a variance to TOLD_SQUASH^2 = 9 times itself the brightest voxels must make up 8/9 of it, so that one of
+    # them lies at least as far out as this. In most images none does, and nothing has to be sorted.
     if few == 0 or (float(channel.max()) - mean) / deviation < math.sqrt(0.8 * count / few):
         return 1.0
     rest = channel[channel < np.partition(channel.ravel(), -few)[-few]]
@@ -456,21 +470,24 @@ def _squash(channel: np.ndarray, mean: float, deviation: float, count: int) -> f
 
 
 def _squash_of_some(channel: np.ndarray, mean: float, deviation: float) -> float:
-    """How far, in SDs of the foreground where the brightest and the darkest voxels, a share SOME each, are clipped to
-    the others, the foreground's mean is from that one's, or its SD; at most 2 in images where they decide nothing. 0
-    where the others are all one value: then the share is what there is to see."""
+    """How far the brightest and the darkest voxels (a share SOME each) move the foreground's mean or stretch its SD, in
+    SDs of the foreground when these voxels are clipped to the others; at most 2 in images where they decide nothing.
+
+    It is 0 where the others all have one value: then these voxels are what there is to see.
+    """
     sample = channel.ravel()[:: channel.size // SAMPLE + 1].astype(np.float64)
     mean_clipped, clipped, _ = _foreground(sample.clip(*np.quantile(sample, (SOME, 1 - SOME))))
     return max(deviation, abs(mean - mean_clipped)) / clipped if clipped else 0.0
 
 
 def _farthest(channel: np.ndarray, mean: float, deviation: float) -> float:
-    """How many SDs the voxel that is farthest from the foreground's mean lies from it."""
+    """How many SDs the voxel that is farthest from the foreground's mean lies from that mean."""
     return max(float(channel.max()) - mean, mean - float(channel.min())) / deviation
 
 
 def _strange(case: Case, inputs: np.ndarray, statistics: list[tuple[float, float]]) -> Iterator[tuple[Path, str]]:
-    """(file, what is strange) for each MR channel whose scaling a few voxels decide, or with voxels that are none."""
+    """Gives (file, what is strange) for each MR channel whose scale a few voxels decide, that has voxels very far from
+    the others, or that reaches both ends of 16 bits."""
     for path, channel, (mean, deviation) in zip(case.inputs, inputs, statistics, strict=True):
         count = int(np.count_nonzero(channel > channel.mean(dtype=np.float64)))
         low, high = float(channel.min()), float(channel.max())
@@ -487,7 +504,7 @@ def _strange(case: Case, inputs: np.ndarray, statistics: list[tuple[float, float
 
 
 def _implausible(body: np.ndarray) -> str:
-    """What is strange about the CT's values in the body, nothing if they may well be HU."""
+    """What is strange about the CT's values in the body; "" if they may well be HU."""
     for what, value, (low, high) in (
         ("median", float(np.median(body)), PLAUSIBLE_MEDIAN),
         ("mean", float(body.mean(dtype=np.float64)), PLAUSIBLE_MEAN),
@@ -498,7 +515,8 @@ def _implausible(body: np.ndarray) -> str:
 
 
 def _whole(mask: np.ndarray, found: bool) -> str:
-    """What is strange about a body that was found in a CT, nothing if there is air around it."""
+    """What is strange about a body mask that was found in a CT; "" if there is air around it, or if it comes from
+    elsewhere (`found` is False)."""
     share = float(mask.mean())
     if not found or share <= WHOLE:
         return ""
@@ -506,9 +524,10 @@ def _whole(mask: np.ndarray, found: bool) -> str:
 
 
 def normalise(inputs: np.ndarray) -> np.ndarray:
-    """MR [C, Z, Y, X] -> float32 z-scores, per channel over its foreground (see `foreground_statistics`).
+    """Normalises an MR [C, Z, Y, X] to float32 z-scores: each channel minus the mean of its foreground, divided by its
+    SD (see `foreground_statistics`, which says what is refused).
 
-    It needs nothing but the MR, so training and prediction see the same values.
+    This needs nothing but the MR, so that training and prediction see the same values.
     """
     normalised = np.empty(inputs.shape, np.float32)
     for channel, (mean, deviation), out in zip(inputs, foreground_statistics(inputs), normalised, strict=True):
@@ -518,8 +537,8 @@ def normalise(inputs: np.ndarray) -> np.ndarray:
 
 
 def check_hounsfield(ct: np.ndarray) -> None:
-    """InputError for values that can't be HU of a patient: there is air or fat, below 0, and bone, above 100. What is
-    below -1024 is padding outside the field of view and says nothing."""
+    """Raises InputError for values that can't be HU of a patient: there must be air or fat, below 0, and bone, above
+    100. Values below -1024 are padding outside the field of view and say nothing."""
     there = ct[ct >= CLIP_HU[0]]
     low, high = (float(there.min()), float(there.max())) if there.size else (math.nan, math.nan)
     if not low < 0 or not high > 100:
@@ -530,8 +549,9 @@ def check_hounsfield(ct: np.ndarray) -> None:
 
 
 def body_mask(ct: np.ndarray, threshold_hu: float = -500.0) -> np.ndarray:
-    """The patient in a CT [Z, Y, X] in HU, bool: the largest connected part above the threshold (not the table),
-    its holes (gas) filled slice by slice. Raises InputError if nothing lies above the threshold."""
+    """The patient in a CT [Z, Y, X] in HU, as a mask bool [Z, Y, X]: the largest connected part above the threshold
+    (which leaves out the table), whose holes (gas) are filled slice by slice. Raises InputError if nothing lies above
+    the threshold."""
     from scipy import ndimage
 
     parts, count = ndimage.label(ct > threshold_hu)

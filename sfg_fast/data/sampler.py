@@ -1,8 +1,9 @@
-"""Random axial slices, or images, for training, as a function of the seed and the position in the run alone.
+"""Samplers give random axial slices, or images, for training, as a function of the seed and the position in the run
+alone.
 
 So a resumed run needs no state, several processes share the work without talking to each other, and it doesn't matter
-how many workers read ahead. They are read through the memory maps of a few cases at a time: the memory of a process
-does not grow with the cohort.
+how many workers read ahead. Slices are read through the memory maps of a few cases at a time, so that the memory of a
+process does not grow with the cohort.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from ..errors import InputError
 from .cache import DTYPES, BlockArrays, Cache, CaseArrays
 
 OPEN_CASES = 16  # small cohorts stay open; opening a case takes half a millisecond
-OPEN_BLOCKS = 1024  # a batch of images is from all of them; an open block is nothing but a few maps
+OPEN_BLOCKS = 1024  # the images of a batch come from any block; an open block is nothing but a few maps
 
 
 class _Sampler:
     """Batches of a split, each a function of the seed and the step. Several processes (`rank` of `ranks`) take turns:
-    batch `step` of all of them together is what one process with `batch * ranks` examples has."""
+    their batches of one step together are the batch of a single process with `batch * ranks` examples."""
 
     examples: ClassVar[str]
-    """What they are, in a word."""
+    """What the examples are, in a word."""
     open_at_a_time: ClassVar[int]
+    """How many cases, or blocks, stay open."""
 
     def __init__(self, cache: Cache, split: str, batch: int, seed: int, rank: int, ranks: int) -> None:
         self.names = cache.names(split)
@@ -60,7 +62,7 @@ class _Sampler:
         raise NotImplementedError
 
     def _positions(self, step: int) -> range:
-        """Of the examples of a batch in the run."""
+        """The positions in the run of this process's examples of a step."""
         first = (step * self._ranks + self._rank) * self.batch_size
         return range(first, first + self.batch_size)
 
@@ -73,19 +75,19 @@ class _Sampler:
 class SliceSampler(_Sampler):
     """Batches of random slices of a split.
 
-    The cases come up in a new random order in every epoch, each once; an example is a slice of its case, and with
-    `patch` (height, width) a random window of the slice. `foreground` is the share of examples (of cases with labels)
-    that must show a labelled voxel, of any label map; the rest are drawn uniformly. A slice smaller than the window is
-    centred in it and padded: MR with the slice's own minimum per channel, intensities with their `Target.padding`,
-    labels with 0, mask with False. Without `patch` whole slices are given, which then need one shape in all cases of
-    the split.
-    With `bias` the MR of each example is multiplied by a random field as a receive coil makes it, on the scanner's
-    scale: exp(bias * (a + b y + c x)), a, b, c standard normal and y, x from -1 to 1 over the window.
+    The cases come up in a new random order in every epoch, each once. An example is a slice of its case, or with
+    `patch` (height, width) a random window of the slice. Without `patch` whole slices are given, which then need one
+    shape in all cases of the split. `foreground` is the share of examples (of cases with labels) that must show a
+    labelled voxel, of any label map; the others are drawn uniformly. A slice smaller than the window is centred in it
+    and padded: the MR with the slice's own minimum per channel, intensities with their `Target.padding`, labels with 0,
+    the mask with False.
+    With `bias` the MR of each example is multiplied, on the scanner's scale, by a random field as a receive coil makes
+    it: exp(bias * (a + b y + c x)), where a, b, c are standard normal and y, x go from -1 to 1 over the window.
 
-    Several processes (`rank` of `ranks`) take turns: batch `step` of all of them together is what one process with
-    `batch * ranks` examples has. len() is the number of slices in the split; as a map-style dataset of steps it
-    serves torch's DataLoader. Raises InputError for an empty split or values out of range, and at an example whose
-    arrays are others than when its case was first opened.
+    Several processes (`rank` of `ranks`) take turns: their batches of one step together are the batch of a single
+    process with `batch * ranks` examples. len() is the number of slices in the split. The sampler is a map-style
+    dataset of steps for torch's DataLoader. Raises InputError for an empty split or values out of range, and at an
+    example whose files have changed since its case was first opened.
     """
 
     examples = "slices"
@@ -132,9 +134,12 @@ class SliceSampler(_Sampler):
         return len(self.names)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names, and
-        of each target that any case of the split has, by its name, intensities float32 [N, 1, H, W], labels int64
-        [N, H, W], and "has_NAME" bool [N]: an example of a case without holds what is padded with."""
+        """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names.
+
+        For each target that any case of the split has, the batch also holds, by the target's name, intensities float32
+        [N, 1, H, W] or labels int64 [N, H, W], and "has_NAME" bool [N]. Where an example's case has no such target,
+        "has_NAME" is False and the target is padding alone.
+        """
         n, (h, w) = self.batch_size, self.patch
         arrays: dict[str, np.ndarray] = {
             "inputs": np.empty((n, self._cache.in_channels, h, w), np.float32),
@@ -153,7 +158,7 @@ class SliceSampler(_Sampler):
         return {key: torch.from_numpy(array) for key, array in arrays.items()} | {"case": names}
 
     def _example(self, position: int, out: dict[str, np.ndarray]) -> str:
-        """Writes the example at this position of the run to `out`, arrays [1, ..]; returns its case."""
+        """Writes the example at this position of the run to the arrays [1, ..] of `out`; returns its case's name."""
         index = self._index(position)
         entry, case = self._entries[index], self._open(self.names[index])
         self._cache.check_unchanged(self.names[index])
@@ -166,7 +171,7 @@ class SliceSampler(_Sampler):
         if height < h or width < w:
             out["inputs"][0] = inputs.min(axis=(1, 2), keepdims=True)
         out["inputs"][0, :, to_y, to_x] = inputs[:, from_y, from_x]
-        if self.bias:  # on the scanner's scale, whose zero lies elsewhere among z-scores
+        if self.bias:  # the field multiplies on the scanner's scale, whose zero is another number among z-scores
             zero = np.array([-one["mean"] / one["sd"] for one in entry["mr_foreground"]], np.float32)[:, None, None]
             out["inputs"][0] = (out["inputs"][0] - zero) * _coil(rng, self.bias, h, w) + zero
         out["mask"][0, ..., to_y, to_x] = case.mask[z, from_y, from_x]
@@ -178,7 +183,7 @@ class SliceSampler(_Sampler):
     def _slice(
         self, rng: np.random.Generator, entry: dict[str, Any], case: CaseArrays
     ) -> tuple[int, tuple[int, int] | None]:
-        """Which slice, and the place (y, x) of a labelled voxel that has to be in the window, or None."""
+        """Draws a slice: its index, and the place (y, x) of a labelled voxel that has to be in the window, or None."""
         runs = entry["foreground_slices"]
         if not runs or rng.random() >= self.foreground:
             return int(rng.integers(entry["shape"][0])), None
@@ -196,7 +201,7 @@ class ImageSampler(_Sampler):
     with a probability of 1/2; with `shift` it is moved by up to so many pixels up or down and left or right, at random,
     and its edges are repeated. Processes share the work as those of a `SliceSampler` do. len() is the number of images
     in the split. Raises InputError for an empty split or values out of range, and at a batch with images of a block
-    that is another than when it was first opened.
+    whose files have changed since it was first opened.
     """
 
     examples = "images"
@@ -224,7 +229,7 @@ class ImageSampler(_Sampler):
                 f"{min(form.size)}, the images' smaller side"
             )
         self.form, self.flip, self.shift = form, flip, shift
-        self._ends = np.cumsum([entry["shape"][0] for entry in self._entries])  # of each block among the images
+        self._ends = np.cumsum([entry["shape"][0] for entry in self._entries])  # index behind each block's last image
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -236,9 +241,12 @@ class ImageSampler(_Sampler):
         return len(self)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch of a step: "inputs" float32 [N, C, H, W], normalised, "case" a list of N names, and of each target
-        that any image of the split has, by its name, numbers float32 [N], classes int64 [N], and "has_NAME" bool [N];
-        0 where it is missing."""
+        """The batch of a step: "inputs" float32 [N, C, H, W], normalised, "case" a list of N names.
+
+        For each target that any image of the split has, the batch also holds, by the target's name, numbers float32 [N]
+        or classes int64 [N], and "has_NAME" bool [N]. Where an image lacks the target, "has_NAME" is False and the
+        value 0.
+        """
         n = self.batch_size
         pixels = np.empty((n, self.form.channels, *self.form.size), np.uint8)
         values = {target.name: np.empty(n, DTYPES[target.kind]) for target in self._targets}
@@ -264,7 +272,7 @@ class ImageSampler(_Sampler):
         return batch
 
     def _moved(self, image: np.ndarray, position: int) -> np.ndarray:
-        """The image [C, H, W] as this position of the run has it, mirrored and shifted."""
+        """The image [C, H, W], mirrored and shifted as the position in the run decides."""
         if not self.flip and not self.shift:
             return image
         rng = np.random.default_rng([self.seed, 1, position])
@@ -280,8 +288,8 @@ class ImageSampler(_Sampler):
 
 
 def _window(rng: np.random.Generator, size: int, wanted: int, around: int | None) -> tuple[slice, slice]:
-    """Along one axis: which part of a slice to take, at random (with `around` in it), and where in the window it
-    goes."""
+    """Draws a window along one axis: which part of the slice is taken (with `around` in it), and where in the window
+    that part goes."""
     length = min(size, wanted)
     lowest, highest = 0, size - length
     if around is not None:

@@ -21,10 +21,13 @@ DEFLATE_LIMIT = 1032  # no gzip file holds more than this times its own size
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """shape: as stored, trailing axes included; dtype: of the voxels in the file; affine: 4 x 4 float64, from the
-    index to (Right, Anterior, Superior) in mm; forms: how a NIfTI header says it; room: the most bytes of voxels that
-    a file of this size can hold; read: the voxels as this dtype (None: as exact as the file has them), with any
-    exception of the format's own reader."""
+    """The header of a file, and a function that reads its voxels.
+
+    shape: the shape as stored, trailing axes included. dtype: the type of the voxels in the file. affine: 4 x 4
+    float64, from the index to (Right, Anterior, Superior) in mm. forms: how a NIfTI header says this (None: another
+    format). room: the most bytes of voxels that a file of this size can hold. notes: what a person should know of the
+    file. read: returns the voxels as a dtype (None: as exact as the file has them), or raises InputError.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -36,7 +39,8 @@ class Stored:
 
 
 def check(path: Path, stored: Stored) -> tuple[int, int, int]:
-    """The shape without trailing axes of length 1. InputError: not 3-D, empty, too large, not numbers."""
+    """The shape without trailing axes of length 1. Raises InputError if that isn't 3-D, if the volume is empty, larger
+    than MAX_VOXELS or than the file can hold, or if its voxels aren't real numbers."""
     shape = stored.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -57,7 +61,7 @@ def check(path: Path, stored: Stored) -> tuple[int, int, int]:
 
 
 def check_affine(path: Path, affine: np.ndarray) -> None:
-    """InputError unless the axes of a file's affine are finite and independent."""
+    """Raises InputError unless the axes of a file's affine are finite and independent."""
     if not invertible(affine):
         raise InputError(f"{path}: the affine {affine.tolist()} is singular, expected three independent axes in mm")
 
@@ -67,13 +71,14 @@ def invertible(affine: np.ndarray) -> bool:
     if not np.isfinite(affine).all():
         return False
     axes = affine[:3, :3]
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite then, or no number: neither is
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes inf or NaN, which compares as False
         volume_of_box = np.prod(np.linalg.norm(axes, axis=0))
         return bool(volume_of_box > 0 and abs(np.linalg.det(axes)) > 1e-6 * volume_of_box)
 
 
 def apart(a: np.ndarray, b: np.ndarray, shape: tuple[int, int, int]) -> float:
-    """How far apart two affines put the same corner voxel of a volume of this stored shape, at most, in mm."""
+    """The largest distance in mm between the places where two affines put the same corner voxel of a volume of this
+    stored shape."""
     x, y, z = (n - 1 for n in shape)
     corners = np.array([(i, j, k, 1) for i in (0, x) for j in (0, y) for k in (0, z)], dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -82,5 +87,5 @@ def apart(a: np.ndarray, b: np.ndarray, shape: tuple[int, int, int]) -> float:
 
 
 def smallest_edge(affine: np.ndarray) -> float:
-    """The smallest edge of a voxel in mm."""
+    """The smallest edge in mm of the voxels of an affine."""
     return float(np.linalg.norm(affine[:3, :3], axis=0).min())

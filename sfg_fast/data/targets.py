@@ -1,4 +1,4 @@
-"""What a cohort has to be learnt from: targets, each with a name, a kind, and a unit or names."""
+"""Targets: what can be learnt from a cohort. Each has a name, a kind, and a unit or names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ PER_IMAGE = ("number", "class")
 NAMED = ("labels", "class")
 HU = "HU"
 CLIP_HU = (-1024.0, 3000.0)
-"""CTs are clipped to this, to be learnt and before anything is measured, as in the SynthRAD challenge."""
+"""CTs are clipped to this interval in HU before they are learnt and before anything is measured, as in the SynthRAD
+challenge."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-# Columns of a list, files of a case and entries of a batch that are something else.
+# Names that mean something else as the column of a list, the file of a case or the entry of a batch.
 _TAKEN = re.compile(r"mr(_\d+)?|image|case|mask|split|inputs|noise|uncertainty|noise_.*|uncertainty_.*|has_.*", re.I)
 
 
@@ -36,11 +37,12 @@ class TargetAsJson(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One thing that the cases of a cohort have.
+    """One thing that the cases of a cohort have and that can be learnt.
 
-    kind: of `TARGET_KINDS`. unit: of numbers, such as HU or years. names: of labels (0 is the background) and of
-    classes, name -> value 0 .. n-1. statistics: over the training cases, where they were counted: "mean" and "sd" of
-    numbers (of intensities in the body), or "frequencies", the share of each label or class.
+    kind: one of `TARGET_KINDS`. unit: the unit of intensities or numbers, such as HU or years. names: the labels (0 is
+    the background) or the classes, {name: value}, with the values 0 .. n-1. statistics: what was counted over the
+    training cases: "mean" and "sd" of numbers (those of intensities in the body), or "frequencies", the share of each
+    label or class.
     """
 
     name: str
@@ -51,20 +53,22 @@ class Target:
 
     @property
     def per_image(self) -> bool:
-        """Is it one value for each image (not one for each voxel)?"""
+        """Whether the target is one value for each image, not one for each voxel."""
         return self.kind in PER_IMAGE
 
     @property
     def padding(self) -> float:
-        """What stands where a slice ends before the window does: air in a CT."""
+        """The value that stands where a slice ends before the window does: air in a CT, else 0."""
         return CLIP_HU[0] if self.unit == HU else 0.0
 
     def to_json(self) -> TargetAsJson:
+        """The target without its name as an object that JSON can hold, for `from_json`."""
         return {"kind": self.kind, "unit": self.unit, "names": self.names, "statistics": self.statistics}
 
     @classmethod
     def from_json(cls, name: str, content: Mapping[str, Any]) -> Target:
-        """What `to_json` gave (its shape was checked). InputError for a name, a kind or names that can't be."""
+        """The target that `to_json` described; the types in `content` must have been checked. Raises InputError for a
+        name, a kind or names that no target can have."""
         if content["kind"] not in TARGET_KINDS:
             raise InputError(f"target {name!r}: kind {content['kind']!r}, expected one of {', '.join(TARGET_KINDS)}")
         check_target_name(name, "targets")
@@ -74,7 +78,8 @@ class Target:
 
 
 def check_target_name(name: Any, where: str) -> str:
-    """InputError for a name that can't be a column, a file name and an entry of a batch of its own."""
+    """Returns the name of a target. Raises InputError, which starts with `where`, if a column, a file and an entry of a
+    batch can't be called so, because they mean something else or need other characters."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
         raise InputError(
             f"{where}: {name!r} can't be the name of a target, expected letters, digits and _, "

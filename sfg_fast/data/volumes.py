@@ -1,10 +1,10 @@
-"""Volumes as slice-first arrays: NIfTI, and MetaImage and NRRD where SimpleITK is installed.
+"""Volumes as slice-first arrays: this module reads NIfTI, and MetaImage and NRRD where SimpleITK is installed.
 
-Arrays are handed out as [Z, Y, X], whatever the orientation of the file: the axes are the closest to patient axes,
-axis 0 grows towards Superior (axial slices, inferior first), axis 1 towards Anterior, axis 2 towards the patient's
-Right. (The world is NIfTI's, RAS+: +x is Right, +y Anterior, +z Superior, in mm, whatever unit the file has.) Voxels
-are only permuted and flipped, never resampled; `Grid` remembers how the file was stored and how its header says where
-it lies, so that results go back into the same place, for every program that reads them.
+Arrays are handed out as [Z, Y, X], whatever the orientation of the file. Each axis of the file becomes the patient axis
+closest to it: axis 0 grows towards Superior (axial slices, inferior first), axis 1 towards Anterior, axis 2 towards the
+patient's Right. (The world is NIfTI's, RAS+: +x is Right, +y Anterior, +z Superior, in mm, whatever unit the file has.)
+Voxels are only permuted and flipped, never resampled. `Grid` remembers how the file was stored and how its header says
+where it lies, so that results go back into the same place, for every program that reads them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from .forms import Forms
 from .notes import Note
 from .stored import Stored, apart, check, invertible, smallest_edge
 
-FORMATS = ".nii or .nii.gz (or .mha, .mhd, .nrrd, .nhdr with SimpleITK)"  # that are read
+FORMATS = ".nii or .nii.gz (or .mha, .mhd, .nrrd, .nhdr with SimpleITK)"  # the formats that are read, for messages
 GRID_TOLERANCE = 0.1  # of a voxel edge: how far apart the corner voxels of two grids may lie that count as the same
-_LABEL_TOLERANCE = 1e-3  # integers behind a float32 scl_slope come back as 254.99998
+_LABEL_TOLERANCE = 1e-3  # integers that a header scales by a float32 scl_slope come back as 254.99998
 _STORED_TYPES = tuple(np.dtype(name) for name in ("<f4", "u1", "<i2"))
 _RAS = np.array([(0, 1), (1, 1), (2, 1)])  # nibabel's orientation of an array [x, y, z] with axes towards RAS
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Where the voxels of a file lie: its affine (4 x 4 float64, index to mm) and its 3-D shape, both as stored; the
-    forms of its NIfTI header (None: a grid of another format, or made in code), and what a person should know of it."""
+    """Where the voxels of a file lie.
+
+    affine (4 x 4 float64, index to mm) and shape (3-D) are those of the voxels as stored. forms: those of a NIfTI
+    header (None: the file has another format, or the grid was made in code). notes: what a person should know of the
+    file.
+    """
 
     affine: np.ndarray
     shape: tuple[int, int, int]
@@ -40,7 +44,7 @@ class Grid:
     notes: tuple[Note, ...] = ()
 
     def _orientation(self) -> np.ndarray:
-        """nibabel's orientation: for each stored axis the patient axis closest to it, and its sign. [3, 2]"""
+        """nibabel's orientation [3, 2]: for each stored axis the patient axis closest to it, and its sign."""
         from nibabel.orientations import io_orientation
 
         return io_orientation(self.affine)
@@ -59,18 +63,20 @@ class Grid:
 
     @property
     def canonical_affine(self) -> np.ndarray:
-        """Maps the index (x, y, z, 1) of voxel array[z, y, x] to its place (Right, Anterior, Superior) in mm."""
+        """The affine, 4 x 4, that maps the index (x, y, z, 1) of the voxel array[z, y, x] to its place (Right,
+        Anterior, Superior) in mm."""
         from nibabel.orientations import inv_ornt_aff
 
         return self.affine @ inv_ornt_aff(self._orientation(), self.shape)
 
     def to_json(self) -> dict[str, Any]:
+        """The grid without its notes as an object that JSON can hold, for `from_json`."""
         forms = self.forms and self.forms.to_json()
         return {"affine": self.affine.tolist(), "shape": list(self.shape), "forms": forms}
 
     @classmethod
     def from_json(cls, content: Any) -> Grid:
-        """The grid that `to_json` described. InputError if content is anything else."""
+        """The grid that `to_json` described. Raises InputError for any other content."""
         try:
             affine = np.array(content["affine"], dtype=np.float64)
             x, y, z = content["shape"]
@@ -88,14 +94,15 @@ class Grid:
 
 
 def same_grid(a: Grid, b: Grid) -> bool:
-    """Whether both are the same voxels at the same places, no corner voxel more than GRID_TOLERANCE voxel edges apart,
-    in whatever order and direction each file stores them."""
+    """Whether two grids have the same voxels at the same places, in whatever order and direction each file stores them:
+    no corner voxel may lie more than GRID_TOLERANCE voxel edges apart."""
     return _turn(a, b) is not None
 
 
 def onto(reference: Grid, array: np.ndarray, grid: Grid) -> np.ndarray | None:
-    """The array [Z, Y, X] that was read with `grid`, with the axes [Z, Y, X] of `reference`; None if it isn't the same
-    grid. (Halfway between two patient axes, at 45 degrees, a hair decides which axis of a file becomes which.)"""
+    """The array [Z, Y, X] that was read with `grid`, with its axes as those of `reference`; None if the two aren't the
+    same grid. (The axes can differ between two files of one grid: where an axis lies halfway between two patient axes,
+    at 45 degrees, rounding decides which it becomes.)"""
     from nibabel.orientations import apply_orientation
 
     if (turn := _turn(grid, reference)) is None:
@@ -105,11 +112,11 @@ def onto(reference: Grid, array: np.ndarray, grid: Grid) -> np.ndarray | None:
 
 
 def _turn(grid: Grid, reference: Grid) -> np.ndarray | None:
-    """Which axis of the reference, [3, 0], each stored axis of the grid runs along, and its sign, [3, 1]; None if the
+    """For each stored axis of the grid the axis of the reference that it runs along, and its sign: [3, 2]. None if the
     voxels aren't the same."""
     from nibabel.orientations import inv_ornt_aff
 
-    # By the files' own axes alone: which patient axis each is closest to may be as good as a tie.
+    # The files' own axes are compared, not the patient axes closest to them, which may be a matter of rounding.
     axes, theirs = (one.affine[:3, :3] / np.linalg.norm(one.affine[:3, :3], axis=0) for one in (grid, reference))
     cosines = theirs.T @ axes
     along = np.abs(cosines).argmax(0)
@@ -122,12 +129,12 @@ def _turn(grid: Grid, reference: Grid) -> np.ndarray | None:
 
 
 def read_volume(path: Path | str) -> tuple[np.ndarray, Grid]:
-    """The volume as float32 [Z, Y, X] (see the module's text for the axes), scaled as its header says, and its grid.
+    """Reads a volume: float32 [Z, Y, X] (see the module's text for the axes), scaled as its header says, and its grid.
 
-    Raises InputError: no such file, a format that isn't read (FORMATS), SimpleITK lacking for one that it reads, not a
-    readable file, not 3-D (trailing axes of length 1 are accepted), empty, more than MAX_VOXELS voxels or more than the
-    file can hold, a header of more than MAX_HEADER_BYTES, a singular affine, voxels that aren't real numbers, NaN or
-    infinite voxels.
+    Raises InputError if there is no such file, if its format isn't read (FORMATS) or needs a SimpleITK that isn't
+    installed, if the file can't be read, if the volume isn't 3-D (trailing axes of length 1 are accepted) or is empty,
+    if it has more than MAX_VOXELS voxels or more than the file can hold, for a header of more than MAX_HEADER_BYTES, a
+    singular affine, voxels that aren't real numbers, and NaN or infinite voxels.
     """
     path = Path(path)
     stored, grid = _read(path, np.float32)
@@ -138,7 +145,7 @@ def read_volume(path: Path | str) -> tuple[np.ndarray, Grid]:
 
 
 def read_labels(path: Path | str) -> tuple[np.ndarray, Grid]:
-    """The label volume as uint8 [Z, Y, X] and its grid.
+    """Reads a volume of labels: uint8 [Z, Y, X], and its grid.
 
     Raises InputError as `read_volume` does, and for any value that isn't a whole number from 0 to 255.
     """
@@ -155,13 +162,13 @@ def read_labels(path: Path | str) -> tuple[np.ndarray, Grid]:
 
 
 def write_volume(path: Path | str, array: np.ndarray, grid: Grid, dtype: DTypeLike) -> None:
-    """Writes array [Z, Y, X] as .nii or .nii.gz in the grid's own stored orientation, affine and shape; the header says
-    where it lies as the grid's own file does (`Forms`), else by both forms, code 1, in mm.
+    """Writes an array [Z, Y, X] as .nii or .nii.gz in the grid's own stored orientation, affine and shape.
 
-    dtype: float32, uint8 or int16, stored without scaling; values for the latter two are rounded. The file is
-    complete or absent. Raises InputError: another file ending or dtype, a shape that isn't the grid's, values that
-    aren't finite or don't fit the dtype, axes at other than right angles for a grid without forms, a place that can't
-    be written to.
+    The header says where the voxels lie as the grid's own file does (`Forms`); for a grid without forms it says it by
+    both forms, with code 1, in mm. dtype: float32, uint8 or int16, stored without scaling; values for the latter two
+    are rounded. The file is complete or absent.
+    Raises InputError for another file ending or dtype, a shape that isn't the grid's, values that aren't finite or
+    don't fit the dtype, axes that aren't at right angles in a grid without forms, and a place that can't be written to.
     """
     path, dtype = Path(path), np.dtype(dtype).newbyteorder("<")
     if not path.name.lower().endswith(nifti.ENDINGS):
@@ -179,7 +186,8 @@ def write_volume(path: Path | str, array: np.ndarray, grid: Grid, dtype: DTypeLi
 
 
 def volume_stem(name: str) -> str | None:
-    """The file name without the ending of a format that is read, in any case of letters; None for any other file."""
+    """The file name without the ending of a format that is read, whatever the case of its letters; None for a file of
+    any other ending."""
     for ending in (*nifti.ENDINGS, *itk.ENDINGS):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
@@ -187,18 +195,19 @@ def volume_stem(name: str) -> str | None:
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:
-    """The file, and the one that holds its voxels if that is another (.mhd, .nhdr). InputError: see `itk.data_file`."""
+    """The file, and the one that holds its voxels if that is another (.mhd, .nhdr). Raises InputError as
+    `itk.data_file` does."""
     data = itk.data_file(path) if path.name.lower().endswith(itk.ENDINGS) else None
     return (path,) if data is None else (path, data)
 
 
 def volume_shape(path: Path) -> tuple[int, int, int]:
-    """The shape [Z, Y, X] from the header alone; raises InputError for whatever is wrong with the header."""
+    """The shape [Z, Y, X] from the header alone. Raises InputError for whatever is wrong with the header."""
     return _open(path)[1].array_shape
 
 
 def _open(path: Path) -> tuple[Stored, Grid]:
-    """The file, of which nothing but the header was read, after every check of the header."""
+    """The file and its grid after every check of the header; nothing but the header was read."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if volume_stem(path.name) is None:
@@ -208,21 +217,21 @@ def _open(path: Path) -> tuple[Stored, Grid]:
 
 
 def _read(path: Path, dtype: DTypeLike | None) -> tuple[np.ndarray, Grid]:
-    """The voxels as stored, as dtype (None: as exact as the file has them)."""
+    """The voxels [x, y, z] as stored, as dtype (None: as exact as the file has them), and their grid."""
     stored, grid = _open(path)
     with np.errstate(over="ignore", invalid="ignore"):  # a float64 beyond float32 becomes inf, refused later
         return stored.read(dtype).reshape(grid.shape), grid
 
 
 def _to_array(stored: np.ndarray, grid: Grid) -> np.ndarray:
-    """Voxels as stored -> contiguous [Z, Y, X]."""
+    """Turns voxels as stored into a contiguous array [Z, Y, X]."""
     from nibabel.orientations import apply_orientation
 
     return np.ascontiguousarray(apply_orientation(stored, grid._orientation()).transpose(2, 1, 0))
 
 
 def _as_stored(array: np.ndarray, grid: Grid) -> np.ndarray:
-    """[Z, Y, X] -> voxels [x, y, z] as stored, a view."""
+    """Turns an array [Z, Y, X] into voxels [x, y, z] as stored; the result is a view."""
     from nibabel.orientations import apply_orientation, ornt_transform
 
     return apply_orientation(array.transpose(2, 1, 0), ornt_transform(_RAS, grid._orientation()))

@@ -1,4 +1,4 @@
-"""Folders of arrays that appear when they are complete, each known by a hash of all that its arrays depend on."""
+"""Folders of arrays: each appears when it is complete, and is known by a hash of all that its arrays depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from ..files import one_line, read_json, sha256_of, write_json
 
 
 def complete(folder: Path, source: str, keys: set[str], arrays: set[str]) -> dict[str, Any] | None:
-    """The entry of a folder that is there, whole, and of this very source, with these keys and files `arrays`."""
+    """The entry of a folder if the folder is there, undamaged and of this very source; else None.
+
+    source: the hash of all that the arrays depend on. keys: those that the entry must have. arrays: the names of the
+    arrays that must be there.
+    """
     try:
         entry = read_json(folder / "case.json")
         sums = entry["checksums"]
@@ -30,8 +34,11 @@ def complete(folder: Path, source: str, keys: set[str], arrays: set[str]) -> dic
 def write(
     folder: Path, arrays: Mapping[str, np.ndarray], entry: dict[str, Any], source: str, manifest: Path
 ) -> dict[str, Any]:
-    """Writes arrays and their entry; a folder of that name, of an earlier version of the files, or damaged, goes, and
-    the manifest before it. Returns the entry with source and checksums. OSError: it can't be written."""
+    """Writes arrays and their entry to a folder; returns the entry, with `source` and checksums in it.
+
+    A folder of that name, damaged or of an earlier version of the files, is removed, and before it the manifest, which
+    would speak of it. Raises OSError if the folder can't be written.
+    """
     partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     try:
         partial.mkdir()

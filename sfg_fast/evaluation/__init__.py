@@ -1,1 +1,1 @@
-"""Judging a trained network: predictions, metrics (Table 1), figures (Fig. 3) and the report that holds them."""
+"""How a trained network is judged: predictions, metrics (Table 1), figures (Fig. 3) and the report that holds them."""

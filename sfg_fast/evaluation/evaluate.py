@@ -1,4 +1,4 @@
-"""Predictions on disk against a cohort's truth on disk."""
+"""Compares predictions on disk with a cohort's truth on disk."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from .metrics import Metrics, case_metrics, metrics_document, read_metrics, task
 ABOUT = "predictions.json"
 TABLE = "predictions.csv"
 CHECKPOINTS = ("final", "best")
-Hashes = dict[str, dict[str, list[str]]]  # for each case the SHA-256 of its files by what they are
+Hashes = dict[str, dict[str, list[str]]]  # {case: {what the files are: the SHA-256 of each}}
 
 
 class About(TypedDict, total=False):
-    """predictions.json: what `predict` says of its predictions.
+    """The content of predictions.json: what `predict` says of its predictions.
 
-    tasks: what was predicted. channels: names of the inputs' channels. digest: of the checkpoint `checkpoint`; with
-    `draws`, `by`, `statistics` and `patch` it says how the predictions came about. cases: for each case the SHA-256 of
-    its MR files, or of its image; files: for each case the SHA-256 of the files in its folder, by name; both stand here
-    before the folder appears. table: of images, the SHA-256 of predictions.csv, likewise. finished: whether all cases
-    that were asked for are there.
+    tasks: the tasks that were predicted. channels: the names of the inputs' channels. digest: the digest of the
+    checkpoint `checkpoint`; together with `draws`, `by`, `statistics` and `patch` it says how the predictions were
+    made. cases: for each case the SHA-256 of its MR files, or of its image. files: for each case the SHA-256 of the
+    files in its folder, by name. Both are written before the folder appears. table: the SHA-256 of predictions.csv,
+    which images have; it is written before the table appears. finished: whether all cases that were asked for are
+    there.
     """
 
     channels: list[str]
@@ -54,9 +55,11 @@ class About(TypedDict, total=False):
 
 
 class Evaluated(Metrics):
-    """metrics.json of `evaluate`, and what was compared. predictions: for each predicted case the SHA-256 of its files
-    by name; of images that of their table, under "". cohort: for each case the SHA-256 of its files by what they are;
-    of an image its true values."""
+    """The content of metrics.json as `evaluate` makes it: the metrics, and what was compared.
+
+    predictions: for each predicted case the SHA-256 of its files, by name; for images that of their table, under "".
+    cohort: for each case the SHA-256 of its files by what they are; for an image its true values.
+    """
 
     predictions: dict[str, dict[str, str]]
     cohort: Hashes
@@ -66,14 +69,14 @@ class Evaluated(Metrics):
 
 
 def evaluate(predictions: Path, cohort: Cohort, metrics: str = PAPER) -> dict[str, Any]:
-    """Metrics of every case that has a prediction there, by a profile (`tasks.PROFILES`: "paper", "synthrad2025"); the
-    content of metrics.json.
+    """Measures every case that has a prediction in the folder `predictions`; returns the content of metrics.json.
 
-    InputError if nothing matches, or a prediction is unreadable, on another grid than its case, of other targets or
-    files than the cohort's, or not as `predict` wrote it; for a profile that there is not, or that does not measure one
-    of the tasks.
+    metrics: the profile that says what is measured, and how (`tasks.PROFILES`: "paper", "synthrad2025").
+    Raises InputError if there is nothing to compare, if a prediction can't be read, lies on another grid than its case,
+    belongs to other targets or files than the cohort's, or isn't as `predict` wrote it; and for a profile that there
+    is not, or that doesn't measure one of the tasks.
     """
-    check_profile(metrics)  # before files are read
+    check_profile(metrics)  # an unknown profile is refused before files are read
     about = about_predictions(predictions)
     predicted = predicted_cases(predictions, cohort, about)
     if about.get("finished") is False:
@@ -136,8 +139,11 @@ def _score_images(
 def read_evaluated(
     metrics: Path, predictions: Path, cohort: Cohort, predicted: Sequence[Case], tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
-    """metrics.json of these very predictions, compared with this cohort. InputError if it can't be read, or is of other
-    ones."""
+    """The content of a metrics.json. Raises InputError if the file can't be read, or wasn't made from these very
+    predictions and this very cohort.
+
+    predicted: the cases that have predictions. tasks: the tasks that the metrics must be of.
+    """
     document = read_metrics(metrics, Evaluated)
     read, now = document["predictions"], _hashes(predictions, predicted, tasks)
     for name in sorted(read.keys() | now.keys()):
@@ -161,13 +167,14 @@ def read_evaluated(
 
 
 def tasks_differ(these: Mapping[str, Task], others: Mapping[str, Task]) -> tuple[str, Any, Any] | None:
-    """The first place in which two descriptions of tasks differ, and what each has there; None if they are the same."""
+    """The first place in which two descriptions of tasks differ, such as "ct.kind", and what each has there; None if
+    they are the same."""
     here, there = ({name: dataclasses.asdict(task) for name, task in tasks.items()} for tasks in (these, others))
     return difference(here, there)
 
 
 def _hashes(folder: Path, cases: Sequence[Case], tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
-    """Of the files of predictions that are compared."""
+    """The SHA-256 of the predictions' files that are compared: {case: {name: hash}}, for images {"": {TABLE: hash}}."""
     if next(iter(tasks.values())).per_image:
         return {"": {TABLE: sha256_of(folder / TABLE)}}
     names = [file_name(tasks, name) for name in tasks]
@@ -185,7 +192,7 @@ def _compared(case: Case) -> dict[str, list[str]]:
 
 
 def hashes_of_inputs(case: Case) -> list[str]:
-    """Of the case's MR files, and of those that hold their voxels; or of its image."""
+    """The SHA-256 of the case's MR files, and of the files that hold their voxels; or of its image."""
     return [sha256_of(file) for path in case.inputs for file in volume_files(path)]
 
 
@@ -193,9 +200,11 @@ def hashes_of_inputs(case: Case) -> list[str]:
 
 
 def predicted_cases(folder: Path, cohort: Cohort, about: About) -> list[Case]:
-    """The cohort's cases that have a prediction there: a folder, or of images a row of the table. InputError if none
-    has; or if `about`, what predict says of them, says that a case is of other files than the cohort's, or that what it
-    wrote is no longer that."""
+    """The cohort's cases that have a prediction in `folder`: a folder of their name, or for images a row of the table.
+
+    about: what `predict` says of the predictions. Raises InputError if no case has a prediction, if a case was
+    predicted from other files than the cohort's, or if a prediction is no longer as `predict` wrote it.
+    """
     if cohort.images:
         return _predicted_images(folder, cohort, about)
     predicted = [case for case in cohort.cases if (folder / case.name).is_dir()]
@@ -225,8 +234,8 @@ def _predicted_images(folder: Path, cohort: Cohort, about: About) -> list[Case]:
 
 
 def read_table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The columns of a table of predictions of images, and the cells of each row by case. InputError for a table that
-    can't be read, has no column `case`, or a case twice."""
+    """The columns of a table of predictions of images, and the cells of each row by case. Raises InputError for a table
+    that can't be read, has no column `case`, or has a case twice."""
     if not path.exists():
         raise InputError(f"{path}: no such file")
     columns: list[str] = []
@@ -242,7 +251,8 @@ def read_table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _check_as_predicted(folder: Path, case: Case, about: About) -> None:
-    """InputError for a case that is there, but not as predict wrote it, or of another cohort; or that is gone."""
+    """Raises InputError for a predicted case that isn't as `predict` wrote it, that belongs to another cohort, or that
+    is gone."""
     path, listed = folder / case.name, case.name in about.get("cases", {})
     if not path.is_dir():
         if listed and about.get("finished"):
@@ -264,7 +274,8 @@ def _of_another(what: str, folder: Path, case: Case) -> InputError:
 
 
 def file_that_differs(folder: Path, listed: Mapping[str, str]) -> Path | None:
-    """The first file of a predicted case that is gone, another than `predict` listed with its hash, or not listed."""
+    """The first file of a predicted case that is gone, that isn't listed, or whose hash is another than listed; None if
+    there is none. listed: {name: SHA-256}."""
     there = {path.name for path in folder.glob("*.nii.gz")}
     for name in sorted(there | listed.keys()):
         if name not in there or name not in listed or sha256_of(folder / name) != listed[name]:
@@ -276,7 +287,8 @@ def file_that_differs(folder: Path, listed: Mapping[str, str]) -> Path | None:
 
 
 def about_predictions(folder: Path) -> About:
-    """What `predict` says of its predictions. Nothing of others'. InputError if that can't be."""
+    """What `predict` says of its predictions; {} for a folder that `predict` didn't make. Raises InputError if
+    predictions.json can't be read, or can't be what `predict` wrote."""
     path = folder / ABOUT
     if not path.exists():
         return {}
@@ -291,17 +303,18 @@ def about_predictions(folder: Path) -> About:
 
 
 def about_tasks(about: About) -> dict[str, Task]:
-    """The tasks that `predict` says it predicted; none of others' predictions."""
+    """The tasks that `predict` says it predicted; {} for predictions that it didn't make."""
     return from_json(about["tasks"]) if "tasks" in about else {}
 
 
 def predicted_tasks(
     folder: Path, cohort: Cohort, predicted: Sequence[Case], about: About
 ) -> tuple[dict[str, Task], dict[str, Target]]:
-    """The tasks of predictions, those that `predict` says of, else one for each target of the cohort, and the cohort's
-    targets. Labels that the cohort doesn't name are named as the run's, else label_1, label_2, .. as in preprocessing.
+    """The tasks of predictions, and the cohort's targets.
 
-    InputError if the tasks are of other targets than the cohort's.
+    The tasks are those that `predict` says it predicted, else there is one for each target of the cohort. Labels that
+    the cohort doesn't name get the names of the run, else label_1, label_2, .. as in preprocessing.
+    Raises InputError if the tasks learnt other targets than the cohort's, or if the cohort has no target.
     """
     tasks = about_tasks(about) or own_tasks(cohort.targets)
     if not tasks:
@@ -326,7 +339,8 @@ def predicted_tasks(
 
 
 def file_name(tasks: Mapping[str, Task], name: str, key: str = "") -> str:
-    """The file of a task's prediction in the folder of a case, or of what else is predicted (`Task.predicted`)."""
+    """The name of a file in the folder of a case: that of a task's prediction, or with `key` that of what else the task
+    predicts (a key of `Task.predicted`, such as "uncertainty")."""
     stem = file_stems(tasks)[name]
     if not key:
         return f"{stem}.nii.gz"
@@ -337,8 +351,8 @@ def file_name(tasks: Mapping[str, Task], name: str, key: str = "") -> str:
 
 
 def scene_of(case: LoadedCase, targets: Mapping[str, Target]) -> Scene:
-    """Where the volumes of a case are measured: its mask, the labels of the first label map of these targets, and the
-    spacing of its grid."""
+    """Where the volumes of a case are measured: its body mask, regions from its first label map, and the spacing of its
+    grid."""
     regions = {}
     name = next((name for name, target in targets.items() if target.kind == "labels"), None)
     if name is not None and name in case.targets:
@@ -349,7 +363,7 @@ def scene_of(case: LoadedCase, targets: Mapping[str, Target]) -> Scene:
 
 
 def mask_of(case: LoadedCase, targets: Mapping[str, Target]) -> np.ndarray:
-    """The body mask bool [Z, Y, X] as in preprocessing: the case's own, else from its CT, else everything."""
+    """The body mask, bool [Z, Y, X], as in preprocessing: the case's own, else that of its CT, else everything."""
     if case.mask is not None:
         return case.mask
     for name, volume in case.targets.items():
@@ -359,7 +373,8 @@ def mask_of(case: LoadedCase, targets: Mapping[str, Target]) -> np.ndarray:
 
 
 def read_prediction(folder: Path, case: Case, truth: LoadedCase, tasks: Mapping[str, Task]) -> dict[str, np.ndarray]:
-    """The predictions of a case by task, [Z, Y, X], those that there are."""
+    """The predictions of a case that are there, by task, [Z, Y, X] with the axes of `truth`. Raises InputError if there
+    is none, or if one can't be read or lies on another grid."""
     names = {name: file_name(tasks, name) for name in tasks}
     reader = {name: read_labels if task.reads == "labels" else read_volume for name, task in tasks.items()}
     found = {name: _read(folder / case.name / file, reader[name], case, truth) for name, file in names.items()}
@@ -371,7 +386,8 @@ def read_prediction(folder: Path, case: Case, truth: LoadedCase, tasks: Mapping[
 
 
 def read_uncertainty(folder: Path, case: Case, truth: LoadedCase, tasks: Mapping[str, Task]) -> dict[str, np.ndarray]:
-    """The uncertainty of each task's prediction of a case, [Z, Y, X], where there is one."""
+    """The uncertainty of the predictions of a case, by task, [Z, Y, X], where there is one. Raises InputError as
+    `read_prediction` does, but not if there is none."""
     paths = {name: folder / case.name / file_name(tasks, name, "uncertainty") for name in tasks}
     found = {name: _read(path, read_volume, case, truth) for name, path in paths.items()}
     return {name: array for name, array in found.items() if array is not None}

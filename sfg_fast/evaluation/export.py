@@ -1,4 +1,4 @@
-"""A trained run as one file that needs no sfg_fast: ONNX, or a torch.export program (.pt2)."""
+"""Exports a trained run as one file that needs no sfg_fast: ONNX, or a torch.export program (.pt2)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..data.images import ImageForm
 from ..errors import InputError
@@ -23,11 +24,11 @@ from ..training.run import load_run
 
 
 class Deployed(nn.Module):
-    """A frozen network in the units of its users: {task: `Task.deployed` of its output}.
+    """A frozen network whose outputs are in the units of users: {task: `Task.deployed` of the task's output}.
 
-    It reads MR slices [N, channels, H, W], minus the mean of the volume's foreground, over its SD (as `preprocess` does
-    it); or, with `images`, images [N, channels, H, W] of 0 .. 255, of the size that it was trained on, which it
-    normalises itself.
+    It reads MR slices [N, channels, H, W] that are normalised as `preprocess` does it: minus the mean of the volume's
+    foreground, divided by its SD. With `images` it reads images [N, channels, H, W] of 0 .. 255, of the size that the
+    network was trained on, and normalises them itself.
     """
 
     mean: Tensor
@@ -40,6 +41,7 @@ class Deployed(nn.Module):
         for name, values in zip(("mean", "sd"), form, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
 
+    @override
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if self.images is not None:
             x = (x - self.mean) / self.sd
@@ -47,12 +49,14 @@ class Deployed(nn.Module):
 
 
 def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Deployed:
-    """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2, for any number of MR slices, which may
-    have any size, or of images of the size that it was trained on. The file says what its outputs are, units, labels
-    and classes, as JSON (`tasks.to_json`): in ONNX's metadata as "tasks", in a .pt2 as the extra file "tasks.json".
+    """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2.
 
-    Returns what was exported. Raises InputError for a file of another kind, one that is there already, a run with a
-    constant p, unknown tasks, or ONNX without the packages for it.
+    The exported network takes any number of MR slices of any size, or of images of the size that the run was trained
+    on. The file says as JSON (`tasks.to_json`) what its outputs are, with units, labels and classes: in ONNX's metadata
+    as "tasks", in a .pt2 as the extra file "tasks.json". tasks: the tasks that it has as outputs; None: all.
+
+    Returns the network that was exported. Raises InputError for another file ending, a file that is there already, a
+    run with a constant p, unknown tasks, or ONNX without the packages for it.
     """
     if out.suffix not in (".onnx", ".pt2"):
         raise InputError(f"{out}: expected a file name that ends in .onnx or .pt2")
@@ -76,9 +80,9 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
     about = json.dumps({name: one for name, one in to_json(trained.tasks).items() if tasks is None or name in tasks})
     make_folder(out.parent)
     with replacing(out) as temporary, _silence():
-        temporary.touch()  # if it can't be, that is known before the work
+        temporary.touch()  # if the file can't be written, that is known before the work
         program = torch.export.export(deployed, (example,), dynamic_shapes=(dynamic,))
-        content = io.BytesIO()  # the writer of torch ends the whole process where the disk is full
+        content = io.BytesIO()  # torch's own writer to a file would end the whole process if the disk is full
         if out.suffix == ".pt2":
             torch.export.save(program, content, extra_files={"tasks.json": about})
         else:
@@ -89,7 +93,7 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing is said by the exporters about themselves, neither as warnings nor in logs."""
+    """Silences the exporters, which speak of themselves in warnings and logs."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

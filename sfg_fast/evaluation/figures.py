@@ -1,13 +1,14 @@
 """The figures of a run: where kernels went (Fig. 3 left), what they see (Fig. 3 right), the training, the cases, and
-of cohorts of images the predictions against the truth.
+for cohorts of images the predictions against the truth.
 
 Every function returns a matplotlib `Figure` of its own; nothing touches pyplot or a display. Colours are those of
-Fig. 3: first task blue, shared green, second task pink; hatching keeps them apart in grey. All slices are [Y, X]
-planes of RAS+ volumes: rows grow towards the patient's front, columns towards the patient's right. They are drawn as
-radiologists hang them: front up, the patient's right on the viewer's left, true proportions in mm.
+Fig. 3: the first task is blue, shared is green, the second task is pink. Hatching keeps them apart in grey. All slices
+are [Y, X] planes of RAS+ volumes: rows grow towards the patient's front, columns towards the patient's right. They are
+drawn as radiologists hang them: the front is up, the patient's right is on the viewer's left, and proportions are true
+in mm.
 
-`history` is the trainer's history.json: groups (shared first), curves and allocation (mean p and mean entropy per
-SFG layer in network order, for each recorded step).
+The argument `history` is the trainer's history.json: groups (shared first), curves, and allocation (mean p and mean
+entropy per SFG layer in network order, for each recorded step).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ _NO_ALLOCATION = "This network draws no filter groups:\nthere is no allocation t
 
 
 def _by_defaults(draw: Callable[P, R]) -> Callable[P, R]:
-    """Drawn with matplotlib's own defaults: a reader's matplotlibrc may ask for fonts or programs that aren't here."""
+    """Makes a function draw with matplotlib's own defaults, because the user's matplotlibrc may ask for fonts or
+    programs that aren't here."""
 
     @functools.wraps(draw)
     def drawn(*arguments: P.args, **options: P.kwargs) -> R:
@@ -65,9 +67,10 @@ def _by_defaults(draw: Callable[P, R]) -> Callable[P, R]:
 
 @_by_defaults
 def allocation(history: Mapping[str, Any]) -> Figure:
-    """Fig. 3 left: share of each layer's probability mass per group at the end of training, first layer on top.
+    """Draws Fig. 3 left: the share of each layer's probability mass per group at the end of training, first layer on
+    top.
 
-    The share of a group is the mean over the layer's kernels of p; each bar runs task 1 | shared | further tasks.
+    The share of a group is the mean of p over the layer's kernels. Each bar runs task 1 | shared | further tasks.
     """
     shares, groups = history["allocation"]["p"], history["groups"]
     if not shares:
@@ -94,14 +97,14 @@ def allocation(history: Mapping[str, Any]) -> Figure:
 
 @_by_defaults
 def allocation_over_training(history: Mapping[str, Any]) -> Figure:
-    """The shares of `allocation` against the training step, one panel per layer."""
+    """Draws the shares of `allocation` against the training step, in one panel per layer."""
     shares, groups = history["allocation"]["p"], history["groups"]
     if not shares:
         return _message(_NO_ALLOCATION)
     figure, panels = _panels(len(shares), 4, 2.7, 1.8, share_axes=True)
     order = _bar_order(groups)
     steps = history["allocation"]["step"]
-    if len(steps) == 1:  # an area needs two
+    if len(steps) == 1:  # an area needs two steps
         steps = [steps[0], steps[0] + 1]
     for axes, (layer, values) in zip(panels, shares.items(), strict=True):
         values = np.broadcast_to(np.array(values), (len(steps), len(groups)))
@@ -122,9 +125,9 @@ def allocation_over_training(history: Mapping[str, Any]) -> Figure:
 
 @_by_defaults
 def entropy(history: Mapping[str, Any]) -> Figure:
-    """Mean entropy of p per layer in nats: at the end, and over training; at most ln(T + 1), where p is uniform.
+    """Draws the mean entropy of p per layer in nats, on the left at the end of training, on the right over training.
 
-    The lines on the right have the colours of the bars on the left.
+    It is at most ln(T + 1), where p is uniform. The lines on the right have the colours of the bars on the left.
     """
     from matplotlib import colormaps
 
@@ -153,9 +156,11 @@ def entropy(history: Mapping[str, Any]) -> Figure:
 
 @_by_defaults
 def curves(history: Mapping[str, Any]) -> Figure:
-    """Course of training: objective (eq. 2), negative log likelihood of each task, its scores on held-out examples and
-    (points) on the validation split, temperature, learning rate. A series without any number has no panel; None is a
-    gap between measurements."""
+    """Draws the course of training: objective (eq. 2), negative log likelihood of each task, its scores on held-out
+    examples and, as points, on the validation split, temperature and learning rate.
+
+    A series without any number has no panel. None in a series is a gap between measurements.
+    """
     recorded, looks = history["curves"], history["validation"]
     styles = _styles(history["groups"])
     series = [_Series("objective (eq. 2)", recorded["objective"])]
@@ -187,7 +192,8 @@ def curves(history: Mapping[str, Any]) -> Figure:
 
 
 class _Series(NamedTuple):
-    """A panel of `curves`: a value for each recorded step, and for each look at the validation split."""
+    """A panel of `curves`: `values` has a value for each recorded step, `validation` one for each look at the
+    validation split."""
 
     title: str
     values: Sequence[float | None]
@@ -199,13 +205,13 @@ class _Series(NamedTuple):
 def activation_maps(
     image: np.ndarray, maps: Mapping[str, Sequence[tuple[str, np.ndarray]]], spacing: tuple[float, float]
 ) -> Figure:
-    """Fig. 3 right: the input slice, and beside it one row of activation maps per group.
+    """Draws Fig. 3 right: the input slice, and beside it one row of activation maps per group.
 
     Args:
         image: [H, W], the MR slice.
-        maps: group -> (title, [H, W]) of each map, all groups in the order of `history["groups"]`; an empty list
-            where a group has no kernel. Each map has its own grey scale.
-        spacing: (y, x) in mm per pixel of the image; maps may be coarser, they cover the same field.
+        maps: group -> (title, [H, W]) of each map, all groups in the order of `history["groups"]`; a group without
+            kernels has an empty list. Each map has its own grey scale.
+        spacing: (y, x) in mm per pixel of the image; maps may be coarser, but cover the same field.
     """
     if not maps:
         return _message(_NO_ALLOCATION)
@@ -213,7 +219,7 @@ def activation_maps(
     styles = _styles(list(maps))
     order = [list(maps)[index] for index, _ in _bar_order(list(maps))]
     rows, columns = len(maps), max(1, *map(len, maps.values()))
-    width = min(2.2, 10 / (columns + 2))  # of a map; the input is twice as large
+    width = min(2.2, 10 / (columns + 2))  # the width of a map in inches; the input is twice as wide
     figure = _figure(width * (columns + 2) + 0.6, rows * (width * extent[3] / extent[1] + 0.2) + 0.3)
     grid = figure.add_gridspec(rows, columns + 1, width_ratios=[2, *[1] * columns])
     axes = figure.add_subplot(grid[:, 0])
@@ -237,10 +243,10 @@ def activation_maps(
 
 @_by_defaults
 def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) -> Figure:
-    """The learnt architecture as a graph: a column per layer, a node per group that has kernels, and edges to the
+    """Draws the learnt architecture as a graph: a column per layer, a node per group that has kernels, and edges to the
     groups of the next layer that read it (section 2.1: shared reads shared, a task reads shared and its own).
 
-    A node's area and number are its kernels. Shortcuts of residual blocks are not drawn.
+    A node's area and number show how many kernels the group has. Shortcuts of residual blocks are not drawn.
 
     Args:
         kernels: layer -> number of kernels in each group, in the order of the network.
@@ -252,7 +258,7 @@ def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) ->
     height = {index: -row for row, (index, _) in enumerate(order)}
     styles = list(_styles(groups).values())
     tasks = range(1, len(groups))
-    # Which groups each column has; the input is read by all.
+    # The groups that each column has; all groups read the input.
     columns = [[index for index, count in enumerate(counts) if count] for counts in kernels.values()] + [list(tasks)]
     most = max(map(max, kernels.values()))
     figure = _figure(1.6 + 1.15 * len(columns), 0.9 + 0.9 * len(groups))
@@ -284,12 +290,12 @@ def architecture(kernels: Mapping[str, Sequence[int]], groups: Sequence[str]) ->
 
 @_by_defaults
 def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Every subject's value for each method: a dot, joined to the same subject's of the other methods; the bar is
-    their mean.
+    """Draws every subject's value for each method as a dot, joined to the same subject's dots of the other methods. A
+    bar marks the mean of a method.
 
     Args:
-        scores: measure (the panel's title) -> method -> a value for each subject, NaN where there is none; the same
-            methods and subjects in the same order in all panels.
+        scores: measure (the panel's title) -> method -> a value for each subject, NaN where there is none. All panels
+            have the same methods and subjects in the same order.
     """
     names = list(next(iter(scores.values())))
     figure, panels = _panels(len(scores), 3, 4.2, 1.1 + 0.42 * len(names))
@@ -309,27 +315,28 @@ def subjects(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def mr_panel(mr: np.ndarray) -> Panel:
-    """The picture of an MR slice [Y, X]."""
+    """The panel of an MR slice [Y, X]."""
     return Panel("MR", mr, _mr_scale(mr))
 
 
 def uncertainty_panel(uncertainty: np.ndarray, task: str, unit: str) -> Panel:
-    """The picture of a slice [Y, X] of a task's standard deviation over draws."""
+    """The panel of a slice [Y, X] of a task's standard deviation over draws, in the unit `unit`."""
     return Panel(f"{task}: SD over draws", uncertainty, {"cmap": "magma", "vmin": 0}, unit)
 
 
 @_by_defaults
 def case_panel(panels: Sequence[Panel], spacing: tuple[float, float], title: str) -> Figure:
-    """One slice of one case, as its tasks picture it: MR | CT | synthetic CT | difference | labels on the MR | ..
+    """Draws one slice of one case as its tasks picture it: MR | CT | synthetic CT | difference | labels on the MR | ..
 
     Outlines of the truth are solid, those of the prediction dashed.
 
     Args:
-        panels: of one shape [Y, X].
+        panels: the pictures, whose planes all have the same shape [Y, X].
         spacing: (y, x) in mm per pixel.
+        title: the title of the figure.
 
     Raises:
-        InputError: no panel at all, or slices of different shapes.
+        InputError: there is no panel, or the planes differ in shape.
     """
     if not panels:
         raise InputError(f"case {title!r} has no image to show")
@@ -342,7 +349,7 @@ def case_panel(panels: Sequence[Panel], spacing: tuple[float, float], title: str
     extent = _extent(panels[0].plane, spacing)
     figure, all_axes = _panels(len(panels), 3 if len(panels) <= 6 else 4, 3.6, 3 * extent[3] / extent[1] + 0.5)
     colours = itertools.cycle(_LABEL_COLOURS)
-    handles: dict[str, Any] = {}  # of the legend
+    handles: dict[str, Any] = {}  # those of the legend, by what they stand for
     maps = sum(panel.contours is not None for panel in panels)
     for axes, panel in zip(all_axes, panels, strict=True):
         drawn = _show(axes, panel.plane, extent, **panel.scale)
@@ -365,12 +372,12 @@ def case_panel(panels: Sequence[Panel], spacing: tuple[float, float], title: str
 
 @_by_defaults
 def chart(shown: Scatter | Matrix) -> Figure:
-    """The predictions of a task against the truth, all images together."""
+    """Draws the predictions of a task against the truth, for all images together."""
     return _scatter(shown) if isinstance(shown, Scatter) else _matrix(shown)
 
 
 def _scatter(shown: Scatter) -> Figure:
-    """Predicted against true numbers, and the line where they are equal."""
+    """Draws predicted against true numbers, and the line where they are equal."""
     if not shown.true.size:
         return _message("No image has both a true value and a predicted one.")
     figure = _figure(5, 5)
@@ -390,7 +397,7 @@ def _scatter(shown: Scatter) -> Figure:
 
 
 def _matrix(shown: Matrix) -> Figure:
-    """Confusion matrix: counts, coloured by their share of the true class."""
+    """Draws a confusion matrix: counts, coloured by their share of the true class."""
     size = len(shown.names)
     cells = min(size, 20)
     figure = _figure(2.2 + 0.6 * cells, 1.8 + 0.5 * cells)
@@ -412,7 +419,8 @@ def _matrix(shown: Matrix) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure as PNG, whole or not at all; the folder must exist."""
+    """Writes the figure as PNG, whole or not at all. The folder must exist. Raises InputError if the file can't be
+    written."""
     with replacing(path) as partial:
         partial.write_bytes(_png(figure))
 
@@ -430,7 +438,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure of width x height inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -445,14 +453,15 @@ def _message(text: str) -> Figure:
 def _panels(
     count: int, most_columns: int, width: float, height: float, share_axes: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, each of width x height inches, in rows as even as they come."""
+    """A figure of `count` panels in rows as even as possible, each panel width x height inches."""
     rows = math.ceil(count / most_columns)
     columns = math.ceil(count / rows)
     figure = _figure(width * columns, height * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes)
     for axes in grid.flat[count:]:
         axes.remove()
-    for axes in grid.flat[count - columns : count]:  # the lowest of each column, above a blank too, numbers the x axis
+    # The lowest panel of each column numbers the x axis, also above a blank.
+    for axes in grid.flat[count - columns : count]:
         axes.tick_params(labelbottom=True)
     return figure, list(grid.flat[:count])
 
@@ -462,13 +471,13 @@ def _strip(axes: Axes) -> None:
 
 
 def _styles(groups: Sequence[str]) -> dict[str, _Style]:
-    """Style of each group; `groups` begins with shared."""
+    """The style of each group; `groups` begins with shared."""
     tasks = itertools.cycle(map(_Style, _TASK_COLOURS, _TASK_HATCHES))
     return dict(zip(groups, itertools.chain([_SHARED_STYLE], tasks), strict=False))
 
 
 def _bar_order(groups: Sequence[str]) -> list[tuple[int, _Style]]:
-    """Index and style of the groups as Fig. 3 stacks them: task 1, shared, further tasks."""
+    """The index and style of each group, in the order in which Fig. 3 stacks them: task 1, shared, further tasks."""
     indexed = list(enumerate(_styles(groups).values()))
     return [indexed[1], indexed[0], *indexed[2:]]
 
@@ -483,7 +492,7 @@ def _marker(values: Sequence[float]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text for matplotlib in which a dollar sign is only that, not the start of a formula."""
+    """The text such that matplotlib shows a dollar sign, and doesn't take it for the start of a formula."""
     return text.replace("$", r"\$")
 
 
@@ -493,14 +502,14 @@ def _extent(plane: np.ndarray, spacing: tuple[float, float]) -> tuple[float, flo
 
 
 def _radiological(plane: np.ndarray) -> np.ndarray:
-    """[Y, X] of a RAS+ slice with the patient's right first; with the origin below, the front is up."""
+    """A slice [Y, X] of a RAS+ volume with the patient's right first. Drawn with its origin below, the front is up."""
     return plane[:, ::-1]
 
 
 def _show(axes: Axes, plane: np.ndarray, extent: tuple[float, float, float, float], **scale: Any) -> AxesImage:
     axes.set(xticks=[], yticks=[])
     image = axes.imshow(_radiological(plane), origin="lower", extent=extent, aspect="equal", **scale)
-    axes.autoscale(False)  # or contours would move the frame
+    axes.autoscale(False)  # contours would move the frame otherwise
     return image
 
 
@@ -511,7 +520,7 @@ def _mark_sides(axes: Axes) -> None:
 
 
 def _mr_scale(mr: np.ndarray) -> dict[str, Any]:
-    """MR has no unit: from black to the brightness that all but 1 in 200 pixels keep below."""
+    """The grey scale of an MR, which has no unit: 1 in 200 pixels is black, and 1 in 200 is white."""
     low, high = np.percentile(mr, (0.5, 99.5))
     return {"cmap": "gray", "vmin": low, "vmax": high}
 
@@ -519,8 +528,8 @@ def _mr_scale(mr: np.ndarray) -> dict[str, Any]:
 def _draw_contours(
     axes: Axes, spacing: tuple[float, float], contours: Contours, colours: Mapping[str, str], of: str
 ) -> dict[str, Any]:
-    """Draws the outline of each label and returns the handles of their legend, by what they stand for; `of`: what is
-    said behind a label's name."""
+    """Draws the outline of each label, and returns the handles of the legend by what they stand for. of: the text that
+    stands behind a label's name in the legend."""
     from matplotlib.lines import Line2D
 
     handles: dict[str, Any] = {}

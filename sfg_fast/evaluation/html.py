@@ -1,4 +1,4 @@
-"""report.html: one file that a colleague can open from a mail, with the numbers, the figures and the configuration."""
+"""Writes report.html: one file that a colleague can open from a mail, with numbers, figures and the configuration."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ def write_report(
     Args:
         path: the HTML file; its folder must exist.
         title: heading of the page.
-        config_yaml: the run's configuration, shown as it is.
-        document: from `sfg_fast.evaluation.metrics.metrics_document` (or metrics.json); None: a page without numbers.
-        figures: (caption, figure) in the order of the page; embedded as PNG.
+        config_yaml: the run's configuration, which is shown as it is.
+        document: what `sfg_fast.evaluation.metrics.metrics_document` gave (or metrics.json); None: the page has no
+            numbers.
+        figures: (caption, figure) in the order of the page; they are embedded as PNG.
         notes: sentences that the reader should know before the numbers.
     """
     sections = []
@@ -77,13 +78,13 @@ def write_report(
         sections.append(section("Results", tables + conventions(rules_of(document))))
     if figures:
         sections.append(section("Figures", "".join(figure(caption, drawn) for caption, drawn in figures)))
-    if document and not of_images(tasks_of(document)):  # thousands of images, of persons, have no rows
+    if document and not of_images(tasks_of(document)):  # images have no rows: they may be thousands, and show persons
         sections.append(section("Cases", table(_case_table(document))))
     write_page(path, title, sections, config_yaml)
 
 
 def write_page(path: Path, title: str, sections: Sequence[str], config_yaml: str) -> None:
-    """Writes a page of sections in HTML, and a configuration as the last one, whole or not at all."""
+    """Writes a page of sections in HTML, whole or not at all. The configuration becomes the last section."""
     configuration = f"<details><summary>Show the configuration</summary><pre>{escape(config_yaml)}</pre></details>"
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -97,17 +98,17 @@ def write_page(path: Path, title: str, sections: Sequence[str], config_yaml: str
 
 
 def section(title: str, content: str) -> str:
-    """A part of the page: a heading in words, and content in HTML."""
+    """A section of the page in HTML. title: plain text. content: HTML."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
 def bullets(sentences: Sequence[str]) -> str:
-    """Sentences as a list."""
+    """Sentences as a list in HTML."""
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def _cards(document: Mapping[str, Any]) -> str:
-    """The headline numbers: mean over the cases, SD beneath."""
+    """The headline numbers in HTML: the mean over the cases, and the SD beneath."""
     cards = [_card(task, measure, document) for task in _scored(document) for measure in task.measures]
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -128,13 +129,14 @@ def _card(task: Task, measure: Measure, document: Mapping[str, Any]) -> str:
 
 
 def conventions(rules: Mapping[str, str]) -> str:
-    """How the numbers are measured: `rules_of` a `metrics_document`."""
+    """A box in HTML that says how the numbers are measured. rules: those of `rules_of`."""
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(rule)}</dd>" for term, rule in rules.items())
     return f'<aside class="conventions"><strong>How these numbers are measured</strong><dl>{terms}</dl></aside>'
 
 
 def _case_table(document: Mapping[str, Any]) -> Table:
-    """One row per case: of each task the headline numbers and the details; a hyphen where there is no number."""
+    """A table with one row per case: the headline numbers and the details of each task, or a hyphen where there is no
+    number."""
     shown = columns((task, (*task.measures, *task.details)) for task in _scored(document))
     rows = [
         [name, *(_number(number_of(case, measure), measure) for _, measure in shown)]
@@ -144,7 +146,8 @@ def _case_table(document: Mapping[str, Any]) -> Table:
 
 
 def table(part: Table) -> str:
-    """A table with its caption; cells (not the first of a row) may be **bold** or *italic* as in Markdown."""
+    """A table with its caption in HTML. Cells (but not the first of a row) may be **bold** or *italic* as in
+    Markdown."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in part.header)
     rows = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{_emphasised(cell)}</td>" for cell in rest)}</tr>'
@@ -164,7 +167,7 @@ def _emphasised(cell: str) -> str:
 
 
 def figure(caption: str, drawn: Figure) -> str:
-    """A figure as a PNG inside the page, its caption beneath."""
+    """A figure in HTML: a PNG inside the page, and the caption beneath."""
     text = escape(caption)
     return f'<figure><img src="{to_data_uri(drawn)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 

@@ -1,6 +1,6 @@
-"""The numbers of a cohort: what each task says of each case, and mean (SD) over the cases.
+"""The numbers of a cohort: the metrics of each task for each case, and mean (SD) over the cases.
 
-No PSNR means anything without its clip, its range and its mask: the rules of every task travel with the numbers
+A PSNR means nothing without its clip, its range and its mask. So the rules of every task travel with the numbers
 (`metrics_document`).
 """
 
@@ -19,7 +19,7 @@ from ..tasks import PAPER, Task, TaskAsJson, from_json, measured_by, profile_of,
 from ..tasks.task import Measure, Scene
 
 SD_RULE = "sample standard deviation over cases (divided by n - 1), 0 for one case; null is left out"
-_OWN_REGIONS = ("overall", "bones")  # of a volume by itself, not of its labels
+_OWN_REGIONS = ("overall", "bones")  # regions that come from the volume itself, not from labels
 
 
 def case_metrics(
@@ -28,13 +28,13 @@ def case_metrics(
     """The metrics of one case: {task: `Task.metrics`}, without the tasks that lack their truth or their prediction.
 
     Args:
-        tasks: measured by whichever profile (`tasks.measured_by`).
-        true: by the names of targets; volumes [Z, Y, X], or the values of an image.
-        predicted: by the names of tasks, likewise.
+        tasks: the tasks by name; each is measured by its own profile (`tasks.measured_by`).
+        true: the truth by the names of targets: volumes [Z, Y, X], or the values of an image.
+        predicted: the predictions by the names of tasks: volumes [Z, Y, X], or the values of an image.
         scene: where volumes are measured; None for images.
 
     Raises:
-        InputError: shapes differ, the mask is empty, or what a task can't score.
+        InputError: shapes differ, the mask is empty, or a task can't score the values.
     """
     pairs = {
         name: (true[task.target], predicted[name])
@@ -53,18 +53,18 @@ def case_metrics(
 
 
 def summarise(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and SD over the cases of every number in their `case_metrics`.
+    """The mean and SD over the cases of every number in their `case_metrics`.
 
     Args:
         cases: case name -> its `case_metrics`.
 
     Returns:
         The layout of one case with `{"mean", "sd", "n"}` in the place of each number. None (an empty region, an absent
-        organ) and words are left out; n counts what is left. The SD is the sample's (divided by n - 1), 0 for n = 1;
-        for n = 0 both are None.
+        organ) and words are left out; n counts the numbers that are left. The SD is the sample's (divided by n - 1),
+        and 0 for n = 1; for n = 0 mean and SD are None.
 
     Raises:
-        InputError: no case.
+        InputError: there is no case.
     """
     if not cases:
         raise InputError("no case to summarise")
@@ -72,7 +72,8 @@ def summarise(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _summarise(values: list[Any]) -> dict[str, Any]:
-    """`values`: what the cases hold in one place: all of them dicts (or missing), or all numbers (or None)."""
+    """The summary of one place of the layout. values: what the cases hold there, all of them dicts (or missing), or all
+    of them numbers (or None)."""
     branches = [value for value in values if isinstance(value, Mapping)]
     if branches:
         keys = dict.fromkeys(key for branch in branches for key in branch)
@@ -87,25 +88,28 @@ def _summarise(values: list[Any]) -> dict[str, Any]:
 
 
 class TaskConventions(TaskAsJson):
-    """What a task is, what it is called in tables, and how its numbers are measured, in words."""
+    """What a task is, and in words what it is called in tables and how its numbers are measured."""
 
     title: str
     rules: dict[str, str]
 
 
 class Measured(TypedDict, total=False):
-    """metrics: the profile. (Before there were several it was the paper's, and nothing stood here.)"""
+    """The profile of the numbers. Files from before there were several profiles lack it; theirs is the paper's."""
 
     metrics: str
 
 
 class Conventions(Measured):
+    """What the numbers of a `metrics_document` mean: its tasks by name, its profile, and the rules that all tasks have
+    in common."""
+
     tasks: dict[str, TaskConventions]
     rules: dict[str, str]
 
 
 class Metrics(TypedDict):
-    """What is read back of a `metrics_document`; cases: the `case_metrics` of each."""
+    """What is read back of a `metrics_document`. cases: the `case_metrics` of each case, by name."""
 
     conventions: Conventions
     cases: dict[str, dict[str, dict[str, Any]]]
@@ -115,9 +119,9 @@ class Metrics(TypedDict):
 def metrics_document(cases: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """The content of metrics.json: `{"conventions": ..., "cases": cases, "summary": summarise(cases)}`.
 
-    Strictly valid JSON (no NaN, no infinity), readable without this package: the conventions say in words what each
-    number means, name the profile of metrics that the tasks are measured by, and describe the tasks. Raises InputError
-    without a case.
+    It is strictly valid JSON (no NaN, no infinity) and can be read without this package: the conventions say in words
+    what each number means, name the profile of metrics that the tasks are measured by, and describe the tasks. Raises
+    InputError if there is no case.
     """
     about = {
         name: {"title": tasks[name].title, **one, "rules": tasks[name].rules()} for name, one in to_json(tasks).items()
@@ -127,9 +131,12 @@ def metrics_document(cases: Mapping[str, Mapping[str, Any]], tasks: Mapping[str,
 
 
 def read_metrics(path: Path, shape: Any = Metrics) -> dict[str, Any]:
-    """A `metrics_document` in a file (`shape`: with what was added to it). InputError if it can't be read, is none, is
-    of a profile of metrics that there is not, has a task that it doesn't describe or one without its numbers, or a
-    summary that is not that of its cases."""
+    """Reads a `metrics_document` from a file. shape: its type, `Metrics` or one with more in it.
+
+    Raises InputError if the file can't be read or is no such document, if it names a profile of metrics that there is
+    not, if a case has a task that the document doesn't describe, or lacks numbers of a task, or if the summary is not
+    that of the cases.
+    """
     document = read_json(path, shape)
     conventions = document["conventions"]
     if not conventions["tasks"]:
@@ -175,7 +182,8 @@ def _is_there(case: Any, place: tuple[str, ...]) -> bool:
 
 
 def _check_number(case: Any, place: tuple[str, ...], where: str) -> None:
-    """InputError if something else than a number or null stands in a place, or above it."""
+    """Raises InputError if something else than a number or null stands in a place, or something else than an object or
+    null above it."""
     for depth, key in enumerate(place, 1):
         case = case.get(key)
         last = depth == len(place)
@@ -188,7 +196,7 @@ def _check_number(case: Any, place: tuple[str, ...], where: str) -> None:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """The same numbers in the same places, but for rounding on another machine."""
+    """Whether both have the same numbers in the same places, but for rounding on another machine."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
     if isinstance(a, int | float) and isinstance(b, int | float):
@@ -208,7 +216,7 @@ def tasks_of(document: Mapping[str, Any]) -> dict[str, Task]:
 
 
 def regions_of(document: Mapping[str, Any]) -> list[str]:
-    """The regions of true labels (`Scene.regions`) that any case was measured in."""
+    """The names of the regions of true labels (`Scene.regions`) that any case was measured in."""
     found = (task.get("regions", {}) for case in document["cases"].values() for task in case.values())
     return [name for name in dict.fromkeys(name for one in found for name in one) if name not in _OWN_REGIONS]
 
@@ -229,21 +237,22 @@ def captioned(caption: str, profile: str) -> str:
 
 
 class Column(NamedTuple):
-    """A measure, and its heading among those of other tasks."""
+    """A measure, and its heading in a table that shows other tasks, too."""
 
     title: str
     measure: Measure
 
 
 def columns(tasks: Iterable[tuple[Task, Iterable[Measure]]]) -> list[Column]:
-    """Measures of several tasks side by side: what is called alike in two of them names its task, too."""
+    """The columns for measures of several tasks side by side. Where two measures have the same title, the headings name
+    the tasks, too."""
     pairs = [(task, measure) for task, measures in tasks for measure in measures]
     times = Counter(measure.title for _, measure in pairs)
     return [Column(one.title if times[one.title] == 1 else f"{one.title} ({task.name})", one) for task, one in pairs]
 
 
 def summary_tables(document: Mapping[str, Any]) -> list[Table]:
-    """Table 1 of the paper for one method: (a), (b), .. one for each task; one that was not scored is left out.
+    """Table 1 of the paper for one method: a table (a), (b), .. for each task that was scored.
 
     Cells are `mean (SD)` over the cases, followed by `n=` where some cases lack the region or organ.
     """
@@ -267,7 +276,7 @@ def summary_tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def letters() -> Iterator[str]:
-    """a .. z, aa, ab .."""
+    """Gives a .. z, aa, ab, .., without end."""
     names = [""]
     while True:
         names = [first + chr(ord("a") + last) for first in names for last in range(26)]
@@ -275,13 +284,13 @@ def letters() -> Iterator[str]:
 
 
 def number_of(case: Mapping[str, Any], measure: Measure) -> float | None:
-    """A measure of a case, as it is shown: times its factor; None where there is no number."""
+    """The number of a measure in a case's metrics, times the measure's factor; None where there is no number."""
     number = number_at(case, measure.place)
     return None if number is None else number * measure.factor
 
 
 def summary_value(document: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
-    """The `spread` of a measure over the cases, as it is shown; that of nothing where there is none."""
+    """The `spread` of a measure over the cases, times the measure's factor; n is 0 where no case has a number."""
     found: Any = number_at(document["summary"], measure.place) or spread([])
     if found["n"] == 0:
         return found
@@ -289,5 +298,5 @@ def summary_value(document: Mapping[str, Any], measure: Measure) -> Mapping[str,
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """`summary_tables` as Markdown with aligned columns, fit for a terminal too; ends with a newline."""
+    """The `summary_tables` as Markdown with aligned columns, for files and terminals; the text ends with a newline."""
     return "\n".join(f"{part.caption}\n\n{markdown(part)}" for part in summary_tables(document))

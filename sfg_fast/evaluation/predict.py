@@ -1,4 +1,4 @@
-"""From a trained run and a cohort to predictions: of volumes as NIfTI, of images as a table, all with uncertainty."""
+"""Predicts a cohort with a trained run: volumes become NIfTI files, images rows of a table, all with uncertainty."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .evaluate import ABOUT, TABLE, About, file_name, file_that_differs, hashes_
 SLICES_AT_ONCE = 16
 IMAGES_AT_ONCE = 64
 PATCH_OVERLAP = 0.5
-# Patches are weighted by a Gaussian around their centre, where a network has seen most context.
+# A Gaussian weights the pixels of a patch most at its centre, where the network has seen most context.
 PATCH_WEIGHTING = "gaussian"
 BY = {
     "map": "the most probable architecture",
@@ -43,17 +43,20 @@ BY = {
 STATISTICS = {"running": "those of training", "batch": "those of each batch that is predicted"}
 
 Predicted = dict[str, dict[str, np.ndarray]]
-"""By task what `Task.predicted` says: "" the prediction itself, "uncertainty", its SD over drawn architectures, .. Of a
-volume each is [Z, Y, X], of images [N]."""
+"""For each task what `Task.predicted` gives: under "" the prediction itself, under "uncertainty" its SD over drawn
+architectures, and so on. Arrays are [Z, Y, X] for a volume, [N] for images."""
 
 
 class Predictor:
-    """A trained run, ready to predict, with its `final` network or the `best` on the validation split.
+    """A trained run, ready to predict with its `final` network or with the `best` one on the validation split.
 
     Attributes:
-        tasks: of the run. images: how its images are prepared; None: it was trained on volumes.
+        tasks: the run's tasks by name.
+        images: how the run's images are prepared; None: it was trained on volumes.
+        draws_anything: whether there is anything to draw, so that draws differ and give an uncertainty.
+        constant_p: whether the grouping is drawn from a constant p, so that there is no most probable one.
 
-    Raises InputError for a folder that is no run or a checkpoint of another one.
+    Raises InputError for a folder that is no run, and for a checkpoint of another run.
     """
 
     def __init__(self, run: Path, device: str = "auto", checkpoint: str = "final") -> None:
@@ -70,13 +73,15 @@ class Predictor:
         self.draws_anything = drawn or self.config.network.dropout > 0
 
     def volume(self, inputs: np.ndarray, draws: int, by: str = "map", statistics: str = "running") -> Predicted:
-        """Predict one volume slice by slice; in-plane patches are aggregated.
+        """Predict one volume slice by slice. A run that was trained on patches predicts overlapping patches of each
+        slice, which are averaged.
 
-        inputs: raw MR [C, Z, Y, X]. The uncertainty comes from `draws` drawn architectures, the same for all slices.
-        by: what the prediction itself comes from: the most probable architecture ("map"), the mean over the drawn ones
-        ("draws"; instead of "map" also where p is constant), or that of numbers and the class that most of them choose
-        ("mode"; the uncertainty of classes is then that of these choices). statistics: what is normalised by, the
-        "running" statistics of training, or those of each "batch" of slices, as the authors' public code does.
+        inputs: the MR as scanned, [C, Z, Y, X]. draws: how many drawn architectures the uncertainty comes from, the
+        same for all slices; with 0 the uncertainty is 0. by: what the prediction itself comes from: "map", the most
+        probable architecture; "draws", the mean over the drawn architectures (where p is constant "map" means this,
+        too); or "mode", for numbers that mean, for classes the one that most drawn architectures choose (the
+        uncertainty of classes is then that of these choices). statistics: features are normalised by the "running"
+        statistics of training, or by those of each "batch" of slices, as the authors' public code does.
         """
         slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
         return self._predicted(slices, draws, by, statistics)
@@ -84,9 +89,10 @@ class Predictor:
     def of_images(
         self, images: Sequence[Case] | np.ndarray, draws: int, by: str = "map", statistics: str = "running"
     ) -> Predicted:
-        """Predict images: cases, or [N, C, H, W] as `load_images` gives it. The rest as for `volume`."""
+        """Predict images: cases, or an array [N, C, H, W] as `load_images` gives it. The other arguments are those of
+        `volume`."""
         parts, batches = [], _batches(len(images), IMAGES_AT_ONCE, statistics)
-        for chosen in batches:  # never all of them in memory
+        for chosen in batches:  # so that never all images are in memory
             if isinstance(images, np.ndarray):
                 batch = images[chosen]
             else:
@@ -100,7 +106,7 @@ class Predictor:
         }
 
     def _predicted(self, x: Tensor, draws: int, by: str, statistics: str) -> Predicted:
-        """x [N, C, H, W] as the network reads it."""
+        """Predicts x [N, C, H, W], which is normalised as the network reads it."""
         averaged = self.constant_p or (by != "map" and self.draws_anything)
         votes = averaged and by == "mode"
         mean, variance = self._moments(x, draws if averaged else 0, votes, statistics)
@@ -114,7 +120,7 @@ class Predictor:
         """Mean and variance of the linked outputs of all tasks side by side, [N, outputs, ..]."""
         means, variances = [], []
         self.model.load_state_dict(self._statistics[min(draws, 1)], strict=False)
-        # Whole volumes see the same drawn architectures: every batch of slices and every window starts from one seed.
+        # All slices see the same drawn architectures, because every batch and every window starts from one seed.
         batches = _batches(len(x), IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE, statistics)
         for chosen in batches:
             with torch.random.fork_rng():
@@ -131,7 +137,7 @@ class Predictor:
         from monai.inferers import sliding_window_inference
 
         height, width = self.config.patch
-        # Smaller slices are padded as in training (the sliding window itself would pad with zero, which is tissue).
+        # Smaller slices are padded as in training. (The sliding window itself would pad with 0, which is tissue.)
         missing = [max(0, wanted - size) for wanted, size in zip((height, width), batch.shape[2:], strict=True)]
         top, left = missing[0] // 2, missing[1] // 2
         padded = batch.amin((2, 3), keepdim=True).repeat(1, 1, batch.shape[2] + missing[0], batch.shape[3] + missing[1])
@@ -154,7 +160,8 @@ class Predictor:
         return torch.cat([found[name][moment] for moment in (0, 1) for name in self.tasks], 1)
 
     def of_split(self, cohort: Cohort, split: str) -> tuple[Case, ...]:
-        """The cohort's cases of split train, val or test, or all. Of a fold its own parts, whatever the cohort says."""
+        """The cohort's cases of the split train, val or test, or "all". For the run of a fold, train and val are the
+        fold's own parts, whatever the cohort says."""
         if split == "all":
             return cohort.cases
         if self.config.fold is None or split not in ("train", "val"):
@@ -174,18 +181,18 @@ class Predictor:
     ) -> Iterator[tuple[str, Path]]:
         """Predict cases of a cohort one by one into OUT, and say in OUT/predictions.json what they are (`About`).
 
-        Of volumes OUT/CASE/ holds a file for each task, called as its target, and uncertainty.nii.gz, with the affine
-        and shape of the MR (`file_name`); a case's folder appears when it is complete. Of images OUT/predictions.csv
-        holds a row for each; it appears when all are complete, until then the rows are in predictions.csv.part.
+        For volumes OUT/CASE/ holds a file for each task, called as its target, and uncertainty.nii.gz, with the affine
+        and shape of the MR (`file_name`); a case's folder appears when it is complete. For images OUT/predictions.csv
+        holds a row for each; it appears when all are complete, and until then the rows are in predictions.csv.part.
 
-        OUT must be new or empty; with `resume` it may hold predictions of this very run, made in the same way: those of
-        the same input files are kept, where they are as they were written. `draws`, `by` and `statistics` as for
-        `volume`. Yields (case, its folder or the table) as each is done. Whatever ends it, what is complete stays; if
-        that is nothing, nothing of the output remains.
+        OUT must be new or empty. With `resume` it may hold predictions of this very run that were made in the same way;
+        those of unchanged input files are kept, if they are still as they were written. `draws`, `by` and `statistics`
+        are those of `volume`. Yields (case, its folder or the table) as each case is done. Whatever ends the work, what
+        is complete stays; if that is nothing, nothing of the output remains.
 
-        Raises InputError, before anything is done, for `draws`, `by` or `statistics` that can't be, or a cohort of
-        another kind than the run's, or with other channels; and for an OUT that holds anything else, or that another
-        process is writing to.
+        Raises InputError, before anything is done, for values of `draws`, `by` or `statistics` that can't be, and for a
+        cohort of another kind than the run's or with other channels; and then for an OUT that holds anything else, or
+        that another process is writing to.
         """
         if cohort.images != (self.images is not None):
             kinds = ["images" if images else "volumes" for images in (cohort.images, not cohort.images)]
@@ -225,7 +232,7 @@ class Predictor:
                 if not kept or file_that_differs(folder, written.get(case.name, {})):
                     partial = out / f".partial-{os.getpid()}-{case.name}"
                     self._write(case, partial, how)
-                    if folder.exists():  # of other MR files, or damaged
+                    if folder.exists():  # the folder there was predicted from other MR files, or is damaged
                         shutil.rmtree(folder)
                     known[case.name] = content
                     written[case.name] = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
@@ -254,18 +261,18 @@ class Predictor:
         with _filling(out, how, resume, lambda saved: table.exists() or part.exists()) as saved:
             hashes = {case.name: hashes_of_inputs(case) for case in cases}
             batches = _batches(len(cases), IMAGES_AT_ONCE, how["statistics"])
-            names = [cases[index].name for batch in batches for index in batch]  # in the order of the work
+            names = [cases[index].name for batch in batches for index in batch]  # names in the order of the work
             if table.exists() and saved.get("table") == sha256_of(table):
                 part.write_bytes(_in_order(table, names))
                 table.unlink()
             unchanged = {name for name, found in hashes.items() if saved["cases"].get(name) == found}
             if how["statistics"] == "batch" and list(saved["cases"].items()) != list(hashes.items()):
-                unchanged = set()  # what is in a batch moves its other predictions, too
+                unchanged = set()  # an image changes the predictions of all others in its batch
             done, start = _cut_behind_whole_rows(part, self._columns(), names, unchanged), 0
             write_json(out / ABOUT, {**how, "cases": hashes, "finished": False})
             for chosen in batches:
                 batch = [cases[index] for index in chosen]
-                if start + len(batch) > done:  # a batch is predicted as a whole, as it would have been before
+                if start + len(batch) > done:  # a batch is predicted as a whole, so that its predictions stay the same
                     rows = self._rows(batch, how)[max(0, done - start) :]
                     text = _as_text(rows if part.exists() else [self._columns(), *rows])
                     with part.open("ab") as file:
@@ -282,7 +289,7 @@ class Predictor:
             write_json(out / ABOUT, {**about, "finished": True})
 
     def _columns(self) -> list[str]:
-        """Of the table: case, and for each task its prediction and what else it predicts."""
+        """The columns of the table: case, and for each task its prediction and what else it predicts."""
         columns = ["case"]
         for name, stem in file_stems(self.tasks).items():
             nothing = torch.zeros(1, self.tasks[name].outputs)
@@ -298,11 +305,11 @@ class Predictor:
 
 
 def _batches(count: int, at_once: int, statistics: str) -> list[np.ndarray]:
-    """The indices of so many images or slices, at most `at_once` at a time.
+    """The indices 0 .. count - 1 of images or slices in batches, with at most `at_once` in each.
 
-    By statistics of the batch the batches are even, and each takes from all over: the few that are left over at the
-    end, or neighbours, which are often alike (a list sorted by age, the slices of a volume), would be normalised by
-    their likes alone.
+    With `statistics` of the batch all batches have about the same size, and each takes indices from all over. Otherwise
+    the few that are left over at the end, or neighbours, which are often alike (a list sorted by age, the slices of a
+    volume), would be normalised by themselves alone.
     """
     parts = max(1, math.ceil(count / at_once))
     if statistics == "batch":
@@ -311,7 +318,7 @@ def _batches(count: int, at_once: int, statistics: str) -> list[np.ndarray]:
 
 
 def _in_order(table: Path, names: Sequence[str]) -> bytes:
-    """The header of a table, and its rows of the named images in this order."""
+    """The text of a table with its header, and with the rows of the named images in the order of the names."""
     with table.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     by_name = {row[0]: row for row in rows}
@@ -325,8 +332,11 @@ def _as_text(rows: Sequence[Sequence[str]]) -> bytes:
 
 
 def _cut_behind_whole_rows(table: Path, columns: list[str], names: list[str], unchanged: set[str]) -> int:
-    """Cuts a table, if there is one, behind the last of its first rows that are whole, as a kill may not have left it,
-    and are those of the named images, which have not changed. Returns how many that are."""
+    """Cuts a table, if there is one, behind its first rows that can be kept, and returns how many these are.
+
+    A row can be kept if it is whole (a kill may have cut it), if it is that of the next name in `names`, and if that
+    image is in `unchanged`.
+    """
     if not table.exists():
         return 0
     size = count = 0
@@ -351,9 +361,13 @@ def _cut_behind_whole_rows(table: Path, columns: list[str], names: list[str], un
 
 @contextmanager
 def _filling(out: Path, how: About, resume: bool, anything: Callable[[About], bool]) -> Iterator[About]:
-    """OUT, for this process alone, to be filled with predictions made in this way; gives what predictions.json says of
-    those that are there. If the block fails and there is not `anything` of them, that file is removed. InputError if
-    OUT holds anything else."""
+    """Keeps OUT for this process while predictions are written to it, and gives what predictions.json says of those
+    that are there already.
+
+    how: how the predictions are made; those that are there must have been made in the same way. anything: whether any
+    prediction is there. If the body of the `with` fails and none is, predictions.json is removed. Raises InputError if
+    OUT holds anything else, or if another process has it.
+    """
     about = out / ABOUT
     with alone_in(out):
         saved: About = {}

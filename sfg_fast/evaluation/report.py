@@ -1,6 +1,6 @@
 """The report of a run: what it learnt, how well it predicts, and pictures of every predicted case.
 
-Of cohorts of images nothing is pictured but numbers, and no image has a row: they may be faces.
+For a cohort of images the report shows numbers only, and no image has a row in it: images may be faces.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ from .evaluate import (
 from .html import write_report
 from .predict import BY, Predictor
 
-Drawn = list[tuple[str, str, Figure]]  # name of the file, caption, figure
+Drawn = list[tuple[str, str, Figure]]  # (name of the file without .png, caption, figure)
 
-KERNELS_SHOWN = 4
+KERNELS_SHOWN = 4  # how many kernels of each group `activation_maps` takes
 
 
 def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: Path) -> None:
     """Write the report of a run as one HTML file, and its figures as PNG beside it in `figures/`.
 
-    InputError if one of them can't be read, or does not belong to the others: predictions of another run or cohort,
-    metrics of other predictions or of another cohort. (Predictions that others made say of no run.)
+    metrics: the metrics.json of `evaluate`. out: the HTML file.
+    Raises InputError if one of these can't be read, or doesn't belong to the others: predictions of another run or
+    cohort, metrics of other predictions or of another cohort. (Predictions that `predict` didn't make name no run, and
+    are taken as they are.)
     """
     about = about_predictions(predictions)
     predictor = Predictor(run, checkpoint=about.get("checkpoint", "final"))
@@ -96,7 +98,7 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
 
 
 def _learnt(history: dict[str, Any], predictor: Predictor) -> Drawn:
-    """What the network learnt, and how."""
+    """The figures of what the network learnt, and how."""
     whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
     scored = f"a few {whose} images" if predictor.images is not None else f"one {whose} slice"
     return [
@@ -116,7 +118,7 @@ def _learnt(history: dict[str, Any], predictor: Predictor) -> Drawn:
 
 
 def _charts(tasks: Mapping[str, Task], document: Mapping[str, Any]) -> Drawn:
-    """The predictions of each task against the truth, of all images."""
+    """The figures of each task's predictions against the truth, for all images."""
     drawn: Drawn = []
     for name, task in tasks.items():
         scored = [case[name] for case in document["cases"].values() if name in case]
@@ -134,7 +136,7 @@ def _cases(
     tasks: Mapping[str, Task],
     targets: Mapping[str, Target],
 ) -> Drawn:
-    """A slice of every predicted case, and what kernels see of the first."""
+    """The figures of a slice of every predicted case, and of what kernels see in the first case."""
     drawn: Drawn = []
     for index, case in enumerate(cases):
         loaded = load_case(case, targets)
@@ -157,13 +159,13 @@ def _cases(
 
 
 def course(run: Path, predictor: Predictor) -> dict[str, Any]:
-    """The history of a run to the end of its training, whichever of its checkpoints predicts."""
+    """The history of a run to the end of its training, also if its best checkpoint predicts, which ends earlier."""
     return predictor.history if predictor.checkpoint == "final" else load_run(run).history
 
 
 def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
-    """The course of the run to its end, as its last checkpoint has it. InputError if history.json, which is there to be
-    read by people, says something else."""
+    """The history of the run to its end, as its last checkpoint has it. Raises InputError if history.json, which is
+    there for people to read, says something else."""
     own = course(run, predictor)
     path = run / "history.json"
     if path.exists() and read_json(path) != own:
@@ -174,9 +176,11 @@ def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
 
 @torch.no_grad()
 def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[str, list[tuple[str, np.ndarray]]]:
-    """For each group its `KERNELS_SHOWN` kernels of lowest entropy, all layers together: (title, activation [Y, X]).
+    """The activations of the `KERNELS_SHOWN` kernels of lowest entropy in each group, from all layers: {group: [(title,
+    activation [Y, X]), ..]}.
 
-    inputs: raw MR [C, Z, Y, X], z the slice. The assignment is argmax p, one draw if p is constant.
+    inputs: the MR as scanned, [C, Z, Y, X]. z: the index of the slice. A kernel's group is argmax p, or a draw if p is
+    constant.
     """
     layers = sfg_layers(predictor.model)
     outputs: dict[str, Any] = {}
@@ -185,7 +189,7 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
         for name, layer in layers.items()
     ]
     with torch.random.fork_rng():
-        torch.manual_seed(predictor.config.seed)  # a constant p is drawn
+        torch.manual_seed(predictor.config.seed)  # a network with a constant p draws its groups here
         predictor.model(torch.from_numpy(normalise(inputs)[None, :, z]).to(predictor.device))
     for hook in hooks:
         hook.remove()
@@ -205,7 +209,7 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
 
 
 def telling_slice(case: LoadedCase, targets: Mapping[str, Target]) -> int:
-    """The slice with most labels, else the middle one."""
+    """The index of the slice with most labelled voxels, or of the middle slice if there is none."""
     labels = [volume for name, volume in case.targets.items() if targets[name].kind == "labels"]
     counts = np.sum([(volume > 0).sum((1, 2)) for volume in labels], axis=0)
     return int(counts.argmax()) if np.any(counts) else case.inputs.shape[1] // 2
@@ -216,14 +220,14 @@ def _slice(volumes: Mapping[str, np.ndarray], name: str, z: int) -> np.ndarray |
 
 
 def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[str]:
-    """`about`: what predict says of the predictions."""
+    """The notes of the report. cases: how many cases were predicted. about: what `predict` says of them."""
     config = predictor.config
     residual = "" if config.network.residual is None else f", residual blocks {config.network.residual}"
     of = "images" if predictor.images is not None else "cases"
     by = about.get("by", "")
     if by == "map" and predictor.constant_p:
         by = "draws"
-    elif by in BY and not predictor.draws_anything:  # whatever was asked for
+    elif by in BY and not predictor.draws_anything:  # then all ways are the same, whatever was asked for
         by = "map"
     made = f"from {BY[by]}, checkpoint {about.get('checkpoint')}" if by in BY else "from elsewhere"
     notes = [

@@ -1,6 +1,8 @@
-"""Tasks: each described once, in the file of its kind; `read_tasks` makes them from a configuration.
+"""The tasks that a network learns. A kind of task is described in one file; `read_tasks` makes tasks of a
+configuration.
 
-A new kind is a new file here with a subclass of `Task` (docs/tasks.md shows one); nothing else has to know of it.
+A new kind is a new file in this folder with a subclass of `Task` (docs/tasks.md shows one). No other file has to know
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ..errors import InputError
 from ..files import check_shape
 from .task import KINDS, PAPER, PROFILES, Measure, Task
 
-for _module in pkgutil.iter_modules(__path__):  # each registers its kind, or what measures kinds by a profile
+for _module in pkgutil.iter_modules(__path__):  # each file registers its kind, or a profile of metrics
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
@@ -44,13 +46,13 @@ __all__ = [
 ]
 
 TaskOptions = list[str] | dict[str, dict[str, Any]]
-"""`tasks:` of a configuration: names of `USUAL`, or name -> {kind: .., options of the kind}."""
+"""What `tasks:` of a configuration may hold: names of `USUAL`, or name -> {kind: .., options of the kind}."""
 
 USUAL: dict[str, dict[str, Any]] = {
     "ct": {"kind": "synthesis"},
     "organs": {"kind": "segmentation", "target": "labels"},
 }
-"""The paper's two tasks, which need not be described."""
+"""The paper's two tasks. A configuration may name them without a description."""
 
 USUAL_KINDS = {
     "intensities": "synthesis",
@@ -58,14 +60,15 @@ USUAL_KINDS = {
     "number": "regression",
     "class": "classification",
 }
-"""Of a target that nobody described a task for."""
+"""The kind of task for each kind of target. `own_tasks` takes it for a target whose task nobody has described."""
 
 
 def read_tasks(options: Any, targets: Mapping[str, Target] | None = None) -> dict[str, Task]:
-    """The tasks of a configuration by name, in their order; bound to the targets of a cohort, if these are given.
+    """The tasks of a configuration by name, in the configuration's order. If the targets of a cohort are given, each
+    task is bound to its target.
 
-    Raises InputError, naming the option, for a kind or an option that can't be, tasks of images beside tasks of voxels,
-    and a target that the cohort does not have, or has of another kind.
+    Raises InputError, which names the option, for an unknown kind or option, for a value that an option can't have, for
+    tasks of images beside tasks of voxels, and for a target that the cohort lacks or has of another kind.
     """
     if isinstance(options, Sequence) and not isinstance(options, str):
         if len(set(map(str, options))) < len(options):
@@ -80,7 +83,7 @@ def read_tasks(options: Any, targets: Mapping[str, Target] | None = None) -> dic
     stems = file_stems(found)
     for name, stem in stems.items():
         check_target_name(stem, f"tasks.{name}")
-        if [one.casefold() for one in stems.values()].count(stem.casefold()) > 1:  # as some disks take names
+        if [one.casefold() for one in stems.values()].count(stem.casefold()) > 1:  # some disks do not tell A from a
             raise InputError(
                 f"tasks.{name}: it would be written to files of the name {stem!r}, and so would another task"
             )
@@ -89,10 +92,10 @@ def read_tasks(options: Any, targets: Mapping[str, Target] | None = None) -> dic
 
 def _task(name: Any, chosen: Any, targets: Mapping[str, Target] | None) -> Task:
     plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name)
-    if not plain or name == "shared" or hasattr(nn.ModuleDict(), name):  # where networks hold their heads
+    if not plain or name == "shared" or hasattr(nn.ModuleDict(), name):  # an nn.ModuleDict holds the heads of a network
         expected = "letters, digits and _, and none of shared, type, values and other words of torch's modules"
         raise InputError(f"tasks: {name!r} can't be the name of a task, expected {expected}")
-    chosen = {} if chosen is None else chosen  # `ct:` alone in YAML
+    chosen = {} if chosen is None else chosen  # YAML reads `ct:` alone as None
     if not isinstance(chosen, Mapping):
         raise InputError(f"tasks.{name}={chosen!r}: expected {{kind: .., options of the kind}}")
     given = {**USUAL.get(name, {}), **chosen}
@@ -127,7 +130,7 @@ def _target(task: Task, targets: Mapping[str, Target]) -> Target:
 
 
 def own_tasks(targets: Mapping[str, Target]) -> dict[str, Task]:
-    """A task for each target of a cohort, for predictions that come without a word about their tasks."""
+    """One task for each target of a cohort. It is for predictions whose tasks nobody has described."""
     usual = {options.get("target", name): name for name, options in USUAL.items()}
     options = {usual.get(name, name): {"kind": USUAL_KINDS[one.kind], "target": name} for name, one in targets.items()}
     return read_tasks(options, targets) if options else {}
@@ -141,7 +144,7 @@ class TaskAsJson(TypedDict):
 
 
 def to_json(tasks: Mapping[str, Task]) -> dict[str, TaskAsJson]:
-    """Bound tasks, for `from_json`."""
+    """Bound tasks as a JSON file holds them; `from_json` reads them back."""
     found: dict[str, TaskAsJson] = {}
     for name, task in tasks.items():
         options = {one.name: getattr(task, one.name) for one in dataclasses.fields(task)}
@@ -151,7 +154,10 @@ def to_json(tasks: Mapping[str, Task]) -> dict[str, TaskAsJson]:
 
 
 def from_json(content: Mapping[str, Any]) -> dict[str, Task]:
-    """The tasks that `to_json` described (the shape was checked). InputError for what can't be."""
+    """The bound tasks that `to_json` has written. `content` must have the shape of `TaskAsJson`, which is not checked.
+
+    Raises InputError for a task that can't be, as `read_tasks` does.
+    """
     bound = {}
     for name, one in content.items():
         target = one["options"].get("target", name)
@@ -160,14 +166,16 @@ def from_json(content: Mapping[str, Any]) -> dict[str, Task]:
 
 
 def check_profile(profile: Any) -> None:
-    """InputError for what is no profile of metrics."""
+    """Raise InputError unless `profile` is the name of a profile of metrics."""
     if profile not in PROFILES:
         raise InputError(f"metrics={profile!r}: expected one of {', '.join(PROFILES)}")
 
 
 def measured_by(tasks: Mapping[str, Task], profile: str) -> dict[str, Task]:
-    """The same tasks, measured by a profile of metrics. InputError for a profile that there is not, or that does not
-    measure one of them."""
+    """The same tasks, measured by a profile of metrics.
+
+    Raises InputError for an unknown profile, and for a kind of task that the profile does not measure.
+    """
     check_profile(profile)
     measures, found = PROFILES[profile], {}
     for name, task in tasks.items():
@@ -186,18 +194,19 @@ def profile_of(tasks: Mapping[str, Task]) -> str:
 
 
 def file_stems(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """What the prediction of each task is called (a file, a column): as its target, or, where several tasks have that
-    target, as the task itself."""
+    """The name of the file, or the column, that holds each task's prediction, {task: name}: the name of its target, or
+    that of the task where several tasks have the same target."""
     targets = [task.target for task in tasks.values()]
     return {name: task.target if targets.count(task.target) == 1 else name for name, task in tasks.items()}
 
 
 def leading(tasks: Mapping[str, Task]) -> str:
-    """The task whose uncertainty is the one that is called so: the first of numbers, else the first."""
+    """The name of the task whose uncertainty is called "uncertainty" alone, without the task's name: the first task of
+    numbers, else the first task."""
     numbers = [name for name, task in tasks.items() if task.reads in ("intensities", "number")]
     return (numbers or list(tasks))[0]
 
 
 def of_images(tasks: Mapping[str, Task]) -> bool:
-    """Are they tasks of whole images (not of voxels)?"""
+    """Are the tasks of whole images, not of voxels?"""
     return next(iter(tasks.values())).reads in PER_IMAGE

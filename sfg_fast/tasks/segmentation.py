@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import InputError
 from ..tables import heading
@@ -25,27 +26,29 @@ class Segmentation(ClassTask, kind="segmentation"):
 
     @property
     def organs(self) -> dict[str, int]:
-        """Name -> label value, without the background."""
+        """The label of each organ by name, without the background."""
         return {name: value for name, value in self.of.names.items() if value != 0}
 
     @property
+    @override
     def title(self) -> str:
         return f"Segmentation of {self.name}"
 
     # --- while it is trained ------------------------------------------------------------------------------------------
 
     @property
+    @override
     def scores(self) -> tuple[Score, ...]:
         return (Score("dice", "mean Dice", "", 3),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Per label overlap and sizes."""
+        """Counts of voxels for each label, [classes]: those of the overlap, of the prediction and of the truth."""
         predicted, true = output.argmax(1)[there], target[there]
         parts = {"overlap": predicted[predicted == true], "predicted": predicted, "true": true}
         return {name: torch.bincount(x.flatten(), minlength=output.shape[1]).double() for name, x in parts.items()}
 
     def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-        """The mean Dice of the organs that are there."""
+        """The mean Dice over those organs that the truth has."""
         if not sums or not (organs := sums["true"][1:] > 0).any():
             return {"dice": None}
         dice = 2 * sums["overlap"][1:] / (sums["predicted"] + sums["true"])[1:]
@@ -54,8 +57,8 @@ class Segmentation(ClassTask, kind="segmentation"):
     # --- how good it is -----------------------------------------------------------------------------------------------
 
     def metrics(self, true: np.ndarray, predicted: np.ndarray, scene: Scene | None) -> dict[str, Any]:
-        """The columns of Table 1 (b), {"dice": {organ: value}, "dice_mean": value}; None for an organ that is absent
-        from truth and prediction."""
+        """The columns of Table 1 (b): {"dice": {organ: value}, "dice_mean": value}. The value is None for an organ that
+        is absent from truth and prediction."""
         for which, labels in (("true", true), ("predicted", predicted)):
             if not np.issubdtype(labels.dtype, np.integer):
                 raise InputError(f"the {which} {self.of.name} have dtype {labels.dtype}, expected integers")
@@ -67,17 +70,21 @@ class Segmentation(ClassTask, kind="segmentation"):
         return {"dice": dice, "dice_mean": float(np.mean(there)) if there else None}
 
     @property
+    @override
     def measures(self) -> tuple[Measure, ...]:
         return (Measure("Dice", self.place("dice_mean"), 3),)
 
     @property
+    @override
     def details(self) -> tuple[Measure, ...]:
         return tuple(Measure(heading(organ), self.place("dice", organ), 3) for organ in self.organs)
 
+    @override
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
         overall = Measure("Overall", self.place("dice_mean"), 3)
         return [ScoreRow(self.title, "Dice", (overall, *self.details))]
 
+    @override
     def rules(self) -> dict[str, str]:
         return {
             "dice": "over the whole 3-D volume, also outside the mask; an organ absent from truth and prediction is "
@@ -87,14 +94,14 @@ class Segmentation(ClassTask, kind="segmentation"):
     # --- what it looks like -------------------------------------------------------------------------------------------
 
     def panels(self, background: Panel, true: np.ndarray | None, predicted: np.ndarray | None) -> list[Panel]:
-        """Outlines on the MR: the truth solid, the prediction dashed."""
+        """The outlines of the labels on the MR; those of the truth are solid, those of the prediction are dashed."""
         if true is None and predicted is None:
             return []
         return [background._replace(title=self.name, contours=Contours(true, predicted, self.organs))]
 
 
 def _dice(true: np.ndarray, predicted: np.ndarray) -> float | None:
-    """Dice of two boolean volumes; None if both are empty."""
+    """The Dice of two boolean volumes; None if both are empty."""
     if not true.any() and not predicted.any():
         return None
     from monai.metrics import compute_dice

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data.targets import CLIP_HU, HU
 from ..errors import InputError
@@ -18,17 +19,17 @@ from .numbers import NumberTask
 from .task import Measure, Panel, Scene, Score, ScoreRow
 
 BONE_HU = 200
-"""Region "bones" of a CT: the voxels inside the mask where the true CT is above this."""
+"""The region "bones" of a CT holds the voxels inside the mask where the true CT is above this value."""
 
 ROUNDING_HU2 = 1 / 12
-"""Least mean squared error counted in a PSNR of CTs: that of rounding to whole HU, as CTs are stored. It keeps the PSNR
-of a perfect prediction finite (82.88 dB inside its region), so that it can stand in JSON and in a mean."""
+"""A PSNR of CTs counts a mean squared error of at least this many HU^2. CTs are stored as whole HU, and rounding makes
+this error. So the PSNR of a perfect prediction is finite (82.88 dB inside its region): JSON and a mean can hold it."""
 
 LEVELS = 2**16
-"""Of other volumes that is the rounding to one of so many levels of their range."""
+"""For volumes other than CTs the least error is that of rounding their range to so many levels."""
 
 CT_WINDOW_HU = (-400, 1000)
-"""Display window of CTs: fat, muscle and bone apart; gas black."""
+"""The display window of CTs. It shows fat, muscle and bone apart, and gas as black."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,16 @@ class Synthesis(NumberTask, kind="synthesis"):
     """Another volume from the MR: a CT, a PET, another contrast.
 
     Args:
-        range: lowest and highest value of the target that counts: everything is clipped to it before it is measured,
-            and its width is the peak of the PSNR; null: -1024 and 3000 HU, as in SynthRAD2023; else that of the true
-            volume inside the mask, and nothing is clipped.
+        range: the lowest and the highest value of the target that count. Both volumes are clipped to this range before
+            they are measured, and its width is the peak of the PSNR. null: of a CT -1024 and 3000 HU, as in
+            SynthRAD2023; of other volumes nothing is clipped, and the peak is the width of the true values in the mask.
     """
 
     reads = "intensities"
 
     range: list[float] | None = None
 
+    @override
     def check(self) -> None:
         super().check()
         if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
@@ -52,29 +54,32 @@ class Synthesis(NumberTask, kind="synthesis"):
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """What is clipped to; None: nothing is."""
+        """The range that volumes are clipped to before they are measured; None: they are not clipped."""
         if self.range is not None:
             return self.range[0], self.range[1]
         return CLIP_HU if self.units == HU else None
 
     @property
     def what(self) -> str:
-        """`ct` is CT; `flair` is Flair."""
+        """The target's name in a heading: CT for `ct`, Flair for `flair`."""
         name = self.of.name
         return name.upper() if len(name) <= 3 else heading(name)
 
     @property
+    @override
     def title(self) -> str:
         return f"{self.what} synthesis"
 
     # --- while it is trained ------------------------------------------------------------------------------------------
 
     @property
+    @override
     def scores(self) -> tuple[Score, ...]:
         return (Score("psnr", "PSNR in mask [dB]", "dB", 2),)
 
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Squared error in the mask, its voxels, and the least and greatest true value."""
+        """Over the voxels in the mask: the sum of squared errors, the number of voxels, and the peak of the PSNR times
+        that number."""
         assert mask is not None
         inside = mask & there[:, None, None, None]
         true = target[inside]
@@ -82,13 +87,14 @@ class Synthesis(NumberTask, kind="synthesis"):
         return {"squared": error.square().sum(), "voxels": inside.sum().double()} | self._width(true)
 
     def _width(self, true: Tensor) -> dict[str, Tensor]:
-        """The peak of the PSNR times the voxels, so that it adds up to a mean."""
+        """The peak of the PSNR times the number of voxels. Sums of both over batches give a mean peak."""
         if self.limits is not None:
             peak = true.new_tensor(self.limits[1] - self.limits[0], dtype=torch.float64)
         else:
             peak = (true.max() - true.min()).double() if true.numel() else true.new_tensor(0.0, dtype=torch.float64)
         return {"peak": peak * true.numel()}
 
+    @override
     def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:
         if not sums or not sums["voxels"] > 0:
             return {"psnr": None}
@@ -106,8 +112,8 @@ class Synthesis(NumberTask, kind="synthesis"):
 
         The regions are `overall` (the mask), `bones` (of a CT), and those of the scene. A region without voxels has
         None for its values, and so has the PSNR of a truth that is one value everywhere. `mean_baseline` predicts the
-        case's mean true value everywhere inside the mask, and `psnr_gain` is the overall PSNR minus that one: unlike a
-        PSNR, it is 0 for a network that has learnt nothing.
+        case's mean true value everywhere inside the mask, and `psnr_gain` is the overall PSNR minus that of
+        `mean_baseline`: unlike a PSNR, the gain is 0 for a network that has learnt nothing.
         """
         assert scene is not None
         mask, (true, predicted) = (
@@ -138,13 +144,14 @@ class Synthesis(NumberTask, kind="synthesis"):
         return volume if self.limits is None else np.clip(volume, *self.limits)
 
     def _finite(self, which: str, volume: np.ndarray) -> np.ndarray:
-        """As float32. InputError for voxels that are not finite."""
+        """The volume as float32. Raises InputError if a voxel is not finite."""
         if not np.isfinite(volume).all():
             bad = np.count_nonzero(~np.isfinite(volume))
             raise InputError(f"{which} {self.what} holds {bad} voxels that are not finite, expected{self.in_units} all")
         return np.asarray(volume, dtype=np.float32)
 
     @property
+    @override
     def measures(self) -> tuple[Measure, ...]:
         mae = Measure(
             f"MAE{self.in_units}", self.place("regions", "overall", "mae"), self.digits, True, unit=self.units
@@ -161,14 +168,17 @@ class Synthesis(NumberTask, kind="synthesis"):
         return (psnr, gain, mae)
 
     @property
+    @override
     def relative(self) -> Measure:
         return self.measures[2]
 
     @property
+    @override
     def details(self) -> tuple[Measure, ...]:
         bones = Measure("PSNR of bones [dB]", self.place("regions", "bones", "psnr_in_mask"), 2)
         return (bones,) if self.units == HU else ()
 
+    @override
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
         names = ["overall", *(["bones"] if self.units == HU else []), *regions]
         kinds = (
@@ -185,6 +195,7 @@ class Synthesis(NumberTask, kind="synthesis"):
             for title, key, digits, less in kinds
         ]
 
+    @override
     def rules(self) -> dict[str, str]:
         unit = f" {self.units}" if self.units else ""
         rounding = f"rounding to {LEVELS} levels"
@@ -218,7 +229,7 @@ class Synthesis(NumberTask, kind="synthesis"):
     # --- what it looks like -------------------------------------------------------------------------------------------
 
     def panels(self, background: Panel, true: np.ndarray | None, predicted: np.ndarray | None) -> list[Panel]:
-        """Truth | prediction | difference, with a scale symmetric about 0."""
+        """The truth, the prediction, and their difference on a scale that is symmetric about 0."""
         first = true if true is not None else predicted
         if first is None:
             return []
@@ -239,7 +250,8 @@ class Synthesis(NumberTask, kind="synthesis"):
 
 
 def _in_region(true: np.ndarray, predicted: np.ndarray, voxels: int, width: float, floor: float) -> dict[str, Any]:
-    """Metrics from the values of the n voxels of one region, [n] each, already clipped; `voxels` of the volume."""
+    """The metrics of one region of n voxels. `true` and `predicted` are its values [n], already clipped; `voxels` is
+    the number of voxels of the whole volume."""
     if true.size == 0:
         return {"psnr_in_mask": None, "psnr_zero_outside": None, "mae": None, "voxels": 0}
     error = np.subtract(predicted, true, dtype=np.float64)
@@ -254,13 +266,14 @@ def _in_region(true: np.ndarray, predicted: np.ndarray, voxels: int, width: floa
 
 
 def decibels(squared: float, width: float) -> float | None:
-    """The PSNR of a mean squared error; None for a truth that is one value everywhere, and so has no peak."""
+    """The PSNR in dB of a mean squared error, with the peak `width`; None for a truth that is one value everywhere,
+    which has no peak."""
     return None if width <= 0 else 10 * math.log10(width**2 / squared)
 
 
 def _difference_scale(difference: np.ndarray) -> dict[str, Any]:
-    """Symmetric about 0; whole hundreds (of HU), or tenths of a power of ten, so that slices of like quality share a
-    scale."""
+    """A colour scale for a difference, symmetric about 0. Its limit is rounded up to hundreds (of HU) or to one digit,
+    so that slices of similar quality have the same scale."""
     most = float(np.percentile(np.abs(difference), 99))
     step = 100.0 if most > 10 else 10.0 ** math.floor(math.log10(most)) if most > 0 else 1.0
     limit = step * max(1, math.ceil(most / step))

@@ -1,7 +1,8 @@
 """The profile `synthrad2025`: CTs and labels measured as the SynthRAD2025 challenge's public evaluation measures them.
 
-The challenge has one region, the mask, and so has this profile: a number of bones or organs that is called by its name
-would be nobody else's. It has no dose, and labels are those of the task, not those of a segmentation of the CT.
+The challenge measures in one region, the mask, and so does this profile: nobody could compare numbers of bones or
+organs that carry the challenge's name. Unlike the challenge, this profile measures no dose, and it scores the labels
+that the network predicts, not those of a segmentation of the synthetic CT.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from ..data.targets import HU
 from ..errors import InputError
@@ -25,15 +27,17 @@ RANGE_HU = (-1024.0, 3071.0)
 WIDTH_HU = RANGE_HU[1] - RANGE_HU[0]
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Of MS-SSIM, from the finest scale on (Wang, Simoncelli, Bovik 2003)."""
+"""The weight of each scale in MS-SSIM, from the finest scale on (Wang, Simoncelli, Bovik 2003)."""
 WINDOW = 7
 LEAST_SIZE = 97
-"""Voxels along each axis, so that at the coarsest scale one is a window's radius away from all borders."""
+"""So many voxels along each axis are needed. Then, at the coarsest scale, one voxel is a window's radius away from all
+borders."""
 
 
 class SynthRADSynthesis(Synthesis, profile=NAME):
-    """A CT, measured as in SynthRAD2025. `range` has no say in it."""
+    """A CT, measured as in SynthRAD2025. The option `range` is ignored."""
 
+    @override
     def check(self) -> None:
         super().check()
         if self.about is not None and self.units != HU:
@@ -41,8 +45,8 @@ class SynthRADSynthesis(Synthesis, profile=NAME):
             raise InputError(f"metrics={NAME!r}: task {self.name} is of a volume in {self.units!r}, {expected}")
 
     def metrics(self, true: np.ndarray, predicted: np.ndarray, scene: Scene | None) -> dict[str, Any]:
-        """{"mae": HU, "psnr": dB, "ms_ssim": 0 to 1, "voxels": of the mask}; None for the MS-SSIM of a mask that has no
-        voxel far enough from the volume's borders at every scale."""
+        """{"mae": HU, "psnr": dB, "ms_ssim": 0 to 1, "voxels": of the mask}. The MS-SSIM is None if at some scale no
+        voxel of the mask is far enough from the volume's borders."""
         assert scene is not None
         mask, true, predicted = scene.mask, self._finite("the true", true), self._finite("the predicted", predicted)
         error = np.subtract(predicted[mask], true[mask], dtype=np.float64)
@@ -50,12 +54,13 @@ class SynthRADSynthesis(Synthesis, profile=NAME):
         return {
             "mae": float(np.mean(np.abs(error))),
             "psnr": decibels(max(float(np.mean(clipped**2)), ROUNDING_HU2), WIDTH_HU),
-            # The challenge's volumes are stored towards Left, Posterior and Superior, and halved from their start on.
+            # The challenge stores volumes towards Left, Posterior and Superior, and halves them from the start on.
             "ms_ssim": ms_ssim(*(volume[:, ::-1, ::-1] for volume in (true, predicted, mask))),
             "voxels": int(mask.sum()),
         }
 
     @property
+    @override
     def measures(self) -> tuple[Measure, ...]:
         return (
             Measure("MAE [HU]", self.place("mae"), 1, True, unit=HU),
@@ -64,16 +69,20 @@ class SynthRADSynthesis(Synthesis, profile=NAME):
         )
 
     @property
+    @override
     def relative(self) -> Measure:
         return self.measures[0]
 
     @property
+    @override
     def details(self) -> tuple[Measure, ...]:
         return ()
 
+    @override
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
         return [ScoreRow(self.title, "", self.measures)]
 
+    @override
     def rules(self) -> dict[str, str]:
         low, high = RANGE_HU
         return {
@@ -96,8 +105,9 @@ class SynthRADSegmentation(Segmentation, profile=NAME):
     """Labels, measured as in SynthRAD2025."""
 
     def metrics(self, true: np.ndarray, predicted: np.ndarray, scene: Scene | None) -> dict[str, Any]:
-        """{"dice": {organ: value}, "dice_mean": value, "hd95": {organ: mm}, "hd95_mean": mm}: None for an organ that is
-        absent from the truth, and for the HD95 of one that is absent from the prediction; the means are without it."""
+        """{"dice": {organ: value}, "dice_mean": value, "hd95": {organ: mm}, "hd95_mean": mm}. Both values are None for
+        an organ that is absent from the truth; the HD95 is None for one that is absent from the prediction. The means
+        leave such organs out."""
         assert scene is not None
         dice, distances = super().metrics(true, predicted, scene)["dice"], {}
         for name, value in self.organs.items():
@@ -108,6 +118,7 @@ class SynthRADSegmentation(Segmentation, profile=NAME):
         return {"dice": dice, "dice_mean": _mean(dice), "hd95": distances, "hd95_mean": _mean(distances)}
 
     @property
+    @override
     def measures(self) -> tuple[Measure, ...]:
         return (
             Measure("Dice", self.place("dice_mean"), 3),
@@ -115,11 +126,13 @@ class SynthRADSegmentation(Segmentation, profile=NAME):
         )
 
     @property
+    @override
     def details(self) -> tuple[Measure, ...]:
         return tuple(
             one._replace(title=f"{one.title}: {row.title}") for row in self.rows(()) for one in row.columns[1:]
         )
 
+    @override
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
         found = []
         for key, measure in zip(("dice", "hd95"), self.measures, strict=True):
@@ -127,6 +140,7 @@ class SynthRADSegmentation(Segmentation, profile=NAME):
             found.append(ScoreRow(self.title, measure.title, (measure._replace(title="Overall"), *organs)))
         return found
 
+    @override
     def rules(self) -> dict[str, str]:
         return {
             "dice": "over the whole 3-D volume, also outside the mask; an organ absent from the truth is left out "
@@ -138,8 +152,8 @@ class SynthRADSegmentation(Segmentation, profile=NAME):
 
 
 def ms_ssim(true: np.ndarray, predicted: np.ndarray, mask: np.ndarray) -> float | None:
-    """MS-SSIM of two volumes in HU over the voxels of a mask, all [a, b, c]: `SynthRADSynthesis.rules` has its
-    definition. None if there is no voxel of the mask far enough from the borders at some scale."""
+    """The MS-SSIM of two volumes in HU over the voxels of a mask, all [a, b, c]; `SynthRADSynthesis.rules` defines it.
+    None if at some scale no voxel of the mask is far enough from the borders."""
     from scipy.ndimage import uniform_filter
 
     missing = [max(LEAST_SIZE - size, 0) for size in mask.shape]
@@ -156,20 +170,22 @@ def ms_ssim(true: np.ndarray, predicted: np.ndarray, mask: np.ndarray) -> float 
             return None
         similarity = _ssim(x, y, inside, mask[inside])
         found *= min(float(np.mean(similarity**weight)), 1.0)
-        # The mean of each voxel and the one before it along every axis (0 before the first), then every second one.
+        # Each voxel becomes the mean of itself and the one before it along every axis (0 before the first); of these
+        # every second one is kept.
         x, y = (uniform_filter(volume, 2, mode="constant")[::2, ::2, ::2] for volume in (x, y))
         mask = mask[::2, ::2, ::2]
     return found
 
 
 def _ssim(x: np.ndarray, y: np.ndarray, inside: tuple[slice, ...], mask: np.ndarray) -> np.ndarray:
-    """The SSIM, not below 0, of the voxels of the mask: [n]. The mask is of what is `inside` the volumes' borders."""
+    """The SSIM, at least 0, of the n voxels of the mask, [n]. `inside` is the part of the volumes that the mask covers;
+    their borders are outside of it."""
     from scipy.ndimage import uniform_filter
 
     def mean(volume: np.ndarray) -> np.ndarray:
         return uniform_filter(volume, WINDOW)[inside][mask]
 
-    sample = WINDOW**3 / (WINDOW**3 - 1)  # variances of a sample
+    sample = WINDOW**3 / (WINDOW**3 - 1)  # makes variances of a sample of variances of the window
     mean_x, mean_y = mean(x), mean(y)
     variances = sample * (mean(x * x) - mean_x**2 + mean(y * y) - mean_y**2)
     covariance = sample * (mean(x * y) - mean_x * mean_y)
@@ -189,5 +205,5 @@ def hd95(true: np.ndarray, predicted: np.ndarray, spacing: tuple[float, float, f
 
     y_pred, y = (torch.from_numpy(volume)[None, None] for volume in (predicted, true))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI's, about its own call
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of a call that it makes itself
         return float(compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing))

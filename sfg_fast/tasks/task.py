@@ -1,6 +1,6 @@
-"""What a task is: everything that training, prediction, evaluation, reports and deployment need to know of one.
+"""`Task` describes everything that training, prediction, evaluation, reports and deployment need to know of a task.
 
-A kind of task is a subclass of `Task` in a file of its own in this folder. The rest of the package asks the
+A kind of task is a subclass of `Task` in a file of its own in this folder. The rest of the package asks this
 description and knows no task by its name.
 """
 
@@ -23,12 +23,14 @@ KINDS: dict[str, type[Task]] = {}
 
 PAPER = "paper"
 PROFILES: dict[str, dict[str, type[Task]]] = {PAPER: KINDS}
-"""The profiles of metrics: for each the kinds of tasks that it measures, and what measures them. A kind of its own
-measures by the paper's; by another profile a subclass of it does, `class X(Kind, profile=..)`."""
+"""The profiles of metrics, {profile: {kind: class}}: the class measures tasks of that kind as the profile does. The
+class of a kind itself measures as the paper does; a subclass, `class X(Kind, profile=..)`, measures by another
+profile."""
 
 
 class Score(NamedTuple):
-    """A number that training shows of held-out examples: its name in history.json, its title and its unit."""
+    """A number that training shows of held-out examples: its name in history.json, its title, its unit, and how many
+    decimals are shown."""
 
     name: str
     title: str
@@ -39,10 +41,17 @@ class Score(NamedTuple):
 class Measure(NamedTuple):
     """A number of a case in metrics.json, and a column of tables.
 
-    title: its heading. place: where it stands in a case's metrics, the task first. factor: what it is shown times.
-    sd: whether its SD over cases says anything (that of right and wrong does not). signed: whether it is shown with its
-    sign. tested: whether an experiment tests differences of it between methods;
-    test: how: "wilcoxon" (few cases, one number each), or "bootstrap" (thousands, such as 0 or 1).
+    Attributes:
+        title: the heading of the column.
+        place: where the number stands in a case's metrics: keys, the task's name first.
+        digits: how many decimals are shown.
+        less_is_better: whether a smaller number is a better one.
+        factor: tables show the number times this factor.
+        unit: the unit of the number, "" for none.
+        sd: whether the SD over cases says anything (the SD of numbers that are 0 or 1 does not).
+        signed: whether the number is shown with its sign.
+        tested: whether an experiment tests differences of the number between methods.
+        test: the test: "wilcoxon" for few cases, "bootstrap" for thousands of cases with values such as 0 or 1.
     """
 
     title: str
@@ -58,8 +67,8 @@ class Measure(NamedTuple):
 
 
 class ScoreRow(NamedTuple):
-    """A row of the table `caption` for one method (or a table of its own, with a row for each of several methods):
-    what it says, and a measure for each column."""
+    """Part of a table of results. In the table `caption` of one method it is the row `title`; with several methods it
+    is a table of its own, which has a row for each method. `columns` holds the measure of each column."""
 
     caption: str
     title: str
@@ -67,8 +76,13 @@ class ScoreRow(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What the volumes of a case are measured in: the body `mask`, bool [Z, Y, X], and the named `regions` of its true
-    labels, each bool [Z, Y, X], "organs" being all of them. spacing: of the voxels along Z, Y, X, in mm."""
+    """Where the volumes of a case are measured.
+
+    Attributes:
+        mask: the body, bool [Z, Y, X].
+        regions: the regions of the true labels by name, each bool [Z, Y, X]; "organs" is the union of all labels.
+        spacing: the size of a voxel along Z, Y and X in mm.
+    """
 
     mask: np.ndarray
     regions: dict[str, np.ndarray]
@@ -76,7 +90,8 @@ class Scene(NamedTuple):
 
 
 class Contours(NamedTuple):
-    """Outlines of labels [Y, X] over a panel: the truth solid, the prediction dashed; None: there is none."""
+    """Outlines of labels [Y, X] that are drawn over a panel: those of the truth are solid, those of the prediction are
+    dashed. None means that there are no such labels. `names` has the value of each label by name."""
 
     true: np.ndarray | None
     predicted: np.ndarray | None
@@ -84,8 +99,8 @@ class Contours(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A picture of a slice [Y, X] in the figure of a case. scale: cmap, vmin, vmax as matplotlib has them; unit: of the
-    colour bar, "" for none."""
+    """A picture of a slice [Y, X] in the figure of a case. `scale` holds cmap, vmin and vmax as matplotlib takes them;
+    `unit` is the unit of the colour bar, "" for none."""
 
     title: str
     plane: np.ndarray
@@ -113,21 +128,21 @@ class Matrix(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task(ABC):
-    """One task. The fields of a kind, but `name` and `about`, are its options in the configuration.
+    """One task. The fields of a subclass, except `name` and `about`, are the options of its kind in a configuration.
 
     Args:
-        name: of the task; the name of its filter group.
-        target: what it learns in the cohort; "" for the target of the task's own name.
-        about: that target as the cohort has it, None before a cohort was read.
+        name: the name of the task and of its filter group.
+        target: the name of the cohort's target that the task learns; "": the target is called as the task is.
+        about: this target as the cohort describes it; None before a cohort was read.
     """
 
     kind: ClassVar[str]
     reads: ClassVar[str]
-    """The kind of target that it learns (`data.targets.TARGET_KINDS`)."""
+    """The kind of target that the task learns (`data.targets.TARGET_KINDS`)."""
     dtype: ClassVar[Any] = np.float32
-    """Of the prediction of a volume, as it is written."""
+    """The dtype in which a predicted volume is written."""
     profile: ClassVar[str] = PAPER
-    """What it is measured by (`PROFILES`)."""
+    """The profile of metrics that the class measures by (`PROFILES`)."""
 
     name: str
     target: str = ""
@@ -145,20 +160,22 @@ class Task(ABC):
     # --- its target ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:  # noqa: B027
-        """InputError, naming the option, for one that can't be, also for the target, if that is known."""
+        """Raise InputError, which names the option, if an option can't have its value; or if the target can't be
+        learnt, once that is known."""
 
     def refuse(self, option: str, value: Any, expected: str) -> InputError:
+        """The InputError, to be raised, that says which value this option of the task has and what was expected."""
         return InputError(f"tasks.{self.name}.{option}={value!r}: expected {expected}")
 
     @property
     def of(self) -> Target:
-        """The target, once a cohort was read."""
+        """The target as the cohort describes it. The task must be bound to a cohort."""
         assert self.about is not None, f"task {self.name!r} is not bound to a cohort's target"
         return self.about
 
     @property
     def per_image(self) -> bool:
-        """Is there one value for each image (not one for each voxel)?"""
+        """Does the task have one value for each image (not one for each voxel)?"""
         return self.reads in ("number", "class")
 
     # --- the network --------------------------------------------------------------------------------------------------
@@ -166,67 +183,70 @@ class Task(ABC):
     @property
     @abstractmethod
     def outputs(self) -> int:
-        """Channels of the network's output."""
+        """How many channels, or numbers for each image, the network gives for this task."""
 
     @abstractmethod
     def start(self) -> Tensor:
-        """Biases [outputs] that the head starts from, so that an untrained network predicts the mean."""
+        """The biases [outputs] of the untrained head. With them an untrained network predicts the mean of the
+        target."""
 
     # --- eq. 2 --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def likelihood(self) -> nn.Module:
-        """log p(y | x) of eq. 2: called with the output [M, outputs, ..], the target [M, ..] as the sampler gives it,
-        and which examples have one, bool [M]; it gives one number for each example, [M], the mean over its voxels."""
+        """A module that computes log p(y | x) of eq. 2. It is called with the output [M, outputs, ..], the target [M,
+        ..] as the sampler gives it, and a bool tensor [M] that says which examples have a target. It returns one number
+        for each example, [M]: the mean over the voxels of the example."""
 
-    # --- what it is watched by ----------------------------------------------------------------------------------------
+    # --- while it is trained ------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def scores(self) -> tuple[Score, ...]:
-        """What training shows of held-out examples."""
+        """The numbers that training shows of held-out examples."""
 
     @abstractmethod
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Sums over a batch, float64, that add up over batches, of the examples that have the target (`there`, bool
-        [M]), volumes in the `mask`, bool [M, 1, H, W]."""
+        """Sums over the examples of a batch, float64, which may be added up over batches. Only examples that have the
+        target count (`there`, bool [M]); of slices only the voxels in the `mask`, bool [M, 1, H, W]."""
 
     @abstractmethod
     def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-        """The numbers of `scores` from what `tally` added up; None for what was not measured."""
+        """The numbers of `scores` by name, from the sums of `tally`; None for a number that was not measured."""
 
     # --- what it predicts ---------------------------------------------------------------------------------------------
 
     @property
     def output_unit(self) -> float:
-        """The network's output is in this many units of the target."""
+        """The value of one unit of the network's output, in the unit of the target (400 for an output in 400 HU)."""
         return 1.0
 
     @abstractmethod
     def link(self, output: Tensor, votes: bool = False) -> Tensor:
-        """What is averaged over drawn architectures: numbers, probabilities of classes; votes: one for the most
-        probable class, none for others (their mean has its mode where it is largest). [N, outputs, ..] as given."""
+        """What is averaged over drawn architectures, [N, outputs, ..] like the output: numbers, or probabilities of
+        classes. With `votes` the most probable class has 1 and all other classes have 0; the class with the largest
+        mean of these is the one that most architectures chose."""
 
     def deployed(self, output: Tensor) -> Tensor:
-        """The output in the units of users: of the target, or probabilities."""
+        """The output as users want it: numbers in the unit of the target, or probabilities of classes."""
         return self.link(output) * self.output_unit
 
     @abstractmethod
     def predicted(self, mean: Tensor, variance: Tensor) -> dict[str, np.ndarray]:
-        """What is written, from mean and variance of `link` over draws, [N, outputs, ..]: "" the prediction itself,
-        [N, ..], "uncertainty", its SD over draws, and what else a kind has."""
+        """The arrays that are written, by name, each [N, ..]: "" is the prediction itself, "uncertainty" is its SD over
+        draws; a kind may add others. `mean` and `variance` are those of `link` over draws, [N, outputs, ..]."""
 
     @property
     def uncertainty_unit(self) -> str:
-        """Of the SD over draws."""
+        """The unit of the SD over draws."""
         return self.of.unit
 
     def cell(self, value: Any) -> str:
-        """A value of an image, true or predicted, as a table holds it."""
+        """The text of a table's cell for a value of an image, true or predicted."""
         return repr(float(value))
 
     def value(self, cell: str) -> Any:
-        """The value of an image that a cell of a table holds. ValueError for what can't be one."""
+        """The value of an image that a table's cell holds. Raises ValueError if the cell holds no such value."""
         number = float(cell)
         if not math.isfinite(number):
             raise ValueError(f"{cell!r} is not finite")
@@ -236,47 +256,48 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, true: Any, predicted: Any, scene: Scene | None) -> dict[str, Any]:
-        """The metrics of a case from its truth and its prediction: volumes [Z, Y, X] in a `scene`, or the values of an
-        image; what JSON can hold. InputError for values that can't be scored."""
+        """The metrics of a case, as JSON can hold them. `true` and `predicted` are volumes [Z, Y, X] in a `scene`, or
+        the values of an image. Raises InputError for values that can't be scored."""
 
     @property
     @abstractmethod
     def measures(self) -> tuple[Measure, ...]:
-        """The headline numbers."""
+        """The measures that summarise how good the task is."""
 
     @property
     def relative(self) -> Measure:
-        """The one that relative changes between methods (Delta p) are taken of: it has a zero that means something."""
+        """The measure whose relative changes between methods make up Delta p. Zero must mean something in its unit."""
         return self.measures[0]
 
     @abstractmethod
     def rows(self, regions: Sequence[str]) -> list[ScoreRow]:
-        """The rows of the tables that results are given in. regions: those that any case has, of `Scene.regions`."""
+        """The rows of the tables that show results. `regions` names the regions that any case has (`Scene.regions`)."""
 
     @property
     def details(self) -> tuple[Measure, ...]:
-        """What the table of cases has beside the headline numbers."""
+        """The measures that the table of cases shows beside `measures`."""
         return ()
 
     @abstractmethod
     def rules(self) -> dict[str, str]:
-        """How its numbers are measured, in words."""
+        """How each number is measured, {key of the metrics: sentence}."""
 
     # --- what it looks like -------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """Of tables and figures."""
+        """The title of the task's tables and figures."""
 
     def panels(self, background: Panel, true: np.ndarray | None, predicted: np.ndarray | None) -> list[Panel]:
-        """Pictures of a slice [Y, X] of a case. background: the MR."""
+        """The pictures of a slice of a case. `background` is the panel of the MR; `true` and `predicted` are [Y, X],
+        None for what there is not."""
         return []
 
     def chart(self, cases: Iterable[Mapping[str, Any]]) -> Scatter | Matrix | None:
-        """The figure over all images, from their `metrics`."""
+        """The figure over all images, from the `metrics` of each; None for a kind that has none."""
         return None
 
     def place(self, *keys: str) -> tuple[str, ...]:
-        """A place in a case's metrics."""
+        """The place of a number in a case's metrics: the task's name, then the keys."""
         return (self.name, *keys)
