@@ -1,12 +1,12 @@
-"""Cohorts of growing size, and one against two processes: does anything grow that should not?
+"""Measures cohorts of growing size, and one process against two: does anything grow that should not?
 
 python -m benchmarks.bench_scale                      prints the tables (a quarter of an hour)
 python -m benchmarks.bench_scale FILE.md              also writes them
     --sizes 10 100 1000     cases
     --work FOLDER           where the cohorts are made, once (default: a temporary folder)
 
-Memory and start-up are measured in a process of their own for each size. What is compared takes turns, in several
-rounds: medians, and (lowest-highest).
+Memory and start-up are measured in a process of their own for each size. Things that are compared take turns in several
+rounds; the tables have medians, and (lowest-highest).
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROUNDS = 3
 
 
 def make_cohort(work: Path, cases: int) -> None:
-    """Files of so many different cases (noise on a few phantoms), and a list for each number of cases."""
+    """Write the files of so many cases, which are noise on a few phantoms, and a list for each number of cases."""
     from tqdm import tqdm
 
     grid = phantom_grid(SIZE, SLICES)
@@ -76,7 +76,7 @@ def cohort_list(work: Path, cases: int) -> Path:
 
 
 class Peak:
-    """The most memory of this process and of the largest of its children, looked at until the end of the block."""
+    """Measures inside the `with` the peak memory of this process, and of the largest of its children."""
 
     def __enter__(self) -> "Peak":
         self.children, self.done = 0.0, threading.Event()
@@ -114,7 +114,7 @@ def configured(cache: str, out: str, network: str, steps: int, batch: int, **opt
 
 
 def part_start(cache: str, out: str) -> dict[str, float]:
-    """Until there is a first batch; and the memory of a short training."""
+    """The seconds until there is a first batch; and the peak memory of a short training in MiB."""
     start = time.perf_counter()
     SliceSampler(Cache(cache), "train", 4, None, 0, 0.1, 0.33)[0]
     seconds = time.perf_counter() - start
@@ -123,12 +123,13 @@ def part_start(cache: str, out: str) -> dict[str, float]:
 
 
 def part_train(cache: str, out: str, network: str, steps: str, batch: str, workers: str, same: str) -> dict[str, float]:
-    """Slices/s of all processes together, and the share of time waited for slices, both without the first quarter of
-    the steps, in which workers start."""
+    """The slices/s of all processes together, and the share of the time in which they wait for slices. Both leave out
+    the first quarter of the steps, in which workers start."""
     config = configured(
         cache, out, network, int(steps), int(batch), workers=int(workers), same_assignment=same == "same"
     )
     trainer, stamps, waited = Trainer(config), [], []
+    trainer.begin()
     for trainer.step in range(int(steps)):
         trainer._train_step()
         stamps.append(time.perf_counter())
@@ -140,7 +141,7 @@ def part_train(cache: str, out: str, network: str, steps: str, batch: str, worke
 
 
 def part_loader(cache: str, patch: str, workers: str) -> dict[str, float]:
-    """Slices/s of the sampler alone."""
+    """The slices/s of the sampler alone."""
     window = (int(patch), int(patch)) if int(patch) else None
     sampler = SliceSampler(Cache(cache), "train", 8, window, 0, 0.1, 0.33)
     loader = torch.utils.data.DataLoader(sampler, None, sampler=range(260), num_workers=int(workers))
@@ -151,7 +152,7 @@ def part_loader(cache: str, patch: str, workers: str) -> dict[str, float]:
 
 
 def run_part(name: str, *arguments: object, ranks: int = 1, threads: int = 2) -> dict[str, float]:
-    """The part in a fresh process (or under torchrun), with so many threads for each."""
+    """Run a part in a fresh process, or in several under torchrun, each with so many threads."""
     command = [sys.executable, "-m"]
     command += ["benchmarks.bench_scale"] if ranks == 1 else ["torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += (
@@ -252,7 +253,8 @@ def loader_table(work: Path, sizes: list[int]) -> list[str]:
 
 
 def ranks_table(work: Path, sizes: list[int]) -> list[str]:
-    """Two processes with a thread each, against one with one thread, and one with two; the same whole batch."""
+    """The table that compares two processes of one thread with one process of one or two threads. All have the same
+    whole batch."""
     lines = ["| network | one process, 1 thread | one, 2 threads | two, 1 thread each | two, one draw for both |"]
     lines.append("|---|---|---|---|---|")
     contestants = {"1": (1, 1, 8, ""), "2 threads": (1, 2, 8, ""), "2": (2, 1, 4, ""), "2 same": (2, 1, 4, "same")}
@@ -298,7 +300,7 @@ def arithmetic() -> list[str]:
 
 
 def open_time(work: Path, sizes: list[int]) -> list[str]:
-    """A manifest of many cases, copied from a real one, and how long it takes to open it."""
+    """The table of how long it takes to open a manifest of many cases, which are copies of a real one."""
     manifest = json.loads((work / f"cache_{sizes[0]}" / "manifest.json").read_text())
     entry = next(iter(manifest["cases"].values()))
     lines = ["| cases | manifest, MB | seconds to open |", "|---|---|---|"]

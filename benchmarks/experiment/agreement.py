@@ -1,8 +1,8 @@
-"""Do the tasks' gradients agree on the kernels that they share? Where they did not, a kernel would better be parted.
+"""Do the tasks' gradients agree on the kernels that they share? Tasks that disagree should have kernels of their own.
 
     python -m benchmarks.experiment.agreement RUN OUT [--steps 600]
 
-Trains with the configuration of RUN, whose kernels are all shared, for so many steps from the start, in OUT. At every
+It trains in OUT with the configuration of RUN, whose kernels are all shared, for so many steps from the start. At every
 tenth step of the second half it takes each task's gradient g of every layer's weight on two batches, a and b. The
 product <g_a, g_b> of a kernel estimates without bias the squared mean of one task's gradient, or, of two tasks, the
 product of their means. For each layer it prints the cosine of the tasks' mean gradients, and each task's |g|^2 over its
@@ -29,7 +29,7 @@ EVERY = 10
 
 
 def gradients(trainer: Trainer, batch: dict[str, Any]) -> list[list[Tensor]]:
-    """[tasks][layers]: each task's gradient of the weights, flattened by kernel, [K, ..], on one batch."""
+    """Each task's gradients of the weights on one batch, as [tasks][layers]; each is [K, ..], flattened by kernel."""
     weights = [layer.weight for layer in sfg_layers(trainer.model).values()]
     outputs = trainer.model(batch["inputs"])
     found = []
@@ -41,8 +41,8 @@ def gradients(trainer: Trainer, batch: dict[str, Any]) -> list[list[Tensor]]:
 
 
 def products(a: list[list[Tensor]], b: list[list[Tensor]], layer: int) -> dict[str, float]:
-    """Means over the kernels of a layer: of each task <g_a, g_b> and |g|^2; of two tasks, <g_a of one, g_b of the
-    other>."""
+    """Means over the kernels of a layer: <g_a, g_b> and |g|^2 of each task; and of each two tasks the product of g_a of
+    one and g_b of the other."""
 
     def dot(x: Tensor, y: Tensor) -> float:
         return float((x * y).sum(1).mean())
@@ -59,6 +59,7 @@ def products(a: list[list[Tensor]], b: list[list[Tensor]], layer: int) -> dict[s
 def measure(run: Path, out: Path, steps: int) -> Table:
     """The table of the first so many steps of a training."""
     trainer = Trainer(dataclasses.replace(read_config(run / "config.yaml"), out=str(out)))
+    trainer.begin()
     layers, tasks = list(sfg_layers(trainer.model)), list(trainer.tasks)
     sums: list[dict[str, float]] = [{} for _ in layers]
     for step in range(steps):

@@ -1,12 +1,12 @@
-"""Cohorts from real volumes, as far as one patient goes: slabs of a volume are cases, every third one a test case.
+"""Makes cohorts of the real volumes of one patient. Slabs of a volume are cases; every third slab is a test case.
 
     python -m benchmarks.experiment.real_volumes pelvis CT.nii.gz LABELS.nii.gz LABELS.json COHORT
     python -m benchmarks.experiment.real_volumes head MR.nii CT.nii GREY.nii WHITE.nii CSF.nii COHORT
     sfg-fast experiment benchmarks/experiment/real.yaml --cohort COHORT --out OUT
 
-pelvis: a CT in HU with labels; its MR is simulated from it. head: a population-average MR and CT (whose numbers are HU
-plus 1024) with maps of tissue, of which the labels are the largest. Neighbouring slabs are of one patient: a test that
-the whole job runs on real anatomy, and no result.
+pelvis needs a CT in HU with labels; its MR is simulated from the CT. head needs a population-average MR and CT (whose
+numbers are HU plus 1024) with maps of tissue; the label of a voxel is the tissue with the largest value. Neighbouring
+slabs are of one patient. So this tests that the whole job runs on real anatomy; its scores are no result.
 """
 
 import json
@@ -25,7 +25,7 @@ SIGNAL = (0.02, 0.1, 0.8, 0.9, 0.3, 0.6, 0.05, 0.0)
 
 
 def simulated_mr(ct: np.ndarray, seed: int) -> np.ndarray:
-    """[Z, Y, X]: a smooth bias field and Rician noise on a contrast that goes by HU."""
+    """A simulated MR [Z, Y, X]: a contrast that depends on HU, with a smooth bias field and Rician noise."""
     rng = np.random.default_rng(seed)
     field = ndimage.zoom(rng.normal(size=(2, 3, 3)), np.array(ct.shape) / (2, 3, 3), order=1)
     signal = np.interp(ndimage.gaussian_filter(ct, 0.5), HU, SIGNAL) * np.exp(0.2 * field)

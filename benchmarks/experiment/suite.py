@@ -1,16 +1,17 @@
-"""Does learning what to share pay? Problems whose best fixed grouping can be found by trying, and every way to share.
+"""Does learning what to share pay? The suite tries every way to share on problems whose best fixed grouping can be
+found.
 
     python -m benchmarks.experiment.suite run FOLDER PROBLEM .. [--faces LIST] [--seeds 0 1 2] [--processes 2]
     python -m benchmarks.experiment.suite report FOLDER FILE.md
 
-PROBLEM: digits, identical, related, disjoint, two_alike (`suite_cohorts.py` makes them) or faces (`utkface.yaml` says
-where these are from). Each is an experiment in FOLDER/PROBLEM, whose rows are the ways to share; killed, the same
-command goes on.
+PROBLEM is digits, identical, related, disjoint, two_alike (`suite_cohorts.py` makes them) or faces (`utkface.yaml` says
+where these are from). Each problem is an experiment in FOLDER/PROBLEM, whose rows are the ways to share. If `run` is
+killed, the same command goes on.
 
-`report`: a row's gain is by how many percent it is better than hard sharing, the mean over tasks of the relative change
-of MAE, or of the share of images that are wrong, on the test images. A row's regret is the gain of the best fixed
-grouping minus its own. Which fixed grouping is the best, and which rate of dropout or exploring a row has, is chosen by
-the gain on the validation images. Beside FILE.md it draws FILE.png.
+`report`: the gain of a row says by how many percent it is better than hard sharing on the test images. It is the mean
+over tasks of the relative change of MAE, or of the share of images that are wrong. The regret of a row is the gain of
+the best fixed grouping minus its own gain. The best fixed grouping, and a row's rate of dropout or exploring, are
+chosen by the gain on the validation images. Beside FILE.md the report draws FILE.png.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ DROPOUT, EXPLORE = (0.05, 0.1), (0.05, 0.15)
 
 
 class Problem(NamedTuple):
-    """What is learnt, by how large a network, in how many steps; size: that images are resized to."""
+    """A problem: its tasks, the width of the network, the number of steps, and the `size` that images are resized
+    to."""
 
     tasks: dict[str, dict[str, Any]]
     width: int = 8
@@ -80,8 +82,8 @@ PROBLEMS = {
 
 
 class Way(NamedTuple):
-    """A way to share: the rows of the experiment that are tried, of which the validation images choose one; fixed: is
-    it a fixed grouping; more: has it more weights than the others?"""
+    """A way to share: the rows of the experiment that try it, of which the validation images choose one. `fixed` says
+    whether it is a fixed grouping, `more` whether it has more weights than other ways."""
 
     rows: dict[str, dict[str, Any]]
     fixed: bool = False
@@ -103,7 +105,7 @@ def ways(tasks: int) -> dict[str, Way]:
         "Shared but for the last two": {"method": "constant_mask", "network.shared": split(2)},
         "Shared but for the last four": {"method": "constant_mask", "network.shared": split(4)},
     }
-    tuned = (HARD, "Shared but for the last two")  # the others have the larger rate
+    tuned = (HARD, "Shared but for the last two")  # the other ways have the larger rate
     found = {
         "One-task": Way({"One-task": {"method": "one_task"}}, more=True),
         "Cross-stitch": Way({"Cross-stitch": {"method": "cross_stitch"}}, more=True),
@@ -188,10 +190,16 @@ def run(folder: Path, problem: str, faces: Path | None, seeds: Sequence[int], pr
 
 
 class Result(NamedTuple):
-    """Of a row. errors [seeds, tasks, images]: of each test image, averaged in `test`, [seeds, tasks], as `validation`
-    is: the MAE, or the percentage of wrong images, less is better. flops: of the prediction of an image; training: of
-    all steps, for an image a step, with those of the search that a grouping comes from. shared: p by layer of what
-    learns it."""
+    """The result of a row.
+
+    Attributes:
+        errors: the error of each test image, [seeds, tasks, images].
+        test: the mean error, [seeds, tasks]: the MAE, or the percentage of wrong images.
+        validation: the same on the validation images.
+        flops: the FLOPs of the prediction of an image.
+        training: the FLOPs of all steps, with one image in a step, and those of the search that found its grouping.
+        shared: p(shared) of each layer, of rows that learn it.
+    """
 
     errors: np.ndarray
     validation: np.ndarray
@@ -238,7 +246,7 @@ def _row_of(run: Path) -> str:
 
 
 def _errors(document: Mapping[str, Any], task: Task) -> list[float]:
-    """Of a task, for each test image, by their names."""
+    """The errors of a task, for each test image in the order of their names."""
     measure = task.relative
     values = [number_at(case, measure.place) for _, case in sorted(document["cases"].items())]
     assert None not in values, "every image of the suite has every target"
@@ -255,7 +263,7 @@ def _on_validation(job: Job, tasks: Mapping[str, Task]) -> list[float]:
 
 
 def _shared(its: Sequence[Job]) -> list[float]:
-    """p(shared) of each layer at the end, the mean over seeds; of what learns alone."""
+    """p(shared) of each layer at the end, the mean over seeds; empty for a row that doesn't learn p."""
     if its[0].trainings[0].network.method not in ("sfg", "retrain"):
         return []
     p = [list(read_json(job.folder / "summary.json")["mean_p"].values()) for job in its]
@@ -263,9 +271,9 @@ def _shared(its: Sequence[Job]) -> list[float]:
 
 
 def training_flops(job: Job, flops: float) -> float:
-    """FLOPs of all steps, for an image a step. A fixed grouping takes three times those of a prediction, less the
-    gradient of the image. A step that draws is counted, at the first p, the mean over draws: what the gates' gradients
-    take is in it."""
+    """The FLOPs of all steps, with one image in a step. A step with a fixed grouping takes three times those of a
+    prediction, less the gradient of the image. A step that draws is counted at the first p, as the mean over draws, and
+    includes the gradients of the gates."""
     schedule = job.trainings[0].schedule
     fixed, drawn, share = 3 * flops, 0.0, 0.0
     for training in job.trainings:
@@ -296,7 +304,7 @@ class Chosen(NamedTuple):
 
 
 def chosen(found: Mapping[str, Result]) -> dict[str, Chosen]:
-    """Of every way that has been run, if hard sharing has."""
+    """The chosen row of every way that has been run; empty if hard sharing has not."""
     best = {}
     if HARD not in found:
         return {}
@@ -309,7 +317,8 @@ def chosen(found: Mapping[str, Result]) -> dict[str, Chosen]:
 
 
 def gains(result: Result, hard: Result) -> np.ndarray:
-    """By how many percent better than the mean of hard sharing on the test images, the mean over tasks, by seed."""
+    """By how many percent a result is better than the mean of hard sharing on the test images: the mean over tasks,
+    [seeds]."""
     return _gain(result.test, hard.test.mean(0))
 
 
@@ -318,13 +327,13 @@ def gain_on_validation(result: Result, hard: Result) -> float:
 
 
 def _gain(errors: np.ndarray, hard: np.ndarray) -> np.ndarray:
-    """errors [n, tasks], hard [tasks]."""
+    """The gain [n] in percent of errors [n, tasks] over those of hard sharing [tasks]."""
     return 100 * (1 - errors / hard).mean(1)
 
 
 def tested(best: Mapping[str, Chosen]) -> dict[str, float]:
-    """p of SFG against every other way: a paired bootstrap over the test images of their gains, seeds averaged first;
-    corrected after Holm."""
+    """The p of SFG against every other way: a paired bootstrap over the test images of their gains, which are averaged
+    over seeds first; p is corrected after Holm."""
     mean = best[HARD].result.test.mean(0)
     by_image = {name: _gain(way.result.errors.mean(0).T, mean) for name, way in best.items()}
     others = [name for name in best if name != LEARNT]
@@ -365,7 +374,7 @@ def report(folder: Path, file: Path) -> None:
 
 
 def best_fixed(best: Mapping[str, Chosen]) -> str:
-    """The fixed grouping that the validation images choose."""
+    """The name of the fixed grouping that the validation images choose."""
     hard = best[HARD].result
     fixed = [name for name, way in ways(hard.test.shape[1]).items() if way.fixed and name in best]
     return max(fixed, key=lambda name: gain_on_validation(best[name].result, hard))
@@ -411,12 +420,13 @@ def _of_problem(problem: str, tasks: Mapping[str, Task], best: Mapping[str, Chos
 
 
 def _cell(mean: float, by_seed: np.ndarray, digits: int) -> str:
-    """The mean, and the SD over seeds, if there are several."""
+    """A cell with the mean, and the SD over seeds, if there are several."""
     return f"{mean:.{digits}f}" + (f" ({by_seed.std(ddof=1):.{digits}f})" if len(by_seed) > 1 else "")
 
 
 def draw(of_problems: Mapping[str, Mapping[str, Chosen]]) -> Figure:
-    """The gain of every way on every problem: a dot a seed, a line at the mean. What is far off is at the edge."""
+    """Draw the gain of every way on every problem: a dot for each seed, a line at the mean. Dots that are far off stand
+    at the edge."""
     names = list(dict.fromkeys(name for best in of_problems.values() for name in best))
     figure = Figure(figsize=(2.6 + 2.1 * len(of_problems), 0.8 + 0.26 * len(names)), layout="constrained")
     every = np.atleast_1d(figure.subplots(1, max(1, len(of_problems)), sharey=True))

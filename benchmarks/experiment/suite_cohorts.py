@@ -1,11 +1,10 @@
-"""Cohorts of images whose best grouping is known, or can be found by trying: for `suite.py`, which makes them
-itself.
+"""Makes cohorts of images whose best grouping is known, or can be found by trying. `suite.py` calls this file.
 
     python -m benchmarks.experiment.suite_cohorts digits FOLDER      needs scikit-learn, which ships the digits
     python -m benchmarks.experiment.suite_cohorts identical FOLDER   teachers; or related, disjoint, two_alike
 
-digits: two handwritten digits, one over the other; a task for each place. Both are the same job at other places, so
-edges and strokes can be shared, and what is where can't.
+digits: an image has two handwritten digits, one overlapping the other, and there is a task for each place. Both tasks
+are the same at another place, so kernels for edges and strokes can be shared, but not those that know the place.
 
 Teachers: every task is a number that a small random network ("teacher") gives for an image of random texture. The tasks
 have the same teacher (identical), teachers with the first layer in common (related), teachers of different colours of
@@ -37,7 +36,7 @@ TEACHERS = ("identical", "related", "disjoint", "two_alike")
 
 
 class Images(NamedTuple):
-    """Of one split: pixels uint8 [N, SIZE, SIZE] or [N, SIZE, SIZE, 3], and the targets of each task [N]."""
+    """The images of one split: pixels uint8 [N, SIZE, SIZE] or [N, SIZE, SIZE, 3], and the targets of each task [N]."""
 
     pixels: np.ndarray
     targets: dict[str, np.ndarray]
@@ -62,7 +61,7 @@ def overlaid_digits() -> dict[str, Images]:
 
 
 def _overlay(rng: np.random.Generator, digits: np.ndarray, classes: np.ndarray, count: int) -> Images:
-    """digits [n, 20, 20], 0 to 1. The one on the left is further up."""
+    """Images of two digits each. `digits` are [n, 20, 20], 0 to 1; the digit on the left is further up."""
     canvas = np.zeros((count, SIZE, SIZE), np.float32)
     targets = {}
     for task, first in (("left", 0), ("right", 8)):
@@ -83,7 +82,7 @@ class Teacher:
     """A random network of three convolutions with 16 kernels each, and a weighted mean of squares at its end."""
 
     def __init__(self, seed: int, first: Teacher | None = None, colours: Sequence[int] = (0, 1, 2)) -> None:
-        """first: another teacher, whose first layer this one has. colours: the channels that it sees."""
+        """`first` is another teacher, whose first layer this one takes; `colours` are the channels that it sees."""
         generator = torch.Generator().manual_seed(seed)
         self.layers = [
             (
@@ -98,7 +97,7 @@ class Teacher:
         self.seen = torch.tensor([float(colour in colours) for colour in range(3)]).view(1, 3, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [N, 3, H, W] -> [N]."""
+        """Images x [N, 3, H, W] -> a number for each, [N]."""
         x = x * self.seen
         for index, (weight, bias) in enumerate(self.layers):
             x = F.conv2d(x, weight, bias, padding=1)
@@ -108,7 +107,7 @@ class Teacher:
 
 
 class Almost:
-    """Nearly the other teacher: a tenth of the variance is another's."""
+    """A teacher that is nearly `most`: a tenth of its variance comes from the teacher `rest`."""
 
     def __init__(self, most: Teacher, rest: Teacher) -> None:
         self.most, self.rest = most, rest
@@ -119,7 +118,7 @@ class Almost:
 
 
 def teachers(kind: str) -> list[Any]:
-    """Those of the tasks."""
+    """The teachers of the tasks."""
     one = Teacher(1)
     return {
         "identical": [one, one],
@@ -160,7 +159,7 @@ def textures(kind: str) -> dict[str, Images]:
 
 
 def write(folder: Path, splits: dict[str, Images]) -> None:
-    """FOLDER/SPLIT_0000.png .., list.csv and targets.json."""
+    """Write FOLDER/SPLIT_0000.png .., list.csv and targets.json."""
     folder.mkdir(parents=True)
     tasks = list(next(iter(splits.values())).targets)
     with (folder / "list.csv").open("w", newline="") as file:
@@ -177,7 +176,7 @@ def write(folder: Path, splits: dict[str, Images]) -> None:
 
 
 def _cell(target: Any) -> str:
-    """A class, or a number, of one image."""
+    """The cell of the list with the class, or the number, of one image."""
     return f"digit {target}" if target.dtype.kind == "i" else f"{target:.6f}"
 
 

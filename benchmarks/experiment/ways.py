@@ -1,5 +1,6 @@
-"""The ways of predicting of an experiment on images that is done: argmax p, the mean or the mode of draws, running or
-batch statistics; each task's number over the scored images, the mean over seeds.
+"""Compares ways to predict with the networks of a finished experiment on images: argmax p, the mean or the mode of
+draws, each with running or batch statistics. The table has each task's number over the scored images, the mean over
+seeds.
 
     python -m benchmarks.experiment.ways OUT [--draws 16] [--rows MT-SFG ..] [--seeds 0 ..]
 """
@@ -27,7 +28,8 @@ WAYS = list(itertools.product(("map", "draws", "mode"), ("running", "batch")))
 def numbers(
     predictors: list[Predictor], cases: list[Case], draws: int, way: tuple[str, str]
 ) -> tuple[dict[str, Task], dict[str, float]]:
-    """The tasks of one row with one seed (one-task: of several networks), and the mean of each one's number."""
+    """The tasks of one row with one seed (with one-task of several networks), and each task's number over the
+    images."""
     by, statistics = way
     tasks: dict[str, Task] = {}
     predicted: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""The configuration of an experiment: one training, the rows of its table, the seeds; typed, one YAML file."""
+"""The configuration of an experiment: one training, the rows of its table, the seeds. One YAML file holds it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PER_RUN = {"data", "out", "seed", "folds", "fold"}
 """Options of a training that the experiment sets itself."""
 
 TAKEN = ("network.method", "network.grouping")
-"""Options of a training that a row says by `method` and `grouping_of`."""
+"""Options of a training that a row can't set itself, because its `method` and `grouping_of` set them."""
 
 OF_ROWS = ("method", "grouping_of", "runs_of", "by", "published")
-"""What a row has beside options of a training."""
+"""The keys of a row that are no options of a training."""
 
 ALL = "all"
-"""The name of the set of all test cases beside the `subsets`."""
+"""The name of the set of all test cases; `subsets` name others."""
 
 
 @dataclasses.dataclass
@@ -53,17 +53,17 @@ class ExperimentConfig:
             row, whose runs it takes: they are not trained again, only predict otherwise. A row may hold `by`, what
             predicts in this row; and, as published, {task: value}: numbers that the overview prints beside the row's
             own (an MAE, a Dice, an accuracy in percent).
-        seeds: of weights, draws and examples; a training for each.
+        seeds: seeds of weights, draws and examples; each row is trained once with each.
         reference: the row that is tested against each other row; null: the one of method sfg without options of its
             own, else the last.
         split: which cases are predicted and scored: "test"; or "val", to choose settings by.
-        subsets: name -> n: tables of their own for the first n of these cases, beside those of all.
-        draws: drawn architectures that a prediction is the mean (or mode) of: with `by` draws or mode, and always where
-            p is constant.
+        subsets: name -> n: the first n of these cases have tables of their own, beside the tables of all cases.
+        draws: how many drawn architectures a prediction is the mean (or mode) of. It counts with `by` draws or mode,
+            and always where p is constant.
         by: what predicts in all rows but those that say it themselves: "map", the most probable architecture; "draws",
             the mean over drawn ones; "mode", the mean of numbers and the most frequent class, as in the authors' code.
         statistics: "running"; or "batch", normalise with the statistics of what is predicted, as in the authors' code.
-        checkpoint: "final", or "best": that of the best look at the validation split.
+        checkpoint: "final", or "best", which is that of the best look at the validation split.
         metrics: what is measured, and how: "paper", as in the paper; "synthrad2025", as in that challenge (CTs and
             labels).
         size: height and width that images are resized to; null for none.
@@ -88,8 +88,14 @@ class ExperimentConfig:
 
 
 class Job(NamedTuple):
-    """One row with one seed: its trainings (one-task: one for each task, else one), in `folder` unless they are another
-    row's, and their scores in `folder`; by: what predicts."""
+    """One row with one seed.
+
+    Attributes:
+        row, seed: the name of the row, and the seed.
+        folder: the folder of its scores, and of its trainings unless they belong to another row.
+        trainings: one training for each task with the method one_task, else one.
+        by: what predicts, as `ExperimentConfig.by`.
+    """
 
     row: str
     seed: int
@@ -99,20 +105,21 @@ class Job(NamedTuple):
 
 
 def add_arguments(parser: Any) -> None:
-    """The options of an experiment, for a parser of jsonargparse; `from_options` takes what it finds."""
+    """Add the options of an experiment to a parser of jsonargparse. `from_options` takes what the parser finds."""
     parser.add_class_arguments(ExperimentConfig, skip={"train"})
     parser.add_class_arguments(TrainConfig, "train", skip=PER_RUN, instantiate=False)
 
 
 def instantiated(parser: Any, parsed: Any) -> Any:
-    """What a parser of jsonargparse found, with the classes made."""
+    """The options that a parser of jsonargparse has found, with objects in place of the options of classes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the method has another name from 4.49 on; older ones have this one alone
+        warnings.simplefilter("ignore")  # jsonargparse has renamed the method in 4.49; older ones have only this name
         return parser.instantiate_classes(parsed)
 
 
 def from_options(options: dict[str, Any]) -> ExperimentConfig:
-    """The configuration from what a parser with `add_arguments` found. Raises InputError: see `check`."""
+    """The configuration, from the options that a parser with `add_arguments` has found. Raises InputError as
+    `check`."""
     train = TrainConfig(data=str(Path(options["out"]) / "cache"), out="", **options["train"])
     config = ExperimentConfig(**{**options, "train": train})
     check(config)
@@ -120,7 +127,8 @@ def from_options(options: dict[str, Any]) -> ExperimentConfig:
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raise InputError for values that can't be (the networks check their own)."""
+    """Raise InputError, which names the option, for a value that it can't have. (The networks check their own
+    options.)"""
 
     def refuse(key: str, value: Any, expected: str) -> None:
         raise InputError(f"{key}={value!r}: expected {expected}")
@@ -165,7 +173,7 @@ def check(config: ExperimentConfig) -> None:
 
 
 def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None:
-    """InputError for what a row has beside options of a training."""
+    """Raise InputError for a value that the keys `OF_ROWS` of a row can't have."""
     where = f"methods[{name!r}]"
     if "runs_of" in row:
         _check_other_runs(config, where, row)
@@ -191,7 +199,7 @@ def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None
 
 
 def _check_other_runs(config: ExperimentConfig, where: str, row: dict[str, Any]) -> None:
-    """InputError for a row that takes the runs of another, if it can't."""
+    """Raise InputError if a row with `runs_of` can't take the runs of the row that it names."""
     other = config.methods.get(str(row["runs_of"]), {})
     if "method" not in other:
         raise InputError(f"{where}: runs_of={row['runs_of']!r}, expected the name of a row that has a method")
@@ -213,8 +221,7 @@ def reference_row(config: ExperimentConfig) -> str:
 
 
 def jobs(config: ExperimentConfig) -> list[Job]:
-    """Everything that has to be trained: seed by seed, so that a whole table stands early; what takes a grouping after
-    those who learn it.
+    """The jobs of all rows and seeds. They are ordered by seed, so that the first whole table is there early.
 
     Raises InputError for a row with an option that a training does not have, or a value that it can't have.
     """
@@ -245,8 +252,8 @@ def _only(task: str, tasks: TaskOptions) -> TaskOptions:
 
 
 def waves(every: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that don't wait for each other: first those that learn, then those that take what was learnt, last those
-    that take the runs of others."""
+    """The jobs in waves; the jobs of a wave don't wait for each other. First come those that learn, then those that
+    take a learnt grouping, last those that take the runs of other rows."""
     parts: list[list[Job]] = [[], [], []]
     for job in every:
         training = job.trainings[0]
@@ -256,7 +263,8 @@ def waves(every: Sequence[Job]) -> list[list[Job]]:
 
 
 def _training(config: ExperimentConfig, name: str) -> TrainConfig:
-    """The training of a row: the common one with the row's own options, each checked for its type."""
+    """The training of a row: that of the experiment with the row's own options. Raises InputError for an option that a
+    training lacks, or a value that it can't have."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     where, train = f"methods[{name!r}]", config.train
@@ -279,7 +287,8 @@ def _training(config: ExperimentConfig, name: str) -> TrainConfig:
     found = TrainConfig(data=train.data, out=train.out, **parsed.as_dict())
     found.network.method = config.methods[name]["method"]
     if found.network.method == "retrain":
-        found.network.grouping = str(Path(config.out) / "runs" / config.methods[name]["grouping_of"])  # of no seed yet
+        # `jobs` puts the folder of the same seed in its place.
+        found.network.grouping = str(Path(config.out) / "runs" / config.methods[name]["grouping_of"])
     if found.network.method == "one_task" and isinstance(found.network.init, list):
         found.network.init = "uniform"  # its grouping is fixed, and probabilities of three groups do not fit its two
     try:

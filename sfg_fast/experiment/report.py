@@ -1,4 +1,4 @@
-"""What an experiment leaves to read: metrics.json, table.md, report.html, and its figures as PNG."""
+"""The results of an experiment as files: metrics.json, table.md, report.html, and the figures as PNG."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..evaluation.metrics import captioned
 from ..evaluation.predict import Predictor
 from ..evaluation.report import activation_maps, course, telling_slice
 from ..files import make_folder, read_text, replacing, write_json
+from ..layer import SFGLayer
 from ..networks.controls import map_assignment, sfg_layers
-from ..reference import SFGConv2d
 from ..tasks import Measure, measured_by, read_tasks, to_json
 from .config import ALL, ExperimentConfig, Job, method_of, reference_row
 from .table import FEW, Rows, Scores, Section, comparisons, section, subject_means, to_compare, to_markdown
@@ -36,8 +36,13 @@ def write_results(
 ) -> None:
     """Write the results into `config.out`, each file whole or not at all.
 
-    every: the jobs, all done; documents: {row: {seed: its metrics.json}}; subsets: {name: test cases}, all of them
-    under "all"; shown: the case whose activation maps are drawn, None for none; targets: the cohort's.
+    Args:
+        config: the configuration of the experiment.
+        every: the jobs; all are done.
+        documents: {row: {seed: content of the job's metrics.json}}.
+        subsets: the names of the test cases in each subset; "all" has all of them.
+        shown: the case whose activation maps are drawn; None for none.
+        targets: the cohort's targets.
     """
     out, reference = Path(config.out), reference_row(config)
     scores = {row: {seed: document["cases"] for seed, document in seeds.items()} for row, seeds in documents.items()}
@@ -121,7 +126,7 @@ def _html(part: Section) -> str:
 def _subjects(
     scores: Scores, cases: Sequence[str], measures: Sequence[Measure], profile: str
 ) -> list[tuple[str, str, Figure]]:
-    """(file name, caption, figure) of all subjects, unless there are too many to be told apart."""
+    """(file name, caption, figure) of the scores of all subjects; empty if there are too many to tell them apart."""
     if len(cases) > FEW:
         return []
     strips = {
@@ -137,7 +142,8 @@ def _subjects(
 def _learnt(
     config: ExperimentConfig, every: Sequence[Job], shown: Case | None, targets: Mapping[str, Target]
 ) -> list[tuple[str, str, Figure]]:
-    """(file name, caption, figure) of what every row that learns its grouping has learnt, with the first seed."""
+    """(file name, caption, figure) of the groupings: those that the rows of method sfg have learnt with the first
+    seed."""
     drawn = []
     for job in every:
         if config.methods[job.row].get("method") != "sfg" or job.seed != config.seeds[0]:
@@ -175,11 +181,11 @@ def _learnt(
 
 
 def _kernels(predictor: Predictor) -> dict[str, list[int]]:
-    """Kernels of each group in every SFG layer of the most probable architecture, in network order."""
+    """How many kernels each group has in every SFG layer of the most probable architecture, in network order."""
     best = map_assignment(predictor.model)
     by_logits = {layer.logits: best[name] for name, layer in sfg_layers(predictor.model).items()}
     return {
         name: torch.bincount(by_logits[module.logits], minlength=module.logits.shape[1]).tolist()
         for name, module in predictor.model.named_modules()
-        if isinstance(module, SFGConv2d)
+        if isinstance(module, SFGLayer)
     }

@@ -1,4 +1,4 @@
-"""The trainings of an experiment and their scores: one job for each row and seed, resumable, parallel where it pays.
+"""The trainings of an experiment and their scores. Each row with each seed is a job; jobs may run in parallel.
 
     OUT/experiment.yaml                        the configuration
     OUT/cache/                                 the preprocessed cohort
@@ -6,7 +6,7 @@
     OUT/runs/ROW/seed_S/metrics.json           the test cases' metrics; written last: this job is done
     OUT/metrics.json, table.md, report.html, figures/
 
-Killed at any moment, the same experiment goes on; what is done is not done again.
+An experiment that was killed goes on when it is started again. A job that is done is not done again.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from .report import write_results
 
 
 def run_experiment(config: ExperimentConfig) -> None:
-    """Train, predict, score and report; what is done already is not done again.
+    """Train, predict, score and report. A job that is done already is not done again.
 
-    Raises InputError for a configuration or cohort that can't be used, or other than that of the runs in `out`;
-    Preempted after SIGTERM, when everything is saved; FloatingPointError, OSError as `Trainer.run`.
+    Raises InputError for a configuration or cohort that can't be used or differs from that of the runs in `out`;
+    Preempted after SIGTERM, when everything is saved; FloatingPointError and OSError as `Trainer.run` does.
     """
     check(config)
     out, cohort = Path(config.out), read_cohort(Path(config.cohort))
@@ -90,7 +90,7 @@ def run_experiment(config: ExperimentConfig) -> None:
         try:
             left, places = [job for job in every if not _scores(job).exists()], _places(config)
             if left and places[0] is not None and config.train.gpu_check == "on" and backends.current() == "auto":
-                gpu_check(torch.device("cuda", places[0]))  # once, before all runs would want to at the same time
+                gpu_check(torch.device("cuda", places[0]))  # once; else all runs would do it at the same time
             _do(waves(left), work, len(every), places)
         except Preempted as error:
             raise Preempted(f"{out}: stopped by SIGTERM, everything is saved; the same command goes on") from error
@@ -107,8 +107,8 @@ def run_experiment(config: ExperimentConfig) -> None:
 
 
 class How(NamedTuple):
-    """How a job predicts: by `draws` drawn architectures, 0 for none; `by` and `statistics` as in the configuration;
-    with which `checkpoint`."""
+    """How a job predicts: by how many drawn architectures (`draws`, 0 for argmax p), and by which `by`, `statistics`
+    and `checkpoint` (`ExperimentConfig`)."""
 
     draws: int
     by: str
@@ -117,8 +117,8 @@ class How(NamedTuple):
 
 
 def _how(job: Job, config: ExperimentConfig) -> How:
-    """A constant p has no most probable architecture, only the mean over draws; what is fixed draws nothing, unless it
-    explores, or drops channels."""
+    """How the networks of a job predict. A constant p has no most probable architecture, so it always predicts by
+    draws. A fixed grouping has nothing to draw, unless it explores or drops channels, so it predicts by "map"."""
     network, by = job.trainings[0].network, job.by
     if network.method == "constant_p":
         by = "draws" if by == "map" else by
@@ -128,8 +128,8 @@ def _how(job: Job, config: ExperimentConfig) -> How:
 
 
 class Scored(Metrics):
-    """metrics.json of a job: the `metrics_document` of the test cases; how they were predicted, and the digests of the
-    networks that did; what these cost: trained weights, and FLOPs of a prediction of one image."""
+    """metrics.json of a job: the `metrics_document` of the test cases; how they were predicted (`How`), and the digests
+    of the networks; the cost of all its networks: trained weights, and FLOPs of a prediction of one image."""
 
     how: dict[str, Any]
     digests: list[str]
@@ -146,7 +146,7 @@ def _final(training: TrainConfig) -> Path:
 
 
 def _complete(job: Job, test: Sequence[Case], targets: Mapping[str, Target], config: ExperimentConfig) -> None:
-    """Train what is not trained yet, then score the test cases."""
+    """Run the trainings of a job that are not finished, then score the test cases, and write metrics.json."""
     for training in job.trainings:
         if not _final(training).exists():
             with alone_in(Path(training.out)):
@@ -175,7 +175,7 @@ def _score(
     tasks: Mapping[str, Task],
     targets: Mapping[str, Target],
 ) -> dict[str, Any]:
-    """The metrics of a case from the volumes of whichever network predicts them."""
+    """The metrics of a case of volumes; each task is predicted by the network that has it."""
     truth = load_case(case, targets)
     predicted: dict[str, np.ndarray] = {}
     for predictor in predictors:
@@ -190,7 +190,7 @@ def _score(
 def _score_images(
     test: Sequence[Case], predictors: Sequence[Predictor], how: How, tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
-    """The metrics of each image from whichever network predicts it."""
+    """The metrics of each image; each task is predicted by the network that has it."""
     predicted: dict[str, np.ndarray] = {}
     for predictor in predictors:
         values = predictor.of_images(test, how.draws, how.by, how.statistics)
@@ -202,7 +202,7 @@ def _score_images(
 
 
 def _example(predictor: Predictor, case: Case) -> Tensor:
-    """An image of the size that the network is run on."""
+    """An image of zeros [1, C, H, W], of the size that the network is run on."""
     if predictor.images is not None:
         shape = (predictor.images.channels, *predictor.images.size)
     else:
@@ -214,7 +214,7 @@ def _example(predictor: Predictor, case: Case) -> Tensor:
 
 
 def _check_networks(every: Sequence[Job], cache: Cache) -> None:
-    """InputError for a row whose network can't be made."""
+    """Raise InputError for a row whose network can't be made."""
     for job in every:
         for training in job.trainings:
             try:
@@ -225,8 +225,8 @@ def _check_networks(every: Sequence[Job], cache: Cache) -> None:
 
 
 def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfig, test: list[str]) -> None:
-    """InputError, naming the first difference, if runs are there of another configuration or cohort, or a file of
-    theirs can't be read."""
+    """Raise InputError, which names the first difference, if `out` holds runs of another configuration or cohort, or a
+    file of a run that can't be read."""
     for job in every:
         by_folder = {Path(training.out): training for training in job.trainings}
         for path in sorted([*job.folder.glob("config.yaml"), *job.folder.glob("*/config.yaml")]):
@@ -263,7 +263,8 @@ def _check_unchanged(every: Sequence[Job], cache: Cache, config: ExperimentConfi
 
 
 def _places(config: ExperimentConfig) -> list[int | None]:
-    """Where jobs run at the same time: the numbers of several GPUs; else None, once for each process."""
+    """The places where jobs run at the same time: the number of each GPU, if there are several; else a None for each
+    process."""
     device = choose_device(config.train.device)
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if device.index is None else 1
@@ -272,7 +273,7 @@ def _places(config: ExperimentConfig) -> list[int | None]:
 
 
 def _do(left: Sequence[Sequence[Job]], work: Callable[[Job], None], total: int, places: list[int | None]) -> None:
-    """left: waves of jobs, each of which needs what those before it have learnt."""
+    """Do the waves of jobs in `left`, one after the other: each needs what earlier ones have learnt."""
     from tqdm import tqdm
 
     with tqdm(total=total, initial=total - sum(map(len, left)), desc="experiment", unit="run") as bar:
@@ -290,8 +291,8 @@ def _do(left: Sequence[Sequence[Job]], work: Callable[[Job], None], total: int, 
 def _in_processes(
     left: Sequence[Job], work: Callable[[Job], None], places: list[int | None], done: Callable[[], Any]
 ) -> None:
-    """Every job in a process of its own, one for each place at a time. What one raises, or whatever interrupts this
-    process, stops the others, which save what they have."""
+    """Do every job in a process of its own, one at a time for each place. If a job raises an error, or this process is
+    interrupted, the other jobs save their state and stop."""
     context = multiprocessing.get_context("spawn")
     waiting, free = list(left), list(places)
     threads = max(1, torch.get_num_threads() // len(places))
@@ -317,7 +318,7 @@ def _in_processes(
                     raise error
                 free.append(place)
                 done()
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # also Ctrl-C
         for _, _, process, _ in running.values():
             process.terminate()
         for _, _, process, _ in running.values():
@@ -327,7 +328,8 @@ def _in_processes(
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Processes started here show none, the experiment's is enough. (tqdm looks when it is imported.)"""
+    """Processes that start inside the `with` show no progress bars; that of the experiment is enough. tqdm reads the
+    environment variable when it is imported."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -340,7 +342,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _child(answer: Any, gpu: int | None, threads: int, work: Callable[[Job], None], job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     if gpu is None:
         torch.set_num_threads(threads)
@@ -362,7 +364,8 @@ def _stop_with_parent() -> None:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises Preempted. (In a process of its own the training listens to it itself.)"""
+    """Inside the `with` SIGTERM raises Preempted. (The trainings run in other processes, which handle it
+    themselves.)"""
 
     def stop(number: int, frame: Any) -> None:
         raise Preempted("stopped by SIGTERM")

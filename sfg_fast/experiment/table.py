@@ -1,8 +1,7 @@
-"""The tables of an experiment: Table 1 for every row, and how sure its differences are.
+"""The tables of an experiment: Table 1 for every row, and tests of the differences between rows.
 
-Scores of a row are `{seed: {case: {task: metrics}}}`; `Scores` are those of all rows, in the order of the table.
-Whatever is averaged, the seeds are averaged first, for each subject; then mean and SD are over subjects, and so are the
-tests.
+The scores of a row are `{seed: {case: {task: metrics}}}`; `Scores` are those of all rows, in the order of the table.
+Every number is first averaged over seeds, for each subject. Means, SDs and tests are then over subjects.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from ..tasks import Measure, Task, profile_of
 Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 RESAMPLES = 9999
-"""Of a bootstrap: the least p that it can give is 2 / 10,000."""
+"""How often a bootstrap resamples. The least p that it can give is then 2 / 10,000."""
 BOOTSTRAPPED = 100
-"""From so many subjects on."""
+"""A bootstrap is done for at least so many subjects."""
 FEW = 50
-"""Up to so many subjects can be told apart in a figure."""
+"""A figure of single subjects is drawn for at most so many."""
 
 
 class Section(NamedTuple):
-    """Tables of the same cases under a title, and sentences about them."""
+    """Tables that are about the same cases, their common title, and sentences about them."""
 
     title: str
     tables: list[Table]
@@ -37,11 +36,13 @@ class Section(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the table knows of each row, beside its scores.
+    """What the tables show of each row beside its scores.
 
-    published: of each task, where somebody has published it. parameters: trained weights; flops: of a prediction of one
-    image; each of all networks of the row. single: the row of one-task networks that relative changes are against,
-    None without one.
+    Attributes:
+        published: the published number of each task, {row: {task: number}}, where there is one.
+        parameters: how many weights were trained, in all networks of the row.
+        flops: the FLOPs of a prediction of one image, by all networks of the row.
+        single: the row of one-task networks that relative changes are against; None without one.
     """
 
     published: Mapping[str, Mapping[str, float]]
@@ -51,7 +52,8 @@ class Rows:
 
 
 def to_compare(tasks: Mapping[str, Task]) -> list[Measure]:
-    """The measures that differences between methods are tested of; what is called alike in two tasks names its task."""
+    """The measures whose differences between methods are tested. If two tasks have measures of the same title, the
+    titles name the task."""
     tested = columns((task, [one for one in task.measures if one.tested]) for task in tasks.values())
     return [measure._replace(title=title) for title, measure in tested]
 
@@ -59,8 +61,8 @@ def to_compare(tasks: Mapping[str, Task]) -> list[Measure]:
 def section(
     title: str, scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], reference: str, about: Rows
 ) -> Section:
-    """An overview, a table for each row of each task (Table 1 (a) and (b)), the tests of the row `reference` against
-    each other row, and the spread over seeds, for these cases. What nobody was scored for is left out."""
+    """The section of these cases: an overview, the tables of each task (Table 1 (a) and (b)), the tests of the row
+    `reference` against each other row, and the spread over seeds. A table for which no row has a score is left out."""
     tables = [_overview(scores, cases, tasks, about)]
     measured = [
         {"cases": {case: by_case[case] for case in cases}} for row in scores.values() for by_case in row.values()
@@ -90,7 +92,7 @@ def section(
 def comparisons(
     scores: Scores, cases: Sequence[str], measures: Sequence[Measure], reference: str
 ) -> list[dict[str, Any]]:
-    """The row `reference` against each other row, for each measure that there is.
+    """Compare the row `reference` with each other row, for each measure that has a number.
 
     Returns a list of {"measure", "method", "n": subjects with both numbers, "difference": mean of reference minus
     other, as it is shown, "p": of a paired two-sided test over subjects (`Measure.test`), "p_holm": corrected for the
@@ -123,21 +125,21 @@ def comparisons(
 
 
 def _test_of(measure: Measure, subjects: int) -> str:
-    """A bootstrap of a few subjects is far too sure of itself."""
+    """The test of a measure. With few subjects it is never a bootstrap, which would give too small a p."""
     return measure.test if subjects >= BOOTSTRAPPED else "wilcoxon"
 
 
 def wilcoxon(differences: np.ndarray) -> float:
-    """p of the two-sided Wilcoxon signed-rank test of paired differences [n]; 1 where all are zero."""
+    """The p of the two-sided Wilcoxon signed-rank test of paired differences [n]; 1 if all are zero."""
     from scipy import stats
 
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
 def bootstrap(differences: np.ndarray) -> float:
-    """p of the two-sided bootstrap test that the mean of paired differences [n] is 0: twice the share of resampled
-    means on the other side of 0 (Efron, Tibshirani 1993), at least 2 / (RESAMPLES + 1). The same numbers give the
-    same p."""
+    """The p of the two-sided bootstrap test that the mean of paired differences [n] is 0: twice the share of resampled
+    means on the other side of 0 (Efron, Tibshirani 1993), at least 2 / (RESAMPLES + 1). Resampling is seeded, so the
+    same numbers give the same p."""
     from scipy import stats
 
     if len(differences) < 2 or not differences.any():
@@ -163,9 +165,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def relative_change(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], single: str) -> np.ndarray:
-    """Delta p, [rows, seeds], in percent: by how much a row is better than the one-task networks of the same seed, the
-    mean over tasks of the relative change of `Task.relative` (Maninis, Radosavovic, Kokkinos 2019, eq. 4). NaN where a
-    task has no number."""
+    """Delta p, [rows, seeds], in percent: how much better a row is than the one-task networks of the same seed. It is
+    the mean over tasks of the relative change of `Task.relative` (Maninis, Radosavovic, Kokkinos 2019, eq. 4), NaN
+    where a task has no number."""
     changes = []
     for task in tasks.values():
         means = _mean(values_of(scores, cases, task.relative.place), 2)  # [rows, seeds]
@@ -176,12 +178,12 @@ def relative_change(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Ta
 
 
 def subject_means(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.ndarray:
-    """[rows, cases]: the number at a place of the metrics, averaged over the seeds that have one; NaN without any."""
+    """The number at a place of the metrics, [rows, cases], averaged over the seeds that have it; NaN if none has."""
     return _mean(values_of(scores, cases, place), 1)
 
 
 def to_markdown(sections: Sequence[Section], rules: Mapping[str, str]) -> str:
-    """Sections as a Markdown document. rules: how the numbers are measured."""
+    """The sections as a Markdown document. `rules` says how each number is measured."""
     parts = []
     for title, tables, notes in sections:
         parts.append(f"## {title}\n")
@@ -193,7 +195,7 @@ def to_markdown(sections: Sequence[Section], rules: Mapping[str, str]) -> str:
 
 
 def values_of(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.ndarray:
-    """[rows, seeds, cases], NaN where there is no number."""
+    """The number at a place of the metrics, [rows, seeds, cases]; NaN where there is none."""
     return np.array(
         [[[number_at(by_case[case], place) for case in cases] for by_case in row.values()] for row in scores.values()],
         dtype=float,
@@ -201,12 +203,13 @@ def values_of(scores: Scores, cases: Sequence[str], place: Sequence[str]) -> np.
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Over what is no NaN; NaN where everything is."""
+    """The mean along an axis of the values that aren't NaN; NaN where all are."""
     return np.ma.masked_invalid(values).mean(axis).filled(np.nan)
 
 
 def _overview(scores: Scores, cases: Sequence[str], tasks: Mapping[str, Task], about: Rows) -> Table:
-    """Each task's number with its SD over seeds, what was published, Delta p, and what a row costs."""
+    """The table of each task's number with its SD over seeds, the published number, Delta p, and the cost of each
+    row."""
     header, rows = ["Method"], [[name] for name in scores]
 
     def column(title: str, cells: Sequence[str]) -> None:
@@ -236,7 +239,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _marked(by_seed: np.ndarray, measure: Measure) -> list[str]:
-    """Cells of values [rows, seeds], the best and the second best marked."""
+    """The cells of a column from values [rows, seeds]. The best and the second best are marked."""
     spreads = [spread(row[np.isfinite(row)]) for row in by_seed]
     marks = _marks([one["mean"] for one in spreads], measure)
     texts = [_over_seeds(one, measure.digits, by_seed.shape[1]) for one in spreads]
@@ -244,7 +247,7 @@ def _marked(by_seed: np.ndarray, measure: Measure) -> list[str]:
 
 
 def _over_seeds(one: Mapping[str, Any], digits: int, seeds: int) -> str:
-    """Mean (SD over seeds); of one seed it has none."""
+    """A cell with the mean and the SD over seeds; with one seed the mean alone."""
     return _number(one["mean"], digits) if seeds == 1 else cell(one, digits, seeds)
 
 
@@ -264,7 +267,7 @@ def _about_overview(tasks: Mapping[str, Task], about: Rows) -> list[str]:
 
 
 def _score_table(caption: str, scores: Scores, cases: Sequence[str], columns: Sequence[Measure]) -> Table:
-    """A row for each method; without any rows, if no method has a number in the first column."""
+    """A table with a row for each method. It has no rows if no method has a number in the first column."""
     cells = []
     for measure in columns:
         values = measure.factor * subject_means(scores, cases, measure.place)
@@ -279,8 +282,8 @@ def _score_table(caption: str, scores: Scores, cases: Sequence[str], columns: Se
 
 
 def _marks(means: Sequence[float | None], measure: Measure) -> list[str]:
-    """`**` for the best and `*` for the second best, as they are printed: what reads the same is marked the same.
-    Nothing where the sign matters."""
+    """The mark of each mean: `**` for the best and `*` for the second best, else "". Means that are printed alike have
+    the same mark. A measure with a sign has no marks."""
     if measure.signed:
         return [""] * len(means)
     shown = [None if mean is None else round(mean, measure.digits) for mean in means]
@@ -302,7 +305,7 @@ def _test_table(compared: Sequence[Mapping[str, Any]], measures: Sequence[Measur
 
 
 def _about_tests(compared: Sequence[Mapping[str, Any]], measures: Sequence[Measure], reference: str) -> list[str]:
-    """What the tests are, and what so many subjects can show at all."""
+    """Sentences that say which tests were done, and the least p that so many subjects can give."""
     if not compared:
         return []
     n = max(row["n"] for row in compared)

@@ -1,4 +1,5 @@
-"""Checkpoints: atomic, checked when read, and never a pickle that could run code.
+"""Checkpoints. They are written whole or not at all, checked when they are read, and never a pickle that could run
+code.
 
 RUN/checkpoints/step_00000500.pt   to resume from; the last few are kept
 RUN/checkpoints/best.pt            the best on the validation split, if there is one
@@ -40,8 +41,10 @@ KEYS = {
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint (tensors, numbers, strings, lists, dicts) so that either all of it or the old one is there.
-    OSError if it can't be written."""
+    """Write a checkpoint to `path`, whole or not at all. `state` holds tensors, numbers, strings, lists and dicts.
+
+    Raises OSError if it can't be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"version": VERSION, **state}
     content["digest"] = _digest(content)
@@ -60,8 +63,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. InputError if it is missing, damaged, no checkpoint of a run, or of another
-    version."""
+    """Read a checkpoint onto the CPU.
+
+    Raises InputError if the file is missing, damaged, no checkpoint of a run, or of another version.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
@@ -80,19 +85,21 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def step_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint of this step, in the folder of checkpoints."""
     return folder / f"step_{step:08d}.pt"
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints to resume from, newest first."""
+    """The checkpoints in a folder that a run can be resumed from, newest first."""
     found = [path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8,}\.pt", path.name)]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that can be read, and its content; warns of a damaged one before it falls back.
+    """The path of the newest checkpoint that can be read, and its content. A warning names each damaged one that it
+    skips.
 
-    Raises InputError if there is none, naming what is wrong with the newest.
+    Raises InputError if there is none, which says what is wrong with the newest.
     """
     refused: list[InputError] = []
     for path in steps(folder):
@@ -110,14 +117,18 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints to resume from, and what a killed process left half-written."""
+    """Remove all checkpoints to resume from except the newest `keep`, and files that a killed process left
+    half-written."""
     for path in (*steps(folder)[keep:], *folder.glob("*.part")):
         with suppress(OSError):
             path.unlink()
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Put the saved weights into the model. InputError, naming the first difference, if it is another architecture."""
+    """Load saved weights, `state`, into the model. `path` is their file, for messages.
+
+    Raises InputError, which names the first difference, if they are of another architecture.
+    """
     own, saved = model.state_dict(), state
     if not isinstance(saved, dict) or not all(torch.is_tensor(value) for value in saved.values()):
         raise InputError(f"{path}: its weights are {type(saved).__name__}, expected tensors by name")
@@ -134,7 +145,8 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """torch.save writes an archive without compression: one that would unpack to more than it is, is a bomb."""
+    """Raise ValueError for an archive that unpacks to more bytes than it has. torch.save doesn't compress, so such a
+    file was made to fill the memory."""
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > size:
@@ -142,8 +154,8 @@ def _check_archive(path: Path) -> None:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Of everything but the digest itself. (The archive's own checksums leave out its headers, and torch ignores
-    them.)"""
+    """The SHA-256 of all content except the digest itself. (The checksums of a zip archive don't cover its headers, and
+    torch ignores them.)"""
     found = hashlib.sha256()
 
     def feed(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a training run: typed, one YAML file, every key with its unit and its source."""
+"""The configuration of a training run. It is typed, one YAML file holds it, and every option is described here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..tasks import USUAL, of_images, read_tasks
 
 PRECISIONS = ("float32", "bfloat16")
 DECAYS = ("cosine", "polynomial", "constant")
-# What may differ in a run that is resumed: it moves nothing but files and time.
+# These options may differ in a run that is resumed: they change files and time, but no result.
 OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad_steps"}
 
 
@@ -38,13 +38,14 @@ class NetworkConfig:
         noise_on: what the noise of a draw is added to: "log_p", so that groups are drawn with probability p; or "p", as
             in the authors' public code: they are drawn with probability softmax(p).
         explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1),
-            also where the grouping is fixed. So drawing stays a dropout while p becomes certain; choose it on the
-            validation split, as a dropout's rate.
+            also where the grouping is fixed. So drawing still acts as a dropout when p has become certain. Choose the
+            share on the validation split, as the rate of a dropout.
         shared: of method constant_mask: the share of each layer's kernels that is shared, one number or one for each
             layer; the rest is split evenly among the tasks. null: 1/(T+1).
         dropout: probability with which each channel is zero between two layers, in training and in predictions by
             draws.
-        every: look at the groups that kernels were not drawn into at every n-th step only: cheaper, the same mean.
+        every: n: only every n-th step looks at the groups that kernels were not drawn into. The other steps are
+            cheaper, and the mean gradient stays the same.
         grouping: of method retrain: folder of a finished run, whose most probable assignment is fixed from the start.
     """
 
@@ -66,11 +67,11 @@ class NetworkConfig:
 
 @dataclasses.dataclass
 class ObjectiveConfig:
-    """The penalties of the objective, eq. 2. (Its likelihoods are the tasks'.)
+    """The penalties of the objective, eq. 2. (The tasks define its likelihoods.)
 
     Args:
         lambda1: weight of the sum of squared kernel norms.
-        lambda2: weight of the sum of entropies of the grouping probabilities. Large ones keep p from deciding
+        lambda2: weight of the sum of entropies of the grouping probabilities. A large weight keeps p close to uniform
             (docs/experiment.md).
     """
 
@@ -80,7 +81,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass
 class ScheduleConfig:
-    """How long and how fast.
+    """How long and how fast a network is trained.
 
     Args:
         steps: optimiser steps.
@@ -92,16 +93,16 @@ class ScheduleConfig:
             mean gradient counts so many times beside its own (`pool_gradients`); 0: each is by itself.
         warmup: steps of linear warm-up.
         decay: how the weights' rate falls: "cosine", to 5 %; "polynomial", (1 - t)^0.9, to 0, as nnU-Net's; "constant".
-        decay_from: share of the steps after which it does.
+        decay_from: share of the steps after which the rate falls.
         temperature_start: temperature of the relaxation at the start.
-        temperature_end: and its floor, reached exponentially at `temperature_until` of the steps.
-        temperature_until: share of the steps.
+        temperature_end: lowest temperature; the temperature falls to it exponentially.
+        temperature_until: share of the steps after which the lowest temperature is reached.
         draw_until: share of the steps with drawn groupings; after it argmax p is fixed and only weights are trained.
-            1: draw to the end, as the paper does. Less than 1 is ours: it removes most of the gap between drawn and
-            argmax evaluation, and the weights learn faster (docs/experiment.md).
+            1: draw to the end, as the paper does. A share below 1 is an addition to the paper: drawn and argmax
+            evaluation then differ less, and the weights learn faster (docs/experiment.md).
         clip: largest norm of the weights' gradient.
-        patience: stop when the validation split has not improved for so many checkpoints; null: never. It counts from
-            `draw_until`, because the weights have to learn the fixed grouping.
+        patience: stop when the validation split has not improved for so many checkpoints; null: never. Checkpoints
+            count from `draw_until` on, because the weights have to learn the fixed grouping first.
     """
 
     steps: int = 20000
@@ -129,7 +130,7 @@ class TransferConfig:
         run: folder of a finished run of a network of the same widths and blocks; null for none.
         tasks: which of this run's tasks take which of that run's filters, e.g. {ct: ct}; null: tasks of the same name;
             {}: the shared filters only.
-        freeze: keep what was transferred as it is, and learn the other tasks beside it, with the kernels that are left.
+        freeze: keep the transferred kernels as they are, and learn the other tasks with the kernels that are left.
     """
 
     run: str | None = None
@@ -154,7 +155,7 @@ class TrainConfig:
             volumes.)
         flip: augmentation: mirror every second image, left to right. (Of images.)
         shift: augmentation: move images by up to so many pixels. (Of images.)
-        seed: of weights, draws and slices.
+        seed: seed of weights, draws and slices.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         gpu_check: "on": if this GPU was never checked, `sfg-fast gpu-check` runs before the first step (a minute), so
             that the fastest kernels that are right are taken; "off": it does not, and such a GPU takes `masked`.
@@ -197,7 +198,7 @@ class TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """config.yaml of a run. InputError if it can't be read, or is none of this version."""
+    """The configuration in the config.yaml of a run. Raises InputError if it can't be read or is of another version."""
     import yaml
 
     try:
@@ -208,7 +209,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def from_saved(saved: Any, path: Path) -> TrainConfig:
-    """A configuration from what was saved of it (`dataclasses.asdict`) in a file. InputError if it is none of this
+    """The configuration that was saved (`dataclasses.asdict`) in the file `path`. Raises InputError if it is of another
     version."""
     try:
         check_shape(saved, TrainConfig, "it")
@@ -226,8 +227,8 @@ def from_saved(saved: Any, path: Path) -> TrainConfig:
 
 
 def difference(now: dict[str, Any], before: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first option in which two configurations (`dataclasses.asdict`) train otherwise, and its values now and
-    before; None if they train alike."""
+    """The first option that makes two configurations (`dataclasses.asdict`) train differently, and its values now and
+    before; None if both train alike."""
     here, there = _flat(now), _flat(before)
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key) and key not in OPERATIONAL:
@@ -238,7 +239,7 @@ def difference(now: dict[str, Any], before: dict[str, Any]) -> tuple[str, Any, A
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict) and value:  # an empty one is a value like others
+        if isinstance(value, dict) and value:  # an empty dict is a value like others
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
@@ -246,7 +247,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise InputError for values that can't be (the network checks its own)."""
+    """Raise InputError, which names the option, for a value that it can't have. (The network checks its own
+    options.)"""
 
     def refuse(key: str, value: Any, expected: str) -> None:
         raise InputError(f"{key}={value!r}: expected {expected}")
@@ -337,7 +339,8 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_examples(config: TrainConfig) -> None:
-    """InputError for tasks that can't be, and for options that examples of their kind, slices or images, don't have."""
+    """Raise InputError for tasks that can't be, and for options of slices where the examples are images, or the other
+    way round."""
     tasks = read_tasks(config.tasks)
     images, network = of_images(tasks), NETWORKS.get(config.network.name)
     if network is not None and network.per_image != images:

@@ -1,4 +1,4 @@
-"""k-fold cross-validation: nnU-Net's splits_final.json, a run for each fold, and what they come to together."""
+"""k-fold cross-validation: the folds, in nnU-Net's splits_final.json, and the summary of the runs of all folds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from ..files import read_json, write_json
 
 
 def splits_path(cache: Cache) -> Path:
+    """The file that holds the folds of a cache."""
     return cache.path / "splits_final.json"
 
 
 def make_splits(cache: Cache, folds: int) -> None:
-    """Divide the train and val cases into folds at random and write them down, unless that was done before.
+    """Write the folds of `divide` to splits_final.json, unless that file is there already.
 
-    InputError if there are fewer cases than folds.
+    Raises InputError if there are fewer cases than folds.
     """
-    if splits_path(cache).exists():
-        return
+    if not splits_path(cache).exists():
+        write_json(splits_path(cache), divide(cache, folds))
+
+
+def divide(cache: Cache, folds: int) -> list[dict[str, list[str]]]:
+    """Folds of the train and val cases, divided at random, but always alike: {"train": names, "val": names} for each.
+
+    Raises InputError if there are fewer cases than folds.
+    """
     names = sorted(cache.names("train") + cache.names("val"))
     if len(names) < folds:
         raise InputError(
@@ -32,18 +40,20 @@ def make_splits(cache: Cache, folds: int) -> None:
         )
     order = np.random.default_rng(12345).permutation(len(names))
     parts = [{names[i] for i in part} for part in np.array_split(order, folds)]
-    splits = [
+    return [
         {"train": [name for name in names if name not in part], "val": [name for name in names if name in part]}
         for part in parts
     ]
-    write_json(splits_path(cache), splits)
 
 
 def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
-    """The cache with the train and val cases of this fold. InputError if splits_final.json does not fit the cohort; a
-    warning if it leaves cases out."""
+    """The cache with the train and val cases of this fold: of splits_final.json, or of `divide` where there is no such
+    file yet.
+
+    Raises InputError if splits_final.json does not fit the cohort; warns if the fold leaves cases out.
+    """
     path = splits_path(cache)
-    splits = read_json(path)
+    splits: Any = read_json(path) if path.exists() else divide(cache, folds)
     expected = f'expected {folds} folds {{"train": [..], "val": [..]}}'
     if not isinstance(splits, list) or len(splits) != folds:
         found = f"{len(splits)} folds" if isinstance(splits, list) else type(splits).__name__
@@ -70,29 +80,33 @@ def read_fold(cache: Cache, folds: int, fold: int) -> Cache:
 
 
 class Look(TypedDict):
-    """A look at the validation split: None for what was not measured."""
+    """A look at the validation split; None for a number that was not measured."""
 
     nll: float | None
     scores: dict[str, float | None]
 
 
 class Validation(TypedDict):
+    """The part of a run's summary.json about the validation split; None where there was no look at it."""
+
     last: Look | None
 
 
 class Summary(TypedDict):
-    """What is read back of a run's summary.json."""
+    """The part of a run's summary.json that is read back."""
 
     validation: Validation
 
 
 def last_look(fold: Path) -> dict[str, Any] | None:
-    """The last look at the validation split of a finished fold. InputError if its summary.json does not tell."""
+    """The last look at the validation split of a finished fold; None if there was none. Raises InputError if its
+    summary.json does not tell."""
     return read_json(fold / "summary.json", Summary)["validation"]["last"]
 
 
 def summarise(out: Path, folds: int) -> dict[str, Any]:
-    """The last validation of every fold (all are finished), mean and SD over them; written to OUT/summary.json."""
+    """Write OUT/summary.json, and return its content: the last look of every fold, and the mean and SD over the folds.
+    All folds must be finished."""
     found = {f"fold_{fold}": last_look(out / f"fold_{fold}") for fold in range(folds)}
     looks = [one for one in found.values() if one]
     names = dict.fromkeys(name for one in looks for name in one["scores"])
@@ -104,7 +118,7 @@ def summarise(out: Path, folds: int) -> dict[str, Any]:
 
 
 def _spread(numbers: list[float | None]) -> dict[str, float | None] | None:
-    """Mean and SD of those that were measured; None if none was."""
+    """The mean and the SD of the numbers that were measured; None if none was."""
     values = [value for value in numbers if value is not None]
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "sd": sd} if values else None

@@ -1,5 +1,7 @@
-"""What a run tells about its course: curves, and p of every layer. It is in every checkpoint, which the report draws it
-from, and for others to read in RUN/history.json."""
+"""The history of a run: its curves, and p of every layer.
+
+Every checkpoint holds the history, and the report draws it from there. RUN/history.json is a copy for other programs.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ from ..files import check_shape, shown
 from ..networks.controls import entropy, sfg_layers
 
 CURVES = ("step", "objective", "temperature", "learning_rate")
-SHARES_TOLERANCE = 1e-3  # means of float32, that add up to 1
+SHARES_TOLERANCE = 1e-3  # shares are means of float32, so their sum is only about 1
 
 
 class Curves(TypedDict):
-    """A value for each recorded step; nll: of each task; scores: of each "TASK/SCORE" (`tasks.Score`)."""
+    """The curves: a value for each recorded step. `nll` has the negative log-likelihood of each task; `scores` has each
+    "TASK/SCORE" (`tasks.Score`). None stands for a value that is no number."""
 
     step: list[int]
     objective: list[float | None]
@@ -29,7 +32,7 @@ class Curves(TypedDict):
 
 
 class Allocation(TypedDict):
-    """For each layer and each recorded step the mean p of each group, and the mean entropy."""
+    """For each layer and each recorded step: the mean p of each group, and the mean entropy of p in nats."""
 
     step: list[int]
     p: dict[str, list[list[float]]]
@@ -37,7 +40,7 @@ class Allocation(TypedDict):
 
 
 class Validation(TypedDict):
-    """A value for each look at the validation split."""
+    """The values of each look at the validation split: its step, the nll summed over tasks, and the scores."""
 
     step: list[int]
     nll: list[float | None]
@@ -45,7 +48,7 @@ class Validation(TypedDict):
 
 
 class History(TypedDict):
-    """What the figures of a run are drawn from. titles: what each "TASK/SCORE" is called."""
+    """The history of a run, from which its figures are drawn. `titles` has the title of each "TASK/SCORE"."""
 
     groups: list[str]
     titles: dict[str, str]
@@ -55,7 +58,8 @@ class History(TypedDict):
 
 
 def check_history(history: Any, where: str) -> None:
-    """InputError unless it is the history of a run that recorded a step, which the figures can be drawn from."""
+    """Raise InputError unless `history` is that of a run which has recorded a step, so that figures can be drawn of it.
+    `where` names its file, for the message."""
     check_shape(history, History, where, "history")
     curves, allocation, validation = history["curves"], history["allocation"], history["validation"]
     groups, steps = history["groups"], curves["step"]
@@ -101,7 +105,8 @@ def check_history(history: Any, where: str) -> None:
 
 
 def empty_history(model: nn.Module, tasks: Iterable[str], titles: dict[str, str]) -> dict[str, Any]:
-    """Lists to append to. `validation`: at every checkpoint, nll summed over tasks; `bad_steps`: what was left out."""
+    """The history of a run that has not begun: empty lists to append to. `bad_steps` will list the steps that were left
+    out, and the cases that are to blame."""
     names = list(sfg_layers(model))
     return {
         "groups": ["shared", *tasks],
@@ -118,18 +123,18 @@ def empty_history(model: nn.Module, tasks: Iterable[str], titles: dict[str, str]
 
 
 def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: dict[str, float]) -> dict[str, float]:
-    """Append a row of the curves, of their scores and p of every layer. Returns what a tensorboard shows of it, by
-    name."""
+    """Append a row to the curves, and p of every layer to the allocation. Returns the numbers that a tensorboard shows
+    of the row, by name."""
     curves, allocation = history["curves"], history["allocation"]
     for name in CURVES:
         curves[name].append(_known(row[name]))
     for name, value in row["scores"].items():
         curves["scores"][name].append(_known(value))
-    for task, value in nll.items():  # NaN, if no example of the batch has a target
+    for task, value in nll.items():  # it is NaN if no example of the batch has the target
         curves["nll"][task].append(_known(value))
     allocation["step"].append(row["step"])
     for name, layer in sfg_layers(model).items():
-        # The learnt p, also while its argmax is fixed; the assignment itself where nothing is learnt.
+        # This is the learnt p, also while its argmax is fixed; where nothing is learnt, it is the assignment itself.
         learnt = layer.estimator != "none" or not layer.assigned
         p = layer.log_p().detach().exp() if learnt else layer.probabilities()
         allocation["p"][name].append(p.mean(0).tolist())
@@ -143,5 +148,5 @@ def record(history: dict[str, Any], model: nn.Module, row: dict[str, Any], nll: 
 
 
 def _known(value: float | None) -> float | None:
-    """None for what is no number: no JSON would hold it, and a curve has a gap there."""
+    """The value, or None if it isn't finite: JSON can't hold such a value, and a curve has a gap there."""
     return value if value is None or math.isfinite(value) else None

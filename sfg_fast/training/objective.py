@@ -2,8 +2,8 @@
 
     L = -(N/M) sum_i sum_t log p(y_i^t | x_i, W) + lambda1 sum ||w||^2 - lambda2 sum H(p)
 
-The likelihood p(y^t | x, W) of each task t is described with its kind, in `sfg_fast.tasks`. That of an image is taken
-per voxel (the mean over its voxels), so that lambda1 and lambda2 mean the same at every image size.
+Each kind of task defines its likelihood p(y^t | x, W), in `sfg_fast.tasks`. The log-likelihood of an image is the mean
+over its voxels, so that lambda1 and lambda2 mean the same at every image size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .config import ObjectiveConfig
 
 
 class Objective(nn.Module):
-    """Eq. 2 for tasks, each with its likelihood."""
+    """L of eq. 2. `likelihoods` has the module that computes the likelihood of each task (`Task.likelihood`)."""
 
     def __init__(self, tasks: Mapping[str, Task], config: ObjectiveConfig) -> None:
         super().__init__()
@@ -34,16 +34,21 @@ class Objective(nn.Module):
         total: int,
         present: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(L of eq. 2, {task: mean negative log-likelihood}).
+        """Returns L of eq. 2, and the mean negative log-likelihood of each task over the examples that have its target
+        (NaN if none has).
 
-        outputs, targets: {task: tensor}; total: N, the number of training examples. present: {task: bool [M]}, which
-        examples have a target: a missing one has no likelihood, in this batch as in the sum over all N, so what is left
-        stays an unbiased estimate of it. (The mean of a task that none has is NaN.)
+        Args:
+            model: the network, for the penalties on its kernels and on p.
+            outputs: the network's output for each task, [M, outputs, ..].
+            targets: the target of each task, [M, ..].
+            total: N, the number of training examples.
+            present: which examples have the target of each task, bool [M]. An example without the target adds nothing,
+                neither to the sum over the batch nor to that over all N; so the former stays an unbiased estimate.
         """
         nll: dict[str, Tensor] = {}
         for task, likelihood in self.likelihoods.items():
             there = present[task]
-            target = _where(there, targets[task])  # whatever stands in for a missing target, it is a number
+            target = _where(there, targets[task])  # a missing target becomes 0, which is finite
             nll[task] = _where(there, -likelihood(outputs[task], target, there))
         examples = next(iter(nll.values())).numel()
         norms, entropies = penalties(model)
@@ -53,5 +58,5 @@ class Objective(nn.Module):
 
 
 def _where(present: Tensor, values: Tensor) -> Tensor:
-    """values [M, ...], zero where `present` [M] is not."""
+    """The values [M, ...]; those of examples that are not `present` [M] are zero."""
     return values.where(present.view(-1, *[1] * (values.dim() - 1)), 0)

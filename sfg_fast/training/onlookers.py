@@ -1,4 +1,5 @@
-"""What only looks on at a training: the progress bar, the tensorboard, a figure. None of them can end it."""
+"""Onlookers of a training: the progress bar, the tensorboard, a figure. An onlooker that fails does not end the
+training."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ..files import one_line
 
 
 class Onlooker:
-    """Something that `make` makes, to be shown things. The first time that it fails (a full disk, a broken package, a
-    terminal that is gone) is told in one line; from then on it is left alone."""
+    """A thing that `make` makes and that is shown the training. If it fails (a full disk, a broken package, a terminal
+    that is gone), one line on stderr says so, and it is not called again."""
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.name = name
@@ -21,7 +22,7 @@ class Onlooker:
         self._it = self._tried(make)
 
     def __call__(self, show: Callable[[Any], Any]) -> None:
-        """show(what `make` made), unless it has failed before."""
+        """Call `show` with the thing that `make` made, unless the thing has failed before."""
         if self._it is not None:
             self._tried(lambda: show(self._it))
 
@@ -37,14 +38,15 @@ class Onlooker:
 
 
 def tell(text: str) -> None:
-    """Print to stderr, if somebody is there to read it."""
-    with suppress(OSError, ValueError):  # a pipe that nobody reads; a stream that is closed
+    """Print a text to stderr. Nothing happens if stderr is closed or nobody reads it."""
+    with suppress(OSError, ValueError):  # OSError: nobody reads the pipe; ValueError: the stream is closed
         print(text, file=sys.stderr)
 
 
 @contextmanager
 def quiet_writers() -> Iterator[None]:
-    """A thread of the tensorboard that can't write prints no traceback: the next call raises the same, and is told."""
+    """Inside the `with` a thread of the tensorboard that can't write prints no traceback. The next call of the
+    tensorboard raises the same error, and its `Onlooker` tells it."""
     before = threading.excepthook
 
     def hook(arguments: Any) -> None:

@@ -1,6 +1,6 @@
-"""Several processes that train one network: what torchrun tells each, and the few things they say to each other.
+"""Several processes that train one network: what torchrun tells each of them, and what they tell each other.
 
-Gradients are DistributedDataParallel's business; this is the rest. Everything here does nothing in a single process.
+DistributedDataParallel averages the gradients; this file does the rest. In a single process all of it does nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..networks.controls import norm_buffers
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "cuda"."""
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N". Raises InputError for other words, or without a GPU."""
     if name not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", name):
         raise InputError(f"device={name!r}: expected auto, cpu or cuda")
     if name == "auto":
@@ -33,14 +33,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def launched() -> tuple[int, int]:
-    """(rank, how often it was restarted), as torchrun says; (0, 0) without it."""
+    """The rank of this process, and how often torchrun has restarted it; (0, 0) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Processes:
-    """This process (`rank`) among all (`count`) that torchrun started; a single one without torchrun.
+    """The processes that torchrun has started. This one is number `rank` of `count`; without torchrun it is the only
+    one.
 
-    `device` is the one that was asked for; with several GPUs in a node each process takes its own.
+    `device` is the device that was asked for. On a node with several GPUs each process takes a GPU of its own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +64,7 @@ class Processes:
         return self.rank == 0
 
     def any(self, here: bool) -> bool:
-        """Does it hold in any process?"""
+        """Is `here` true in any process?"""
         if self.count == 1:
             return here
         flag = torch.tensor(here, dtype=torch.int32)
@@ -71,7 +72,7 @@ class Processes:
         return bool(flag)
 
     def gathered(self, here: Any) -> list[Any]:
-        """What every process has, in the order of their ranks."""
+        """The objects `here` of all processes, in the order of their ranks."""
         if self.count == 1:
             return [here]
         found: list[Any] = [None] * self.count
@@ -79,7 +80,7 @@ class Processes:
         return found
 
     def main_does(self, work: Callable[[], None]) -> None:
-        """The main process does it, the others wait. InputError in all of them if it can't be done."""
+        """The main process does `work`, the others wait. If `work` raises InputError, all processes do."""
         refused: list[str | None] = [None]
         if self.main:
             try:
@@ -92,7 +93,7 @@ class Processes:
             raise InputError(refused[0])
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean of each value over the processes in which it is a number; NaN if it is in none."""
+        """The mean of each value over the processes in which it isn't NaN; NaN if it is NaN in all."""
         if self.count == 1:
             return values
         here = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -101,10 +102,10 @@ class Processes:
         return dict(zip(values, (both[0] / both[1]).tolist(), strict=True))
 
     def averaged(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over all processes in every backward pass.
+        """The module, wrapped so that every backward pass averages its gradients over all processes.
 
-        Every parameter gets a gradient in every step, zeros if need be, so no search for unused ones; and running
-        statistics belong to each process's own draws, so the main one's are not given to the others.
+        Every parameter gets a gradient in every step, if only zeros, so the wrapper need not look for unused ones.
+        Running statistics belong to the draws of each process, so the main process does not share its own.
         """
         if self.count == 1:
             return module
@@ -116,7 +117,8 @@ class Processes:
 
 @contextmanager
 def clear_word_of_lost_processes() -> Iterator[None]:
-    """What gloo and NCCL say when another process is gone, in one line: ChildProcessError."""
+    """Inside the `with` an error of gloo or NCCL, which tells that another process is gone, becomes ChildProcessError
+    with a message of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -128,17 +130,23 @@ def clear_word_of_lost_processes() -> Iterator[None]:
 
 
 def leave() -> None:
-    """After the last word between processes: without it their threads end in a crash. Nobody may hold a trainer any
-    more: its DistributedDataParallel would be the last to let go of the processes' group, and would wait, without
-    letting Python go, for threads of gloo that want Python to drop a tensor."""
+    """Leave the group of processes. It must be called after the last communication: otherwise gloo's threads crash when
+    Python ends.
+
+    Nobody may hold a Trainer any more. The Trainer's DistributedDataParallel would be the last to hold the group, and
+    when it lets go it would wait, with Python's lock, for threads of gloo that need this lock to drop a tensor.
+    """
     if distributed.is_initialized():
         gc.collect()
         distributed.destroy_process_group()
 
 
 def merged_statistics(every: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Running statistics of all processes (`controls.norm_buffers` of each) as one: means, weighted by how often each
-    (group, kernel) was drawn; counts are the mean over processes, rounded up."""
+    """The running statistics of all processes, merged. `every` has `controls.norm_buffers` of each process.
+
+    A mean or a variance is weighted by how often the process has drawn its (group, kernel); a count is the mean over
+    processes, rounded up.
+    """
     if len(every) == 1:
         return every[0]
     merged = {}
@@ -163,7 +171,7 @@ def merged_statistics(every: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that this process draws from."""
+    """The states of the random generators that this process draws from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -171,6 +179,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Set the random generators to the states that `random_state` has returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -178,7 +187,8 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def own_random_numbers(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """What is drawn inside (from this seed) leaves the random state as it was: the run's own draws don't move."""
+    """Draws inside the `with` (from `seed`, if there is one) don't change the draws after it: the random state is
+    restored at the end."""
     before = random_state(device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The configured network: as training starts from it, and read back from a run folder with what it has learnt."""
+"""The configured network: how training starts it, and how it is read back from the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .history import check_history
 
 
 def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:
-    """The configured network for images of `in_channels` channels. InputError if it can't be."""
+    """The configured network for images of `in_channels` channels. Raises InputError for options that it can't have."""
     network = config.network
     try:
         model = build(
@@ -50,8 +50,8 @@ def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Tas
 
 
 class AboutData(TypedDict):
-    """What a run is trained on, in data.json and in each of its checkpoints. targets: with the statistics of the
-    training cases; images: their `ImageForm`, None for volumes; cases: those of each split."""
+    """The data that a run is trained on, as data.json and each checkpoint hold it. `targets` have the statistics of the
+    training cases; `images` is their `ImageForm`, None for volumes; `cases` are the names in each split."""
 
     in_channels: int
     channel_names: list[str]
@@ -62,10 +62,19 @@ class AboutData(TypedDict):
 
 
 class Run(NamedTuple):
-    """A finished run. `model`, on the CPU, holds the running statistics of argmax p; `drawn_statistics` are those of
-    predictions by draws; `tasks`: bound to what it was trained on; `channel_names`: of the MR; `images`: how images are
-    prepared, None for volumes; `cases`: the names of those in each split, as the run (or fold) had them; `history`: of
-    its course, to draw; `digest`: of the checkpoint."""
+    """A finished run.
+
+    Attributes:
+        config: the configuration of the run.
+        model: the network, on the CPU, with the running statistics of argmax p.
+        tasks: its tasks, bound to the targets that the run was trained on.
+        drawn_statistics: the running statistics for predictions by draws.
+        channel_names: the names of the MR's channels.
+        images: how images are prepared; None for volumes.
+        cases: the names of the cases in each split, as the run (or fold) had them.
+        history: the course of the run (`history.empty_history`).
+        digest: the digest of the checkpoint.
+    """
 
     config: TrainConfig
     model: nn.Module
@@ -79,10 +88,10 @@ class Run(NamedTuple):
 
 
 def load_run(folder: Path, which: str = "final") -> Run:
-    """Read a finished run: its `final` network, or the `best` on the validation split.
+    """Read a finished run from its folder: the "final" network, or that which was "best" on the validation split.
 
-    Raises InputError for a folder that is no run, is not finished, has no best, is of another version, or whose
-    data.json is of another run.
+    Raises InputError for a folder that holds no run, a run that is not finished or of another version, a run without a
+    best network, and a data.json of another run.
     """
     path = folder / "checkpoints" / f"{which}.pt"
     if not path.exists() and (left := checkpoint.steps(path.parent)):
@@ -117,7 +126,8 @@ def load_run(folder: Path, which: str = "final") -> Run:
 
 
 def check_data(folder: Path, trained: dict[str, Any]) -> None:
-    """InputError, naming the first difference, if data.json of a run says something else than its checkpoint."""
+    """Raise InputError, which names the first difference, if a run's data.json differs from `trained`, what its
+    checkpoint says."""
     path = folder / "data.json"
     if found := difference(read_json(path, AboutData), trained):
         key, there, own = found
@@ -125,7 +135,7 @@ def check_data(folder: Path, trained: dict[str, Any]) -> None:
 
 
 def _about_data(found: Any, path: Path) -> dict[str, Any]:
-    """What a checkpoint says that the run was trained on. InputError if that can't be."""
+    """`found`, what a checkpoint says of the data, once it is checked. Raises InputError if it can't be."""
     check_shape(found, AboutData, str(path), "data")
     channels, names = found["in_channels"], found["channel_names"]
     if channels < 1:
@@ -136,7 +146,7 @@ def _about_data(found: Any, path: Path) -> dict[str, Any]:
 
 
 def _tasks(config: TrainConfig, data: dict[str, Any], path: Path) -> dict[str, Task]:
-    """The tasks of a run, bound to what it was trained on."""
+    """The tasks of a run, bound to the targets that it was trained on."""
     try:
         return read_tasks(config.tasks, {name: Target.from_json(name, one) for name, one in data["targets"].items()})
     except (InputError, KeyError, TypeError, ValueError) as error:
@@ -149,7 +159,7 @@ def _tasks(config: TrainConfig, data: dict[str, Any], path: Path) -> dict[str, T
 
 
 def check_size(model: Any, config: TrainConfig, cache: Cache) -> None:
-    """InputError for images, or patches, that are smaller than the network takes."""
+    """Raise InputError if images, or patches, are smaller than the network takes."""
     size = config.patch if cache.images is None else list(cache.images.size)
     least = least_size(model)
     if size is not None and min(size) < least:
@@ -159,8 +169,8 @@ def check_size(model: Any, config: TrainConfig, cache: Cache) -> None:
 
 
 def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:
-    """The configured network as training starts from it: heads at the targets' means, filters of another run where they
-    are transferred, or another run's grouping. InputError if it can't be."""
+    """The configured network as training starts it: its heads predict the targets' means, and it has the filters or the
+    grouping of another run, if the configuration says so. Raises InputError for options that it can't have."""
     model = build_network(config, in_channels, tasks)
     for name, task in tasks.items():
         head_bias(model, name).copy_(task.start())
@@ -172,7 +182,7 @@ def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, 
 
 
 def _take_grouping(model: nn.Module, run: str) -> None:
-    """Fix the most probable assignment of another run."""
+    """Fix the network's grouping to the most probable assignment of another run."""
     learnt = load_run(Path(run)).model
     try:
         if draws_from_constant_p(learnt):
@@ -187,12 +197,12 @@ def _take_grouping(model: nn.Module, run: str) -> None:
 
 
 def _check_same_meaning(theirs: Mapping[str, Task], mine: Mapping[str, Task], config: TransferConfig) -> None:
-    """ValueError for a task whose head would be taken from one that means something else: another kind, unit or order
-    of classes."""
+    """Raise ValueError for a task that would take the head of a task which means something else: one of another kind,
+    unit or order of classes."""
     pairs = {name: name for name in mine if name in theirs} if config.tasks is None else config.tasks
     for name, of in pairs.items():
         if name not in mine or of not in theirs:
-            continue  # `transfer` says so
+            continue  # `transfer` refuses these
         task, source = mine[name], theirs[of]
         for what, own, other in (
             ("kind", task.kind, source.kind),
@@ -205,7 +215,8 @@ def _check_same_meaning(theirs: Mapping[str, Task], mine: Mapping[str, Task], co
 
 
 def _transfer(model: nn.Module, config: TransferConfig, tasks: Mapping[str, Task]) -> None:
-    """Start from another run's filters. (A resumed run does so, too, and then loads its own; the frozen stay.)"""
+    """Copy another run's filters into the network. A resumed run does so, too, because this freezes filters; it loads
+    its own weights afterwards."""
     assert config.run is not None
     source = load_run(Path(config.run))
     try:

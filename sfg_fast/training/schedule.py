@@ -1,4 +1,4 @@
-"""What changes with the step: learning rates, temperature, and whether groupings are still drawn."""
+"""The schedule sets what changes with the step: learning rates, temperature, and whether groupings are still drawn."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import torch
 from torch import nn
 
-from ..gates import temperature_at
+from ..draws import temperature_at
 from ..networks.controls import assign, map_assignment, parameter_groups, set_temperature, sfg_layers
 from .config import ScheduleConfig
 
 
 def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
-    """Weights' rate: linear warm-up, constant, then the decay that was chosen."""
+    """The learning rate of the weights: it warms up linearly, stays constant, then falls as `schedule.decay` says."""
     share = step / schedule.steps
     rate = schedule.learning_rate * min(1.0, (step + 1) / max(schedule.warmup, 1))
     if share > schedule.decay_from:
@@ -26,12 +26,14 @@ def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
 
 
 def build_optimiser(schedule: ScheduleConfig, model: nn.Module, objective: nn.Module) -> torch.optim.Optimizer:
-    """Adam; the logits, the second group, have a rate of their own, and nothing decays them."""
+    """Adam for network and objective. The logits, the last group, have a learning rate of their own
+    (`apply_schedule`)."""
     return torch.optim.Adam(parameter_groups(nn.ModuleList([model, objective])), lr=schedule.learning_rate)
 
 
 def apply_schedule(schedule: ScheduleConfig, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Set everything as it should be at this step; from `draw_until` on argmax p is the fixed assignment."""
+    """Set the learning rates and the temperature for this step. From `draw_until` on also fix the assignment argmax
+    p."""
     share = step / schedule.steps
     drawing = share < schedule.draw_until
     layers = sfg_layers(model).values()

@@ -1,4 +1,4 @@
-"""Everything that a training run is, and how it outlives its process: made, saved, resumed to the bit."""
+"""The state of a training run: how it is made, saved, and resumed to the bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..norm import synchronise
 from ..tasks import read_tasks
 from . import checkpoint
 from .config import TrainConfig, check, difference
-from .folds import last_look, make_splits, read_fold
+from .folds import last_look, make_splits, read_fold, splits_path
 from .history import empty_history
 from .objective import Objective
 from .onlookers import Onlooker, tell
@@ -36,14 +36,18 @@ from .validation import held_out, titles
 
 
 class TrainingState:
-    """The network, objective and optimiser at a step, what was seen so far, and where the examples come from.
+    """The network, objective and optimiser at a step, the history so far, and the source of the examples.
 
     Attributes:
-        tasks: what is learnt, bound to the cohort's targets.
-        step: optimiser steps done. `history`: see `history.empty_history`.
-        best: the best row of the validation so far, or None; `stale`: how many looks ago, since groupings are fixed.
-        sampler, validation: examples to train on, and of the validation split (None without one); `calibration`: those
-            that running statistics are re-estimated from; `monitored`: a batch that is watched.
+        tasks: the tasks that are learnt, bound to the cohort's targets.
+        step: how many optimiser steps are done.
+        history: see `history.empty_history`.
+        best: the row of the best look at the validation split so far, or None.
+        stale: how many looks since then were worse. It counts once groupings are fixed (`schedule.draw_until`).
+        sampler: the examples to train on.
+        validation: the examples of the validation split; None without one.
+        calibration: the examples that running statistics are re-estimated from.
+        monitored: a held-out batch, whose scores the history shows.
     """
 
     def __init__(
@@ -59,10 +63,10 @@ class TrainingState:
         cache = Cache(Path(config.data))
         self.processes = Processes(device)
         self.device = self.processes.device
+        self._whole = cache  # `make_splits` needs the cases of all folds
         if config.folds is not None:
             if config.fold is None:
                 raise InputError(f"folds={config.folds!r}: a run is one fold, expected fold to be given")
-            self.processes.main_does(lambda: make_splits(cache, config.folds or 0))
             cache = read_fold(cache, config.folds, config.fold)
         self._make_samplers(cache)
         described = cache.described("train")
@@ -70,11 +74,8 @@ class TrainingState:
         for task in self.tasks.values():
             if not cache.has(task.target):
                 raise InputError(f"{config.data}: task {task.name!r} needs {task.target}, and no training case has any")
-        self.counts = {split: cache.count(split) for split in SPLITS}  # of cases or images
+        self.counts = {split: cache.count(split) for split in SPLITS}  # how many cases, or images
 
-        resumes = resume and any(self.checkpoints.glob("*.pt"))
-        if not resumes:
-            self._choose_kernels()
         torch.manual_seed(config.seed)
         self.model = starting_network(config, cache.in_channels, self.tasks)
         check_size(self.model, config, cache)
@@ -85,7 +86,7 @@ class TrainingState:
         self.optimiser = build_optimiser(config.schedule, self.model, self.objective)
         self.step = 0
         self.best: dict[str, Any] | None = None
-        self.stale = 0  # checkpoints since the best
+        self.stale = 0
         self.history = empty_history(self.model, self.tasks, titles(self.tasks))
         self.about_data: dict[str, Any] = {
             "in_channels": cache.in_channels,
@@ -95,12 +96,44 @@ class TrainingState:
             "cases": {split: cache.names(split) for split in SPLITS},
             "fingerprint": cache.fingerprint(),
         }
-        if resumes:
+        self._begun, self._may_resume = False, resume
+        self._resumed_kernels: list[Any] | None = None  # of the checkpoint that the run goes on from
+        if resume and any(self.checkpoints.glob("*.pt")):
             self._resume()
         else:
             self._draw_apart(0)
-            self.processes.main_does(lambda: self._claim(resume))
-            self._save()  # a run that is killed before its first checkpoint can be resumed, too
+            self.processes.main_does(self._check_free)
+
+    def begin(self) -> None:
+        """Choose the kernels; of a new run also claim the folder `out` and write the checkpoint of step 0. Until then
+        nothing is written to any disk. Called again, it does nothing.
+
+        Raises InputError if the folder holds a run by now or can't be written to, OSError if the disk is full.
+        """
+        if self._begun:
+            return
+        if self.config.folds is not None:
+            self.processes.main_does(self._write_folds)
+        if self._resumed_kernels is not None:
+            self._take_kernels(self._resumed_kernels)
+        else:
+            self._choose_kernels()
+            self.processes.main_does(self._claim)
+            self._save()  # so that a run which is killed before its first checkpoint can be resumed, too
+        self._begun = True
+
+    def _write_folds(self) -> None:
+        """Write splits_final.json, if it is missing. Raises InputError if another run has divided the cases otherwise
+        since this one was made."""
+        folds, fold = self.config.folds, self.config.fold
+        assert folds is not None
+        assert fold is not None
+        make_splits(self._whole, folds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fold that leaves out cases was told when the run was made
+            now = read_fold(self._whole, folds, fold)
+        if any(now.names(split) != self.about_data["cases"][split] for split in SPLITS):
+            raise InputError(f"{splits_path(self._whole)}: fold {fold} has changed, expected it as it was before")
 
     def _make_samplers(self, cache: Cache) -> None:
         config, processes = self.config, self.processes
@@ -123,7 +156,8 @@ class TrainingState:
             )
 
     def _choose_kernels(self) -> None:
-        """Which kernels CUDA tensors get, alike in all processes: the main one checks its GPU, if none did before."""
+        """Choose the kernels for CUDA tensors, the same in all processes. The main process checks its GPU, if it was
+        never checked."""
         if self.device.type != "cuda" or backends.current() != "auto":
             return
         kernel_choice.forget()
@@ -137,22 +171,32 @@ class TrainingState:
             choice = kernel_choice.Choice(why="the processes have different GPUs, drivers or versions")
         kernel_choice.choose(self.device, choice)
 
-    def _claim(self, resume: bool) -> None:
-        """A resumed run without a checkpoint was killed before it had any: it starts."""
-        if not resume and ((self.out / "config.yaml").exists() or self.checkpoints.exists()):
+    def _check_free(self) -> None:
+        """Raise InputError if the folder `out` holds a run. With `resume` a run without a checkpoint doesn't count: it
+        was killed before it had any, and may start again."""
+        taken = any(self.checkpoints.glob("*.pt"))
+        if not self._may_resume:
+            taken = (self.out / "config.yaml").exists() or self.checkpoints.exists()
+        if taken:
             raise InputError(f"{self.out}: holds a run already, expected a new folder (or --resume)")
+
+    def _claim(self) -> None:
+        """Make the folder `out`, with config.yaml and data.json in it."""
+        self._check_free()
         make_folder(self.out)
         with replacing(self.out / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False), encoding="utf-8")
         write_json(self.out / "data.json", self.about_data)
 
     def _draw_apart(self, step: int) -> None:
-        """Each process draws its own assignments, unless one draw for all is asked for."""
+        """Give this process random numbers of its own, so that it draws its own assignments, unless `same_assignment`
+        asks for one draw for all processes."""
         if self.processes.rank and not self.config.same_assignment:
             torch.manual_seed(seed_of(self.config.seed, self.processes.rank, step))
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.out / "checkpoints"
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +206,12 @@ class TrainingState:
         }
 
     def _state(self, drawn_statistics: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Everything that a run is. A finished one has `drawn_statistics`, for predictions by draws; `model` then has
-        those of argmax p. Before that `model` has the mean over the processes, and each process's own are beside it."""
+        """The content of a checkpoint.
+
+        `drawn_statistics` are the running statistics for predictions by draws. Only a finished run has them; its
+        `model` holds the statistics of argmax p. In other checkpoints `model` holds the mean of the statistics over the
+        processes, and `processes` holds those of each process.
+        """
         own = {"rng": random_state(self.device), "statistics": statistics_of(self.model)}
         processes = self.processes.gathered(own)
         model = self.model.state_dict()
@@ -186,14 +234,14 @@ class TrainingState:
         }
 
     def _kernels(self) -> list[Any]:
-        """What was chosen, and for which GPU, driver and versions; a CPU needs no choice."""
+        """The chosen kernels, and the GPU, driver and versions that they were chosen for; empty on a CPU."""
         if self.device.type != "cuda" or backends.current() != "auto":
             return []
         return [*kernel_choice.as_lists(kernel_choice.chosen(self.device)), kernel_choice.known(self.device)]
 
     def _take_kernels(self, kernels: list[Any]) -> None:
-        """Those that a checkpoint was made with, whatever a check says by now, because others would give other bits.
-        On another GPU, driver or version the bits are others anyway: there they are chosen anew."""
+        """Take the kernels that a checkpoint was made with, whatever a check says by now: others would give other bits.
+        With another GPU, driver or version the bits differ anyway, so the kernels are chosen anew."""
         if self.device.type != "cuda" or backends.current() != "auto":
             return
         if kernels and kernels[2] is not None and kernels[2] == kernel_choice.known(self.device):
@@ -217,10 +265,13 @@ class TrainingState:
         self.processes.main_does(write)
 
     def _tell(self) -> None:
+        """Write history.json, and show the history to `observe`."""
         write_json(self.out / "history.json", self.history)
         self._figure(lambda observe: observe(self.history, self.out))
 
     def _resume(self) -> None:
+        """Restore the newest checkpoint. Raises InputError if the run is finished or has another configuration or
+        cohort."""
         final = self.checkpoints / "final.pt"
         if final.exists():
             try:
@@ -231,7 +282,7 @@ class TrainingState:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
         _check_same(self.config, state, self.about_data["fingerprint"])
-        self._take_kernels(state.get("kernels", []))
+        self._resumed_kernels = state.get("kernels", [])
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
         processes = state["processes"]
@@ -255,7 +306,8 @@ class TrainingState:
 
 
 def check_finished(config: TrainConfig) -> None:
-    """InputError if the finished run of a fold is of another configuration or cohort, or does not say how it ended."""
+    """Raise InputError if the finished run of a fold has another configuration or cohort, or no summary.json that tells
+    how it ended."""
     assert config.folds is not None
     assert config.fold is not None
     cache = Cache(Path(config.data))
@@ -267,8 +319,8 @@ def check_finished(config: TrainConfig) -> None:
 
 
 def _check_same(config: TrainConfig, state: dict[str, Any], fingerprint: str) -> None:
-    """InputError, naming the first difference, if the run in `config.out`, of which this is a checkpoint, began
-    otherwise: configuration or cohort."""
+    """Raise InputError, which names the first difference, if the run in `config.out` began with another configuration
+    or cohort. `state` is a checkpoint of that run."""
     if found := difference(dataclasses.asdict(config), state["config"]):
         key, mine, saved = found
         raise InputError(f"{key}={mine!r}: the run to resume has {saved!r}, expected the same")
@@ -278,4 +330,5 @@ def _check_same(config: TrainConfig, state: dict[str, Any], fingerprint: str) ->
 
 
 def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of these numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""The training loop: draws, objective, annealing, on one device or many; a run folder that survives being killed."""
+"""The training loop. It runs on one device or many, and a killed run goes on from its folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECALIBRATION_BATCHES = 16
 
 
 class _Loss(nn.Module):
-    """Network and objective as one module: what DistributedDataParallel averages the gradients of."""
+    """Network and objective as one module, so that DistributedDataParallel averages the gradients of both."""
 
     def __init__(
         self, model: nn.Module, objective: Objective, tasks: Mapping[str, Task], total: int, precision: str
@@ -42,8 +42,10 @@ class _Loss(nn.Module):
         self.total, self.precision = total, precision
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Eq. 2 divided by N, so that the learning rate doesn't depend on the cohort's size; the mean negative
-        log-likelihood of each task; the outputs."""
+        """Returns L of eq. 2 divided by N, the mean negative log-likelihood of each task, and the outputs of each task.
+
+        L is divided so that the learning rate doesn't depend on the cohort's size.
+        """
         inputs = batch["inputs"]
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.model(inputs)
@@ -55,14 +57,19 @@ class _Loss(nn.Module):
 
 
 class Trainer(TrainingState):
-    """One run: `Trainer(config).run()`; with `resume=True` it goes on from the newest checkpoint in `config.out`, or
-    starts, if there is none yet.
+    """One training run: `Trainer(config).run()`. Making a Trainer reads the cohort and the checkpoint, but writes
+    nothing.
 
-    Under torchrun it is one of several processes; the main one writes. `observe(history, folder)` is called by it after
-    every checkpoint, to draw.
+    Under torchrun a Trainer is one of several processes; the main process writes the files.
 
-    Raises InputError for a cache without the tasks' targets, an `out` that holds a run already, or, to resume, a run
-    that is finished, or of another configuration or cohort.
+    Args:
+        config: the configuration of the run.
+        resume: whether the run goes on from the newest checkpoint in `config.out`. It starts if there is none yet.
+        observe: the main process calls `observe(history, folder)` after every checkpoint, to draw the history.
+
+    Raises:
+        InputError: for a configuration or a cohort that can't be used, an `out` that holds a run already, or, with
+            `resume`, a run that is finished or has another configuration or cohort.
     """
 
     def __init__(
@@ -81,12 +88,14 @@ class Trainer(TrainingState):
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end; leaves a checkpoint with re-estimated running statistics.
+        """Train to the end. The last checkpoint, final.pt, holds the network with re-estimated running statistics.
 
-        Raises FloatingPointError if too many gradients were not finite, Preempted after SIGTERM, when everything is
-        saved, OSError if the disk is full, ChildProcessError if a worker died.
+        Raises InputError if `out` holds another run by now, FloatingPointError if too many gradients were not finite,
+        Preempted after SIGTERM, when everything is saved, OSError if the disk is full, and ChildProcessError if a
+        worker died.
         """
         schedule, config = self.config.schedule, self.config
+        self.begin()
         with quiet_writers(), contextlib.ExitStack() as ends, _asked_to_stop() as asked:
             bar, board = Onlooker("the progress bar", self._bar), Onlooker("the tensorboard", self._board)
             for onlooker in (bar, board):
@@ -114,11 +123,11 @@ class Trainer(TrainingState):
         from tqdm import tqdm
 
         steps = self.config.schedule.steps
-        silent = {} if self.processes.main else {"disable": True}  # else it is what the environment says
+        silent = {} if self.processes.main else {"disable": True}  # the main process does as TQDM_DISABLE says
         return tqdm(total=steps, initial=self.step, desc="train", unit="step", mininterval=0.5, **silent)
 
     def _board(self) -> Any:
-        """None in all processes but the main one."""
+        """A SummaryWriter; None in all processes but the main one."""
         if not self.processes.main:
             return None
         from torch.utils.tensorboard import SummaryWriter
@@ -126,7 +135,7 @@ class Trainer(TrainingState):
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
 
     def _next_batch(self) -> dict[str, Any]:
-        """The next mini-batch on the device; how long it was waited for is counted."""
+        """The next mini-batch on the device. The time that the loop waits for it is added to `_waited`."""
         if self._batches is None:
             accumulate = self.config.schedule.accumulate
             positions = range(self.step * accumulate, self.config.schedule.steps * accumulate)
@@ -136,7 +145,7 @@ class Trainer(TrainingState):
                 sampler=positions,
                 num_workers=self.config.workers,
                 pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # it would draw from the one that draws the assignments
+                generator=torch.Generator(),  # the default one draws the assignments
             )
             self._batches = iter(loader)
         before = time.perf_counter()
@@ -145,7 +154,7 @@ class Trainer(TrainingState):
         except InputError as error:
             if not self.config.workers:
                 raise
-            traceback = str(error).replace("\\n", "\n").strip()  # of the worker; the message is its last line
+            traceback = str(error).replace("\\n", "\n").strip()  # a worker's traceback ends with the message
             raise InputError(traceback.splitlines()[-1].removeprefix("sfg_fast.errors.InputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
@@ -188,8 +197,11 @@ class Trainer(TrainingState):
         return {name: _mean([one[name] for one in terms]) for name in terms[0]}
 
     def _bad_step(self, suspects: list[str], batch: list[str]) -> None:
-        """A gradient that isn't finite (in all processes alike, for it is their mean): leave the step out, say whose it
-        was (if no loss tells, it may be anyone's). FloatingPointError if there were too many, or the weights are lost.
+        """Record and report a step that was left out because its gradient isn't finite. The gradient is the mean over
+        processes, so all of them leave the step out.
+
+        suspects: the cases whose loss isn't finite; without any, all cases of `batch` are named. Raises
+        FloatingPointError if there were too many such steps, or if the weights aren't finite any more.
         """
         every = self.processes.gathered((suspects, batch))
         cases = sorted({name for one, _ in every for name in one} or {name for _, all_ in every for name in all_})
@@ -224,13 +236,13 @@ class Trainer(TrainingState):
         return text
 
     def _waited_share(self) -> float:
-        """The share of the steps' time that went by waiting for slices."""
+        """The share of the steps' time in which the loop waited for examples, 0 to 1."""
         return self._waited / self._worked if self._worked else 0.0
 
     # --- looking at the run -------------------------------------------------------------------------------------------
 
     def _log(self, terms: dict[str, float], board: Onlooker) -> None:
-        """One row of the history: the terms, a held-out slice, and p of every layer."""
+        """Add a row to the history: the terms of eq. 2, the scores of held-out examples, and p of every layer."""
         terms = self.processes.mean(terms)
         if not self.processes.main:
             return
@@ -247,15 +259,16 @@ class Trainer(TrainingState):
 
     @torch.no_grad()
     def _look(self) -> dict[str, float | None]:
-        """The scores of the batch that is watched."""
+        """The scores of the held-out batch `monitored`."""
         batch = self._on_device(self.monitored)
         self.model.eval()
-        with own_random_numbers(self.device):  # a network with constant p draws here
+        with own_random_numbers(self.device):  # a network with constant p draws in this pass
             outputs = self.model(batch["inputs"])
         return scores(self.tasks, tally(self.tasks, outputs, batch))
 
     def _validate(self) -> None:
-        """Look at the validation split, if there is one: a row of the history, and whether it is the best so far."""
+        """Score the validation split, if there is one: add a row to the history, and keep it in `best` if it is the
+        best so far."""
         if self.validation is None:
             return
         config, schedule = self.config, self.config.schedule
@@ -281,16 +294,18 @@ class Trainer(TrainingState):
             self.stale += 1
 
     def _calibration(self) -> Iterator[Tensor]:
-        """Images for running statistics, the same in all processes; not those that would spoil them."""
+        """Batches of images to re-estimate running statistics from, the same in all processes. Batches that hold a
+        value which isn't finite are left out."""
         batches = (self.calibration[i]["inputs"] for i in range(RECALIBRATION_BATCHES))
         return (inputs.to(self.device) for inputs in batches if torch.isfinite(inputs).all())
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Validate and save; then summary.json, the best checkpoint and the last one as networks to predict with.
+        """Validate and save; then write summary.json, and best.pt and final.pt as networks to predict with.
 
-        Killed in between, a resumed run comes here again, to the same end; final.pt is what says that it was reached.
+        A run that is killed in between comes here again when it is resumed, with the same results. final.pt is written
+        last: it tells that the run is finished.
         """
         if self.history["validation"]["step"][-1:] != [self.step]:
             self._validate()
@@ -305,7 +320,8 @@ class Trainer(TrainingState):
                 self.processes.main_does(lambda: checkpoint.save(self.checkpoints / name, state))  # noqa: B023
 
     def _finished_state(self) -> dict[str, Any]:
-        """Re-estimate running statistics: for draws, and for the most probable assignment, which the model keeps."""
+        """The state of the finished run. Its running statistics are re-estimated, for predictions by draws and for the
+        most probable assignment; the model keeps the latter."""
         with own_random_numbers(self.device, seed_of(self.config.seed, self.step)):
             if self.config.network.method == "sfg":
                 assign(self.model, None)
@@ -316,7 +332,7 @@ class Trainer(TrainingState):
         return self._state(drawn_statistics)
 
     def _summarise(self) -> None:
-        """RUN/summary.json: the run in a few numbers."""
+        """Write RUN/summary.json, which describes the run in a few numbers."""
         validation = self.history["validation"]
         last = None
         if validation["step"]:
@@ -340,7 +356,8 @@ class Trainer(TrainingState):
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that SIGTERM is put into, instead of ending the process. (Only a main thread can listen.)"""
+    """Inside the `with` SIGTERM does not end the process: its number is appended to the list that this gives. (Python
+    lets only the main thread handle signals; in other threads nothing changes.)"""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -353,7 +370,8 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 
 def _not_finite(batch: dict[str, Any], outputs: dict[str, Tensor], targets: list[str]) -> list[str]:
-    """The cases that brought numbers which aren't finite: in their arrays, else in the outputs."""
+    """The cases of a batch with values that aren't finite in their arrays; if there are none, those with such values in
+    the outputs; else all cases of the batch."""
     given = [batch["inputs"], *(batch[name] for name in targets)]
     for tensors in (given, list(outputs.values())):
         bad = torch.stack([~torch.isfinite(tensor).reshape(len(tensor), -1).all(1) for tensor in tensors]).any(0)
@@ -363,6 +381,6 @@ def _not_finite(batch: dict[str, Any], outputs: dict[str, Tensor], targets: list
 
 
 def _mean(values: list[float]) -> float:
-    """Over those that are numbers (no example may have had a target)."""
+    """The mean of the values that aren't NaN (a value is NaN where no example had the target); NaN if all are."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan

@@ -1,6 +1,7 @@
-"""How good the network is on examples that it is not trained on: something to watch and to stop by, not a result.
+"""Scores of examples that the network is not trained on. They serve to watch a training and to stop it; they are no
+results.
 
-Results come from whole volumes, or all images: `sfg-fast predict` and `evaluate`.
+Results come from whole volumes, or all images: `sfg-fast predict` and `sfg-fast evaluate` make them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ IMAGES_WATCHED = 256
 
 
 def tally(tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Sums over a batch that add up over batches, "TASK/SUM" (`Task.tally`), of the tasks that it has targets of."""
+    """The sums of `Task.tally` over a batch, {"TASK/SUM": sum}, for the tasks whose targets the batch has. Sums of
+    several batches may be added up."""
     sums: dict[str, Tensor] = {}
     for name, task in tasks.items():
         if name in outputs and task.target in batch:
@@ -34,7 +36,7 @@ def tally(tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Mappi
 
 
 def scores(tasks: Mapping[str, Task], sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """ "TASK/SCORE" from these sums; None for what was not measured."""
+    """{"TASK/SCORE": score} from the sums of `tally`; None for a score that was not measured."""
     found: dict[str, float | None] = {}
     for name, task in tasks.items():
         own = {key.removeprefix(f"{name}/"): value for key, value in sums.items() if key.startswith(f"{name}/")}
@@ -43,7 +45,7 @@ def scores(tasks: Mapping[str, Task], sums: Mapping[str, Tensor]) -> dict[str, f
 
 
 def titles(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """What "TASK/SCORE" is called in a figure."""
+    """The title of each "TASK/SCORE" in a figure."""
     return {f"{name}/{score.name}": f"{name}: {score.title}" for name, task in tasks.items() for score in task.scores}
 
 
@@ -55,23 +57,23 @@ def validate(
     calibration: Iterable[Tensor],
     batches: Iterable[dict[str, Any]],
 ) -> dict[str, Tensor]:
-    """Sums (`tally`) over the batches, and "nll of TASK", "examples of TASK": of the negative log-likelihood of each
-    task, and how many examples have it.
+    """The sums of `tally` over the batches; "nll of TASK", the summed negative log-likelihood of each task; and
+    "examples of TASK", how many examples have the task's target.
 
-    As in prediction: argmax p, with running statistics of that very assignment (from the `calibration` images), or
-    draws where p is constant. Statistics and mode are left as they were.
+    The network computes as in a prediction: by argmax p, with running statistics of this assignment (re-estimated from
+    the `calibration` images), or by a draw where p is constant. Its statistics and its mode are restored at the end.
     """
     drawn, before, training = draws_from_constant_p(model), norm_buffers(model), model.training
     sums: dict[str, Tensor] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ties of argmax p, which are no news before p is learnt
+        warnings.simplefilter("ignore")  # argmax p ties in many kernels before p is learnt
         recalibrate(model, calibration, drawn)
         model.eval()
         for batch in batches:
             outputs = {task: y.float() for task, y in model(batch["inputs"]).items()}
             found = tally(tasks, outputs, batch)
             for name, task in tasks.items():
-                nll = outputs[name].new_zeros(0, dtype=torch.float64)  # if no case of the split has the target
+                nll = outputs[name].new_zeros(0, dtype=torch.float64)  # for a split of which no case has the target
                 if task.target in batch:
                     there = batch[f"has_{task.target}"]
                     nll = -objective.likelihoods[name](outputs[name], batch[task.target], there)[there].double()
@@ -83,8 +85,9 @@ def validate(
 
 
 def held_out(cache: Cache) -> dict[str, Any]:
-    """A batch that is not trained on. Of volumes: one slice, that with most labelled voxels (else the middle one) of
-    the first case. Of images: the first ones of a random order."""
+    """A batch of the val split, else of the test split, else of the training cases. Of volumes it is one slice of the
+    first case, the one with most labelled voxels (the middle one without labels); of images it is a random batch,
+    always the same."""
     split = next(split for split in ("val", "test", "train") if cache.names(split))
     if cache.images is not None:
         return ImageSampler(cache, split, IMAGES_WATCHED, seed=0)[0]
@@ -100,5 +103,5 @@ def held_out(cache: Cache) -> dict[str, Any]:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A batch of one, a copy."""
+    """A copy of the array as a batch of one example."""
     return torch.from_numpy(array.copy())[None]

@@ -26,7 +26,7 @@ def test_a_run_is_measured_layer_by_layer(tmp_path, monkeypatch):
     preprocess(read_cohort(tmp_path / "cohort"), tmp_path / "cache", progress=False)
     network = NetworkConfig(width=[3, 4, 4], blocks=1, residual="routed", method="hard_sharing")
     places, schedule = (str(tmp_path / "cache"), str(tmp_path / "run")), ScheduleConfig(steps=6, batch=2)
-    Trainer(TrainConfig(*places, network=network, schedule=schedule, device="cpu"))
+    Trainer(TrainConfig(*places, network=network, schedule=schedule, device="cpu")).begin()
     table = agreement.measure(tmp_path / "run", tmp_path / "out", steps=6)
     assert table.header == ["layer", "cosine of ct and organs", "noise of ct", "noise of organs"]
     assert len(table.rows) == 8

@@ -182,9 +182,56 @@ def test_constant_p_trains_and_keeps_p(cache, tmp_path):
         torch.testing.assert_close(layer.probabilities(), torch.full(layer.logits.shape, 1 / 3))
 
 
-def test_a_run_killed_at_once_can_be_resumed(cache, tmp_path):
-    Trainer(config(cache, tmp_path / "run"))
+def test_a_run_killed_at_once_can_be_resumed(cache, tmp_path, monkeypatch):
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config(cache, tmp_path / "run")).run()
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 0
     assert Trainer(config(cache, tmp_path / "run"), resume=True).step == 0
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_making_a_trainer_writes_nothing(with_val, tmp_path, resume):
+    """Neither the run's folder nor the cache, into which the folds are written when the run begins."""
+    data = copied(with_val, tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    trainer = Trainer(config(data, tmp_path / "run", folds=2, fold=0), resume)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    trainer.begin()
+    assert (data / "splits_final.json").exists()
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert [path.name for path in checkpoint.steps(trainer.checkpoints)] == ["step_00000000.pt"]
+
+
+def test_making_a_resumed_trainer_writes_nothing(cache, tmp_path):
+    Trainer(config(cache, tmp_path / "run")).begin()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    trainer = Trainer(config(cache, tmp_path / "run"), resume=True)
+    trainer.begin()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_that_was_taken_since_the_trainer_was_made_is_refused(cache, tmp_path):
+    trainers = [Trainer(config(cache, tmp_path / "run"), resume) for resume in (False, False, True)]
+    trainers[0].begin()
+    for trainer in trainers[1:]:
+        with pytest.raises(InputError, match="holds a run already"):
+            trainer.begin()
+    trainers[0].begin()  # once more: nothing
+
+
+def test_folds_that_changed_since_the_trainer_was_made_are_refused(with_val, tmp_path):
+    data = copied(with_val, tmp_path / "cache")
+    trainer = Trainer(config(data, tmp_path / "run", folds=2, fold=0))
+    make_splits(Cache(data), 2)
+    splits = json.loads((data / "splits_final.json").read_text())
+    (data / "splits_final.json").write_text(json.dumps(splits[::-1]))
+    with pytest.raises(InputError, match=r"splits_final.json: fold 0 has changed, expected it as it was before"):
+        trainer.begin()
+    assert not (tmp_path / "run").exists()
 
 
 def test_statistics_for_draws_are_kept_beside_those_of_the_best_assignment(cache, tmp_path):
@@ -244,6 +291,7 @@ def test_transfer_from_a_run_and_frozen_filters_through_a_resume(cache, tmp_path
     whole = Trainer(config(cache, tmp_path / "both", **options))
     whole.run()
     cut = Trainer(config(cache, tmp_path / "cut", **options))
+    cut.begin()
     for _ in range(2):
         cut._train_step()
         cut.step += 1
@@ -275,13 +323,13 @@ def test_transfers_that_can_not_be_are_refused(cache, tmp_path, monkeypatch, tra
 
 
 def test_a_run_is_not_overwritten(cache, tmp_path):
-    Trainer(config(cache, tmp_path / "run"))
+    Trainer(config(cache, tmp_path / "run")).begin()
     with pytest.raises(InputError, match="holds a run already"):
         Trainer(config(cache, tmp_path / "run"))
 
 
 def test_resume_refuses_another_configuration(cache, tmp_path):
-    Trainer(config(cache, tmp_path / "run"))._save()
+    Trainer(config(cache, tmp_path / "run")).begin()
     with pytest.raises(InputError, match=r"schedule.learning_rate=0.5: the run to resume has 0.003"):
         Trainer(config(cache, tmp_path / "run", schedule={"learning_rate": 0.5}), resume=True)
 
@@ -613,7 +661,7 @@ def copied(cache, folder):
 
 def test_resume_refuses_another_cohort(cache, tmp_path):
     data = copied(cache, tmp_path / "cache")
-    Trainer(config(data, tmp_path / "run"))
+    Trainer(config(data, tmp_path / "run")).begin()
     shutil.copytree(data, tmp_path / "moved")
     Trainer(config(tmp_path / "moved", tmp_path / "run"), resume=True)
     manifest = json.loads((data / "manifest.json").read_text())
@@ -624,7 +672,7 @@ def test_resume_refuses_another_cohort(cache, tmp_path):
 
 
 def test_workers_and_what_is_kept_may_change_on_the_way(cache, tmp_path):
-    Trainer(config(cache, tmp_path / "run"))
+    Trainer(config(cache, tmp_path / "run")).begin()
     assert Trainer(config(cache, tmp_path / "run", keep=1, max_bad_steps=0, workers=2), resume=True).step == 0
 
 
