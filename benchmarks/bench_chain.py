@@ -1,13 +1,14 @@
-"""What learning the grouping costs: a training step of five SFG layers against one plain network of the same width.
+"""The cost of learning the grouping: a training step of five SFG layers against one plain network of the same width.
 
     python -m benchmarks.bench_chain [FILE.md]
 
-Five 3x3 layers with ReLU, two tasks, 1x1 heads, mean squared error. "Plain" is five torch convolutions with ReLU and
-one head for both tasks, channels_last (its faster memory format in most rows: the other is a column of its own).
-Dense masking is `backend("reference")`, a plain script's equal (reference.md), in its faster format. Splits are the
-shares of shared kernels, the rest evenly split: p is one (to rounding) for the wanted groups, so that every draw gives
-this split and all gates still get their gradient. Counted work in plain convolutions for a layer between two others:
-`straight_through` 2 + s + sum of c_t k_t, dense masking 9, one plain layer 3.
+The SFG network has five 3x3 layers with ReLU, two tasks, 1x1 heads, and mean squared error as loss. "Plain" is five
+torch convolutions with ReLU and one head for both tasks, in channels_last, which is its faster memory format in most
+rows; the contiguous format has a column of its own. Dense masking is `backend("reference")`, which runs as fast as a
+plain script (reference.md), in its faster format. A split names the share of shared kernels; the others are split
+evenly. p is one (up to rounding) for the wanted groups, so that every draw gives this split and all gates still get
+their gradient. The work of a layer between two others, counted in plain convolutions, is 2 + s + sum of c_t k_t for
+`straight_through`, 9 for dense masking, and 3 for a plain layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What freezing brings: the learnt architecture as plain convolutions against the network that was trained.
+"""The gain of freezing: the learnt architecture as plain convolutions against the network that was trained.
 
     python -m benchmarks.bench_freeze [FILE.md]
 
-The paper's widths (16, 32, 64; three blocks), groupings drawn with p(shared) = 0.6, one 160x160 slice. The network in
-`eval()` on the fastest backend over the frozen one; the frozen one in onnxruntime, if that is there, over torch's.
+The networks have the paper's widths (16, 32, 64; three blocks); groupings are drawn with p(shared) = 0.6, and the image
+is one 160x160 slice. One ratio is the time of the network in `eval()`, on the fastest backend, over that of the frozen
+network. The other is the time of the frozen network in onnxruntime, if it is installed, over that in torch.
 """
 
 from __future__ import annotations

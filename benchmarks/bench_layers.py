@@ -1,10 +1,10 @@
-"""The layer suite: SFG layers by every means, forward and training step.
+"""The layer suite compares all ways to compute an SFG layer, in the forward pass and in a training step.
 
 python -m pytest benchmarks/bench_layers.py       on the CPU or a GPU: rows of the table that conftest.py prints
 python -m benchmarks.bench_layers [FILE.md [ISA]] the CPU's table of all layers; also writes it to the file
 
-ISA: use native's kernels for this instruction set. To have all of torch on AVX2, too, set ONEDNN_MAX_CPU_ISA=AVX2,
-ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2 before.
+With ISA the backend native uses its kernels for this instruction set. To make all of torch use AVX2, too, set
+ONEDNN_MAX_CPU_ISA=AVX2, ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sfg_fast.groups import FilterGroups, Routing
 
 PHASES = ("forward", "forward+backward")
 ROUNDS = 15
-CALLS = 20  # that a CUDA graph holds: one takes as long as launching a graph
+CALLS = 20  # so many calls are in a CUDA graph: launching a graph takes as long as one call
 SGEMM = 1024  # the size of the square matrices of the roof
 
 
@@ -37,12 +37,12 @@ def calls(work: dict[str, Work], phase: str) -> dict[str, Callable[[], object]]:
 
 
 def forms(times: dict[str, list[float]], name: str) -> dict[str, list[float]]:
-    """A contestant's memory formats, eager and compiled."""
+    """The times of a contestant in each memory format, eager and compiled."""
     return {key: one for key, one in times.items() if key.split(",")[0] == name}
 
 
 def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Each contestant in its faster form; and dense masking as it is without compiling, if it was compiled."""
+    """The times of each contestant in its faster form. If dense masking was compiled, it has a second entry without."""
     names = dict.fromkeys(key.split(",")[0] for key in times)
     found = {name: min(forms(times, name).values(), key=statistics.median) for name in names}
     dense = forms(times, "dense masking")
@@ -60,7 +60,7 @@ def compare(layer: Layer, phase: str) -> dict[str, Spread]:
 
 
 def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
-    """The bare kernels, and their roofs: sgemm, and copying input and output. Nothing is allocated."""
+    """Calls of the bare kernels, and of their roofs: sgemm, and copying input and output. They allocate nothing."""
     from sfg_fast.kernels.cpu import _native
 
     own, merge = layer.routing == "own", layer.kernel == 1
@@ -95,7 +95,7 @@ def kernel_calls(layer: Layer) -> dict[str, Callable[[], object]]:
 
 @functools.cache
 def kernel_rates(layer: Layer) -> dict[str, float]:
-    """GFLOP/s of necessary work, and fractions of the roofs."""
+    """The GFLOP/s of necessary work that the kernels do, and their fractions of the roofs."""
     times = {name: statistics.median(t) for name, t in interleaved(kernel_calls(layer), 2 * ROUNDS).items()}
     sgemm = 2 * SGEMM**3 / times["sgemm"]
     forward, backward = layer.flops / times["forward"], 2 * layer.flops / times["backward"]
@@ -119,10 +119,10 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_layer(benchmark: Any, record: Any, device: str, full: bool, layer: Layer, phase: str) -> None:
-    """Everything in turns, in device time; pytest-benchmark times ours alone, as Python calls it."""
+    """Time all contestants in turns, in device time. pytest-benchmark times our layer alone, as Python calls it."""
     benchmark.group = f"layers, {phase}"
     ours = fastest(device)
-    # On two cores compiling takes longer than all the rest.
+    # On two cores compiling takes longer than all other work.
     run = calls(works(layer, device, compiled=full or device == "cuda"), phase)
     times, left_out = timed(run, device, ROUNDS, repeat=CALLS)
     assert ours in times, left_out[ours]

@@ -1,11 +1,11 @@
-"""Whole networks: a training step, inference and memory, against everything one could use instead.
+"""Compares whole networks with everything that one could use instead: a training step, inference, and memory.
 
     python -m pytest benchmarks/bench_networks.py    on the CPU or a GPU: rows of the table that conftest.py prints
     python -m benchmarks.bench_networks [FILE.md] [--networks routed separate vgg] [--sizes 96 160] [--rounds 9]
 
-Cases and contestants: networks.py. Ratios are medians (quartiles) of interleaved rounds. Each is taken in its faster
-memory format. Memory: the most that a process of its own has resident in a training step (or inference), less what it
-has before; on a GPU what a step allocates there at the most.
+networks.py has the cases and the contestants. Ratios are medians (quartiles) of interleaved rounds; each contestant has
+its faster memory format. The memory is the peak of a process of its own in a training step (or inference), less what
+the process has before; on a GPU it is the peak of what a step allocates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def inference(case: Case, rounds: int) -> list[str]:
 
 
 def peak(case: Case, name: str, phase: str = "training") -> float:
-    """MiB, in a process of its own."""
+    """The peak memory in MiB of a contestant in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.bench_networks", "--peak", phase, case.kind, str(case.size), name]
     root = Path(__file__).parents[1]
     return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
@@ -62,7 +62,7 @@ def peak_here(case: Case, name: str, phase: str) -> float:
         fast = fastest(case.device)
         return contestant(case, name, fast) if phase == "training" else inferences(case, fast)[name]
 
-    make(case._replace(size=32))()  # what is loaded at first use
+    make(case._replace(size=32))()  # libraries are loaded at first use
     run = make(case)
     forget_most_resident()
     before = resident("VmRSS")
@@ -91,7 +91,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_network(benchmark: Any, record: Any, device: str, full: bool, case: Case, phase: str) -> None:
-    """Everything in turns, in device time; pytest-benchmark times ours alone, as Python calls it."""
+    """Time all contestants in turns, in device time. pytest-benchmark times our network alone, as Python calls it."""
     benchmark.group = f"networks, {phase}"
     ours, fast = OURS[phase], fastest(device)
     if phase == "training":
@@ -128,7 +128,7 @@ def test_network(benchmark: Any, record: Any, device: str, full: bool, case: Cas
 
 
 def most_memory(case: Case, phase: str, run: Mapping[str, Step]) -> dict[str, float]:
-    """MiB of dense masking and of ours."""
+    """The memory of dense masking and of our network in MiB."""
     both = ("dense", OURS[phase])
     if case.device == "cpu":
         return {name: peak(case, name, phase) for name in both}

@@ -1,11 +1,12 @@
-"""`pytest benchmarks/`: on the device that is there, and at the end one table of ratios with their spread.
+"""`pytest benchmarks/` measures on the device that there is, and prints one table of ratios with their spread at the
+end.
 
     --device cpu|cuda    by default the GPU, if there is one
-    --full               every case (otherwise a quick choice), also what takes long to compile
+    --full               every case (otherwise a quick choice), also those that take long to compile
 
-Everything that does the same work is timed in turns in one process, on a GPU in device time; ratios are medians
+All contestants that do the same work are timed in turns in one process, on a GPU in device time. Ratios are medians
 (quartiles) of the rounds. `--benchmark-json FILE` has them, too, as each benchmark's `extra_info`. pytest-benchmark's
-own table has times, which say little on a shared machine: `--benchmark-verbose` prints it.
+own table has times, which say little on a shared machine; `--benchmark-verbose` prints it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.timing import Spread, cell, machine
 
 
 class Row(NamedTuple):
-    """A line of the table, and what is to be said below it of contestants that took no part."""
+    """A line of the table, and the notes below the table on contestants that took no part."""
 
     case: str
     ours: str
@@ -63,8 +64,8 @@ def full(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(autouse=True)
 def _left_as_it_was(device: str) -> Iterator[None]:
-    """cuDNN chooses by measuring. Afterwards: the memory of CUDA graphs is given back, and what was compiled forgotten,
-    because torch compiles a function for eight cases at most and then runs it as it is."""
+    """Let cuDNN choose its kernels by measuring. After each test give back the memory of CUDA graphs and forget
+    compiled functions, because torch compiles a function for at most eight cases and runs it uncompiled for others."""
     torch.backends.cudnn.benchmark = device == "cuda"
     yield
     gc.collect()
@@ -75,7 +76,7 @@ def _left_as_it_was(device: str) -> Iterator[None]:
 
 @pytest.fixture
 def record(pytestconfig: pytest.Config, benchmark: Any) -> Callable[..., None]:
-    """Adds a line to the table, and the same to the benchmark's JSON; `numbers` to the JSON alone."""
+    """A function that adds a line to the table and to the benchmark's JSON. It adds `numbers` to the JSON alone."""
 
     def add(
         case: str,
@@ -108,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown, with the columns that any row has."""
+    """The table as Markdown, with the columns that any row has."""
     titles = list(dict.fromkeys(title for row in rows for title in row.ratios))
     cells = [["case", "ours", *titles, "memory"]]
     cells += [

@@ -61,15 +61,15 @@ def even_split(width: int, groups: int = 3) -> FilterGroups:
 
 
 def layer(channels: int, width: int, kind: str = "packed") -> RoutedConv:
-    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: packed; others, where all gates of rows
-    and columns want a gradient; or soft (relaxed)."""
+    """An SFG layer on SFG features; on an image, if `channels` is 1. `kind`: "packed"; "undrawn", where the undrawn
+    gates of rows and columns want a gradient, too; or "soft" (relaxed)."""
     rows = even_split(width)
     if channels == 1:
         return RoutedConv(rows, FilterGroups.blocks([1], ("image",)), Routing.ALL, GEOMETRY)
     columns = even_split(channels)
     if kind == "soft":
         rows, columns = FilterGroups.relaxed(rows.gates, 2), FilterGroups.streams(channels, 2)
-    if kind == "others":
+    if kind == "undrawn":
         rows, columns = (dataclasses.replace(side, all_gates=True) for side in (rows, columns))
     return RoutedConv(rows, columns, Routing.ARROW, GEOMETRY)
 
@@ -98,11 +98,11 @@ def layer_configurations(
         "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
     )  # fmt: skip
     if c > 1:
-        for kind in ("others", "soft"):
+        for kind in ("undrawn", "soft"):
             other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
             yield one(f"forward, {kind}", other_forward, True)
             yield one(f"input gradient, {kind}", other_adjoint, False)
-            if kind == "others":
+            if kind == "undrawn":
                 yield one(f"gates' gradient, {kind}", other_forward, True, "gate_gradient", KEPT=True, AFFINE=True)
     sizes = {"G": gradient, "K": k, "C": c, "BIAS": True}
     small = {
@@ -185,14 +185,14 @@ def work(one: Configuration) -> Work | None:
         loaded = p.columns // p.block_n * depth * (1 + p.block_n / pixels)
         return Work(p.columns * depth // 9, necessary, masked, (loaded + p.out_channels) * itemsize, once)
     written = p.out_channels
-    if one.direction.endswith("others"):
+    if one.direction.endswith("undrawn"):
         chunks = other_chunks(one, p, out, read)
         if p.adjoint:
             necessary, written = masked, 3 * p.out_channels
             once += 2 * p.out_channels * itemsize
         elif one.kernel == "gate_gradient":
             necessary = int(((columns > 0) & (columns != rows[:, None])).sum())
-            written = 3 * p.out_channels  # or read: what was kept, and the gradient of the others
+            written = 3 * p.out_channels  # or read: the kept product, and dundrawn
             once += 2 * p.out_channels * itemsize
         else:
             written = 2 * p.out_channels
@@ -205,7 +205,7 @@ def work(one: Configuration) -> Work | None:
 
 
 def other_chunks(one: Configuration, p: Pass, out: FilterGroups, read: FilterGroups) -> list[int]:
-    """For every tile of output channels: chunks of all the ranges that everything.py goes through."""
+    """For every tile of output channels: chunks of all the ranges that every_group.py goes through."""
     ends, offsets, table = out.offsets.tolist(), read.offsets.tolist(), []
 
     def chunks(low: int, high: int) -> int:

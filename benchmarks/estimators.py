@@ -1,11 +1,11 @@
-"""Bias and variance of the gradient estimators where every draw can be enumerated.
+"""Measures bias and variance of the gradient estimators on a layer for which every draw can be enumerated.
 
     python -m benchmarks.estimators [--draws N] [--out FILE.md]
 
-One SFG layer of K = 3 kernels for T = 2 tasks, so 27 assignments; a fixed nonlinear readout per task, squared error, in
-float64. The exact gradient of E[L(z)] with respect to the logits is the sum over all assignments. An estimator is
-judged over many draws: the cosine between its mean and the exact gradient, its relative bias |mean - exact| / |exact|
-(with the standard error of that), and the standard deviation of one draw over |exact|.
+The SFG layer has K = 3 kernels for T = 2 tasks, so there are 27 assignments. Each task has a fixed nonlinear readout
+and squared error as loss, in float64. The exact gradient of E[L(z)] with respect to the logits is the sum over all
+assignments. An estimator is judged over many draws: by the cosine between its mean and the exact gradient, its relative
+bias |mean - exact| / |exact| (with the standard error of that), and the standard deviation of one draw over |exact|.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPS = TASKS + 1
 
 
 class Problem(NamedTuple):
-    """L(z) for gates z [draws, K, T+1], and the logits at which its expected gradient is wanted."""
+    """A loss L(z) for gates z [draws, K, T+1], and the logits at which its expected gradient is wanted."""
 
     image: Tensor
     weight: Tensor
@@ -47,7 +47,8 @@ class Problem(NamedTuple):
                        normal(KERNELS, GROUPS) / 2)  # fmt: skip
 
     def loss(self, z: Tensor) -> Tensor:
-        """[draws]: dense masking, [F_t | F_s] by summation, a convolution, tanh and the sum of its channels."""
+        """The loss of each draw, [draws]. The network is dense masking, [F_t | F_s] by summation, a convolution, tanh,
+        and the sum of the channels."""
         h = F.relu(F.conv2d(self.image, self.weight, padding=1))
         losses = []
         for task in range(TASKS):
@@ -81,10 +82,11 @@ class Estimate(NamedTuple):
 
 
 def estimate(problem: Problem, name: str, temperature: float, every: int, draws: int, seed: int = 0) -> Estimate:
-    """Of `draws` single draws; with every = n, of that many runs of n steps, each the mean of its steps."""
+    """Judge an estimator by so many single draws; with every = n by so many runs of n steps, each the mean of its
+    steps."""
     torch.manual_seed(seed)
     of_gates, exact = problem.gradients_of_gates(), problem.exact()
-    # All draws at once, as the kernels of one large layer.
+    # All draws are done at once, as the kernels of one large layer.
     layer = GroupGates(draws * KERNELS, TASKS, "uniform", name, dtype=torch.float64)
     layer.logits.data = problem.logits.repeat(draws, 1)
     layer.temperature, layer.every = temperature, every
@@ -111,7 +113,7 @@ def estimate(problem: Problem, name: str, temperature: float, every: int, draws:
 
 
 def configurations() -> list[tuple[str, float, int]]:
-    """(estimator, temperature, every)."""
+    """The configurations: (estimator, temperature, every)."""
     found = []
     for name in ("gumbel_softmax", "straight_through", "gumbel_rao", "selected"):
         found += [(name, temperature, 1) for temperature in (1.0, 0.5, 0.1)]
@@ -120,7 +122,7 @@ def configurations() -> list[tuple[str, float, int]]:
 
 
 def table(draws: int, problems: int) -> str:
-    """Means over several problems."""
+    """The table of means over several problems."""
     lines = ["| estimator | temperature | every | cosine | relative bias | its error | SD of one draw |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, temperature, every in tqdm(configurations(), desc="estimators"):

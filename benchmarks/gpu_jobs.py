@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFeatures
 from sfg_fast.kernels.triton import config
 from torch import Tensor
 
@@ -146,11 +146,13 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     packed = kernels.pack(plain.contiguous(), bias, spec, HALF)
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
     gates = kernels.pack(plain.contiguous(), bias, all_specs, HALF, gates=True)
-    a, dothers = kernels.forward(x, everything, all_specs, relu=True, keep=True)[1], torch.cat([dy, dy], 1)
+    kept_product = kernels.forward(x, everything, all_specs, relu=True, keep_product=True)[1]
+    dundrawn = torch.cat([dy, dy], 1)
     scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)
-    norm = [torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)]
-    order = drawn.order
-    _, mean, var, _ = kernels.normalise(x, *norm, order, 1e-5, "relu", None)
+    undrawn = UndrawnFeatures(x, kept_product, gates, all_specs, scale, shift, "relu")
+    affine = torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)
+    norm = BatchNorm(*affine, drawn.order, 1e-5, "relu")
+    _, mean, var, _ = kernels.normalise(x, norm, None)
     conv = (1, 1), (1, 1), (1, 1)  # stride, padding, dilation
     backward = functools.partial(
         torch.ops.aten.convolution_backward, bias_sizes=None, stride=conv[0], padding=conv[1], dilation=conv[2],
@@ -177,18 +179,14 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
                 lambda: backward(dy, x, plain, output_mask=(False, True, False))
             ),
         },
-        "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, relu=True, keep=True)},
-        "input gradient, others": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
-        "gates' gradient": {
-            "ours": lambda: kernels.gate_gradient(Recipe(x, a, gates, all_specs, scale, shift, "relu"), dothers)
-        },
+        "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, relu=True, keep_product=True)},
+        "input gradient, undrawn": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
+        "gates' gradient": {"ours": lambda: kernels.gate_gradient(undrawn, dundrawn)},
         "norm + ReLU": {
-            "ours": lambda: kernels.normalise(x, *norm, order, 1e-5, "relu", None),
-            "cuDNN": lambda: F.batch_norm(x, *running, *norm, True).relu_(),
+            "ours": lambda: kernels.normalise(x, norm, None),
+            "cuDNN": lambda: F.batch_norm(x, *running, *affine, True).relu_(),
         },
-        "norm + ReLU, gradient": {
-            "ours": lambda: kernels.normalise_gradient(dy, x, *norm, order, mean, var, 1e-5, "relu", None)
-        },
+        "norm + ReLU, gradient": {"ours": lambda: kernels.normalise_gradient(dy, x, norm, mean, var, None)},
         "pack": {"ours": lambda: kernels.pack(weight, bias, spec, HALF)},
     }
 
@@ -200,8 +198,8 @@ def _deterministic(call: Callable[[], Any]) -> Any:
 
 COUNTED = {  # pass -> its name in counted.py
     "forward + ReLU": "forward", "input gradient": "input gradient",
-    "weight gradient": "weight gradient", "forward, kept": "forward, others",
-    "input gradient, others": "input gradient, others", "gates' gradient": "gates' gradient, others",
+    "weight gradient": "weight gradient", "forward, kept": "forward, undrawn",
+    "input gradient, undrawn": "input gradient, undrawn", "gates' gradient": "gates' gradient, undrawn",
 }  # fmt: skip
 
 
@@ -268,7 +266,7 @@ def _once(make: Callable[[], dict[str, dict[str, Callable[[], Any]]]]) -> None:
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 CONVOLVED = [
-    "forward + ReLU", "input gradient", "forward, kept", "input gradient, others", "gates' gradient",
+    "forward + ReLU", "input gradient", "forward, kept", "input gradient, undrawn", "gates' gradient",
 ]  # fmt: skip
 FAMILIES = {
     "convolutions": (variants.CONVOLUTIONS, CONVOLVED),

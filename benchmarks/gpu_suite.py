@@ -1,4 +1,4 @@
-"""Is the Triton backend right on this GPU, and how fast? In minutes, and whatever breaks on the way.
+"""Is the Triton backend right on this GPU, and how fast is it? The suite takes minutes, and goes on when a job breaks.
 
     python benchmarks/gpu_suite.py --out DIR [--minutes 6] [--compiled] [--dry-run]
 
@@ -13,11 +13,12 @@ Every job runs in a process apart from this one: a crash, a hang or an illegal a
     variants   the passes under other tiles, stages and kernels (variants.py), and what a call costs the host
     compiled   with --compiled instead of variants: what torch.compile makes of the baselines
 
-DIR/gpu_suite.jsonl has a line when a job begins and one when it ends, as it happens; DIR/gpu_suite.md the tables, after
-every part. --minutes holds: a part that takes longer than its share is cut off. Exit code 1 if a check was wrong.
+DIR/gpu_suite.jsonl gets a line when a job begins and one when it ends; DIR/gpu_suite.md gets the tables after every
+part. A part that takes longer than its share of --minutes is cut off. The exit code is 1 if a check was wrong.
 
-Needs torch, triton and numpy; run from a checkout, nothing has to be installed. --dry-run: tiny sizes in Triton's
-interpreter on the CPU; its times mean nothing, it shows that the suite works. --one NAME: that check alone, here.
+The suite needs torch, triton and numpy. It runs from a checkout, and nothing has to be installed. With --dry-run it
+runs tiny sizes in Triton's interpreter on the CPU: this shows that the suite works, but its times mean nothing. With
+--one NAME this process runs that check alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What gpu_suite.py found, as tables for people."""
+"""Tables of the results of gpu_suite.py in Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfg_fast.kernel_choice import PRECISIONS
 
 
 def report(outcomes: list[Outcome]) -> str:
-    """Markdown of all that is there so far."""
+    """The tables of all results so far, as Markdown."""
     found = {one.name: one.value for one in outcomes if one.error is None}
     where = found["where"]
     lines = [f"# The Triton kernels on {where['device']}", "", ", ".join(f"{k} {v}" for k, v in where.items()), ""]
@@ -30,7 +30,7 @@ def report(outcomes: list[Outcome]) -> str:
 
 
 def checks(outcomes: list[Outcome]) -> list[str]:
-    """How many were right, the largest error of each precision, and every job that failed."""
+    """Lines on the checks: how many were right, the largest error of each precision, and every job that failed."""
     lines = ["## Checks", ""]
     precisions: dict[str, list[float]] = {}
     for one in outcomes:
@@ -81,7 +81,7 @@ def networks(cases: dict[str, Any]) -> list[str]:
 
 
 def variants(varied: dict[str, Any]) -> list[str]:
-    """One table for each width: time over that of what is chosen now."""
+    """One table for each width: the time of each variant over that of the current choice."""
     lines = ["", "## Variants", "", "Microseconds as chosen, and the time of each variant over it."]
     for title, found in varied.items():
         usual = found.get("as chosen")

@@ -1,8 +1,8 @@
-"""The layers of the layer suite: for each, the same work done by every contestant, on the CPU or a GPU.
+"""The layers of the layer suite, and for each layer the contestants that all do the same work, on the CPU or a GPU.
 
-Everything is timed on torch tensors of the caller's making; parameters, inputs, incoming gradients and the drawn groups
-exist before. Every contestant has leaves of its own: a step is captured in a CUDA graph, which fails if the autograd
-graph of another stream still holds one of them. On a GPU everything is channels_last, as cuDNN and Triton want it.
+Parameters, inputs, incoming gradients and the drawn groups are made before the time is taken. Every contestant has
+leaves of its own: a step is captured in a CUDA graph, which fails if the autograd graph of another stream still holds
+one of them. On a GPU all tensors are channels_last, as cuDNN and Triton want them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     """One row of the table: a layer of three groups (shared, two tasks)."""
 
     name: str
-    groups: tuple[int, int, int]  # kernels of each
+    groups: tuple[int, int, int]  # how many kernels each group has
     size: tuple[int, int] = (128, 128)
     dilation: int = 1
     routing: str = "arrow"  # or "own": streams with weights of their own; or "all": one image channel for everybody
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of the necessary work, forward."""
+        """The FLOPs of the necessary work in the forward pass."""
         shared, *tasks = self.groups
         products = {
             "all": self.width,
@@ -77,7 +77,7 @@ STREAMS = [
     *(Layer(f"1x1 merge, {k}", (k, k, k), kernel=1) for k in (16, 32, 64)),
 ]
 WIDTHS = [Layer(f"32, width {w}", (11, 10, 11), (128, w)) for w in (128, 1, 7, 100, 130)]
-COMPILED = ("16", "64")  # where torch.compile's form of dense masking takes part: compiling takes longer than timing
+COMPILED = ("16", "64")  # only here dense masking is compiled, too: compiling takes longer than timing
 QUICK = ("1->16", "16", "64", "128", "own, 3 x 16", "1x1 merge, 16")
 
 
@@ -88,13 +88,13 @@ def layers(full: bool) -> list[Layer]:
 
 
 def fastest(device: str) -> str:
-    """Our backend for a device: the one made for it, or `masked` where that is not there."""
+    """Our backend for a device: the one that is made for it, or `masked` if that is not available."""
     return KERNELS[device] if available(KERNELS[device]) else "masked"
 
 
 class Work(NamedTuple):
-    """A contestant: its forward pass, and what a training step differentiates it by. One output or several: what the
-    next layer of its kind would take."""
+    """A contestant: its forward pass, the leaves that a training step differentiates it by, and the gradients of its
+    outputs. It has the outputs that the next layer of its kind would take, one or several."""
 
     forward: Call
     leaves: Sequence[Tensor]
@@ -122,7 +122,7 @@ def _on(name: str, call: Call) -> Call:
 
 
 def _packed_by(device: str) -> tuple[list[str], torch.memory_format]:
-    """The backends that work on packed tensors there, and the layout they are given."""
+    """The backends for packed tensors on a device, and the memory format of their tensors."""
     names = list(dict.fromkeys([fastest(device), "masked"]))
     return names, next(iter(FORMATS[device].values()))
 
@@ -130,7 +130,8 @@ def _packed_by(device: str) -> tuple[list[str], torch.memory_format]:
 def contestants(
     layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = True
 ) -> dict[str, Work]:
-    """Contestants of an SFG layer (convolution, bias, ReLU, masks), by name. `compiled`: torch.compile's, too."""
+    """The contestants of an SFG layer (convolution, bias, ReLU, masks), by name; with `compiled` also
+    torch.compile's."""
     torch.manual_seed(0)
     assignment = torch.repeat_interleave(torch.arange(3), torch.tensor(layer.groups)).to(device)
     groups = FilterGroups.from_assignment(assignment)
@@ -197,7 +198,7 @@ def _reference(conv: SFGConv2d, x: Tensor | list[Tensor], groups: FilterGroups) 
 def _dense_masking(
     dense: list[Tensor], weight: Tensor, bias: Tensor, masks: Tensor, dilation: int
 ) -> tuple[Tensor, ...]:
-    """What a script would write, for torch.compile."""
+    """Dense masking as a script would write it, for torch.compile."""
     if len(dense) == 1:  # the image: convolved once
         u = F.relu(F.conv2d(dense[0], weight, bias, 1, dilation, dilation))
         return tuple(u * mask for mask in masks)
@@ -208,7 +209,7 @@ def _dense_masking(
 
 
 def _read_weights(weight: Tensor, layer: Layer) -> list[Tensor]:
-    """Of each group's kernels the channels that it reads, shared first."""
+    """The weights of each group's kernels for the channels that the group reads, shared first."""
     shared, starts = layer.groups[0], itertools.accumulate(layer.groups, initial=0)
     rows = []
     for group, (start, size) in enumerate(zip(starts, layer.groups, strict=False)):
@@ -227,8 +228,9 @@ def _sliced(pieces: list[Tensor], rows: list[Tensor], biases: list[Tensor], laye
 
 
 def stream_contestants(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Work]:
-    """Contestants of a convolution between streams (`own` 3x3, or the 1x1 `arrow` merge), bias, no activation. The
-    torch convolutions run one after the other on tensors of their own, concatenated beforehand."""
+    """The contestants of a convolution between streams (`own` 3x3, or the 1x1 `arrow` merge) with bias and no
+    activation. The torch convolutions run one after the other on tensors of their own, which are concatenated
+    before."""
     torch.manual_seed(0)
     k, names = layer.groups[0], ("shared", "task1", "task2")
     own = layer.routing == "own"

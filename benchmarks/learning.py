@@ -1,21 +1,22 @@
-"""Does learning find what there is to share?
+"""Does learning find what the tasks can share?
 
     python -m benchmarks.learning teachers FOLDER     three SFG layers of 12 kernels learn from two teachers
     python -m benchmarks.learning exhaustive FOLDER   small problems where every grouping can be tried
     python -m benchmarks.learning report FOLDER FILE.md
 
-Runs are added to FOLDER/*.jsonl one by one; what is there already is not run again. `report` also draws FILE.png.
+Runs are added to FOLDER/*.jsonl one by one; a run that is there already is not run again. `report` also draws FILE.png.
 
 `teachers`: both tasks regress a small network ("teacher") on a 2-channel image: the identical teacher, different ones
-on the same channel, or different ones on disjoint channels. What is learnt is p; beside the learnt grouping (argmax p),
-networks are trained anew with fixed groupings: all shared, all split, the learnt one, the learnt one with its kernels'
-groups shuffled within each layer, and with the layers' groupings shuffled among the layers. Kernels of a layer are
-exchangeable before training, so shuffling WITHIN a layer changes nothing but the luck of the seed: its difference to
-the learnt one shows how large that is.
+on the same channel, or different ones on disjoint channels. A network learns p. Then networks are trained anew with
+fixed groupings: all shared, all split, the learnt grouping (argmax p), the learnt grouping with its kernels' groups
+shuffled within each layer, and the learnt grouping with the groupings of its layers shuffled among the layers. Kernels
+of a layer are exchangeable before training, so shuffling WITHIN a layer changes nothing but the luck of the seed: the
+difference to the learnt grouping shows how large this luck is.
 
-`exhaustive`: a first layer of K = 3 kernels, two tasks: 10 groupings up to the kernels' order. Each is trained with
-several seeds and ranked by its mean validation loss; a learnt grouping's regret is its loss minus the best one's, as a
-share of the spread (worst minus best). Problems count whose spread is more than three seed SDs.
+`exhaustive`: the first layer has K = 3 kernels for two tasks, so there are 10 groupings up to the kernels' order. Each
+is trained with several seeds, and they are ranked by their mean validation loss. The regret of a learnt grouping is its
+loss minus that of the best grouping, as a share of the spread (worst minus best). Only problems with a spread of more
+than three SDs over seeds count.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfg_fast import SFGConv2d, assign, penalties, set_estimator, set_temperature
-from sfg_fast.gates import temperature_at
+from sfg_fast.draws import temperature_at
 from sfg_fast.layers.streams import Heads
 from sfg_fast.networks.controls import sfg_layers
 
@@ -46,12 +47,12 @@ RATE, LOGITS_RATE, ENTROPY = 3e-3, 5e-2, 1e-4
 
 
 class Problem(NamedTuple):
-    """Two tasks, and the network that is to learn them."""
+    """Two tasks, and the network that learns them."""
 
     teacher: str
     widths: tuple[int, ...] = (12, 12, 12)
     steps: int = 1500
-    images: int = 0  # of a fixed training set; 0: new images at every step
+    images: int = 0  # size of a fixed training set; 0: new images at every step
     noise: float = 0.0  # SD of the training targets' noise over that of the targets
 
     @property
@@ -61,7 +62,7 @@ class Problem(NamedTuple):
 
 
 def teacher(seed: int) -> nn.Module:
-    """A fixed random network, 1 channel -> 1 channel, receptive field 7x7."""
+    """A fixed random network from 1 channel to 1 channel, with a receptive field of 7x7."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for channels, kernels in ((1, 8), (8, 8), (8, 1)):
@@ -103,7 +104,8 @@ class Data:
 
 
 class Net(nn.Module):
-    """SFG layers, merge by summation, a head for each task. From layer number `learnt` on an even split is fixed."""
+    """SFG layers, merges by summation, and a head for each task. From layer number `learnt` on an even split is
+    fixed."""
 
     def __init__(self, widths: tuple[int, ...], learnt: int) -> None:
         super().__init__()
@@ -129,8 +131,8 @@ def train(
     grouping: Grouping | None = None,
     learnt: int = 99,
 ) -> dict[str, Any]:
-    """A run with a learnt or a fixed grouping (of the first layers). Validation: mean squared error over the variance,
-    averaged over both tasks."""
+    """The result of a run with a learnt or a fixed grouping of the first layers. Its validation loss is the mean
+    squared error over the variance, averaged over both tasks."""
     torch.manual_seed(seed)
     data, net = Data(problem, seed), Net(problem.widths, learnt)
     layers = list(sfg_layers(net).items())[:learnt]
@@ -158,7 +160,7 @@ def train(
 
 
 def fixed(name: str, widths: tuple[int, ...], learnt: Grouping, seed: int) -> Grouping:
-    """A grouping to train anew."""
+    """The grouping of this name, to train a network with."""
     if name == "all shared":
         return [[0] * width for width in widths]
     if name == "all split":
@@ -176,7 +178,7 @@ def fixed(name: str, widths: tuple[int, ...], learnt: Grouping, seed: int) -> Gr
 
 
 class Runs:
-    """A JSON-lines file of runs, by what they are."""
+    """The runs in a JSON-lines file, by their keys."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -237,7 +239,7 @@ def exhaustive(runs: Runs, seeds: int, steps: int) -> Iterator[None]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean (SD)."""
+    """The text "mean (SD)" of the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
 
@@ -300,7 +302,7 @@ def report_exhaustive(runs: Runs) -> list[str]:
 
 
 def draw(runs: Runs, file: Path) -> None:
-    """p(shared) by layer, for each teacher and estimator."""
+    """Draw p(shared) by layer, for each teacher and estimator."""
     import matplotlib.pyplot as plt
 
     found = {tuple(json.loads(key)): result for key, result in runs.found.items()}

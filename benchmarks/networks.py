@@ -1,17 +1,18 @@
-"""The networks of the benchmarks: for each, the same work done by everything that one could use instead.
+"""The networks of the benchmarks, and for each network the contestants that one could use instead, all with the same
+work.
 
-The paper's widths (16, 32, 64; three blocks a stage; VGG-11 of width 32), two tasks, mean squares as loss, no
-optimiser:
+The networks have the paper's widths (16, 32, 64; three blocks in a stage; or VGG-11 of width 32), two tasks, and mean
+squares as loss. There is no optimiser. The contestants of a training step are:
 
     dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG, which runs
                     as fast as a plain script (results/reference.md); eager, and compiled by torch.compile
-    masked          ours on `backend("masked")`: one torch convolution on the packed tensor
-    ours            straight_through (default), selected, straight_through with every=4
+    masked          our network on `backend("masked")`: one torch convolution on the packed tensor
+    ours            our network with straight_through (default), selected, or straight_through with every=4
     one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
     MONAI           its HighResNet of these widths; it has no layers between the stages and two fewer at the end
 
-Inference: the frozen network (`freeze`, groupings drawn with p(shared) = 0.6), and itself, against dense masking, two
-plain networks and one.
+In inference the frozen network (`freeze`, groupings drawn with p(shared) = 0.6) and our network itself are compared
+with dense masking, two plain networks, and one plain network.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from sfg_fast.networks.vgg import VGG11
 
 EVERY = 4
 OUTPUTS = {"ct": 1, "organs": 6}
-LAST = ", channels_last"  # ends the name of what works in that memory format
+LAST = ", channels_last"  # the name of a contestant in that memory format ends so
 HALF = {"cpu": None, "cuda": torch.bfloat16}  # of autocast
 Step = Callable[[], None]
 
 
 class Case(NamedTuple):
-    """Which network, and how large."""
+    """A network, and the size of its images."""
 
     kind: str  # routed, separate or vgg
     size: int
@@ -64,7 +65,7 @@ CASES = {  # of each kind the smallest comes first
 
 
 def cases(device: str, full: bool) -> list[Case]:
-    """All that are measured on a device, or of each kind the smallest."""
+    """All cases that are measured on a device, or only the smallest of each kind."""
     smallest: dict[str, Case] = {}
     for case in CASES[device]:
         smallest.setdefault(case.kind, case)
@@ -99,7 +100,7 @@ class PlainVGG(nn.Module):
 
 
 def plain(case: Case) -> nn.Module:
-    """One network of the same convolutions as `routed`, without groups; also what `separate` is compared with."""
+    """One plain network with the same convolutions as `routed`, without groups. `separate` is compared with it, too."""
     if case.kind == "vgg":
         return PlainVGG(case.widths[1])
     layers, c = [], 1
@@ -131,7 +132,7 @@ def ours(case: Case) -> nn.Module:
 
 
 def step(network: nn.Module, case: Case, name: str = "auto", last: bool = False, times: int = 1) -> Step:
-    """Forward and backward."""
+    """A training step: forward and backward pass."""
     network, x = network.to(case.device), case.image()
     if last:
         network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -149,7 +150,8 @@ def step(network: nn.Module, case: Case, name: str = "auto", last: bool = False,
 
 
 def contestant(case: Case, name: str, fast: str = "auto") -> Step:
-    """A training step of one of them; `name` may end in ", channels_last". `fast`: the backend of ours."""
+    """A training step of the contestant `name`, which may end in ", channels_last". `fast` is the backend of our
+    network."""
     what, _, layout = name.partition(", ")
     last = layout == "channels_last"
     if what in ("dense", "dense compiled"):
@@ -171,8 +173,8 @@ def contestant(case: Case, name: str, fast: str = "auto") -> Step:
 
 
 def names(kind: str, device: str = "cpu", full: bool = True) -> list[str]:
-    """The contestants of a training step; on a GPU in channels_last alone. Not `full`: without those that have to be
-    compiled, other estimators than the default, and MONAI."""
+    """The contestants of a training step; on a GPU all are channels_last. Unless `full`, those are left out that have
+    to be compiled, estimators other than the default, and MONAI."""
     every = ["dense", "masked", "one plain"]
     own = ["straight_through"]
     if full:
@@ -182,7 +184,8 @@ def names(kind: str, device: str = "cpu", full: bool = True) -> list[str]:
 
 
 def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Each in its faster memory format; the faster of eager and compiled ones; `every` for one step."""
+    """The times of each contestant in its faster form (memory format; eager or compiled); those with `every` for one
+    step."""
     found = dict(times)
     for name in [name for name in found if name.endswith(LAST)]:
         last, what = found.pop(name), name.removesuffix(LAST)
@@ -198,8 +201,8 @@ def faster(times: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def inferences(case: Case, fast: str = "auto") -> dict[str, Step]:
-    """Contestants of inference: the frozen network, the network itself (on the backend `fast`), dense masking, and two
-    plain networks, or one."""
+    """The contestants of inference: the frozen network, the network itself (on the backend `fast`), dense masking, and
+    two plain networks, or one."""
     torch.manual_seed(0)
     network, x, side = ours(case).to(case.device), case.image(), min(case.size, 64)
     p = torch.tensor([0.6, 0.2, 0.2])

@@ -1,12 +1,13 @@
-"""Choices of the method, tried on the phantom: the rule of normalisation, and how many draws a prediction needs.
+"""Tries two choices of the method on the phantom: the rule of normalisation, and how many draws a prediction needs.
 
     python -m benchmarks.phantom_study run FOLDER        trains (resumable: a finished run is not trained again)
     python -m benchmarks.phantom_study report FOLDER FILE.md     also draws FILE_normalisation.png, FILE_draws.png
 
-Normalisation (sfg_fast/norm.py): "drawn row": each kernel by the batch statistics of the row it was drawn into, which
-serve its other rows as constants, so that nothing dense has to be computed for them; "every row": every (group, kernel)
-by batch statistics of its own. Both by dense masking (backend "reference"), the demo's cohort and network, and three
-seeds. Draws: the same network trained with draws to the end, and with the grouping fixed in the last 40 % of the steps.
+Normalisation (sfg_fast/norm.py): with "drawn row" each kernel is normalised by the batch statistics of the row that it
+was drawn into. They serve its other rows as constants, so that nothing dense has to be computed for these. With "every
+row" every (group, kernel) has batch statistics of its own. Both rules run by dense masking (backend "reference") on the
+demo's cohort and network, with three seeds. Draws: the same network is trained with draws to the end, and with the
+grouping fixed in the last 40 % of the steps.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ WINDOW = 10  # rows of the history in a moving average of mini-batch losses
 
 
 def normalise_every_row(u: list[Tensor], norm: KernelNorm, groups: FilterGroups) -> list[Tensor]:
-    """In place of `reference.normalise`: statistics of its own for every (group, kernel)."""
+    """Normalise every (group, kernel) by statistics of its own. It takes the place of `reference.normalise`."""
     if not norm.training:
         return normalise_drawn_row(u, norm, groups)
     rows = u if len(u) > 1 else u * len(groups.names)  # one image for all groups
@@ -62,7 +63,7 @@ def normalise_every_row(u: list[Tensor], norm: KernelNorm, groups: FilterGroups)
 
 @contextlib.contextmanager
 def rule(name: str) -> Iterator[None]:
-    """Dense masking with this rule of normalisation."""
+    """Inside the `with` networks run by dense masking with this rule of normalisation."""
     reference.normalise = normalise_every_row if name == "every row" else normalise_drawn_row
     try:
         with backend("reference"):
@@ -72,7 +73,8 @@ def rule(name: str) -> Iterator[None]:
 
 
 def scores(predictor: Predictor, cohort: Cohort, draws: int) -> dict[str, float]:
-    """Mean PSNR in the mask (dB), gain over the mean CT (dB) and Dice over the test cases; draws = 0: argmax p."""
+    """The means over the test cases of PSNR in the mask (dB), gain over the mean CT (dB) and Dice; draws = 0: argmax
+    p."""
     cases = {}
     for case in cohort.split("test"):
         truth = load_case(case, cohort.targets)
@@ -86,7 +88,7 @@ def scores(predictor: Predictor, cohort: Cohort, draws: int) -> dict[str, float]
 
 
 def train(folder: Path, name: str, seed: int, residual: str, steps: int, draw_until: float) -> Predictor:
-    """A run of the demo's kind, or what is left of one that was stopped."""
+    """Train a network as the demo does, or go on with a run that was stopped. Returns its predictor."""
     config = demo_config(folder, seed, steps)
     config = dataclasses.replace(
         config,
@@ -135,7 +137,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """Mean of the last `WINDOW` values."""
+    """The moving average of the values: the mean of the last `WINDOW` of them."""
     sums = np.cumsum([0.0, *values])
     return (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
 

@@ -1,6 +1,6 @@
-"""The paper's network by dense masking, as one would write it in a plain script: the honest baseline of every speed-up.
+"""The paper's network by dense masking, as one would write it in a plain script. It is the baseline of every speed-up.
 
-Nothing of sfg_fast is used. `backend("reference")` has to run at this speed (bench_reference.py).
+It uses nothing of sfg_fast. `backend("reference")` has to run at this speed (bench_reference.py).
 """
 
 import torch
@@ -11,7 +11,8 @@ GROUPS = 3  # shared, ct, organs
 
 
 class Norm(nn.Module):
-    """Batch statistics of each kernel's drawn group, for all groups; running ones per (group, kernel)."""
+    """Normalises all groups by the batch statistics of each kernel's drawn group. Running statistics are kept for each
+    (group, kernel)."""
 
     def __init__(self, k):
         super().__init__()

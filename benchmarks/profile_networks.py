@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from sfg_fast.kernels import cpu
-from sfg_fast.kernels.spec import Recipe, RoutedConv
+from sfg_fast.kernels.spec import RoutedConv, UndrawnFeatures
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -32,7 +32,15 @@ from benchmarks.networks import Case, contestant
 from benchmarks.timing import machine
 
 CONVOLUTIONS = ("forward", "input_gradient", "input_and_gate_gradient", "gate_gradient", "weight_gradient")
-OPERATIONS = (*CONVOLUTIONS, "normalise", "statistics", "normalise_gradient", "keep_statistics", "sample")
+OPERATIONS = (
+    *CONVOLUTIONS,
+    "normalise",
+    "statistics",
+    "normalise_gradient",
+    "normalise_gradient_again",
+    "keep_statistics",
+    "sample",
+)
 ESTIMATORS = ("straight_through", "selected")
 SGEMM, COPY = 1024, 32 << 20  # the size of the matrices; bytes that are copied
 
@@ -47,10 +55,10 @@ def read(spec: RoutedConv) -> int:
     return sum(rows[i] * columns[j] for i, reads in enumerate(spec.reads()) for j, one in enumerate(reads) if one)
 
 
-def remade(recipe: Recipe) -> int:
-    """The same for the rows' others, of which the shared part is kept."""
-    rows, columns = sizes(recipe.spec.rows.ends), sizes(recipe.spec.columns.ends)
-    first = 0 if recipe.a is None else 1
+def recomputed(undrawn: UndrawnFeatures) -> int:
+    """The same for undrawn rows; their product with the shared channels is kept."""
+    rows, columns = sizes(undrawn.spec.rows.ends), sizes(undrawn.spec.columns.ends)
+    first = 0 if undrawn.kept_product is None else 1
     return sum((sum(rows) - rows[g]) * columns[g] for g in range(first, min(len(rows), len(columns))))
 
 
@@ -58,29 +66,29 @@ def flops(name: str, given: dict[str, Any]) -> int:
     """Of one call."""
     if name not in CONVOLUTIONS:
         return 0
-    recipe = given.get("recipe")
-    spec = recipe.spec if name == "gate_gradient" else given["spec"]
-    pairs = 0 if recipe is None else remade(recipe)
+    undrawn = given.get("undrawn")
+    spec = undrawn.spec if name == "gate_gradient" else given["spec"]
+    pairs = 0 if undrawn is None else recomputed(undrawn)
     everything = spec.rows.order.numel() * spec.columns.order.numel()
     if name == "input_and_gate_gradient":
-        pairs += read(spec) if recipe is None else everything
+        pairs += read(spec) if undrawn is None else everything
     elif name == "input_gradient":
         pairs += everything if spec.columns.all_gates else read(spec)
     elif name != "gate_gradient":
         pairs += read(spec)
-    kernel = (recipe.packed if name == "gate_gradient" else given["packed"]).weight.shape[2:]
+    kernel = (undrawn.packed if name == "gate_gradient" else given["packed"]).weight.shape[2:]
     if "dy" in given:
         n, _, height, width = given["dy"].shape
     else:
-        x = recipe.x if name == "gate_gradient" else given["x"]
+        x = undrawn.x if name == "gate_gradient" else given["x"]
         n, (height, width) = x.shape[0], spec.geometry.output_size(tuple(x.shape[2:]), tuple(kernel))
     return 2 * pairs * kernel.numel() * n * height * width
 
 
 def image_bytes(name: str, given: dict[str, Any], result: Any) -> int:
     """Of all images in there, each once, those without memory of their own left out."""
-    images = [given[one] for one in given if one not in ("packed", "recipe")]
-    images += [given["recipe"].x, given["recipe"].a] if given.get("recipe") else []
+    images = [given[one] for one in given if one not in ("packed", "undrawn")]
+    images += [given["undrawn"].x, given["undrawn"].kept_product] if given.get("undrawn") else []
     images += [] if name == "weight_gradient" else [result]
     found = {}
     for leaf in pytree.tree_leaves(images):

@@ -1,14 +1,15 @@
-"""What the compilers make of the Triton kernels, for GPUs that need not be there.
+"""Reports what the compilers make of the Triton kernels. It needs no GPU.
 
     python benchmarks/static_report.py [--json FILE] [--markdown FILE] [--quick]
 
-Compiles the configurations that the formulas of kernels/triton/config.py choose for 16 to 256 channels and all dtypes,
-for sm_80, sm_90, sm_100 and gfx942, and tabulates: registers, stack, shared memory, programs (CTAs) that fit on a
-multiprocessor; and of the main loop its instructions, the matrix instructions among them (issue ratio), and the
-narrowest access to global memory. For every pass: executed / necessary products and bytes, from the tiles' real ranges.
+It compiles the configurations that the formulas of kernels/triton/config.py choose for 16 to 256 channels and all
+dtypes, for sm_80, sm_90, sm_100 and gfx942. A table has for each: registers, stack, shared memory, and the programs
+(CTAs) that fit on a multiprocessor; of the main loop its instructions, the matrix instructions among them (issue
+ratio), and the narrowest access to global memory. For every pass it has executed / necessary products and bytes, from
+the real ranges of the tiles.
 
-Exit code 1, with the reasons, where a guarantee is broken, or ptxas remarks what is not KNOWN (`problems`). It needs
-triton, no GPU and no driver.
+The exit code is 1, with the reasons, if a guarantee is broken, or if ptxas remarks something that is not KNOWN
+(`problems`). The report needs triton, but no GPU and no driver.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ from benchmarks.counted import (
 from sfg_fast.groups import FilterGroups, Routing
 
 CHANNELS = (16, 32, 64, 128, 256)
-# Of executed / necessary products, from 128 channels on, where tiles are chosen by count. (An H200 was 2 to 5 times
-# faster with larger ones, which skip little: results/gpu/.)
+# The limits of executed / necessary products, from 128 channels on, where tiles are chosen by count. (An H200 was 2 to
+# 5 times faster with larger tiles, which skip little: results/gpu/.)
 LIMITS = {
     "forward": 1.4, "input gradient": 1.4, "weight gradient": 1.45,
-    "forward, others": 1.4, "input gradient, others": 1.4,
+    "forward, undrawn": 1.4, "input gradient, undrawn": 1.4,
 }  # fmt: skip
 
 
@@ -81,9 +82,11 @@ ARCHITECTURES = [
 def configurations(
     channels: tuple[int, ...], dtypes: tuple[str, ...], architectures: list[Architecture], image: tuple[int, int, int]
 ) -> Iterator[Configuration]:
-    """Of every layer from an image, of the same width, and to twice or half of it: forward with bias and ReLU, input
-    gradient, weight and bias gradient; the same two where all gates want a gradient, and this, behind a norm and a
-    ReLU; of a relaxed draw; the normalisation; and the small launches.
+    """The kernels to compile, for layers from an image, of the same width, and to twice or half the width.
+
+    They are the forward pass with bias and ReLU, the input gradient, and the weight and bias gradient; both gradients
+    where all gates want a gradient, also behind a norm and a ReLU; those of a relaxed draw; the normalisation; and the
+    small launches.
     """
     for architecture in architectures:
         for dtype in dtypes:
@@ -94,7 +97,7 @@ def configurations(
 
 FLOATS = {"tf32": "fp32", "ieee": "fp32"}
 TYPES = {
-    **dict.fromkeys(("x", "w", "residual", "y", "kept", "others", "dy", "df"), None),
+    **dict.fromkeys(("x", "w", "residual", "added", "added_undrawn", "y", "kept_product", "undrawn", "dy", "df"), None),
     **dict.fromkeys(("weight", "forward", "backward"), None),
     **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),
@@ -106,7 +109,7 @@ TYPES = {
 
 
 def source(one: Configuration) -> ASTSource:
-    """What Triton would compile at the first launch."""
+    """The source that Triton would compile at the first launch."""
     kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -136,7 +139,8 @@ KNOWN: dict[tuple[str, str], str] = {
 
 
 class Code(NamedTuple):
-    """Of one compiled kernel. Bytes, except `width_*`: bytes of the narrowest access to global memory in the loop."""
+    """The figures of one compiled kernel. Sizes are in bytes; `width_*` are the bytes of the narrowest access to global
+    memory in the main loop."""
 
     registers: int
     stack: int
@@ -186,8 +190,8 @@ def compile_one(one: Configuration) -> Code:
 
 
 def warnings(ptx: str, capability: int) -> tuple[str, ...]:
-    """Codes of what ptxas remarks on its way: C75.. says where matrix instructions wait for each other. (Triton calls
-    it in the same way, and throws its words away.)"""
+    """The codes of the remarks of ptxas: C75.. says where matrix instructions wait for each other. (Triton calls ptxas
+    in the same way, but drops its remarks.)"""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -204,7 +208,7 @@ Instruction = tuple[int, str, int | None]  # address, operation, where it jumps 
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the tools that come with Triton."""
+    """The resource usage and the machine code, from the tools that come with Triton."""
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -237,7 +241,7 @@ def amd_instructions(text: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction], matrix: re.Pattern[str]) -> list[str]:
-    """Operations of the innermost loop with the most matrix instructions (of any loop, if none has any)."""
+    """The operations of the innermost loop with the most matrix instructions; of any loop, if none has any."""
     loops = []
     for at, _, target in code:
         if target is not None and target < at:
@@ -247,7 +251,7 @@ def main_loop(code: list[Instruction], matrix: re.Pattern[str]) -> list[str]:
 
 
 def width(op: str) -> int:
-    """Bytes that one thread reads or writes."""
+    """How many bytes one thread reads or writes with an operation."""
     if op.islower() or "_" in op:
         return next((size for name, size in AMD_WIDTHS.items() if op.endswith(name)), 4)
     parts = op.split(".")
@@ -263,7 +267,7 @@ AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2
 
 
 def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
-    """The guarantees that this configuration breaks."""
+    """Sentences on the guarantees that this configuration breaks."""
     nvidia, half = one.architecture.target.backend == "cuda", one.dtype not in FLOATS
     name = f"{one.architecture.name} {one.dtype} {one.channels}->{one.kernels} {one.direction}"
     found = []
@@ -330,7 +334,7 @@ def line(figures: dict[str, Any]) -> str:
 
 
 def trade_off() -> str:
-    """At 64 channels: what smaller tiles would skip, and what they would read."""
+    """Lines on what smaller tiles would skip and read at 64 channels."""
     lines = [
         "At C = K = 64, fp16, forward, even split: products executed / necessary, and channels of x read per pixel:"
     ]
@@ -347,7 +351,7 @@ def trade_off() -> str:
 
 
 def report(some: list[Configuration], workers: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Figures of all configurations, and what is wrong."""
+    """The figures of all configurations, and sentences on what is wrong."""
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         codes = list(tqdm(pool.map(compile_one, some, chunksize=8), total=len(some), desc="compiling", disable=None))
     figures, wrong = [], []

@@ -1,5 +1,5 @@
-"""What an honest comparison on a noisy machine needs besides taking turns (`sfg_fast.gpu.timing.interleaved`): ratios
-round by round, where it ran, and memory."""
+"""Helps to compare fairly on a noisy machine: ratios round by round, a description of the machine, and memory.
+Contestants take turns (`sfg_fast.gpu.timing.interleaved`)."""
 
 import contextlib
 import ctypes
@@ -18,41 +18,42 @@ Spread = tuple[float, float, float]  # median, lower and upper quartile
 
 
 def ratio(times: Mapping[str, list[float]], of: str, to: str) -> Spread:
-    """Median, lower and upper quartile of time(of) / time(to), round by round."""
+    """The median, lower and upper quartile of the ratios time(of) / time(to) of all rounds."""
     ratios = [a / b for a, b in zip(times[of], times[to], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high
 
 
 def ratios(times: Mapping[str, list[float]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Spread]:
-    """By title, of the pairs that were timed: two contestants each, not the same."""
+    """The ratio of each pair of contestants by its title. Pairs that were not timed, or of one contestant, are left
+    out."""
     return {
         title: ratio(times, *pair) for title, pair in pairs.items() if set(pair) <= set(times) and len(set(pair)) > 1
     }
 
 
 def cell(value: Spread | None) -> str:
-    """A ratio in a table."""
+    """The cell of a ratio in a table."""
     return "-" if value is None else "{:.2f} ({:.2f}-{:.2f})".format(*value)
 
 
 class Timed(NamedTuple):
-    """Seconds of one call of each contestant in every round, and why the others took no part."""
+    """The seconds of one call of each contestant in every round, and the reasons why other contestants took no part."""
 
     times: dict[str, list[float]]
     left_out: dict[str, str]
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], device: str, rounds: int, repeat: int = 1) -> Timed:
-    """All contestants in turns. On a GPU in device time: of CUDA graphs that `repeat` the call, so that what it takes
-    to launch one counts for little."""
+    """Time all contestants in turns. On a GPU it is device time: a CUDA graph repeats the call `repeat` times, so that
+    launching the graph counts for little."""
     if device == "cpu":
         return Timed(interleaved(calls, rounds), {})
     where, graphs, left_out = torch.device(device), {}, {}
     for name, call in calls.items():
         try:
             graphs[name] = captured(_repeated(call, repeat), where)
-        except RuntimeError as error:  # it waits for the device, or the memory doesn't suffice: it takes no part
+        except RuntimeError as error:  # it waits for the device, or needs too much memory
             left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0]
     found = interleaved(graphs, rounds, device=where)
     return Timed({name: [seconds / repeat for seconds in one] for name, one in found.items()}, left_out)
@@ -67,7 +68,7 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
 
 
 def finished(call: Callable[[], Any], device: str) -> Callable[[], None]:
-    """The call, and waiting until the device is done."""
+    """A call that also waits until the device is done."""
 
     def run() -> None:
         call()
@@ -77,7 +78,7 @@ def finished(call: Callable[[], Any], device: str) -> Callable[[], None]:
 
 
 def machine(device: str = "cpu") -> str:
-    """One line about where this ran."""
+    """One line that describes the machine."""
     if device == "cuda":
         model = torch.cuda.get_device_name()
         return f"{model}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
@@ -86,8 +87,8 @@ def machine(device: str = "cpu") -> str:
 
 
 def resident(what: str, pid: int | str = "self") -> float:
-    """Memory of a process in MiB, now (VmRSS) or at the most (VmHWM); 0 if it has just ended. (The maximum of rusage
-    would count the process that started it, too.)"""
+    """The memory of a process in MiB, now (VmRSS) or at its peak (VmHWM); 0 if the process has just ended. (The maximum
+    of rusage would count the process that started it, too.)"""
     try:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return int(lines[what].split()[0]) / 1024
@@ -96,15 +97,15 @@ def resident(what: str, pid: int | str = "self") -> float:
 
 
 def forget_most_resident() -> None:
-    """The most that this process has resident (VmHWM) counts from now on. What lies idle in malloc's heap is given
-    back, or it would be used again without being seen."""
+    """Let the peak memory of this process (VmHWM) count from now on. Free memory in malloc's heap is given back: it
+    would be used again without raising the peak."""
     with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not glibc
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def allocated(call: Callable[[], Any]) -> float:
-    """MiB that a call has allocated on the GPU at the most, less what there is before."""
+    """The peak in MiB of what a call allocates on the GPU, less what is allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,6 +1,6 @@
-"""What the formulas of kernels/triton/config.py could choose instead: to be measured.
+"""Variants of what the formulas of kernels/triton/config.py choose.
 
-gpu_suite.py times the passes of a layer under each; what wins goes into config.py, and leaves this file.
+gpu_suite.py times the passes of a layer under each variant. A variant that wins moves from here to config.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _plan, _plan_gradient, _of = config.plan, config.plan_gradient, config.Gradient.
 
 @contextlib.contextmanager
 def forced(replaced: dict[str, Any]) -> Iterator[None]:
-    """The kernels under a variant, for a while."""
+    """Inside the `with` the kernels run under a variant."""
     before = [
         (where, name, vars(where)[name])
         for where in (config, config.Gradient)
@@ -39,7 +39,8 @@ def forced(replaced: dict[str, Any]) -> Iterator[None]:
 
 
 def _changed(change: Callable[[Launch], Launch], plan: Callable[..., Launch] = _plan) -> Callable[..., Launch]:
-    """A plan with a change. Made once for the same arguments: Triton looks kernels up by the identity of Tiles."""
+    """A plan whose launches are changed. The same arguments give the same Launch, because Triton looks kernels up by
+    the identity of Tiles."""
 
     @functools.cache
     def changed(*arguments: Any) -> Launch:
@@ -53,7 +54,7 @@ def _options(warps: int, stages: int) -> dict[str, int]:
 
 
 def walk(warps: int, stages: int, rows: int | None = None) -> dict[str, Any]:
-    """rowwalk.py with these options; `rows`: output rows of a program."""
+    """A change of the launches of rowwalk.py: other options, and `rows` output rows for each program."""
 
     def change(launch: Launch) -> Launch:
         if launch.kernel != "rowwalk":
@@ -67,7 +68,8 @@ def walk(warps: int, stages: int, rows: int | None = None) -> dict[str, Any]:
 
 
 def tiles(n: int, k: int, pixels: int, warps: int, stages: int) -> dict[str, Any]:
-    """Tiles of n output channels, k channels of a chunk and so many pixels, side by side, for all that convolves."""
+    """A change of all convolutions: tiles of n output channels, k channels of a chunk, and so many pixels side by
+    side."""
 
     def change(launch: Launch) -> Launch:
         old = launch.tiles
@@ -82,7 +84,7 @@ def tiles(n: int, k: int, pixels: int, warps: int, stages: int) -> dict[str, Any
 
 
 def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
-    """A weight gradient in tiles of c x k channels and so many pixels, in `times` as many parts."""
+    """A change of weight gradients: tiles of c x k channels and so many pixels, in `times` as many parts."""
 
     def change(launch: Launch) -> Launch:
         old = launch.tiles
@@ -99,7 +101,7 @@ def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float 
     return {"of": of, "plan_gradient": _changed(change, _plan_gradient)}
 
 
-# What is measured, by width: names and what replaces them in config.py, or of config.Gradient.
+# The variants that are measured, by width: attributes of config.py, or of config.Gradient, and what replaces them.
 CONVOLUTIONS: dict[int, dict[str, dict[str, Any]]] = {
     16: {
         **{f"walk {a}": walk(*a) for a in ((2, 2), (2, 4), (1, 3), (2, 3, 16))},

@@ -12,17 +12,18 @@ from .spec import RoutedConv
 
 
 class Packed(NamedTuple):
-    """A layer's parameters, packed."""
+    """The parameters of a layer, packed."""
 
-    weight: Tensor  # [rows, columns, kH, kW], zero where not read if the kernels need that
+    weight: Tensor  # [rows, columns, kH, kW]; zero where a row does not read a column, if the backend needs that
     bias: Tensor | None  # [rows]
-    everything: Tensor  # the weight without zeros: the gates' gradient wants what no group reads, too
+    everything: Tensor  # the weight without these zeros: undrawn rows read other columns
 
 
 def pack_parameters(
     weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, zero_unread: bool
 ) -> Packed:
-    """Weight [K, C, kH, kW] and bias [K] in the layer's order -> packed, as `dtype`."""
+    """Weight [K, C, kH, kW] and bias [K] in the layer's order -> packed, in `dtype`. `zero_unread`: `weight` of the
+    result is zero where a row does not read a column."""
     everything = pack(weight.to(dtype), spec.rows, spec.columns)
     packed = everything.where(read(spec), 0) if zero_unread else everything
     return Packed(packed, None if bias is None else bias.to(dtype)[spec.rows.order], everything)
@@ -34,7 +35,7 @@ def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
 
 
 def read(spec: RoutedConv) -> Tensor:
-    """bool [rows, columns, 1, 1]: which entries of the packed weight are read."""
+    """bool [rows, columns, 1, 1]: does the row read the column?"""
     rows, columns = spec.rows.ids[:, None, None, None], spec.columns.ids[:, None, None]
     if spec.routing is Routing.ALL:
         return rows >= 0
@@ -53,13 +54,14 @@ def unpack_dim(packed: Tensor, dim: int, groups: FilterGroups) -> Tensor:
         return packed.unflatten(dim, (len(groups.names), groups.width)).sum(dim)
     if groups.order.numel() == groups.width:
         return packed.index_select(dim, groups.inverse)
-    # The two halves of a concatenation: an entry gets at most two terms, so the order of adding can't change a bit.
+    # These are the two halves of a concatenation. Each sum has two terms, so the order of adding can't change a bit.
     shape = list(packed.shape)
     shape[dim] = groups.width
     return packed.new_zeros(shape).index_add_(dim, groups.order, packed)
 
 
 def channels_last(x: Tensor) -> bool:
+    """Does the tensor lie in memory as channels_last, and not as contiguous, too?"""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Who convolves with whom, and how: the argument that all kernels share."""
+"""What the functions of a backend are given besides tensors (`contract.py`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from ..groups import FilterGroups, Routing
 
 
 class Geometry(NamedTuple):
-    """Stride, zero padding and dilation, each (vertical, horizontal)."""
+    """Stride, zero padding and dilation of a convolution, each (vertical, horizontal)."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
     def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
-        """Of an image of `size` (H, W). Raises RuntimeError if the kernel is larger than the padded image."""
+        """(H', W') of the output for an image of `size` (H, W) and kernels of size `kernel` (kH, kW). Raises
+        RuntimeError if the kernel is larger than the padded image."""
         height, width = (
             (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
             for length, taps, stride, pad, dilation in zip(size, kernel, *self, strict=True)
@@ -31,7 +32,7 @@ class Geometry(NamedTuple):
 
 
 class RoutedConv(NamedTuple):
-    """One routed convolution."""
+    """One routed convolution: what its channels are, who reads whom, and its geometry."""
 
     rows: FilterGroups  # the output's channels
     columns: FilterGroups  # the input's channels
@@ -39,18 +40,50 @@ class RoutedConv(NamedTuple):
     geometry: Geometry
 
     def reads(self) -> tuple[tuple[bool, ...], ...]:
-        """[groups out][groups in]: which is read."""
+        """[groups of rows][groups of columns]: does the group of rows read the group of columns?"""
         return self.routing.reads(len(self.rows.names), len(self.columns.names))
 
 
-class Recipe(NamedTuple):
-    """What the features of an SFG layer are made of: act(scale * u + shift), u its convolution. For the gates of the
-    groups that a kernel was not drawn into: what would its features be there?"""
+class UndrawnFeatures(NamedTuple):
+    """The features that the rows of an SFG layer would have in the groups they were not drawn into, as a formula:
+    act(scale * u + shift), where u is the convolution of x by the other groups' channels. No backend stores them; each
+    computes them from this, where the gradient of their gates is wanted."""
 
-    x: Tensor  # the layer's input, packed
-    a: Tensor | None  # what `forward` kept
-    packed: Any  # the layer's parameters
+    x: Tensor  # [N, columns, H, W]: the layer's input, packed
+    kept_product: Tensor | None  # [N, rows, H', W']: what `forward` returned with `keep_product`
+    packed: Any  # the layer's weight and bias, as the backend's `pack` made them
     spec: RoutedConv
-    scale: Tensor | None  # [G-1, rows], as `FilterGroups.others`; or [1, rows], alike for all
-    shift: Tensor | None
+    scale: Tensor | None  # [G-1, rows], in the order of `FilterGroups.undrawn`; or [1, rows], alike for all groups
+    shift: Tensor | None  # like `scale`
     activation: str | None  # a name of activations.ACTIVATIONS
+
+
+class BatchNorm(NamedTuple):
+    """A batch normalisation with the statistics of the batch, and the activation behind it."""
+
+    weight: Tensor  # [K]
+    bias: Tensor  # [K]
+    order: Tensor | None  # int64 [rows]: which kernel each row is, each kernel once; None: row r is kernel r
+    eps: float
+    activation: str | None  # a name of activations.ACTIVATIONS
+
+
+class RunningStatistics(NamedTuple):
+    """Running statistics of the (group, kernel) pairs, and of each kernel over all groups. They are changed in
+    place."""
+
+    mean: Tensor  # [G, K]
+    var: Tensor  # [G, K]
+    draws: Tensor  # [G, K]: batches of each pair; floating point, because averages of models are averages of counts
+    pooled_mean: Tensor  # [K]
+    pooled_var: Tensor  # [K]
+
+
+class ShortcutGradient(NamedTuple):
+    """Gradients that came by a shortcut around a convolution, and are added to its own; None where none came."""
+
+    dx: Tensor | None = None  # [N, columns, H, W]
+    dundrawn: Tensor | None = None  # [N, (G-1) * columns, H, W]
+
+
+NO_SHORTCUT = ShortcutGradient()

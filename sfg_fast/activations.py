@@ -11,7 +11,7 @@ Activation = str | Callable[[Tensor], Tensor] | None
 
 
 def relu_pool(h: Tensor) -> Tensor:
-    """ReLU, and the maximum of each 2x2 window; an odd last row or column is left out."""
+    """ReLU, and then the maximum of each 2x2 window of [N, C, H, W]; an odd last row or column is left out."""
     return F.max_pool2d(F.relu(h), 2)
 
 
@@ -19,7 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu_pool
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """A module that works in place leaves `x` itself alone: others read it, too. (Of a function torch tells.)"""
+    """activation(x). A module that works in place is given a copy of x, because others read x, too. (If a function
+    works in place, torch's autograd raises an error.)"""
     if activation is None:
         return x
     if isinstance(activation, str):

@@ -1,9 +1,14 @@
-"""Which kernels do the arithmetic: `reference`, `masked`, `native` or `triton`."""
+"""Which kernels do the arithmetic: `reference`, `masked`, `native` or `triton`.
+
+What `auto` takes, and why, is logged once for each kind of tensor: `logging.getLogger("sfg_fast")`, level DEBUG.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -24,6 +29,7 @@ if TYPE_CHECKING:  # what each of them offers
     _cpu: tuple[ReadsNormalised, ComputesGateGradients] = cpu, cpu
     _triton: Normalises = triton
 
+_LOG = logging.getLogger("sfg_fast")
 BACKENDS = ("reference", "masked", "native", "triton")
 ENVIRONMENT = "SFG_FAST_BACKEND"
 
@@ -36,7 +42,7 @@ class BackendError(RuntimeError):
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one backend inside the `with`, for layers and whole networks: `with backend("reference"): model(x)`.
+    """Uses one backend inside the `with`, for layers and whole networks: `with backend("reference"): model(x)`.
 
     The backend of a forward pass is saved and also does its backward pass, in whatever thread that runs. (Activation
     checkpointing runs the forward pass again during backward: keep that inside the `with`, too.)
@@ -56,9 +62,9 @@ def current() -> str:
 
 
 def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[Kernels, torch.dtype]:
-    """The module with the arithmetic (forward, input_gradient, weight_gradient) for a tensor like `x` in a layer of
-    `width` kernels, and the dtype that it is to be done in: under autocast autocast's own, or float32 for kernels that
-    don't know that. `learns`: the gates of groups that kernels were not drawn into want a gradient, too."""
+    """The kernels for a tensor like `x` in a layer of `width` kernels, and the dtype that they compute in: that of x,
+    under autocast autocast's own, or float32 for kernels that don't know that. `learns`: undrawn gates want a gradient,
+    too. Raises BackendError if the backend that was asked for can't."""
     name = current()
     if name == "reference":
         raise BackendError("backend 'reference' can't run this: it is a packed operation, call a layer or a network")
@@ -74,8 +80,8 @@ def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[Kernels, torch
 
 
 def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: order, offsets, and what
-    else is known of the groups (`FilterGroups`). The same on every backend."""
+    """Each kernel's group, argmax(log_p + noise) of [K, groups], and the kernels sorted by it: order, offsets, and
+    properties of the `FilterGroups` that are known already, by name. All backends give the same."""
     log_p, compiling = log_p.detach(), in_graph()
     if current() == "triton" and compiling:
         assignment, *by_group = _sample(log_p, noise)
@@ -85,7 +91,7 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
 
 
 def _sampler(log_p: Tensor, compiling: bool) -> str:
-    """The backend that draws: on a GPU `triton`, if it is taken for some layers there."""
+    """The backend that draws: on a GPU `triton`, if `auto` takes it for some layers there."""
     name = current()
     if name == "triton":
         return name
@@ -110,22 +116,46 @@ def _(log_p: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fastest(x: Tensor, width: int, learns: bool) -> Kernels:
-    """On a CPU measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2 to 0.85
-    of the time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2); other instruction sets were
-    not measured. On a GPU what a check of this very device found (kernel_choice.py)."""
-    masked = load("masked")
+    """The kernels that `auto` takes.
+
+    On a CPU this was measured (benchmarks/results/layers.md, layers_avx2.md): with AVX2 or AVX-512 `native` takes 0.2
+    to 0.85 of the time of `masked` (exception: 1.06 with the gradients of images 7 wide on AVX2). Other instruction
+    sets were not measured. On a GPU a check of this very device decides (kernel_choice.py)."""
+    dtype = autocast_dtype(x) or x.dtype
+    name, why = "masked", f"nothing faster is known for {x.device.type}"
     if x.device.type == "cuda":
         work = "inference" if not torch.is_grad_enabled() else "straight_through" if learns else "selected"
-        dtype = autocast_dtype(x) or x.dtype
-        if not _takes_triton(x.device, dtype, width, work) or not available("triton"):
-            return masked
-        triton = load("triton")
-        return masked if triton.cannot(x if dtype == x.dtype else x.new_empty(0, dtype=dtype)) else triton
-    if x.device.type != "cpu" or fastest_on_cpu() != "native":
-        return masked
-    native = load("native")
-    probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
-    return masked if native.cannot(probe) else native
+        probe = x if dtype == x.dtype else x.new_empty(0, dtype=dtype)
+        if not _takes_triton(x.device, dtype, width, work):
+            why = "a check of this GPU (sfg-fast gpu-check) did not find triton faster for this work"
+        elif not available("triton"):
+            why = _import("triton")
+        else:
+            name, why = _if_it_can("triton", probe)
+    elif x.device.type == "cpu":
+        probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
+        why = _import("native") or "native was not measured with the instruction set of this processor"
+        if fastest_on_cpu() == "native":
+            name, why = _if_it_can("native", probe)
+    _tell(name, why, x.device, dtype, width)
+    return load(name)
+
+
+def _if_it_can(name: str, probe: Tensor) -> tuple[str, str]:
+    """That backend, or `masked`, and why."""
+    problem = load(name).cannot(probe)
+    return ("masked", problem) if problem else (name, "it is the fastest of those that can")
+
+
+def _tell(name: str, why: str, *kind: Any) -> None:
+    """Logs what `auto` took, once for each kind of tensor."""
+    if not in_graph() and _LOG.isEnabledFor(logging.DEBUG):
+        _tell_once(name, why, *kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tell_once(name: str, why: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    _LOG.debug("auto takes %s for %s tensors on %s in layers of %d kernels: %s", name, dtype, device, width, why)
 
 
 def fastest_on_cpu() -> str:
@@ -134,7 +164,8 @@ def fastest_on_cpu() -> str:
 
 
 def instruction_set() -> str:
-    """The one that `native` uses on this processor, such as "avx2". Raises BackendError, if `native` is not there."""
+    """The instruction set that `native` uses on this processor, such as "avx2". Raises BackendError if `native` is not
+    there."""
     return cast(Any, load("native")).INSTRUCTION_SET
 
 
@@ -144,7 +175,7 @@ def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, work: st
 
 
 def module(folder: str) -> Kernels:
-    """The module of that name in kernels/: what an operator of a compiled graph goes by."""
+    """The module of that name in kernels/. (An operator of a compiled graph is given the name, not the module.)"""
     return cast(Kernels, importlib.import_module(f"sfg_fast.kernels.{folder}"))
 
 
@@ -184,7 +215,8 @@ _problems: dict[str, str] = {}
 
 @torch.compiler.assume_constant_result
 def _import(name: str) -> str:
-    """Why it can't be used here, or nothing. Tried once: failing is slow, and auto asks for every convolution."""
+    """Why the backend can't be used here, or "". It is imported once: failing is slow, and `auto` asks for every
+    convolution."""
     if name not in _problems:
         try:
             _problems[name] = module(_MODULES[name]).missing() or ""

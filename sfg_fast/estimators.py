@@ -3,11 +3,11 @@
 
 Every function takes `drawn` [K, T+1], the one-hot draw; `log_p` [K, T+1], normalised, with gradient; `noise`
 [1 + samples, K, T+1], standard Gumbel, of which noise[0] made the draw, drawn = one_hot(argmax(log_p + noise[0])); and
-`temperature`, 0-dim or [K, 1]. It returns the gates [K, T+1], differentiable with respect to log_p. Each row stands
-alone: they may be those of several layers.
+`temperature`, 0-dim or [K, 1]. It returns the gates [K, T+1], differentiable with respect to log_p. No row depends on
+another one, so the rows may be those of several layers.
 
-p here is what is drawn from. Where the noise is added to p itself (`GroupGates.noise_on`), that is softmax(p); where
-some draws ignore p (`GroupGates.explore`), that is the mixture.
+p here is the distribution that groups are drawn from. Where the noise is added to p itself (`GroupGates.noise_on`),
+this is softmax(p); where some draws ignore p (`GroupGates.explore`), it is the mixture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def gumbel_softmax(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Ten
 
 def straight_through(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) -> Tensor:
     """z = D one-hot, dz = d softmax((log p + G) / temperature): the gradient of the relaxed draw that has the same
-    argmax. Jang, Gu, Poole 2017, section 2.2. The default, also of the authors' code."""
+    argmax. Jang, Gu, Poole 2017, section 2.2. It is the default here, and in the authors' code."""
     return _with_gradient_of(drawn, gumbel_softmax(drawn, log_p, noise, temperature))
 
 
@@ -51,7 +51,7 @@ def reinmax(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) ->
     """z = D one-hot, dz = d(2 q - p / 2), q = softmax(log p + c) with the constant c such that q = (D + p) / 2: second
     order accurate (Heun's method), where the plain straight-through estimator is first order.
 
-    The temperature is 1 here, for which this holds, and not annealed. Liu et al. 2023 (arXiv 2304.08612), algorithm 2.
+    This holds at temperature 1, so the temperature is not used here. Liu et al. 2023 (arXiv 2304.08612), algorithm 2.
     """
     p = log_p.exp()
     half = (drawn + p) / 2
@@ -60,6 +60,7 @@ def reinmax(drawn: Tensor, log_p: Tensor, noise: Tensor, temperature: Tensor) ->
 
 
 def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """`value`, with the gradient of `other`."""
     return value + (other - other.detach())
 
 
@@ -68,8 +69,8 @@ class Estimator:
     """How gates are drawn in training, and how their gradient reaches the logits.
 
     `gates`: a function of this file; None: p is not learnt, the logits are frozen. `relaxed`: are the gates anything
-    but one-hot? `all_gates`: does dL/dz of the groups that a kernel was not drawn into count? `samples`: how much more
-    noise than for the draw itself.
+    but one-hot? `all_gates`: do undrawn gates get a gradient, too? `samples`: how many more samples of noise the
+    function needs than the one that makes the draw.
     """
 
     gates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
@@ -83,7 +84,7 @@ ESTIMATORS = {
     "straight_through": Estimator(straight_through),
     "gumbel_rao": Estimator(gumbel_rao, samples=16),
     "reinmax": Estimator(reinmax),
-    # `straight_through` with dL/dz of the drawn gate alone: biased, but nothing is computed for the other groups.
+    # `straight_through` with dL/dz of the drawn gate alone. It is biased, but nothing is computed for undrawn gates.
     "selected": Estimator(straight_through, all_gates=False),
     "none": Estimator(None, all_gates=False),
 }

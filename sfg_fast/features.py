@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # torch has no public one; torch.export's documentation names this
 
+from . import undrawn
 from .groups import FilterGroups, Routing
 from .kernels.packing import select_channels
 from .plain_ops import TensorLike
-from .tracing import in_graph
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,17 +26,17 @@ class SFGFeatures(TensorLike):
         groups: what each channel is.
         routing: how the next layer reads these features: `ARROW` merges by summation (paper, section 2.1), `OWN` when
             every group's tensor already holds what that group is to read (after a merge).
-        others: zeros that take no memory, [N, T * rows, H, W]: what the kernels have in the T groups they were not
-            drawn into (`FilterGroups.others`). Their gradient is what the gates of those groups learn from; None if
-            these gates don't learn.
-        producer: how an SFG layer made these features (`routed_conv.Producer`), if nothing was done to them since.
+        undrawn: [N, T * rows, H, W], the undrawn features, in the order of `FilterGroups.undrawn`: zeros that take no
+            memory. The gates of undrawn rows learn from their gradient; None if these gates don't learn.
+        deferred: the gates of these features, if the layer that reads them may compute their gradient
+            (`gate_gradient.DeferredGates`); None once anything was done to the features.
     """
 
     packed: Tensor
     groups: FilterGroups
     routing: Routing = Routing.ARROW
-    others: Tensor | None = None
-    producer: Any = None
+    undrawn: Tensor | None = None
+    deferred: Any = None
 
     def dense(self, group: int | str) -> Tensor:
         """F_group as [N, K, H, W]: kernels in their own order, zero where a kernel is in another group."""
@@ -54,14 +54,14 @@ class SFGFeatures(TensorLike):
         if self.groups.full:
             parts = [self.packed[:, group * width : (group + 1) * width] for group in groups]
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return _Dense.apply(self.packed, self.others, self.groups, groups)
+        return _Dense.apply(self.packed, self.undrawn, self.groups, groups)
 
     def streams(self) -> Tensor:
         """All groups' dense tensors side by side, [N, (T+1)K, H, W]."""
-        return self.packed if self.groups.full else _Streams.apply(self.packed, self.others, self.groups)
+        return self.packed if self.groups.full else _Streams.apply(self.packed, self.undrawn, self.groups)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The T+1 dense tensors, shared first: code written for dense masking runs unchanged."""
+        """The T+1 dense tensors, shared first. So code that was written for dense masking runs unchanged."""
         return (self.dense(group) for group in range(len(self)))
 
     def __getitem__(self, group: int) -> Tensor:
@@ -71,12 +71,13 @@ class SFGFeatures(TensorLike):
         return len(self.groups.names)
 
     def __add__(self, other: SFGFeatures) -> SFGFeatures:
-        """A shortcut. Both must be of one draw: a packed tensor can't hold a kernel in two groups."""
+        """The sum, as of a shortcut. Raises ValueError for features of two draws: a packed tensor can't hold a kernel
+        in two groups."""
         if not isinstance(other, SFGFeatures):
             return NotImplemented
         self.check_same_draw(other.groups, other.routing)
-        others = joined_others(self.others, other.others)
-        return SFGFeatures(self.packed + other.packed, self.groups, self.routing, others)
+        both = undrawn.of_sum(self.undrawn, other.undrawn)
+        return SFGFeatures(self.packed + other.packed, self.groups, self.routing, both)
 
     def check_same_draw(self, groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
         """Raises ValueError unless features of these groups can be added."""
@@ -87,7 +88,8 @@ class SFGFeatures(TensorLike):
             )
 
     def concatenate(self, *more: SFGFeatures) -> SFGFeatures:
-        """[F | F' | ..] along the channels: the kernels of all, each in its own group (`torch.cat` does this)."""
+        """[F | F' | ..] along the channels: the kernels of all features, each in its own group. `torch.cat` calls this.
+        Raises ValueError for features of different groups or routings."""
         every = (self, *more)
         if len({features.routing for features in every}) > 1:
             raise ValueError(f"features routed {[one.routing.value for one in every]} can't be concatenated")
@@ -98,47 +100,50 @@ class SFGFeatures(TensorLike):
         starts = itertools.accumulate([0, *(one.groups.width for one in every[:-1])])
         rows = torch.cat([one.groups.inverse + start for one, start in zip(every, starts, strict=True)])[groups.order]
         packed = select_channels(torch.cat([one.packed for one in every], 1), rows)
-        others = None
+        of_all = None
         if groups.all_gates:
-            inputs = [one.others for one in every if one.others is not None]
-            where = [one.others is not None for one in every]
-            others = _JoinedOthers.apply(rows, [one.packed.shape[1] for one in every], where, *inputs)
-        return SFGFeatures(packed, groups, self.routing, others)
+            counts = [one.packed.shape[1] for one in every]
+            of_all = undrawn.of_concatenation(rows, counts, [one.undrawn for one in every])
+        return SFGFeatures(packed, groups, self.routing, of_all)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
-        others = self.others
-        if others is not None:  # in a graph the plain operation does, zeros and all
-            others = operation(others) if in_graph() else _OnZeros.apply(others, operation)
-        return SFGFeatures(operation(self.packed), self.groups, self.routing, others)
+        behind = None if self.undrawn is None else undrawn.channelwise(self.undrawn, operation)
+        return SFGFeatures(operation(self.packed), self.groups, self.routing, behind)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
-        """As `Tensor.to`, for every tensor held (a dtype for the floating point ones)."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        """As `Tensor.to`, for all tensors of the features and their groups (a dtype: for the floating point ones)."""
 
-        def move(t: Tensor) -> Tensor:
-            if t is self.others:  # `Tensor.to` would give it memory
-                return no_memory(t.shape, dtype or t.dtype, t, device=device)
-            return t.to(device, dtype if t.is_floating_point() else None, non_blocking)
+        def move(tensor: Tensor) -> Tensor:
+            like = tensor.new_empty(0, 0, 0, 0).to(*args, **kwargs)
+            if tensor is self.undrawn:  # `Tensor.to` would give it memory
+                return undrawn.no_memory(tensor.shape, like.dtype, tensor, device=like.device)
+            if tensor is self.packed:
+                return tensor.to(*args, **kwargs)
+            return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
         return self._map(move)
 
     def float(self) -> SFGFeatures:
+        """In float32."""
         return self.to(torch.float32)
 
     def detach(self) -> SFGFeatures:
+        """The same values, without a graph of autograd."""
         return self._map(torch.Tensor.detach)
 
-    def _map(self, fn) -> SFGFeatures:  # type: ignore[no-untyped-def]
-        others = None if self.others is None else fn(self.others)
-        return SFGFeatures(fn(self.packed), self.groups.map(fn), self.routing, others)
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> SFGFeatures:
+        behind = None if self.undrawn is None else fn(self.undrawn)
+        return SFGFeatures(fn(self.packed), self.groups.map(fn), self.routing, behind)
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the packed tensor."""
         return self.packed.dtype
 
     @property
     def device(self) -> torch.device:
+        """That of the packed tensor."""
         return self.packed.device
 
     @property
@@ -151,69 +156,14 @@ class SFGFeatures(TensorLike):
         return f"SFGFeatures(packed={tuple(self.packed.shape)}, {self.groups}, routing={self.routing.value})"
 
 
-class _NoMemory(torch.autograd.Function):
-    """Zeros that take no memory. Their gradient goes to all `inputs`, which are like them."""
-
-    @staticmethod
-    def forward(ctx: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, *inputs: Tensor) -> Tensor:
-        ctx.likes = [(tensor.dtype, tensor.device) for tensor in inputs]
-        return inputs[0].new_zeros((), dtype=dtype, device=device).expand(*shape)
-
-    @staticmethod
-    def backward(ctx: Any, df: Tensor) -> Any:
-        return None, None, None, *(df.to(dtype=dtype, device=device) for dtype, device in ctx.likes)
-
-
-def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
-    return _NoMemory.apply(tuple(shape), dtype, device, *inputs)
-
-
-def joined_others(*parts: Tensor | None) -> Tensor | None:
-    """The others of a sum."""
-    inputs = [part for part in parts if part is not None]
-    return no_memory(inputs[0].shape, inputs[0].dtype, *inputs) if inputs else None
-
-
-class _JoinedOthers(torch.autograd.Function):
-    """The others of concatenated features: row r is number `rows[r]` of the parts' `counts` rows. Parts that have no
-    others (not `where`) get no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], where: list[bool], *parts: Tensor) -> Tensor:
-        ctx.counts, ctx.where, ctx.tasks = counts, where, parts[0].shape[1] // counts[where.index(True)]
-        ctx.save_for_backward(rows)
-        n, _, height, width = parts[0].shape
-        return parts[0].new_zeros(()).expand(n, ctx.tasks * len(rows), height, width)
-
-    @staticmethod
-    def backward(ctx: Any, df: Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        by_part = df.unflatten(1, (ctx.tasks, -1)).index_select(2, torch.argsort(rows)).split(ctx.counts, 2)
-        return None, None, None, *(d.flatten(1, 2) for d, has in zip(by_part, ctx.where, strict=True) if has)
-
-
-class _OnZeros(torch.autograd.Function):
-    """An operation on zeros that take no memory, whose result is zero, too. Its gradient there is what it is."""
-
-    @staticmethod
-    def forward(ctx: Any, others: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.shape, ctx.operation = others.shape, operation
-        shape = operation(torch.empty_like(others, device="meta")).shape
-        return others.new_zeros(()).expand(*shape)
-
-    @staticmethod
-    def backward(ctx: Any, df: Tensor) -> Any:
-        with torch.enable_grad():
-            zeros = df.new_zeros(ctx.shape).requires_grad_()
-            return torch.autograd.grad(ctx.operation(zeros), zeros, df)[0], None
-
-
 class _Dense(torch.autograd.Function):
-    """The rows of some groups -> [N, K, H, W], zero where a kernel is in none of them; so are its others, but they get
-    their gradient."""
+    """packed -> [N, K, H, W] of the groups `wanted`, zero where a kernel is in none of them. The gradient goes to the
+    packed rows and, for kernels in other groups, to their undrawn rows."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, others: Tensor | None, groups: FilterGroups, wanted: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, packed: Tensor, undrawn: Tensor | None, groups: FilterGroups, wanted: Sequence[int]
+    ) -> Tensor:
         ctx.groups, ctx.wanted = groups, wanted
         here = _one_of(groups.ids, wanted)
         ctx.save_for_backward(here)
@@ -224,18 +174,18 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, df: Tensor) -> Any:
         (here,) = ctx.saved_tensors
         df = select_channels(df, ctx.groups.order)
-        dothers = None
+        dundrawn = None
         if ctx.needs_input_grad[1]:
-            rows = _one_of(ctx.groups.others, ctx.wanted)
-            dothers = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
-        return df.where(here[:, None, None], 0), dothers, None, None
+            rows = _one_of(ctx.groups.undrawn, ctx.wanted)
+            dundrawn = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
+        return df.where(here[:, None, None], 0), dundrawn, None, None
 
 
 class _Streams(torch.autograd.Function):
-    """All groups' dense tensors side by side: every row where it belongs, zeros where its others are."""
+    """packed -> the dense tensors of all groups side by side, [N, (T+1)K, H, W], with zeros for the undrawn rows."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, others: Tensor | None, groups: FilterGroups) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, undrawn: Tensor | None, groups: FilterGroups) -> Tensor:
         ctx.groups = groups
         n, _, height, width = packed.shape
         streams = packed.new_zeros(n, len(groups.names) * groups.width, height, width)
@@ -243,13 +193,14 @@ class _Streams(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, df: Tensor) -> Any:
-        groups, dothers = ctx.groups, None
+        groups, dundrawn = ctx.groups, None
         if ctx.needs_input_grad[1]:
-            dothers = select_channels(df, (groups.others * groups.width + groups.order).flatten())
-        return select_channels(df, groups.rows_in_streams), dothers, None
+            dundrawn = select_channels(df, (groups.undrawn * groups.width + groups.order).flatten())
+        return select_channels(df, groups.rows_in_streams), dundrawn, None
 
 
 def _one_of(ids: Tensor, groups: Sequence[int]) -> Tensor:
+    """bool like ids: is the group one of these?"""
     found = torch.zeros_like(ids, dtype=torch.bool)
     for group in groups:
         found |= ids == group
@@ -257,13 +208,13 @@ def _one_of(ids: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 def _unflatten(children: Iterable[Any], routing: str) -> SFGFeatures:
-    packed, groups, others = children
-    return SFGFeatures(packed, groups, Routing(routing), others)
+    packed, groups, behind = children
+    return SFGFeatures(packed, groups, Routing(routing), behind)
 
 
 pytree.register_pytree_node(
     SFGFeatures,
-    lambda features: ([features.packed, features.groups, features.others], features.routing.value),
+    lambda features: ([features.packed, features.groups, features.undrawn], features.routing.value),
     _unflatten,
     serialized_type_name="sfg_fast.SFGFeatures",
     to_dumpable_context=lambda context: context,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # torch has no public one; torch.export's documentation names this
 
 from .tracing import in_graph
 
@@ -38,9 +38,9 @@ class Routing(enum.Enum):
         )
 
 
-class _kept:
-    """A property that is computed once. (`functools.cached_property` holds a lock in Python 3.11, which a compiled
-    graph can't; there, and of fake tensors, it is computed where it is used.)"""
+class _computed_once:
+    """A property of `FilterGroups` whose value is kept in `known`. (`functools.cached_property` holds a lock in Python
+    3.11, which a compiled graph can't.) In graphs, and for fake tensors, it is computed wherever it is used."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self.compute, self.__doc__ = compute, compute.__doc__
@@ -48,16 +48,19 @@ class _kept:
     def __get__(self, groups: Any, owner: type) -> Any:
         if groups is None:
             return self
+        name = self.compute.__name__
+        if name in groups.known:
+            return groups.known[name]
         if in_graph():
             return self.compute(groups)
         with torch.inference_mode(False):  # the groups may outlive the mode
-            return groups.__dict__.setdefault(self.compute.__name__, self.compute(groups))
+            return groups.known.setdefault(name, self.compute(groups))
 
 
 def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]:
-    """Groups that hold nothing of a run are made once. On the CPU: what is made while a CUDA graph is captured has the
-    graph's memory; and a compiled graph has its own."""
-    kept = functools.lru_cache(maxsize=1024)(make)
+    """`make`, which keeps the groups that it has made: they hold nothing of a run. It keeps those on the CPU only,
+    because tensors made while a CUDA graph is captured lie in the graph's memory. A compiled graph makes its own."""
+    made = functools.lru_cache(maxsize=1024)(make)
 
     @functools.wraps(make)
     def groups(
@@ -67,7 +70,7 @@ def _made_once(make: Callable[..., FilterGroups]) -> Callable[..., FilterGroups]
         if in_graph() or device is None or device.type != "cpu":
             return make(size, names, device)
         with torch.inference_mode(False):
-            return kept(size if isinstance(size, int) else tuple(size), names, device)
+            return made(size if isinstance(size, int) else tuple(size), names, device)
 
     return groups
 
@@ -86,7 +89,7 @@ def group_names(tasks: int | Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FilterGroups:
-    """An assignment of kernels to groups, made usable: what the channels of a packed tensor are.
+    """What the channels of a packed tensor are: the group and the kernel of each.
 
     Channels (rows) are sorted by group, and by kernel index within a group. There are three kinds:
 
@@ -101,9 +104,10 @@ class FilterGroups:
         width: K, the number of kernels.
         assignment: int64 [K], the drawn group of each kernel; None for streams and blocks.
         gates: [K, groups] the gate z of each kernel in each group; None where all are one (streams, blocks).
-        all_gates: do the gates of the groups that a kernel was not drawn into want a gradient, too? Their rows are
-            zero, and no part of the packed tensor.
-        sizes: of `blocks`, the rows of each group.
+        all_gates: do the gates of undrawn rows want a gradient, too? Undrawn rows are zero, and no part of the packed
+            tensor.
+        sizes: the number of rows of each group, for `blocks`.
+        known: values of the properties below, by name, as far as they have been computed.
     """
 
     order: Tensor
@@ -114,6 +118,7 @@ class FilterGroups:
     gates: Tensor | None = None
     all_gates: bool = False
     sizes: tuple[int, ...] | None = None
+    known: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def from_assignment(
@@ -124,7 +129,8 @@ class FilterGroups:
         all_gates: bool = False,
     ) -> FilterGroups:
         """One row per kernel, from int [K]. `gates` [K, T+1] is its one-hot form by default. `by_group`: order,
-        offsets and what else is kept of the groups (by name), if they are known already."""
+        offsets, and properties by name, where a backend has computed them already. Raises ValueError for groups that
+        aren't there and for another shape."""
         names = group_names(tasks)
         if not isinstance(assignment, Tensor) and any(not 0 <= group < len(names) for group in assignment):
             raise ValueError(f"assignment={list(assignment)}: expected groups 0 (shared) to {len(names) - 1}")
@@ -135,14 +141,14 @@ class FilterGroups:
             gates = (assignment[:, None] == torch.arange(len(names), device=assignment.device)).to(
                 torch.get_default_dtype()
             )
-        order, offsets, kept = (*sort_by_group(assignment, len(names)), {}) if by_group is None else by_group
+        order, offsets, known = (*sort_by_group(assignment, len(names)), {}) if by_group is None else by_group
         groups = FilterGroups(order, offsets, names, assignment.numel(), assignment, gates, all_gates)
-        groups.__dict__.update(kept)
+        groups.known.update(known)
         return groups
 
     @staticmethod
     def relaxed(gates: Tensor, tasks: int | Iterable[str]) -> FilterGroups:
-        """All (T+1)K rows, all live: a Gumbel-softmax draw `gates` [K, T+1]."""
+        """All (T+1)K rows of a relaxed draw: `gates` [K, T+1] are a softmax, and none of them is zero."""
         streams = FilterGroups.streams(gates.shape[0], tasks, gates.device)
         return dataclasses.replace(streams, assignment=gates.detach().argmax(1), gates=gates)
 
@@ -167,15 +173,16 @@ class FilterGroups:
     @_made_once
     def blocks(sizes: Sequence[int], names: tuple[str, ...], device: torch.device | None = None) -> FilterGroups:
         """Group g has `sizes[g]` rows that nobody else has (an image is one block)."""
-        # Filled on the device: a copy from host memory would wait for it, and can't be captured in a graph.
+        # torch.full fills on the device. A copy from host memory would wait for it, and can't be captured in a graph.
         ends = [0, *itertools.accumulate(sizes)]
         offsets = torch.stack([torch.full((), end, dtype=torch.int64, device=device) for end in ends])
         return FilterGroups(torch.arange(ends[-1], device=device), offsets, names, ends[-1], sizes=tuple(sizes))
 
     @staticmethod
     def joined(parts: Sequence[FilterGroups]) -> FilterGroups:
-        """Of concatenated features: kernels are numbered on from part to part, each stays in its group. One row per
-        kernel, or full if any part is. ValueError if the groups differ, or have rows of their own."""
+        """The groups of concatenated features: kernels are numbered on from part to part, each stays in its group. They
+        have one row per kernel, or are full if any part is. Raises ValueError if the parts' groups differ, or have rows
+        of their own."""
         names = parts[0].names
         if any(part.names != names or part.blocked for part in parts):
             raise ValueError(f"features of different kinds can't be concatenated: {', '.join(map(str, parts))}")
@@ -190,8 +197,15 @@ class FilterGroups:
         order, offsets = sort_by_group(assignment, len(names))
         return FilterGroups(order, offsets, names, width, assignment, gates, any(part.all_gates for part in parts))
 
+    def without_undrawn(self) -> FilterGroups:
+        """The same rows, of which no undrawn gates want a gradient."""
+        groups = dataclasses.replace(self, all_gates=False)
+        groups.known.update(self.known)
+        return groups
+
     @property
     def tasks(self) -> tuple[str, ...]:
+        """The names of the T tasks."""
         return self.names[1:]
 
     @property
@@ -214,48 +228,48 @@ class FilterGroups:
         """Does any gate want a gradient?"""
         return self.gates is not None and self.gates.requires_grad
 
-    @_kept
+    @_computed_once
     def ends(self) -> list[int]:
         """`offsets` on the host."""
         return self.offsets.tolist()
 
-    @_kept
+    @_computed_once
     def ids(self) -> Tensor:
         """int64 [rows], the group of each row."""
         rows = torch.arange(self.order.numel(), device=self.order.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
 
-    @_kept
+    @_computed_once
     def rows_in_streams(self) -> Tensor:
         """int64 [rows], where each row stands among the (T+1)K rows of full groups."""
         return self.ids * self.width + self.order
 
-    @_kept
+    @_computed_once
     def inverse(self) -> Tensor:
         """int64 [K], kernel -> its row, for one row per kernel."""
         return torch.argsort(self.order)
 
-    @_kept
-    def others(self) -> Tensor:
-        """int64 [groups - 1, rows], for one row per kernel: the groups that the row's kernel was not drawn into, the
-        tasks in order, then shared."""
+    @_computed_once
+    def undrawn(self) -> Tensor:
+        """int64 [groups - 1, rows], for one row per kernel: the groups of the undrawn rows of each row's kernel, which
+        are all groups but the drawn one, the tasks in order, then shared."""
         last = len(self.names) - 1
         nth = torch.arange(last, device=self.ids.device)[:, None]
-        place = torch.where(self.ids == 0, last, self.ids - 1)  # of the row's own group in that order
+        place = torch.where(self.ids == 0, last, self.ids - 1)  # where the drawn group stands in that order
         return (nth + (nth >= place) + 1) % (last + 1)
 
-    def by_kernel(self, own: Tensor | None, others: Tensor | None, like: Tensor) -> Tensor:
-        """Values [rows] of the rows' own groups and [groups - 1, rows] of their others -> [K, groups], shaped and typed
-        `like`, for one row per kernel. Zero where there is None."""
+    def by_kernel(self, drawn: Tensor | None, undrawn: Tensor | None, like: Tensor) -> Tensor:
+        """Values [rows] of the drawn rows and [groups - 1, rows] of the undrawn rows -> [K, groups], shaped and typed
+        as `like`, for one row per kernel; zero where the argument is None."""
         rows = torch.zeros_like(like)
-        if own is not None:
-            rows.scatter_(1, self.ids[:, None], own[:, None].to(rows.dtype))
-        if others is not None:
-            rows.scatter_(1, self.others.t(), others.t().to(rows.dtype))
+        if drawn is not None:
+            rows.scatter_(1, self.ids[:, None], drawn[:, None].to(rows.dtype))
+        if undrawn is not None:
+            rows.scatter_(1, self.undrawn.t(), undrawn.t().to(rows.dtype))
         return rows.index_select(0, self.inverse)
 
     def index(self, group: int | str) -> int:
-        """The number of a group given by index or name."""
+        """The number of a group that is given by number or name. Raises ValueError for an unknown one."""
         if isinstance(group, str):
             if group not in self.names:
                 raise ValueError(f"group {group!r} is unknown, expected one of {', '.join(self.names)}")
@@ -265,7 +279,8 @@ class FilterGroups:
         return group
 
     def same_as(self, other: FilterGroups) -> bool:
-        """Does row r mean the same in both? (Identity is looked at first: values on a GPU would need a wait.)"""
+        """Does row r mean the same in both? (Identity is looked at first, because values on a GPU would need a
+        wait.)"""
         if self is other or (self.order is other.order and self.gates is other.gates):
             return True
         if self.names != other.names or self.width != other.width or self.order.numel() != other.order.numel():
@@ -274,8 +289,8 @@ class FilterGroups:
             return False
         return self.full or (torch.equal(self.order, other.order) and torch.equal(self.offsets, other.offsets))
 
-    def map(self, fn) -> FilterGroups:  # type: ignore[no-untyped-def]
-        """`fn` applied to every tensor held."""
+    def map(self, fn: Callable[[Tensor], Tensor]) -> FilterGroups:
+        """These groups with `fn` applied to each of their tensors."""
         leaves, spec = pytree.tree_flatten(self)
         return pytree.tree_unflatten([fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 

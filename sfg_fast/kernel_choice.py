@@ -1,7 +1,7 @@
-"""Which kernels `auto` gives to CUDA tensors: what a check of this very GPU has found (gpu/gpu_check.py).
+"""Which kernels `auto` gives to CUDA tensors: the result of a check of this very GPU (gpu/gpu_check.py) decides.
 
-A result lies in the user's cache folder, in a file of its own for each GPU, driver, versions and kernels. What it says
-comes down to a `Choice`: where the Triton kernels are right and at least 5 % faster than `masked`.
+Results lie in the user's cache folder, in a file of its own for each GPU, driver, versions and kernels. From a result
+`decide` makes a `Choice`: the layers for which the Triton kernels are right and at least 5 % faster than `masked`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from typing import Any, NamedTuple
 import torch
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
-WIDTHS = (16, 32, 64, 128)  # kernels of the layers that are timed
+WIDTHS = (16, 32, 64, 128)  # how many kernels the layers have that are timed
 WORKS = ("straight_through", "selected", "inference")
-FASTER = 0.95  # of the time of `masked`: less difference than that is noise, and `masked` is simpler
-FOLDER = "SFG_FAST_CACHE"  # environment variable: another folder than the user's cache
+FASTER = 0.95  # the largest share of the time of `masked`: a smaller difference is noise, and `masked` is simpler
+FOLDER = "SFG_FAST_CACHE"  # the environment variable that names another folder than the user's cache
 
 
 class Choice(NamedTuple):
-    """For what layers the Triton kernels are taken, and why (one sentence)."""
+    """The layers for which the Triton kernels are taken (others take `masked`), and why, in one sentence."""
 
     taken: frozenset[str] = frozenset()  # "bfloat16/64/selected", see `entry`
     why: str = ""
 
     def takes(self, precision: str, width: int, work: str) -> bool:
+        """Whether a layer takes the Triton kernels: its precision, how many kernels it has, and one of WORKS."""
         return entry(precision, width, work) in self.taken
 
 
 def entry(precision: str, width: int, work: str) -> str:
-    """The name of what was timed for layers of about so many kernels: of the next larger width, or the largest."""
+    """The name of the timing that stands for layers of `width` kernels: that of the next larger width, or of the
+    largest."""
     return f"{precision}/{next((w for w in WIDTHS if w >= width), WIDTHS[-1])}/{work}"
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of this dtype are made now: a name of PRECISIONS, or torch's for dtypes that have no kernels."""
+    """How cuDNN now multiplies numbers of this dtype: a name of PRECISIONS, or torch's name for dtypes that have no
+    kernels."""
     cudnn: Any = torch.backends.cudnn
     if dtype == torch.float32:
         return "tf32" if cudnn.conv.fp32_precision == "tf32" else "float32"
@@ -51,8 +54,8 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def decide(result: dict[str, Any]) -> Choice:
-    """From a result (`gpu_check.measure`). One wrong check rules out its precision; one that belongs to none,
-    everything. What could not be timed takes `masked`."""
+    """The choice that follows from a result (`gpu_check.measure`). A wrong check rules out its precision; a wrong check
+    that belongs to no precision rules out all. Layers that could not be timed take `masked`."""
     wrong = {name.split()[0] for name in result["wrong"]}
     ruled_out = set(PRECISIONS) if wrong - set(PRECISIONS) else wrong
     ratios = {name: ratio for name, ratio in result["ratios"].items() if name.split("/")[0] not in ruled_out}
@@ -65,7 +68,8 @@ def decide(result: dict[str, Any]) -> Choice:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a result belongs to: another GPU, driver, version or kernel needs a check of its own."""
+    """What a result belongs to: the GPU, the driver, the versions and a hash of the kernels. Where any of them differs,
+    another check is needed."""
     import triton
 
     properties = torch.cuda.get_device_properties(device)
@@ -81,16 +85,17 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def files_that_decide() -> list[Path]:
-    """The kernels, what stands between them and a layer, and the checks."""
+    """The files that a result depends on: the kernels, what stands between them and a layer, and the checks."""
     from . import kernels
 
     assert kernels.__file__ is not None
     theirs, here = Path(kernels.__file__).parent, Path(__file__).parent
-    between = [here / f"{name}.py" for name in ("way", "passes", "routed_conv", "norm")]
+    between = [*here.glob("routed_conv/*.py"), here / "norm.py"]
     return sorted([*theirs.glob("*.py"), *theirs.glob("triton/*.py"), *here.glob("gpu/*.py"), *between])
 
 
 def hash_of(files: Iterable[Path]) -> str:
+    """A hash of the contents of files, in their order: 16 hexadecimal digits."""
     content = hashlib.sha256()
     for path in files:
         content.update(hashlib.sha256(path.read_bytes()).digest())
@@ -98,7 +103,7 @@ def hash_of(files: Iterable[Path]) -> str:
 
 
 def known(device: torch.device) -> dict[str, Any] | None:
-    """What `describe` says, or None where it can't."""
+    """The description of `describe`, or None for a device that it can't describe."""
     try:
         return describe(device)
     except Exception:  # Triton is not installed, or the device can't be asked
@@ -125,7 +130,7 @@ def driver() -> str:
 
 
 def folder() -> Path:
-    """Where results lie: the user's cache folder, or what SFG_FAST_CACHE names."""
+    """The folder where results lie: the user's cache folder, or the one that SFG_FAST_CACHE names."""
     if os.environ.get(FOLDER):
         return Path(os.environ[FOLDER])
     from platformdirs import user_cache_path
@@ -134,14 +139,14 @@ def folder() -> Path:
 
 
 def file_of(description: dict[str, Any]) -> Path:
-    """Where the result of a check of this device lies, or would lie."""
+    """The file where the result for this description lies, or would lie."""
     name = re.sub(r"\W+", "_", description["device"]).strip("_")
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     return folder() / "gpu_check" / f"{name}_{digest}.json"
 
 
 def read(path: Path, description: dict[str, Any]) -> dict[str, Any] | None:
-    """A result, or None if there is none of this device that can be read."""
+    """The result in a file, or None if the file can't be read or its result belongs to another description."""
     try:
         result = json.loads(path.read_text())
         parts = [result[name] for name in ("wrong", "ratios", "untimed")]
@@ -156,13 +161,13 @@ _chosen: dict[int, Choice] = {}
 
 
 def choose(device: torch.device, choice: Choice) -> None:
-    """From now on this holds on the device, in this process."""
+    """Makes a choice hold for the device in this process from now on."""
     _chosen[_index(device)] = choice
 
 
 def chosen(device: torch.device) -> Choice:
-    """What holds on the device: what was chosen, or the result in the cache folder; otherwise `masked` for all, with a
-    warning that names the command, once."""
+    """The choice that holds for the device: that of `choose`, or what follows from the result in the cache folder. If
+    there is neither, all layers take `masked`, and a warning, given once, names the command that checks."""
     index = _index(device)
     if index not in _chosen:
         _chosen[index] = choice = look_up(torch.device(device.type, index))
@@ -172,7 +177,7 @@ def chosen(device: torch.device) -> Choice:
 
 
 def look_up(device: torch.device) -> Choice:
-    """What was chosen, or what the cache folder says."""
+    """The choice for the device as `chosen` gives it, but without a warning, and without keeping it."""
     index = _index(device)
     if index in _chosen:
         return _chosen[index]
@@ -187,7 +192,7 @@ def look_up(device: torch.device) -> Choice:
 
 
 def forget() -> None:
-    """Look into the cache folder again."""
+    """Forgets all choices, so that `chosen` looks into the cache folder again."""
     _chosen.clear()
 
 
@@ -196,7 +201,7 @@ def _index(device: torch.device) -> int:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """A result, for people."""
+    """A result as lines for people to read."""
     choice = decide(result)
     lines = [f"{'kind of layer':30} time of triton / masked   auto takes"]
     for name, ratio in sorted(result["ratios"].items()):
@@ -206,10 +211,11 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def as_lists(choice: Choice) -> list[Any]:
-    """For a checkpoint."""
+    """A choice as lists, as a checkpoint holds it; `from_lists` makes a choice of them again."""
     return [sorted(choice.taken), choice.why]
 
 
 def from_lists(lists: Iterable[Any]) -> Choice:
+    """The choice that `as_lists` gave."""
     taken, why = lists
     return Choice(frozenset(taken), why)

@@ -1,4 +1,4 @@
-"""Backward passes that can't be differentiated themselves, and say so."""
+"""Backward passes that can't be differentiated themselves. They say so, where somebody tries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ MESSAGE = (
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch's, with a message of our own, and for every gradient under `create_graph=True`: torch leaves out those
-    whose incoming gradient is constant, and a gradient penalty would then silently be none."""
+    """As torch's own decorator, with a message of this package. And under `create_graph=True` it refuses for every
+    gradient: torch leaves out those whose incoming gradient is constant, and a gradient penalty would then silently
+    be none."""
 
     @functools.wraps(backward)
     def without_graph(ctx: Any, *gradients: Any) -> Any:

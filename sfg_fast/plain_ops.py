@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .tracing import in_graph
+
 # relu'(0) = 0: behind a gate, where an unselected kernel is zero, these tell its gate nothing.
 _FLAT_AT_ZERO = {F.relu, torch.relu, F.relu6, F.hardtanh, F.threshold, F.hardshrink, F.softshrink}
 CHANNELWISE = _FLAT_AT_ZERO | {
@@ -52,6 +54,7 @@ class TensorLike:
         return self.channelwise(lambda x: x.to(*args, **kwargs))
 
     def detach(self) -> Self:
+        """The same values, without a graph of autograd."""
         return self.channelwise(Tensor.detach)
 
     def crop(self, index: tuple[slice, ...]) -> Self:
@@ -59,6 +62,7 @@ class TensorLike:
         return self.channelwise(lambda x: x[index])
 
     def dim(self) -> int:
+        """4."""
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
@@ -129,7 +133,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
     _check_keeps_zeros(function, name, rest, kwargs)
     if kwargs.get("inplace"):  # the packed tensor is the layer's own
         kwargs = {**kwargs, "inplace": False}
-    if function in _FLAT_AT_ZERO and getattr(features, "others", None) is not None:
+    if function in _FLAT_AT_ZERO and getattr(features, "undrawn", None) is not None:
         _warn_flat(name)
     return features.channelwise(lambda x: function(x, *rest, **kwargs))
 
@@ -165,7 +169,7 @@ def _concatenate(features: Any, dim: int = 0, **other: Any) -> Any:
 
 
 def _warn_flat(name: str) -> None:
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         warnings.warn(
             f"{name} behind a gate: the values are right, but the gates of groups that a kernel was not drawn into get "
             "no gradient through it, so p is learnt poorly; put it before the gate, SFGConv2d(..., activation='relu')",

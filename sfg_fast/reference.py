@@ -3,7 +3,8 @@
 "We first convolve the input features with all kernels, and generate the output features from each filter group by
 zeroing out the channels that root from the kernels in the other groups, resulting in F_reg, F_s, F_seg that are sparse
 at non-overlapping channel indices." (section 2.1.) Features are T+1 dense tensors [N, K, H, W], shared first; an SFG
-layer costs T+1 full convolutions (one for the image). Nothing of the fast path is used here.
+layer costs T+1 full convolutions (one for the image). This file uses plain torch, and nothing of the fast path: no
+kernels, no packed tensors, no autograd functions.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import ACTIVATIONS, Activation, activate
-from .gates import GroupGates
-from .groups import FilterGroups, Routing
+from .activations import activate
+from .groups import FilterGroups, Routing, sort_by_group
+from .layer import SFGLayer
 from .norm import KernelNorm
 from .plain_ops import TensorLike
 
@@ -30,33 +31,41 @@ class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
         self.groups, self.routing = groups, routing
 
     def dense(self, group: int | str) -> Tensor:
+        """F_group, [N, K, H, W]."""
         return self[self.groups.index(group)]
 
     def merged(self, task: int | str) -> Tensor:
+        """[F_task | F_shared] by summation, [N, K, H, W]."""
         group = self.groups.index(task)
         return self[group] if self.routing is Routing.OWN or group == 0 else self[group] + self[0]
 
     @property
     def packed(self) -> Tensor:
+        """[N, rows, H, W], as `SFGFeatures.packed`."""
         streams = torch.cat(list(self), 1)
         return streams if self.groups.full else streams.index_select(1, self.groups.rows_in_streams)
 
     @property
     def shape(self) -> torch.Size:
+        """That of each tensor."""
         return self[0].shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the tensors."""
         return self[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """That of the tensors."""
         return self[0].device
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> DenseFeatures:
+        """`operation` on every tensor."""
         return DenseFeatures(map(operation, self), self.groups, self.routing)
 
     def concatenate(self, *more: DenseFeatures) -> DenseFeatures:
+        """[F | F' | ..] along the channels, for each group."""
         tensors = [torch.cat(parts, 1) for parts in zip(self, *more, strict=True)]
         return DenseFeatures(tensors, FilterGroups.joined([one.groups for one in (self, *more)]), self.routing)
 
@@ -77,7 +86,8 @@ def merge(features: Sequence[Tensor], routing: Routing) -> list[Tensor]:
 
 
 def normalise(u: list[Tensor], norm: KernelNorm, groups: FilterGroups) -> list[Tensor]:
-    """Batch statistics of the drawn row of each kernel, for all its rows; running ones in eval (see norm.py).
+    """u normalised: all rows of a kernel by the batch statistics of its drawn row, in eval by the running ones
+    (norm.py).
 
     `u` holds T+1 tensors, or one if all groups read the same image (then all rows of a kernel are equal).
     """
@@ -98,143 +108,41 @@ def normalise(u: list[Tensor], norm: KernelNorm, groups: FilterGroups) -> list[T
     ]
 
 
-class SFGConv2d(GroupGates):
+class SFGConv2d(SFGLayer):
     """A convolution whose K kernels are drawn into T+1 groups, by dense masking. See `sfg_fast.SFGConv2d`.
 
-    Same constructor, parameters and state_dict as the fast layer; returns the list of T+1 dense tensors.
+    It has the constructor, parameters and state_dict of the fast layer, and returns the list of T+1 dense tensors.
     """
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        tasks: int | Iterable[str] = 2,
-        norm: str | None = None,
-        activation: Activation = None,
-        init: str | Sequence[Any] | Tensor = "uniform",
-        estimator: str = "straight_through",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if groups != 1:
-            raise ValueError(f"groups={groups}: SFG layers draw their own filter groups, only groups=1 is possible")
-        if norm not in (None, "batch"):
-            raise ValueError(f"norm={norm!r} is unknown, expected None or 'batch'")
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
-        if isinstance(activation, type):
-            name = activation.__name__
-            raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
-        if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
-            raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
-        super().__init__(out_channels, tasks, init, estimator, device, dtype)
-        # torch's own layer checks the geometry and gives the initial weights.
-        plain = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias,
-            padding_mode, device, dtype,  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
-        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation  # type: ignore
-        self.padding, self.padding_mode = plain.padding, padding_mode
-        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
-            sizes = getattr(self, name)
-            if not isinstance(sizes, str) and min(sizes) < least:
-                raise ValueError(f"{name}={sizes}: expected at least {least}")
-        self.weight, self.bias = plain.weight, plain.bias
-        factory = {"device": device, "dtype": dtype}
-        self.norm = KernelNorm(out_channels, len(self.group_names), **factory) if norm else None
-        self.activation = activation
-        # torch's padding before the convolution ("same" may be uneven, other modes are not zeros).
-        self.pad_before = list(plain._reversed_padding_repeated_twice)
-        self._even = self.pad_before[0::2] == self.pad_before[1::2]
-
-    def reset_parameters(self) -> None:
-        """As it is made: weight and bias as `nn.Conv2d` draws them, p as `init` says, nothing fixed, no statistics."""
-        self.reset_grouping()
-        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
-        for part in (self.norm, self.activation):
-            if part is not None and hasattr(part, "reset_parameters"):
-                part.reset_parameters()
-
-    @property
-    def zero_padding(self) -> tuple[int, int] | None:
-        """(vertical, horizontal) zero padding that the convolution itself can do, or None: pad the input before."""
-        if self.padding_mode == "zeros" and self._even:
-            return self.pad_before[2], self.pad_before[0]
-        return None
-
-    def pad(self, x: Tensor) -> Tensor:
-        """The input, padded where `zero_padding` can't do it."""
-        if self.zero_padding is not None:
-            return x
-        return F.pad(x, self.pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-
-    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(self.pad(x), weight, self.bias, self.stride, self.zero_padding or 0, self.dilation)
-
     def forward(self, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
-        """x: one image [N, C, H, W] for all groups, or T+1 dense tensors. `groups`: a draw to use instead of a new
-        one.
-        """
-        groups = self.draw() if groups is None else self.check_groups(groups)
-        assert groups.gates is not None
-        weight = self.weight_of(groups)
-        if isinstance(x, Tensor):
-            u = [self._conv(x, weight)]  # every group reads the same image: convolve once, then mask
-        else:
-            self.check_sequence(x)
-            u = [self._conv(read, weight) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
-        if self.norm is not None:
-            u = normalise(u, self.norm, groups)
-        h = [activate(tensor, self.activation) for tensor in u]
-        h = h if len(h) > 1 else h * len(self.group_names)
-        z = groups.gates.to(h[0].dtype).t()[:, :, None, None]
-        return DenseFeatures([z[group] * tensor for group, tensor in enumerate(h)], groups)
+        """x: one image [N, C, H, W] for all groups, or T+1 dense tensors [N, C, H, W]. `groups`: a draw to use instead
+        of a new one."""
+        return forward(self, x, groups)
 
-    def check_groups(self, groups: FilterGroups) -> FilterGroups:
-        """A draw given from outside, or ValueError if it is not one for this layer."""
-        self.check_names(groups)
-        if groups.width != self.out_channels or groups.gates is None:
-            raise ValueError(f"groups={groups}: expected a draw for this layer's {self.out_channels} kernels")
-        return groups
+    @staticmethod
+    def _sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Any]]]:
+        """As `backends.sample`, in plain torch."""
+        assignment = (log_p if noise is None else log_p + noise).detach().argmax(1)
+        return assignment, (*sort_by_group(assignment, log_p.shape[1]), {})
 
-    def check_names(self, groups: FilterGroups) -> None:
-        if groups.names != self.group_names:
-            raise ValueError(f"the input has groups {groups.names}, this layer {self.group_names}")
 
-    def check_sequence(self, x: Sequence[Tensor]) -> None:
-        """ValueError unless x holds one tensor per group, all of one shape, of groups of the same names."""
-        if hasattr(x, "groups"):
-            self.check_names(x.groups)
-        if len(x) != len(self.group_names):
-            raise ValueError(
-                f"got {len(x)} dense tensors, expected {len(self.group_names)}: {', '.join(self.group_names)}"
-            )
-        shapes = [tuple(tensor.shape) for tensor in x]
-        if len(set(shapes)) > 1:
-            raise ValueError(f"the dense tensors have shapes {shapes}, expected one shape")
+def forward(layer: SFGLayer, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
+    """The forward pass of an SFG layer by dense masking: F_g = z_g * act(norm(u_g)) for every group g."""
+    groups = layer.draw() if groups is None else layer.check_groups(groups)
+    assert groups.gates is not None
+    weight = layer.weight_of(groups)
+    if isinstance(x, Tensor):
+        u = [_convolve(layer, x, weight)]  # every group reads the same image: convolve once, then mask
+    else:
+        layer.check_sequence(x)
+        u = [_convolve(layer, read, weight) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
+    if layer.norm is not None:
+        u = normalise(u, layer.norm, groups)
+    h = [activate(tensor, layer.activation) for tensor in u]
+    h = h if len(h) > 1 else h * len(layer.group_names)
+    z = groups.gates.to(h[0].dtype).t()[:, :, None, None]
+    return DenseFeatures([z[group] * tensor for group, tensor in enumerate(h)], groups)
 
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("padding_mode", "zeros")):
-            if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)}"
-        if self.bias is None:
-            text += ", bias=False"
-        text += f", tasks={self.group_names[1:]}, activation={self.activation}, estimator={self.estimator}"
-        return text + (", assigned" if self.assigned else "")
+
+def _convolve(layer: SFGLayer, x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(layer.pad(x), weight, layer.bias, layer.stride, layer.zero_padding or 0, layer.dilation)

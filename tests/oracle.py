@@ -1,7 +1,9 @@
-"""Dense masking written plainly in torch operations, independent of everything in sfg_fast: the oracle of the tests."""
+"""Dense masking written plainly in torch operations, independent of everything in sfg_fast that it checks: the oracle
+of the tests."""
 
 import torch
 import torch.nn.functional as F
+from sfg_fast.kernels.spec import RunningStatistics
 
 
 def merge(x, routing):
@@ -84,7 +86,7 @@ def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.
         count = (2, 50)[step % 2]
         mean, var = torch.randn(kernels, generator=generator), torch.rand(kernels, generator=generator)
         assignment = torch.randint(groups, (kernels,), generator=generator)
-        keep_statistics(mean, var, assignment, count, momentum, *running, draws, *pooled)
+        keep_statistics(mean, var, assignment, count, momentum, RunningStatistics(*running, draws, *pooled))
         for k in range(kernels):
             g = int(assignment[k])
             times[g][k] += 1

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from sfg_fast import SFGConv2d, SFGHighResNet, backend, set_estimator
+from sfg_fast.draws import gumbel_noise
 from sfg_fast.estimators import ESTIMATORS, gumbel_rao, reinmax, straight_through
-from sfg_fast.gates import GroupGates, gumbel_noise
+from sfg_fast.gates import GroupGates
 from sfg_fast.networks.controls import sfg_layers
 from tests import oracle
 from tests.backends import EVERY
@@ -204,7 +205,7 @@ def test_set_estimator():
     set_estimator(model, "reinmax", every=4)
     assert {(layer.estimator, layer.every) for layer in sfg_layers(model).values()} == {("reinmax", 4)}
     set_estimator(model, dataclasses.replace(ESTIMATORS["gumbel_rao"], samples=3))
-    assert model.stages[0]["sfg"]._rule.samples == 3
+    assert model.stages[0]["sfg"].rule.estimator.samples == 3
     with pytest.raises(
         ValueError, match="estimator='best' is unknown, expected one of gumbel_softmax, straight_through"
     ):

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 
 import sfg_fast
+from sfg_fast.draws import INITIAL, gumbel_noise, initial_probabilities, temperature_at
 from sfg_fast.estimators import ESTIMATORS
-from sfg_fast.gates import INITIAL, GroupGates, draw_together, gumbel_noise, initial_probabilities, temperature_at
+from sfg_fast.gates import GroupGates, draw_together
 from tests import oracle
 
 DRAWS = 20000

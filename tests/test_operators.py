@@ -10,13 +10,13 @@ from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import convolve, routed_conv
 from tests.backends import PACKED
 
-KINDS = ["packed", "with others", "rows with others", "relaxed", "image"]
+KINDS = ["packed", "undrawn", "undrawn rows", "relaxed", "image"]
 
 
 def problem(kind):
-    """x, others, weight, bias, spec: 5 channels, 4 kernels, two tasks; stride 2 down."""
+    """x, undrawn, weight, bias, spec: 5 channels, 4 kernels, two tasks; stride 2 down."""
     into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
-    columns = FilterGroups.from_assignment(into, all_gates=kind == "with others")
+    columns = FilterGroups.from_assignment(into, all_gates=kind == "undrawn")
     rows = FilterGroups.from_assignment(out, all_gates=kind != "packed")
     routing = Routing.ARROW
     if kind == "relaxed":
@@ -24,17 +24,17 @@ def problem(kind):
     if kind == "image":
         columns, routing = FilterGroups.blocks([5], ("image",)), Routing.ALL
     x = torch.randn(2, len(columns.order), 6, 5)
-    others = x.new_zeros(()).expand(2, 2 * 5, 6, 5).requires_grad_() if columns.all_gates else None
+    undrawn = x.new_zeros(()).expand(2, 2 * 5, 6, 5).requires_grad_() if columns.all_gates else None
     spec = RoutedConv(rows, columns, routing, Geometry((2, 1), (1, 1), (1, 1)))
-    return x.requires_grad_(), others, torch.randn(4, 5, 3, 3).requires_grad_(), torch.randn(4).requires_grad_(), spec
+    return x.requires_grad_(), undrawn, torch.randn(4, 5, 3, 3).requires_grad_(), torch.randn(4).requires_grad_(), spec
 
 
-def run(x, others, weight, bias, spec, relu):
-    """u, and what the gates of its others need."""
+def run(x, undrawn, weight, bias, spec, relu):
+    """u, and the kept product."""
     if not spec.rows.all_gates:
-        return routed_conv(x, weight, bias, spec, relu, others=others), torch.empty(0)
-    u, recipe, *_ = convolve(x, weight, bias, spec, relu, others=others, keep=True)
-    return u, recipe.a
+        return routed_conv(x, weight, bias, spec, relu, undrawn=undrawn), torch.empty(0)
+    u, rows, *_ = convolve(x, weight, bias, spec, relu, undrawn=undrawn, keep_product=True)
+    return u, rows.kept_product
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -57,11 +57,11 @@ def test_a_compiled_graph_gives_the_same(name, kind, relu):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(name, kind):
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""
-    x, others, weight, bias, spec = problem(kind)
+    x, undrawn, weight, bias, spec = problem(kind)
     folder = {"masked": "masked", "native": "cpu", "triton": "triton"}[name]
     sides = [spec.rows.order, spec.rows.offsets, spec.columns.order, spec.columns.offsets]
     sizes, numbers = [3, 4, len(spec.columns.names), 5], [2, 1, 1, 1, 1, 1]
-    fused, keep = name != "masked", kind in ("with others", "rows with others")
-    arguments = (x, others, weight, bias, None, sides, sizes, numbers, spec.routing.value, fused, keep, folder)
+    fused, keep_product = name != "masked", kind in ("undrawn", "undrawn rows")
+    arguments = (x, undrawn, weight, bias, None, sides, sizes, numbers, spec.routing.value, fused, keep_product, folder)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     library.opcheck(torch.ops.sfg_fast.routed_conv.default, arguments, test_utils=tests)

@@ -1,6 +1,7 @@
 """The house: light imports, downward imports, a forced backend."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -14,42 +15,68 @@ from sfg_fast import backends
 from sfg_fast.backends import BackendError, backend
 
 ROOT = Path(sfg_fast.__file__).parent
+KERNELS = Path(sfg_fast.kernels.__file__).parent
 
 FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
-    {"activations", "errors", "files", "groups", "kernels", "kernel_choice", "data", "once", "tables", "tracing"},
-    {"backends", "estimators", "features", "gates", "norm", "plain_ops"},
-    {"reference", "way", "passes", "operators", "routed_conv", "normalised_conv"},
+    {"activations", "errors", "estimators", "once", "tables", "tracing"},
+    {"files", "groups", "plain_ops", "undrawn"},
+    {"data", "draws", "kernels"},
+    {"features", "fixed_assignment", "kernel_choice", "norm", "tasks"},
+    {"backends"},
+    {"configuration", "gates", "routed_conv"},
+    {"layer"},
+    {"reference"},
     {"layers"},
-    {"configuration", "gpu"},
-    {"networks", "tasks"},
+    {"gpu", "networks"},
     {"training"},
     {"evaluation"},
-    {"experiment"},
-    {"demo", "cli"},
+    {"demo", "experiment"},
+    {"cli"},
 ]
+FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
+FILES |= {  # where the package is installed in place, kernels/ lies beside it
+    ("kernels", *path.relative_to(KERNELS).with_suffix("").parts): path for path in KERNELS.rglob("*.py")
+}
 
 
 def floor(name):
     return next(number for number, names in enumerate(FLOORS) if name in names)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downwards(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
+def imported(parts):
+    """The files of the package that a file imports. What only a type checker reads does not count."""
+    tree = ast.parse(FILES[parts].read_text())
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in for_types:
+            continue
+        module = tuple(node.module.split(".")) if node.module else ()
+        if not node.level and module[:1] != ("sfg_fast",):
+            continue
+        target = (*parts[: len(parts) - node.level], *module) if node.level else module[1:]
+        for alias in node.names:
+            found = [(*target, alias.name), (*target, alias.name, "__init__"), target, (*target, "__init__")]
+            yield next(one for one in found if one in FILES)
+
+
+@pytest.mark.parametrize("parts", sorted(FILES), ids="/".join)
+def test_imports_point_downwards(parts):
     if parts == ("__init__",):
         return  # it imports for type checkers only
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        base = list(parts[: len(parts) - node.level]) if node.level else (node.module or "").split(".")[1:]
-        if not node.level and (node.module or "").split(".")[0] != "sfg_fast":
-            continue
-        target = base + (node.module.split(".") if node.level and node.module else [])
-        names = [target[0]] if target else [alias.name for alias in node.names]
-        for name in names:
-            same_folder = name == parts[0] and len(parts) > 1
-            siblings = name in FLOORS[floor(parts[0])]
-            assert same_folder or siblings or floor(name) < floor(parts[0]), f"{path.name} imports {name}"
+    for name, *_ in imported(parts):
+        assert (name == parts[0] and len(parts) > 1) or floor(name) < floor(parts[0]), f"{parts} imports {name}"
+
+
+def test_imports_make_no_circle():
+    graphlib.TopologicalSorter({
+        parts: [one for one in imported(parts) if one not in (("__init__",), (*parts[:-1], "__init__"))]
+        for parts in FILES if parts != ("__init__",)
+    }).prepare()  # fmt: skip
 
 
 def test_import_is_light():
@@ -83,7 +110,7 @@ def test_public_names():
         "import sfg_fast; print(sfg_fast.networks.controls.predict is sfg_fast.predict)",
         "import sfg_fast; print(sfg_fast.layers.conv.SFGConv2d is sfg_fast.SFGConv2d)",
         "import sfg_fast; print(sfg_fast.backends.backend is sfg_fast.backend)",
-        "from sfg_fast import *; print(issubclass(SFGConv2d, reference.SFGConv2d), end=''); print() if SFGVGG else 0",
+        "from sfg_fast import *; print(issubclass(SFGConv2d, reference.SFGLayer), end=''); print() if SFGVGG else 0",
         "import sfg_fast.configuration; print(callable(sfg_fast.show_config))",
     ],
 )

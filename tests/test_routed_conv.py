@@ -17,13 +17,13 @@ from tests.backends import FAST, PACKED
 from tests.oracle import assert_close
 
 
-def check_others(recipe, u, random):
-    """u of the others, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
-    for n, found in enumerate(masked.others(recipe.recipe(None, None, None, masked))):
-        assert_close(found, u[:, n], what="others")
+def check_undrawn(rows, u, random):
+    """u of the undrawn rows, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
+    for n, found in enumerate(masked.undrawn_rows(rows.features(None, None, None, masked))):
+        assert_close(found, u[:, n], what="undrawn rows")
     scale, shift = (random(*u.shape[1:3]) for _ in range(2))
     for affine in ((None, None), (scale, shift)):
-        for activation in recipe.kernels.KNOWS:
+        for activation in rows.run.kernels.KNOWS:
             h = u if affine[0] is None else u * scale[:, :, None, None] + shift[:, :, None, None]
             h = h if activation is None else h.clamp_min(0)
             if activation == "relu_pool":
@@ -31,7 +31,7 @@ def check_others(recipe, u, random):
                     continue
                 h = h.unfold(3, 2, 2).unfold(4, 2, 2).amax((5, 6))
             df = random(*h.shape)
-            dz = recipe.kernels.gate_gradient(recipe.recipe(*affine, activation), df.flatten(1, 2))
+            dz = rows.run.kernels.gate_gradient(rows.features(*affine, activation), df.flatten(1, 2))
             assert_close(dz, (df * h).sum((0, 3, 4)), what="gates")
 
 
@@ -54,9 +54,9 @@ def problems(draw):
         "batch": draw(st.integers(1, 3)),
         "bias": draw(st.booleans()),
         "routing": draw(st.sampled_from(list(Routing))),
-        "columns": draw(st.sampled_from(["packed", "with others", "streams"])),
-        "rows": draw(st.sampled_from(["packed", "with others", "relaxed"])),
-        "around": draw(st.booleans()),
+        "columns": draw(st.sampled_from(["packed", "with undrawn", "streams"])),
+        "rows": draw(st.sampled_from(["packed", "with undrawn", "relaxed"])),
+        "shortcut": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**16)),
     }
 
@@ -81,17 +81,17 @@ def check(problem, name):
     else:
         columns = FilterGroups.streams(p["channels"], p["tasks"])
         if p["columns"] != "streams":
-            columns = FilterGroups.from_assignment(into, p["tasks"], all_gates=p["columns"] == "with others")
+            columns = FilterGroups.from_assignment(into, p["tasks"], all_gates=p["columns"] == "with undrawn")
         live = columns.rows_in_streams
         everything = torch.zeros(p["batch"], groups * p["channels"], *p["image"], dtype=torch.float64)
-        everything[:, live] = random(p["batch"], len(live), *p["image"])  # others are zero
+        everything[:, live] = random(p["batch"], len(live), *p["image"])  # undrawn rows are zero
         everything.requires_grad_()
         dense = list(everything.split(p["channels"], 1))
         if p["routing"] is Routing.ARROW:
             dense = [dense[0]] + [task + dense[0] for task in dense[1:]]
     rows = FilterGroups.relaxed(onehot_out, p["tasks"])
     if p["rows"] != "relaxed":
-        rows = FilterGroups.from_assignment(out, p["tasks"], onehot_out, all_gates=p["rows"] == "with others")
+        rows = FilterGroups.from_assignment(out, p["tasks"], onehot_out, all_gates=p["rows"] == "with undrawn")
     weight = random(p["kernels"], p["channels"], *p["kernel_size"]).requires_grad_()
     bias = random(p["kernels"]).requires_grad_() if p["bias"] else None
     parameters = [leaf for leaf in (weight, bias) if leaf is not None]
@@ -103,25 +103,25 @@ def check(problem, name):
 
     spec = RoutedConv(rows, columns, p["routing"], Geometry(p["stride"], p["padding"], p["dilation"]))
     x = everything.detach()[:, live].requires_grad_()
-    others = None
+    undrawn = None
     if columns.all_gates:
-        of_columns = columns.others * columns.width + columns.order
-        others = x.new_zeros(()).expand(p["batch"], of_columns.numel(), *p["image"]).requires_grad_()
+        of_columns = columns.undrawn * columns.width + columns.order
+        undrawn = x.new_zeros(()).expand(p["batch"], of_columns.numel(), *p["image"]).requires_grad_()
         wanted.append(dx[:, of_columns.flatten()])
     with backend(name):
-        found = convolve(x, weight, bias, spec, others=others, keep=rows.all_gates, around=p["around"])
+        found = convolve(x, weight, bias, spec, undrawn=undrawn, keep_product=rows.all_gates, shortcut=p["shortcut"])
         if rows.all_gates:
-            of_rows = rows.others * rows.width + rows.order
-            check_others(found.made_of, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
-    inputs = [x, *parameters] + ([] if others is None else [others])
+            of_rows = rows.undrawn * rows.width + rows.order
+            check_undrawn(found.undrawn_rows, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
+    inputs = [x, *parameters] + ([] if undrawn is None else [undrawn])
     assert_close(found.u, expected, what="u")
     # A shortcut around the convolution: what comes back that way is added.
     past = random(*x.shape)
     outputs, gradients, wanted = [found.u, found.x], [dy, past], [dx[:, live] + past, *wanted]
-    if others is not None:
-        outputs, gradients = [*outputs, found.others], [*gradients, random(*others.shape)]
+    if undrawn is not None:
+        outputs, gradients = [*outputs, found.undrawn], [*gradients, random(*undrawn.shape)]
         wanted[-1] = wanted[-1] + gradients[-1]
-    names = [*["input", "weight", "bias"][: 1 + len(parameters)], "others"]
+    names = [*["input", "weight", "bias"][: 1 + len(parameters)], "undrawn"]
     for what, a, b in zip(names, torch.autograd.grad(outputs, inputs, gradients), wanted, strict=False):
         assert_close(a, b, what=f"gradient of the {what}")
 
@@ -142,13 +142,13 @@ def test_triton_against_dense_masking(problem):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("routing", Routing)
-@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
-@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
-@pytest.mark.parametrize("around", [False, True])
-def test_every_kind_of_rows_and_columns(name, rows, columns, routing, around):
+@pytest.mark.parametrize("columns", ["packed", "with undrawn", "streams"])
+@pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_every_kind_of_rows_and_columns(name, rows, columns, routing, shortcut):
     problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
     problem |= {"dilation": (1, 1), "image": (5, 6), "batch": 2, "bias": True, "seed": 0}
-    check(problem | {"routing": routing, "columns": columns, "rows": rows, "around": around}, name)
+    check(problem | {"routing": routing, "columns": columns, "rows": rows, "shortcut": shortcut}, name)
 
 
 @pytest.mark.slow
@@ -245,13 +245,13 @@ def test_flops_of_a_straight_through_step(into, out):
         for sizes in (into, out)
     )
     x = torch.randn(1, kernels, size, size, requires_grad=True)
-    others = x.new_zeros(()).expand(1, tasks * kernels, size, size).requires_grad_()
+    undrawn = x.new_zeros(()).expand(1, tasks * kernels, size, size).requires_grad_()
     weight = torch.randn(kernels, kernels, 3, 3, requires_grad=True)
     spec = RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
     with FlopCounterMode(display=False) as counter, backend("masked"):
-        y, recipe, *_ = convolve(x, weight, None, spec, others=others, keep=True)
+        y, undrawn_rows, *_ = convolve(x, weight, None, spec, undrawn=undrawn, keep_product=True)
         y.sum().backward()
-        recipe.kernels.gate_gradient(recipe.recipe(None, None, "relu"), torch.randn(1, tasks * kernels, size, size))
+        undrawn_rows.gate_gradient(torch.randn(1, tasks * kernels, size, size), None, None, "relu")
     assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size
 
 
@@ -263,29 +263,29 @@ def where(request, monkeypatch):
 
 
 @pytest.mark.parametrize("routing", Routing)
-@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
-@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
+@pytest.mark.parametrize("columns", ["packed", "with undrawn", "streams"])
+@pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
 def test_masked_as_on_a_gpu(rows, columns, routing, monkeypatch):
     monkeypatch.setattr(masked, "cuts", lambda x: False)
     problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}
-    problem |= {"dilation": (1, 2), "image": (5, 6), "batch": 2, "bias": True, "seed": 0, "around": True}
+    problem |= {"dilation": (1, 2), "image": (5, 6), "batch": 2, "bias": True, "seed": 0, "shortcut": True}
     check(problem | {"routing": routing, "columns": columns, "rows": rows}, "masked")
 
 
 @pytest.mark.parametrize("routing", [Routing.ARROW, Routing.OWN])
-@pytest.mark.parametrize("rows", ["packed", "with others", "relaxed"])
+@pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
 def test_masked_keeps_channels_last(rows, routing, where):
     """In every pass: cuDNN copies anything else."""
-    groups = FilterGroups.from_assignment(torch.arange(9) % 3, all_gates=rows == "with others")
+    groups = FilterGroups.from_assignment(torch.arange(9) % 3, all_gates=rows == "with undrawn")
     if rows == "relaxed":
         groups = FilterGroups.streams(9, 2)
     x = torch.randn(2, len(groups.order), 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 9, 3, 3), (9,)))
-    others = x.new_zeros(()).expand(2, 18, 5, 6).requires_grad_() if rows == "with others" else None
+    undrawn = x.new_zeros(()).expand(2, 18, 5, 6).requires_grad_() if rows == "with undrawn" else None
     spec = RoutedConv(groups, groups, routing, Geometry((1, 1), (1, 1), (1, 1)))
     with backend("masked"):
-        found = convolve(x, weight, bias, spec, True, others=others, keep=groups.all_gates)
-    leaves = [leaf for leaf in (x, others, weight) if leaf is not None]
+        found = convolve(x, weight, bias, spec, True, undrawn=undrawn, keep_product=groups.all_gates)
+    leaves = [leaf for leaf in (x, undrawn, weight) if leaf is not None]
     *images, dw = torch.autograd.grad(found.u, leaves, torch.randn_like(found.u))
     for image in [found.u, *images]:
         assert image.is_contiguous(memory_format=torch.channels_last)

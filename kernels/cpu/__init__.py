@@ -1,7 +1,8 @@
-"""The routed convolution in C++, vectorised, for float32 and float64 on the CPU. Skips what is not read.
+"""The routed convolution in C++, vectorised, for float32 and float64 on the CPU. It skips what a group does not read.
 
-One thread pool with torch, as many threads as torch uses. Outputs and input gradients don't depend on their number, to
-the bit; weight and bias gradients do: each thread sums its part of the positions.
+The kernels share torch's thread pool, and use as many threads as torch does. The bits of outputs and input gradients
+don't depend on the number of threads; those of the gradients of weight, bias and gates do, because each thread sums its
+part of the positions. `contract.py` says what each function computes.
 """
 
 import math
@@ -15,7 +16,7 @@ from ...groups import Routing
 from .. import masked
 from ..masked import missing
 from ..packing import unpack, unpack_dim
-from ..spec import Recipe, RoutedConv
+from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
 from . import _native
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "missing",
     "normalise",
     "normalise_gradient",
+    "normalise_gradient_again",
     "pack",
     "sample",
     "statistics",
@@ -64,7 +66,8 @@ def cannot(x: Tensor) -> str | None:
 
 
 class Parameters(NamedTuple):
-    """A layer's own: the kernels look up where each packed row and column is."""
+    """Weight [K, C, kH, kW] and bias [K] in the layer's own order: the C++ kernels look up where each packed row and
+    column stands."""
 
     weight: Tensor
     bias: Tensor | None
@@ -77,7 +80,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor,
     offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
     found = (to_dlpack(tensor) for tensor in (assignment, order, offsets, known))
     ends = _native.sample(_plain(log_p), _plain_or_none(noise), *found)
-    return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "others": known[2:]}
+    return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "undrawn": known[2:]}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Parameters:
@@ -88,14 +91,15 @@ def forward(
     x: Tensor,
     packed: Parameters,
     spec: RoutedConv,
+    *,
     relu: bool = False,
     residual: Tensor | None = None,
-    keep: bool = False,
+    keep_product: bool = False,
     affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))
     shape = x.shape[0], spec.rows.order.numel(), *size
-    y, a = _empty(x, *shape), _empty(x, *shape) if keep else None
+    y, kept_product = _empty(x, *shape), _empty(x, *shape) if keep_product else None
     _native.forward(
         _plain(x),
         _plain(packed.weight),
@@ -103,12 +107,12 @@ def forward(
         _plain_or_none(residual),
         relu,
         to_dlpack(y),
-        _plain_or_none(a),
+        _plain_or_none(kept_product),
         *_where(spec),
         *_orders(spec),
         _plain_or_none(affine),
     )
-    return y, a
+    return y, kept_product
 
 
 def input_gradient(
@@ -116,27 +120,28 @@ def input_gradient(
     packed: Parameters,
     spec: RoutedConv,
     size: tuple[int, int],
-    relu: Tensor | None = None,
-    around: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    relu_output: Tensor | None = None,
+    shortcut: ShortcutGradient = NO_SHORTCUT,
 ) -> tuple[Tensor, Tensor | None]:
     images, channels, groups = dy.shape[0], spec.columns.order.numel(), len(spec.columns.names)
     dx = _empty(dy, images, channels, *size)
-    dothers = _empty(dy, images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
+    dundrawn = _empty(dy, images, (groups - 1) * channels, *size) if spec.columns.all_gates else None
     _native.input_gradient(
         _plain(dy),
-        _plain_or_none(relu),
+        _plain_or_none(relu_output),
         _plain(packed.weight),
-        _plain_or_none(around[0]),
-        _plain_or_none(around[1]),
+        _plain_or_none(shortcut.dx),
+        _plain_or_none(shortcut.dundrawn),
         to_dlpack(dx),
-        _plain_or_none(dothers),
+        _plain_or_none(dundrawn),
         None,
         None,
         None,
         *_where(spec),
         *_orders(spec),
     )
-    return dx, dothers
+    return dx, dundrawn
 
 
 def input_and_gate_gradient(
@@ -144,23 +149,24 @@ def input_and_gate_gradient(
     packed: Parameters,
     spec: RoutedConv,
     features: Tensor,
-    recipe: Recipe | None,
-    relu: Tensor | None = None,
-    own: bool = True,
-    around: tuple[Tensor | None, Tensor | None] = (None, None),
+    undrawn: UndrawnFeatures | None,
+    *,
+    relu_output: Tensor | None = None,
+    drawn: bool = True,
+    shortcut: ShortcutGradient = NO_SHORTCUT,
 ) -> tuple[Tensor, Tensor]:
     dx = _empty(features, *features.shape)
-    dz = dy.new_empty(1 if recipe is None else len(spec.columns.names), features.shape[1])
+    dz = dy.new_empty(1 if undrawn is None else len(spec.columns.names), features.shape[1])
     _native.input_gradient(
         _plain(dy),
-        _plain_or_none(relu),
+        _plain_or_none(relu_output),
         _plain(packed.weight),
-        _plain_or_none(around[0]),
-        _plain_or_none(around[1]),
+        _plain_or_none(shortcut.dx),
+        _plain_or_none(shortcut.dundrawn),
         to_dlpack(dx),
         None,
-        _plain(features) if own else None,
-        None if recipe is None else _arguments(recipe),
+        _plain(features) if drawn else None,
+        None if undrawn is None else _arguments(undrawn),
         to_dlpack(dz),
         *_where(spec),
         *_orders(spec),
@@ -168,9 +174,9 @@ def input_and_gate_gradient(
     return dx, dz
 
 
-def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
-    dz = dothers.new_empty(len(recipe.spec.rows.names) - 1, recipe.spec.rows.order.numel())
-    _native.gate_gradient(_arguments(recipe), _plain(dothers), to_dlpack(dz), torch.get_num_threads())
+def gate_gradient(undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
+    dz = dundrawn.new_empty(len(undrawn.spec.rows.names) - 1, undrawn.spec.rows.order.numel())
+    _native.gate_gradient(_arguments(undrawn), _plain(dundrawn), to_dlpack(dz), torch.get_num_threads())
     return dz
 
 
@@ -179,11 +185,13 @@ def weight_gradient(
     dy: Tensor,
     packed: Parameters,
     spec: RoutedConv,
-    relu: Tensor | None = None,
+    *,
+    relu_output: Tensor | None = None,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = spec.rows, spec.columns
-    # Nothing is added up where a row reads each channel once: of full columns by their own group alone.
+    # No two entries of the packed gradient belong to one weight, where a row reads each channel once (of full columns:
+    # where each group reads its own alone) and each kernel has one row. The kernels then write straight into dw.
     read_once = columns.order.numel() == columns.width or not columns.full or spec.routing is Routing.OWN
     each_once = read_once and rows.order.numel() == rows.width
     orders = _orders(spec) if each_once else (None, None)
@@ -191,7 +199,7 @@ def weight_gradient(
     dw = x.new_empty(*sizes, *packed.weight.shape[2:])
     db = x.new_empty(sizes[0]) if bias else None
     _native.weight_gradient(
-        _plain(x), _plain(dy), _plain_or_none(relu), to_dlpack(dw), _plain_or_none(db), *_where(spec), *orders
+        _plain(x), _plain(dy), _plain_or_none(relu_output), to_dlpack(dw), _plain_or_none(db), *_where(spec), *orders
     )
     if each_once:
         return dw, db
@@ -199,38 +207,31 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    order: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    keep: bool = False,
+    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, return_affine: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    relu, pool = _flags(activation)
-    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
+    relu, pool = _flags(norm.activation)
+    weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
     n, channels, height, width = u.shape
     y = _empty(u, n, channels, *((height // 2, width // 2) if pool else (height, width)))
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
-    arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(order), _plain_or_none(residual)
+    arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(norm.order), _plain_or_none(residual)
     found = to_dlpack(y), to_dlpack(mean), to_dlpack(var)
-    affine = u.new_empty(2, channels) if keep else None
-    _native.normalise(*arrays, eps, relu, pool, *found, torch.get_num_threads(), _plain_or_none(affine))
+    affine = u.new_empty(2, channels) if return_affine else None
+    _native.normalise(*arrays, norm.eps, relu, pool, *found, torch.get_num_threads(), _plain_or_none(affine))
     return y, mean, var, affine
 
 
 def statistics(
-    u: Tensor, weight: Tensor, bias: Tensor, eps: float, running_mean: Tensor, running_var: Tensor, rate: float
+    u: Tensor, norm: BatchNorm, running_mean: Tensor, running_var: Tensor, rate: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
+    weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
     affine = u.new_empty(2, u.shape[1])
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), None, None
     found = to_dlpack(mean), to_dlpack(var)
     running = [statistic.to(u.dtype) for statistic in (running_mean, running_var)]
     kept = to_dlpack(affine), *map(to_dlpack, running), rate
-    _native.normalise(*arrays, eps, True, False, None, *found, torch.get_num_threads(), *kept)
+    _native.normalise(*arrays, norm.eps, True, False, None, *found, torch.get_num_threads(), *kept)
     for statistic, new in zip((running_mean, running_var), running, strict=True):
         if new is not statistic:
             statistic.copy_(new)
@@ -238,85 +239,69 @@ def statistics(
 
 
 def normalise_gradient(
-    dy: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    order: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str | None,
-    add: Tensor | None,
-    again: bool = False,
-) -> tuple[Tensor, ...]:
-    weight, bias = weight.to(u.dtype), bias.to(u.dtype)
-    dy, du = dy.contiguous(), _empty(u, *u.shape)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _normalise_gradient(dy.contiguous(), u, norm, mean, var, shortcut, again=None)
+
+
+def normalise_gradient_again(
+    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = dy.contiguous()
+    return *_normalise_gradient(dy, u, norm, mean, var, shortcut, again=dy), dy
+
+
+def _normalise_gradient(
+    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None, again: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`again`: None, or the tensor that act(norm(u)) is written into; it may be dy."""
+    weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
+    du, dweight, dbias = _empty(u, *u.shape), torch.empty_like(weight), torch.empty_like(bias)
     _native.normalise_gradient(
         _plain(dy),
         _plain(u),
         _plain(weight),
         _plain(bias),
-        _plain_or_none(order),
+        _plain_or_none(norm.order),
         _plain(mean),
         _plain(var),
-        _plain_or_none(add),
-        eps,
-        *_flags(activation),
+        _plain_or_none(shortcut),
+        norm.eps,
+        *_flags(norm.activation),
         to_dlpack(du),
         to_dlpack(dweight),
         to_dlpack(dbias),
         torch.get_num_threads(),
-        to_dlpack(dy) if again else None,
+        None if again is None else to_dlpack(again),
     )
-    return du, dweight, dbias, *([dy] if again else [])
+    return du, dweight, dbias
 
 
 def keep_statistics(
-    mean: Tensor,
-    var: Tensor,
-    assignment: Tensor,
-    count: int,
-    momentum: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-    draws: Tensor,
-    pooled_mean: Tensor,
-    pooled_var: Tensor,
+    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
-    if mean.dtype != running_mean.dtype:
-        running = running_mean, running_var, draws, pooled_mean, pooled_var
-        return masked.keep_statistics(mean, var, assignment, count, momentum, *running)
-    _native.keep_statistics(
-        _plain(mean),
-        _plain(var),
-        _plain(assignment),
-        count,
-        momentum,
-        to_dlpack(running_mean),
-        to_dlpack(running_var),
-        to_dlpack(draws),
-        to_dlpack(pooled_mean),
-        to_dlpack(pooled_var),
-    )
+    if mean.dtype != running.mean.dtype:
+        return masked.keep_statistics(mean, var, assignment, count, momentum, running)
+    _native.keep_statistics(_plain(mean), _plain(var), _plain(assignment), count, momentum, *map(to_dlpack, running))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Not filled. Large ones come from memory that is kept (memory.h)."""
+    """A tensor of this shape whose values are undefined. Large ones come from memory that the extension keeps
+    (memory.h)."""
     if math.prod(shape) * like.element_size() < KEPT_FROM:
         return like.new_empty(shape)
     return from_dlpack((_native.empty_float32 if like.dtype == torch.float32 else _native.empty_float64)(shape))
 
 
 def _flags(activation: str | None) -> tuple[bool, bool]:
-    """ReLU, and pooling behind it."""
+    """Does the activation have a ReLU, and does it pool?"""
     return activation is not None, activation == "relu_pool"
 
 
-def _arguments(recipe: Recipe) -> tuple[Any, ...]:
-    x, a, packed, spec, scale, shift, activation = recipe
-    arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(a)
+def _arguments(undrawn: UndrawnFeatures) -> tuple[Any, ...]:
+    """The same for bindings.cpp."""
+    x, kept_product, packed, spec, scale, shift, activation = undrawn
+    arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(kept_product)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))
     return *arrays, *affine, *_flags(activation), *_blocks(spec), *spec.geometry, size, *_orders(spec)
@@ -328,22 +313,22 @@ def _taps(packed: Parameters) -> tuple[int, int]:
 
 
 def _blocks(spec: RoutedConv) -> tuple[list[int], list[int], list[int]]:
-    """Offsets of the rows' and the columns' groups, and which is read."""
+    """Offsets of the groups of rows and of columns, and which group of columns each group of rows reads."""
     return spec.rows.ends, spec.columns.ends, [int(read) for row in spec.reads() for read in row]
 
 
 def _where(spec: RoutedConv) -> tuple[list[int], list[int], list[int], Pair, Pair, Pair, int]:
-    """`_blocks`, the geometry, and how many threads."""
+    """`_blocks`, the geometry, and the number of threads."""
     return *_blocks(spec), spec.geometry.stride, spec.geometry.padding, spec.geometry.dilation, torch.get_num_threads()
 
 
 def _orders(spec: RoutedConv) -> tuple[Any, Any]:
-    """Where rows and columns stand in the weight."""
+    """Which kernel each row is, and which channel each column."""
     return _plain(spec.rows.order), _plain(spec.columns.order)
 
 
 def _plain(tensor: Tensor) -> Any:
-    """Contiguous, outside autograd, as DLPack."""
+    """The tensor as DLPack: contiguous, and detached, because DLPack refuses tensors that require a gradient."""
     return to_dlpack((tensor.detach() if tensor.requires_grad else tensor).contiguous())
 
 

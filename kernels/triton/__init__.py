@@ -1,12 +1,14 @@
 """The routed convolution in Triton, for CUDA and ROCm devices; on CPU tensors in Triton's interpreter.
 
-Tensors are channels_last (others are copied). Nothing here waits for the device: what a drawn grouping decides (which
-channels are read, where a kernel went) stays in device memory, so a training step can be captured in a CUDA graph.
-Sums are float32 (float64 for float64 tensors) and made in a fixed order: the same bits every time.
+The kernels work on channels_last tensors; a tensor in another format is copied. No function here waits for the device:
+what a draw decides (which channels are read, which row a kernel has) stays in device memory, so a CUDA graph can
+capture a training step. Sums are float32 (float64 for float64 tensors) and made in a fixed order, so the bits are the
+same every time. `contract.py` says what each function computes.
 """
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import masked
-from ..spec import Recipe, RoutedConv
+from ..formulas import affine_of
+from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
 from . import config
 from .config import Launch, Pass
 from .convolve import convolve_kernel
-from .everything import convolve_all_kernel, convolve_kept_kernel, convolve_others_kernel, gate_gradient_kernel
+from .every_group import convolve_all_kernel, convolve_kept_kernel, convolve_undrawn_kernel, gate_gradient_kernel
 from .normalise import (
     affine_gradient_kernel,
     affine_kernel,
@@ -136,15 +138,18 @@ def forward(
     *,
     relu: bool = False,
     residual: Tensor | None = None,
-    keep: bool = False,
+    keep_product: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     offsets = spec.rows.offsets, spec.columns.offsets
-    if residual is not None and (p.shares_products or keep):
-        y, a = _convolve(x, packed.forward, p, offsets, size, relu, bias=packed.bias, keep=keep)
-        return y + residual, a
-    return _convolve(x, packed.forward, p, offsets, size, relu, residual=(residual, None), bias=packed.bias, keep=keep)
+    convolve = functools.partial(
+        _convolve, x, packed.forward, p, offsets, size, relu=relu, bias=packed.bias, two=keep_product
+    )
+    if residual is not None and (p.shares_products or keep_product):
+        u, kept_product = convolve()
+        return u + residual, kept_product
+    return convolve(added=(residual, None))
 
 
 def input_gradient(
@@ -153,32 +158,31 @@ def input_gradient(
     spec: RoutedConv,
     size: tuple[int, int],
     *,
-    relu: Tensor | None = None,
-    around: tuple[Tensor | None, Tensor | None] = (None, None),
+    relu_output: Tensor | None = None,
+    shortcut: ShortcutGradient = NO_SHORTCUT,
 ) -> tuple[Tensor, Tensor | None]:
-    assert relu is None, "dy has gone back through the ReLU already"
+    assert relu_output is None, "dy has gone back through the ReLU already"
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.offsets
-    # The kernels add to all that they write, or to nothing.
-    adds = not p.shares_products and around[0] is not None and (around[1] is not None) == p.others
-    residual = around if adds else (None, None)
-    found = _convolve(dy, packed.backward, p, offsets, size, residual=residual, keep=p.others)
+    # A kernel adds to all that it writes, or to nothing.
+    adds = not p.shares_products and shortcut.dx is not None and (shortcut.dundrawn is not None) == p.undrawn
+    found = _convolve(dy, packed.backward, p, offsets, size, added=shortcut if adds else NO_SHORTCUT, two=p.undrawn)
     if adds:
         return found
-    dx, dothers = (d if d is None or more is None else d + more for d, more in zip(found, around, strict=True))
+    dx, dundrawn = (d if d is None or more is None else d + more for d, more in zip(found, shortcut, strict=True))
     assert dx is not None
-    return dx, dothers
+    return dx, dundrawn
 
 
-def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
-    x, a, packed, spec, scale, shift, activation = recipe
+def gate_gradient(undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
+    x, kept_product, packed, spec, scale, shift, activation = undrawn
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     channels = (p.out_groups - 1) * p.out_channels
-    _check(x, "the input", (dothers.shape[0], p.channels, *x.shape[2:]))
-    _check(dothers, "the gradient", (x.shape[0], channels, *size))
-    _check(a, "what was kept", (x.shape[0], p.out_channels, *size))
-    x, df = _nhwc(x), _nhwc(dothers)
+    _check(x, "the input", (dundrawn.shape[0], p.channels, *x.shape[2:]))
+    _check(dundrawn, "the gradient", (x.shape[0], channels, *size))
+    _check(kept_product, "the kept product", (x.shape[0], p.out_channels, *size))
+    x, df = _nhwc(x), _nhwc(dundrawn)
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
     scale, shift = (
@@ -190,19 +194,18 @@ def gate_gradient(recipe: Recipe, dothers: Tensor) -> Tensor:
     tiles = launch.programs // (p.columns // p.block_n)
     partial = torch.empty(tiles, channels, dtype=torch_sum, device=x.device)
     bias = packed.forward if packed.bias is None else packed.bias
-    arrays = x, packed.forward, bias, df if a is None else _nhwc(a), df, scale, shift, partial
+    arrays = x, packed.forward, bias, df if kept_product is None else _nhwc(kept_product), df, scale, shift, partial
     if tiles:
         offsets, sizes = (spec.rows.offsets, spec.columns.offsets), (x.shape[2], x.shape[3], *size)
-        _launch(
-            gate_gradient_kernel, launch, *arrays, *offsets, *sizes, p, launch.tiles, a is not None, affine, sum_type
-        )
+        options = kept_product is not None, affine, sum_type
+        _launch(gate_gradient_kernel, launch, *arrays, *offsets, *sizes, p, launch.tiles, *options)
     return partial.sum(0).view(p.out_groups - 1, p.out_channels)
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, *, relu: Tensor | None = None, bias: bool = True
+    x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, *, relu_output: Tensor | None = None, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    assert relu is None, "dy has gone back through the ReLU already"
+    assert relu_output is None, "dy has gone back through the ReLU already"
     g = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[2]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     _check(x, "the input", (dy.shape[0], g.channels, *x.shape[2:]))
@@ -213,7 +216,7 @@ def weight_gradient(
     torch_sum, sum_type = _sums(x.dtype)
     new: dict[str, Any] = {"dtype": torch_sum, "device": x.device}
     kernels, channels, splits = spec.rows.width, spec.columns.width, launch.second
-    # What is not read stays undefined.
+    # Products that no row reads stay undefined here; `reduce_kernel` writes zeros for them.
     partial = torch.empty(splits * g.taps_h * g.taps_w * g.channels * g.out_channels, **new)
     partial_bias = torch.empty(splits * g.out_channels if bias else 0, **new)
     dw = torch.empty(kernels, channels, *packed.kernel, **new)
@@ -235,91 +238,67 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    order: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    keep: bool = False,
+    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, return_affine: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check(residual, "the residual", tuple(u.shape))
+    weight, bias, order, eps, activation = norm
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
-    channels, norm = u.shape[1], _norm(u)
+    channels, launch = u.shape[1], _norm(u)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
-    partial = torch.empty(norm.parts, 2, channels, **new)
+    partial = torch.empty(launch.parts, 2, channels, **new)
     mean, var = (torch.empty(channels, **new) for _ in range(2))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
-    places, ordered, blocks = _order(order, weight), order is not None, (norm.block_p, norm.block_c)
-    _launch(moments_kernel, norm.sums, u, partial, norm.pixels, norm.parts, channels, sum_type, *blocks)
+    places, ordered, blocks = _order(order, weight), order is not None, (launch.block_p, launch.block_c)
+    _launch(moments_kernel, launch.sums, u, partial, launch.pixels, launch.parts, channels, sum_type, *blocks)
     _launch(
-        statistics_kernel, norm.columns, partial, places, mean, var, norm.pixels, norm.parts,
-        channels, ordered, sum_type, norm.parts_2, norm.block_p, norm.block_few,
+        statistics_kernel, launch.columns, partial, places, mean, var, launch.pixels, launch.parts,
+        channels, ordered, sum_type, launch.parts_2, launch.block_p, launch.block_few,
     )  # fmt: skip
     added = u if residual is None else _nhwc(residual)
     _launch(
-        affine_kernel, norm.all, u, added, places, weight, bias, mean, var, y, norm.pixels, eps,
+        affine_kernel, launch.all, u, added, places, weight, bias, mean, var, y, launch.pixels, eps,
         channels, ordered, activation == "relu", residual is not None, *blocks,
     )  # fmt: skip
-    if not keep:
+    if not return_affine:
         return y, mean, var, None
-    affine = torch.stack(masked.affine_of(weight, bias, mean, var, eps))
+    affine = torch.stack(affine_of(weight, bias, mean, var, eps))
     return y, mean, var, affine if order is None else affine[:, order]
 
 
 def normalise_gradient(
-    dy: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    order: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str | None,
-    add: Tensor | None,
+    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(dy, "the gradient", tuple(u.shape))
-    _check(add, "what is added", tuple(u.shape))
+    _check(shortcut, "the shortcut's gradient", tuple(u.shape))
+    weight, bias, order, eps, activation = norm
     dy, u, (torch_sum, sum_type) = _nhwc(dy), _nhwc(u), _sums(u.dtype)
-    channels, norm = u.shape[1], _norm(u)
+    channels, launch = u.shape[1], _norm(u)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
-    partial = torch.empty(norm.parts, 2, channels, **new)
+    partial = torch.empty(launch.parts, 2, channels, **new)
     dweight, dbias, slope, offset = (torch.empty(channels, **new) for _ in range(4))
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     known = _order(order, weight), weight, bias, mean, var
-    ordered, relu, blocks = order is not None, activation == "relu", (norm.block_p, norm.block_c)
+    ordered, relu, blocks = order is not None, activation == "relu", (launch.block_p, launch.block_c)
     _launch(
-        gradient_sums_kernel, norm.sums, dy, u, *known, partial, norm.pixels, norm.parts, eps,
+        gradient_sums_kernel, launch.sums, dy, u, *known, partial, launch.pixels, launch.parts, eps,
         channels, ordered, relu, sum_type, *blocks,
     )  # fmt: skip
     _launch(
-        slopes_kernel, norm.columns, partial, *known, dweight, dbias, slope, offset, norm.pixels, norm.parts, eps,
-        channels, ordered, norm.parts_2, norm.block_few,
+        slopes_kernel, launch.columns, partial, *known, dweight, dbias, slope, offset, launch.pixels, launch.parts, eps,
+        channels, ordered, launch.parts_2, launch.block_few,
     )  # fmt: skip
-    added = u if add is None else _nhwc(add)
+    added = u if shortcut is None else _nhwc(shortcut)
     _launch(
-        affine_gradient_kernel, norm.all, dy, u, *known, slope, offset, added, du, norm.pixels, eps,
-        channels, ordered, relu, add is not None, *blocks,
+        affine_gradient_kernel, launch.all, dy, u, *known, slope, offset, added, du, launch.pixels, eps,
+        channels, ordered, relu, shortcut is not None, *blocks,
     )  # fmt: skip
     return du, dweight, dbias
 
 
 def keep_statistics(
-    mean: Tensor,
-    var: Tensor,
-    assignment: Tensor,
-    count: int,
-    momentum: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-    draws: Tensor,
-    pooled_mean: Tensor,
-    pooled_var: Tensor,
+    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
-    groups, kernels = running_mean.shape
-    running = running_mean, running_var, draws, pooled_mean, pooled_var
+    groups, kernels = running.mean.shape
     sizes = momentum, kernels, groups, triton.next_power_of_2(kernels)
     _launch(keep_statistics_kernel, 1, mean, var, assignment, *running, count, *sizes)
 
@@ -338,45 +317,46 @@ def _convolve(
     p: Pass,
     offsets: tuple[Tensor, Tensor],
     size: tuple[int, int],
+    *,
     relu: bool = False,
-    residual: tuple[Tensor | None, Tensor | None] = (None, None),
+    added: tuple[Tensor | None, Tensor | None] = (None, None),
     bias: Tensor | None = None,
-    keep: bool = False,
+    two: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`offsets` of the groups of the tensor that is written, of `size`, and of the one that is read. `keep`: there is a
-    second tensor, what the forward pass keeps, or the gradient of the others. `residual`: what is added to the first,
-    and to the gradient of the others (both, where there is one)."""
+    """`offsets`: of the groups of the tensor that is written, which has size `size`, and of the tensor that is read.
+    `two`: a second tensor is written, too, in the forward pass the kept product, in the backward pass dundrawn.
+    `added`: what is added to the first tensor, and to dundrawn (to both, where there is dundrawn)."""
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
-    _check(residual[0], "the residual", (x.shape[0], channels, *size))
-    _check(residual[1], "the residual of the others", (x.shape[0], channels * (p.out_groups - 1), *size))
+    _check(added[0], "what is added", (x.shape[0], channels, *size))
+    _check(added[1], "what is added to dundrawn", (x.shape[0], channels * (p.out_groups - 1), *size))
     x = _nhwc(x)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    beside = None
-    if keep:
+    second = None
+    if two:
         shape = x.shape[0], channels * (p.out_groups - 1 if p.adjoint else 1), *size
-        beside = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        second = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not y.numel():
-        return y, beside
-    fused = relu, residual[0] is not None, bias is not None, _wide(x, y, beside)
+        return y, second
+    fused = relu, added[0] is not None, bias is not None, _wide(x, y, second)
     launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
     bias = weight if bias is None else bias
-    added, added_others = (y if tensor is None else _nhwc(tensor) for tensor in residual)
+    first_added, second_added = (y if tensor is None else _nhwc(tensor) for tensor in added)
     sizes = x.shape[2], x.shape[3], *size
     grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
-        _launch(rowwalk_kernel, launch, x, weight, bias, added, y, *sizes, launch.steps, *constants)
-    elif launch.kernel == "convolve_others":
-        tensors = x, weight, added, added_others, y, beside
-        _launch(convolve_others_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)
+        _launch(rowwalk_kernel, launch, x, weight, bias, first_added, y, *sizes, launch.steps, *constants)
+    elif launch.kernel == "convolve_undrawn":
+        tensors = x, weight, first_added, second_added, y, second
+        _launch(convolve_undrawn_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_kept":
-        _launch(convolve_kept_kernel, launch, x, weight, bias, y, beside, *offsets, *sizes, *grid, *constants)
+        _launch(convolve_kept_kernel, launch, x, weight, bias, y, second, *offsets, *sizes, *grid, *constants)
     elif launch.kernel == "convolve_all":
         _launch(convolve_all_kernel, launch, x, weight, bias, y, offsets[1], *sizes, *grid, *constants)
     else:
-        _launch(convolve_kernel, launch, x, weight, bias, added, y, *offsets, *sizes, *grid, *constants)
-    return y, beside
+        _launch(convolve_kernel, launch, x, weight, bias, first_added, y, *offsets, *sizes, *grid, *constants)
+    return y, second
 
 
 def _launch(kernel: Any, launch: Launch | int | tuple[int, int], *arguments: Any) -> None:

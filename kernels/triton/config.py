@@ -35,7 +35,7 @@ class Pass:
     routing: str  # arrow, own or all
     shares_products: bool  # every group on the output side has all out_channels
     own_rows: bool  # and so has every group on the input side
-    others: bool  # a one-hot draw on the output side, whose others count
+    undrawn: bool  # a one-hot draw on the written side, whose undrawn rows count, too
     taps_h: int
     taps_w: int
     stride_h: int
@@ -64,8 +64,10 @@ class Pass:
     @staticmethod
     def of(
         geometry: Geometry, kernel: tuple[int, int], adjoint: bool, channels: int, out_channels: int, in_groups: int,
-        out_groups: int, routing: str, shares_products: bool, own_rows: bool, others: bool, bits: int, large: bool,
+        out_groups: int, routing: str, shares_products: bool, own_rows: bool, undrawn: bool, bits: int, large: bool,
     ) -> Pass:  # fmt: skip
+        """The pass of a convolution of `geometry`, or its adjoint (the input gradient), that reads `channels` in
+        `in_groups` and writes `out_channels` in `out_groups`; numbers of `bits` bits, in large tiles or not."""
         taps = kernel[0] * kernel[1]
         strides, paddings, dilations = geometry
         if adjoint:
@@ -73,14 +75,14 @@ class Pass:
             offsets = [-step * d // s for step, d, s in zip(steps, dilations, strides, strict=True)]
         else:
             steps, offsets = [1, 1], list(dilations)
-        flat = channels < FEW_CHANNELS and not shares_products and not others and (not adjoint or strides == (1, 1))
+        flat = channels < FEW_CHANNELS and not shares_products and not undrawn and (not adjoint or strides == (1, 1))
         width = channels // in_groups if own_rows else channels
-        if large and not others and not shares_products:
+        if large and not undrawn and not shares_products:
             block_n, block_k = _large_blocks(channels, out_channels, out_groups if routing == "own" else 1)
         else:
-            everything = shares_products or (others and (adjoint or large))
+            everything = shares_products or (undrawn and (adjoint or large))
             block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
-        if others and adjoint and width >= 128:  # a chunk holds one group's channels only: small ones waste less
+        if undrawn and adjoint and width >= 128:  # a chunk holds one group's channels only: small ones waste less
             block_k = 16
         columns = _up(out_channels, block_n)
         if flat:
@@ -93,7 +95,7 @@ class Pass:
         in_steps, out_steps = ((1, 1), strides) if adjoint else (strides, (1, 1))
         return Pass(
             adjoint=adjoint, channels=channels, out_channels=out_channels, in_groups=in_groups, out_groups=out_groups,
-            routing=routing, shares_products=shares_products, own_rows=own_rows, others=others,
+            routing=routing, shares_products=shares_products, own_rows=own_rows, undrawn=undrawn,
             taps_h=kernel[0], taps_w=kernel[1], stride_h=strides[0], stride_w=strides[1],
             padding_h=paddings[0], padding_w=paddings[1], dilation_h=dilations[0], dilation_w=dilations[1],
             in_step_h=in_steps[0], in_step_w=in_steps[1], out_step_h=out_steps[0], out_step_w=out_steps[1],
@@ -208,6 +210,7 @@ class Device(NamedTuple):
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
+    """What the tiles depend on. The CPU, where the interpreter runs, counts as an H200 with one multiprocessor."""
     if device.type == "cpu":  # the interpreter
         return Device(1, 90, 227 << 10)
     properties = torch.cuda.get_device_properties(device)
@@ -223,7 +226,7 @@ class Side(NamedTuple):
     groups: int
     width: int
     channels: int
-    others: bool
+    undrawn: bool
 
 
 def passes(
@@ -254,7 +257,7 @@ def _passes(
         written = out.width if shares else out.channels
         return Pass.of(
             geometry, kernel, adjoint, read.channels, written, read.groups, out.groups, routing, shares, own_rows,
-            out.others and routing != "all", bits, large,
+            out.undrawn and routing != "all", bits, large,
         )  # fmt: skip
 
     # Where both factors come from registers, three sums of a 64 x 64 tile don't fit beside them.
@@ -271,7 +274,7 @@ def _large(bits: int, device: Device) -> bool:
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
-    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_others or weight_gradient
+    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_undrawn or weight_gradient
     tiles: Tiles
     programs: int
     second: int  # second dimension of the grid of programs: phases of the stride, or splits of the pixels
@@ -303,7 +306,7 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)
-    if p.others:  # four sums of 128 x 64 don't fit into the registers
+    if p.undrawn:  # four sums of 128 x 64 don't fit into the registers
         many = device.hopper and p.block_k == 32 and (p.block_n == 32 or (p.block_n == 64 and not p.adjoint))
     else:
         many = (large or p.block_n < 64) and not p.shares_products
@@ -316,9 +319,9 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
     name = "convolve"
     if p.shares_products:
         name = "convolve_all"
-    elif p.others and p.adjoint:
-        name = "convolve_others"
-    elif p.others and p.routing == "arrow":
+    elif p.undrawn and p.adjoint:
+        name = "convolve_undrawn"
+    elif p.undrawn and p.routing == "arrow":
         name = "convolve_kept"
     return Launch(name, tiles, programs, phases, 0, options)
 
@@ -360,7 +363,7 @@ def walks(p: Pass, bits: int, device: Device) -> bool:
         and p.stride_h == p.stride_w == 1
         and not p.flat
         and not p.shares_products
-        and not p.others
+        and not p.undrawn
     )
     narrow = p.out_channels <= WALKED or not _large(bits, device)
     return fits and bits == 16 and p.channels <= WALKED and narrow
@@ -405,6 +408,7 @@ class Norm(NamedTuple):
 
 
 def norm(pixels: int, channels: int, device: Device) -> Norm:
+    """The launches of a batch normalisation of so many pixels (of all images) and channels."""
     block_c = min(_power_of_two(channels, 1), 64)
     block_p, columns = 4096 // block_c, cdiv(channels, block_c)
     parts = min(max(1, 2 * device.multiprocessors // columns), 256, max(1, cdiv(pixels, block_p)))

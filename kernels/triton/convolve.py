@@ -106,7 +106,7 @@ def accumulate(
     """acc [BM, BN] + the product over all taps and over the chunks of channels. Taps are innermost: a chunk's shifted
     reads follow one another and hit the cache.
 
-    EXACT: only channels low .. high count (everything.py). Otherwise the weight is zero where it is not read.
+    EXACT: only channels low .. high count (every_group.py). Otherwise the weight is zero where it is not read.
     """
     BLOCK_K: tl.constexpr = P.block_k
     first_r, count_r, offset_h, first_s, count_s, offset_w = taps_of(phase, P)

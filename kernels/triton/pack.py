@@ -95,7 +95,7 @@ def pack_kernel(
     elif block < backward_end:
         pack_weight(
             block - forward_end, weight, backward, column_order, column_offsets, row_order, row_offsets,
-            stride_c, stride_k, stride_tap, B, B.others, BLOCK,
+            stride_c, stride_k, stride_tap, B, B.undrawn, BLOCK,
         )  # fmt: skip
     elif block < rows_end:
         find_places(block - backward_end, row_places, row_order, row_offsets, K, ROWS, ROW_GROUPS, PLACES)

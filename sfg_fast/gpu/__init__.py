@@ -1,1 +1,1 @@
-"""Is a GPU's arithmetic right, and fast? Checks, timing, and what is decided from them."""
+"""The check of a GPU: whether the Triton kernels compute right results on it, and how fast they are."""

@@ -1,6 +1,7 @@
-"""The Triton kernels of this GPU against float64 convolutions with all groups side by side, written plainly.
+"""Checks of the Triton kernels on this GPU: their results are compared with plain float64 convolutions in which all
+groups stand side by side.
 
-On a CPU they run in Triton's interpreter, on tiny images (`device` says where).
+On a CPU the kernels run in Triton's interpreter, on tiny images.
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ from torch import Tensor
 from ..backends import backend, load
 from ..groups import FilterGroups, Routing
 from ..kernels.contract import normalises
-from ..kernels.spec import Geometry, RoutedConv
-from ..routed_conv import Others, convolve, routed_conv
+from ..kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics
+from ..routed_conv import convolve, routed_conv
+from ..routed_conv.gate_gradient import UndrawnRows
 
 
 class WrongResult(Exception):
-    """A kernel computed something else than it should. (No AssertionError: `python -O` leaves assertions out.)"""
+    """A kernel computed something else than it should. (It is no AssertionError, because `python -O` leaves assertions
+    out.)"""
 
 
 class Precision(NamedTuple):
-    """A dtype, how its products are made, and the largest |error| / |exact| that is right."""
+    """A dtype, whether its products are made in TF32, and the largest |error| / |exact| that is right."""
 
     dtype: torch.dtype
     tf32: bool
     bound: float
 
 
-# Half precision: two units in the last place, results being rounded once (and the gradients of ReLUs' outputs twice).
-# TF32: as many of its factors. float32: 16 units, for sums of thousands of products.
+# The bounds: half precision may be two units in the last place off, because results are rounded once (and the gradients
+# of ReLUs' outputs twice). TF32 rounds its factors, which may be as many units off. In float32 it is 16 units, for sums
+# of thousands of products.
 PRECISIONS = {
     "bfloat16": Precision(torch.bfloat16, False, 2**-7),
     "float16": Precision(torch.float16, False, 2**-10),
@@ -45,12 +49,13 @@ INTERPRETED = ("float16", "float32")  # Triton's interpreter multiplies no bfloa
 
 
 class Case(NamedTuple):
-    """A layer to check."""
+    """A layer that is checked."""
 
-    rows: tuple[int, ...]  # kernels of each group, shared first
-    columns: tuple[int, ...]  # input channels of each group; of an image that all read: one number
-    # others: all gates of rows and columns want a gradient; relaxed: relaxed rows, from streams; streams: both sides,
-    # with weights of their own
+    rows: tuple[int, ...]  # the kernels of each group, shared first
+    columns: tuple[int, ...]  # the input channels of each group; one number for an image that all groups read
+    # "packed": rows and columns are packed. "undrawn": they are, too, and their undrawn gates want a gradient.
+    # "relaxed": the rows are relaxed and read streams. "streams": both sides are streams, and each stream has its own
+    # weights.
     kind: str = "packed"
     routing: str = "arrow"
     kernel: tuple[int, int] = (3, 3)
@@ -68,12 +73,12 @@ class Case(NamedTuple):
 
 
 IMAGE = Case((5, 6, 5), (1,), routing="all")
-# One for each kernel that convolves; together they launch every kernel that layers need.
+# There is a case for each kernel that convolves; together the cases launch every kernel that layers need.
 ONE_FOR_EACH_KERNEL = {
     "image": IMAGE,
     "rowwalk": Case((5, 6, 5), (5, 6, 5)),
     "convolve": Case((7, 0, 10), (0, 9, 12), kernel=(5, 3), stride=(2, 3), padding=(3, 0), dilation=(3, 2)),
-    "others": Case((5, 6, 5), (5, 6, 5), kind="others"),
+    "undrawn": Case((5, 6, 5), (5, 6, 5), kind="undrawn"),
     "relaxed": Case((5, 6, 5), (5, 6, 5), kind="relaxed"),
 }
 CASES = [
@@ -85,26 +90,28 @@ CASES = [
     Case((3, 4, 5, 6), (6, 0, 7, 4), kernel=(1, 1), padding=(0, 0)),
     Case((64, 64, 64), (64, 64, 64), routing="own"),
     Case((150, 3, 3), (2, 120, 31)),
-    Case((21, 22, 21), (21, 22, 21), kind="others"),
-    Case((43, 42, 43), (21, 22, 21), kind="others", stride=(2, 2)),
+    Case((21, 22, 21), (21, 22, 21), kind="undrawn"),
+    Case((43, 42, 43), (21, 22, 21), kind="undrawn", stride=(2, 2)),
     Case((20, 22, 21), (33, 0, 7), kind="relaxed", dilation=(2, 1), padding=(2, 1)),
     Case((16, 16, 16), (5, 5, 6), kind="streams", routing="own", dilation=(2, 2), padding=(2, 2)),
     Case((64, 64, 64), (21, 22, 21), kind="streams", routing="own"),
     Case((32, 32, 32), (11, 10, 11), kind="streams", kernel=(1, 1), padding=(0, 0)),
 ]
-NORMS = (16, 100)  # channels
+NORMS = (16, 100)  # the channels of the normalisations that are checked
 
 
 def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Callable[[], dict[str, float]]]:
-    """Every check by name ("bfloat16 16->16 .."): a function that returns relative errors by result, and raises
-    WrongResult for other bits in a second run or an error above the precision's bound. The precisions that most
-    people use come first. `widths`: layers of these, evenly split as they are in networks, too; and then every case
-    once, with or without a ReLU, instead of both."""
+    """Every check by name ("bfloat16 16->16 .."), those of the precisions that most people use first.
+
+    A check is a function that returns the relative error of each result, and raises WrongResult if a second run gives
+    other bits or an error is above the precision's bound. widths: layers of so many kernels, evenly split as in
+    networks, are checked, too. Every case is then checked once, with or without a ReLU, instead of with both.
+    """
     found: dict[str, Callable[[], dict[str, float]]] = {}
     interpreted = device.type == "cpu"
     cases = [case._replace(image=(9, 11)) for case in ONE_FOR_EACH_KERNEL.values()] if interpreted else CASES
     splits = [(k - k // 3 * 2, k // 3, k // 3) for k in widths]
-    cases = [*cases, *(Case(s, s, kind, image=cases[0].image) for s in splits for kind in ("packed", "others"))]
+    cases = [*cases, *(Case(s, s, kind, image=cases[0].image) for s in splits for kind in ("packed", "undrawn"))]
     for name in INTERPRETED if interpreted else PRECISIONS:
         for case in cases:
             both = (case.kind == "packed",) if widths else (True, False)
@@ -119,7 +126,7 @@ def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Call
 
 
 def within(precision: str, check: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The check's errors. WrongResult if one is above the bound, or none at all (NaN)."""
+    """The errors of a check. Raises WrongResult if one is above the bound of the precision, or is NaN."""
     with _uninitialised_memory_poisoned(), products(precision):
         errors = check()
     bound = PRECISIONS[precision].bound
@@ -129,13 +136,14 @@ def within(precision: str, check: Callable[[], dict[str, float]]) -> dict[str, f
 
 
 def check_layer(case: Case, precision: str, relu: bool, device: torch.device) -> dict[str, float]:
-    """Relative errors of all results of a layer against float64."""
+    """The relative errors of all results of a layer, forward and backward, against float64. Raises WrongResult if a
+    second run gives other bits."""
     torch.manual_seed(0)
     dtype, groups = PRECISIONS[precision].dtype, len(case.rows)
     out, into = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (case.rows, case.columns))
     out = out[torch.randperm(len(out))].to(device)
     k, c = len(out), len(into)
-    geometry, learns = Geometry(case.stride, case.padding, case.dilation), case.kind == "others"
+    geometry, learns = Geometry(case.stride, case.padding, case.dilation), case.kind == "undrawn"
     if case.routing == "all":
         columns = FilterGroups.blocks([c], ("image",), device)
     elif case.kind in ("relaxed", "streams"):
@@ -155,24 +163,24 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     x = random(2, len(columns.order), *case.image).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias = random(k, c, *case.kernel).requires_grad_(), random(k).requires_grad_()
     leaves = [x, weight, bias]
-    if learns:  # the gradient of the columns in the groups that are not theirs
+    if learns:  # this leaf gets the gradient of the undrawn rows of the input
         leaves.append(x.new_zeros(()).expand(2, (groups - 1) * c, *case.image).requires_grad_())
 
-    def run() -> tuple[Tensor, Others | None, tuple[Tensor, ...]]:
-        recipe = None
+    def run() -> tuple[Tensor, UndrawnRows | None, tuple[Tensor, ...]]:
+        undrawn = None
         with backend("triton"):
             if learns:
-                y, recipe, *_ = convolve(x, weight, bias, spec, relu, others=leaves[3], keep=True)
+                y, undrawn, *_ = convolve(x, weight, bias, spec, relu, undrawn=leaves[3], keep_product=True)
             else:
                 y = routed_conv(x, weight, bias, spec, relu)
         torch.manual_seed(1)
-        return y, recipe, torch.autograd.grad(y, leaves, random(*y.shape))
+        return y, undrawn, torch.autograd.grad(y, leaves, random(*y.shape))
 
-    y, recipe, gradients = run()
+    y, undrawn, gradients = run()
     again = run()
     _same_bits((y, *gradients), (again[0], *again[2]))
 
-    # Every channel in every group: its own as it is, zero elsewhere.
+    # The exact layer has every channel in every group: as it is in its own group, zero elsewhere.
     exact_weight, exact_bias = (leaf.detach().double().requires_grad_() for leaf in (weight, bias))
     exact_x = x.detach().double()
     if case.routing != "all":
@@ -188,28 +196,29 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         own = everything[:, rows.rows_in_streams]
     torch.manual_seed(1)
     exact_dy = random(*y.shape).double()
-    # Both through the same ReLU: rounding flips signs near zero.
+    # Both gradients go through the ReLU of the kernels' y, because rounding flips signs near zero.
     exact_leaves = [exact_x, exact_weight, exact_bias]
     dx, dw, db = torch.autograd.grad(own, exact_leaves, exact_dy * (y > 0) if relu else exact_dy)
     live_dx = dx if case.routing == "all" else dx[:, columns.rows_in_streams]
     pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw),
              "db": (gradients[2], db)}  # fmt: skip
-    if recipe is not None:
-        pairs["dx of others"] = (gradients[3], dx[:, (columns.others * c + columns.order).flatten()])
-        u = everything.detach()[:, (rows.others * k + rows.order).flatten()].unflatten(1, rows.others.shape)
+    if undrawn is not None:
+        pairs["dundrawn"] = (gradients[3], dx[:, (columns.undrawn * c + columns.order).flatten()])
+        u = everything.detach()[:, (rows.undrawn * k + rows.order).flatten()].unflatten(1, rows.undrawn.shape)
         df = random(2, (groups - 1) * k, *u.shape[3:])
         scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
         if scale is not None and shift is not None:
             u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
-        learnt = recipe.recipe(scale, shift, "relu")
-        dz, dz_again = (load("triton").gate_gradient(learnt, df) for _ in range(2))
+        features = undrawn.features(scale, shift, "relu")
+        dz, dz_again = (load("triton").gate_gradient(features, df) for _ in range(2))
         _same_bits([dz], [dz_again])
-        pairs["gates"] = (dz, (df.double().unflatten(1, rows.others.shape) * u.relu()).sum((0, 3, 4)))
+        pairs["gates"] = (dz, (df.double().unflatten(1, rows.undrawn.shape) * u.relu()).sum((0, 3, 4)))
     return _errors(pairs)
 
 
 def check_norm(channels: int, precision: str, device: torch.device) -> dict[str, float]:
-    """Batch normalisation, ReLU and shortcut in one go, and back, against torch's own in float64."""
+    """The relative errors of batch normalisation, ReLU and shortcut in one go, forward and backward, against torch's
+    own in float64."""
     torch.manual_seed(0)
     size = (9, 7) if device.type == "cpu" else (37, 70)
     dtype, kernels = PRECISIONS[precision].dtype, load("triton")
@@ -223,8 +232,9 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
     weight, bias = (torch.randn(channels, device=device) for _ in range(2))
 
     def run() -> list[Tensor]:
-        y, mean, var, _ = kernels.normalise(u, weight, bias, order, 1e-5, "relu", residual)
-        gradients = kernels.normalise_gradient(dy, u, weight, bias, order, mean, var, 1e-5, "relu", add)
+        norm = BatchNorm(weight, bias, order, 1e-5, "relu")
+        y, mean, var, _ = kernels.normalise(u, norm, residual)
+        gradients = kernels.normalise_gradient(dy, u, norm, mean, var, add)
         return [y, mean, var, *gradients]
 
     found, again = run(), run()
@@ -240,7 +250,8 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
 
 
 def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
-    """A draw is torch's argmax of the sum, and its order torch's stable sort; running statistics as defined."""
+    """Compares a draw with torch's argmax of log p + noise, and its order with torch's stable sort. Returns the
+    relative errors of the running statistics, which the draw's groups keep. Raises WrongResult if anything differs."""
     torch.manual_seed(0)
     triton, groups = load("triton"), 3
     log_p, noise = (torch.randn(kernels, groups, device=device) for _ in range(2))
@@ -256,7 +267,7 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     pooled = (torch.zeros(kernels, device=device), torch.ones(kernels, device=device))
     exact = [t.double().cpu().clone() for t in (*running, *pooled)]
     counted = draws.cpu().clone()
-    triton.keep_statistics(mean, var, assignment, 50, 0.1, *running, draws, *pooled)
+    triton.keep_statistics(mean, var, assignment, 50, 0.1, RunningStatistics(*running, draws, *pooled))
     for kernel, group in enumerate(expected.tolist()):
         counted[group, kernel] += 1
         values = mean[kernel].double().cpu(), var[kernel].double().cpu() * 50 / 49
@@ -286,7 +297,7 @@ def _same_bits(results: Any, again: Any) -> None:
 
 @contextlib.contextmanager
 def _uninitialised_memory_poisoned() -> Iterator[None]:
-    """New memory is NaN: what a kernel leaves out, or reads too early, is seen."""
+    """Fills new memory with NaN, so that what a kernel leaves out, or reads too early, is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -297,7 +308,7 @@ def _uninitialised_memory_poisoned() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products(precision: str) -> Iterator[None]:
-    """float32 products are made as this precision says (a key of PRECISIONS)."""
+    """Makes cuDNN multiply float32 as a precision (a key of PRECISIONS) says, during the body of the `with`."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision
     cudnn.conv.fp32_precision = "tf32" if PRECISIONS[precision].tf32 else "ieee"

@@ -1,7 +1,8 @@
-"""Are the Triton kernels right on this GPU, and are they faster than `masked`? `sfg-fast gpu-check`, about a minute.
+"""Are the Triton kernels right on this GPU, and are they faster than `masked`? `sfg-fast gpu-check` finds out, in about
+a minute.
 
-The check runs in a process of its own, which forks one for every job: a GPU without memory, a kernel that crashes or
-hangs, and whatever it leaves behind, touch nobody else.
+The check runs in a process of its own, which forks others for the jobs. So a GPU without memory, and a kernel that
+crashes or hangs, with whatever it leaves behind, touch nobody else.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from ..kernel_choice import PRECISIONS, WIDTHS, WORKS, Choice, entry
 from . import checks, timing
 from .isolated import Job, run
 
-MINUTES = 10.0  # after which a check has failed
+MINUTES = 10.0  # a check that takes longer has failed
 BATCH, SIDE, ROUNDS = 8, 128, 9
-# (Not `-m`: the package imports this module, and Python would warn that it is there twice.)
+# `-m` is not used, because the package imports this module, and Python would warn that it is there twice.
 COMMAND = [sys.executable, "-c", "import sys; from sfg_fast.gpu.gpu_check import main; main(sys.argv[1:], sys.stdout)"]
 
 
 def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choice:
     """Check the Triton kernels on this GPU, time them against `masked`, and keep the result for the user's later
-    processes; from now on `auto` goes by it. With a result that is there already nothing is done, unless `again`.
+    processes. From now on `auto` follows the result. If there is a result already, it is taken, unless `again`.
 
     Whatever goes wrong (out of memory, a crash, a folder that can't be written, another process that checks at the same
-    time) is told in one line on stderr, and leaves CUDA tensors with `masked`.
+    time) is told in one line on stderr, and CUDA tensors then take `masked`.
 
-    Returns what was chosen. RuntimeError if there is no GPU.
+    Returns the choice. Raises RuntimeError if there is no GPU.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("gpu_check: there is no CUDA device, expected one")
@@ -58,9 +59,9 @@ def gpu_check(device: torch.device | str = "cuda", again: bool = False) -> Choic
 
 
 def checked(device: torch.device, again: bool = False) -> dict[str, Any]:
-    """The result of a check of this device, one that is there or (`again`, or if there is none) a new one.
+    """The result of a check of this device: the one that is there, or (with `again`, or if there is none) a new one.
 
-    RuntimeError or OSError if the check could not be done, and why.
+    Raises RuntimeError or OSError, saying why, if the check could not be done.
     """
     of = kernel_choice.describe(device)
     file = kernel_choice.file_of(of)
@@ -69,7 +70,7 @@ def checked(device: torch.device, again: bool = False) -> dict[str, Any]:
         return result
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file.with_suffix(".lock")):
-        result = None if again else kernel_choice.read(file, of)  # somebody else may just have been ready
+        result = None if again else kernel_choice.read(file, of)  # another process may just have finished
         if result is None:
             result = {"of": of, **_in_a_process(device)}
             temporary = file.with_suffix(f".{os.getpid()}.part")
@@ -92,7 +93,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _in_a_process(device: torch.device) -> dict[str, Any]:
-    """What `measure` returns, from a process apart, with a progress bar."""
+    """Runs `measure` in a process apart, shows a progress bar, and returns the result."""
     from tqdm import tqdm
 
     said: dict[str, Any] = {}
@@ -120,7 +121,7 @@ def _in_a_process(device: torch.device) -> dict[str, Any]:
 
 
 def _end(process: Any) -> None:
-    """Ask first: it ends its own processes, too."""
+    """Ends the process: first it is asked to, so that it ends its own processes, too; then it is killed."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,10 +139,13 @@ def measure(
     precisions: Sequence[str] = PRECISIONS,
     widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Any]:
-    """{"wrong": {check: why}, "ratios": {entry: time of Triton / time of `masked`}, "untimed": {entry: why}}.
+    """Runs all checks and timings of a device, and returns {"wrong": {check: why}, "ratios": {entry: time of Triton /
+    time of `masked`}, "untimed": {entry: why}}.
 
-    The checks run side by side; they and one run of all that is timed afterwards fill Triton's cache on the disk.
-    RuntimeError if a check came to no verdict: out of memory, a crash, a hang say nothing of the kernels' arithmetic.
+    say: is called with {"total": number of jobs} first, and with {"done": name} after each job. The checks run side by
+    side; together with a first run of everything that is timed they fill Triton's cache on the disk, and the timings
+    follow one by one. Raises RuntimeError if a check came to no verdict, because being out of memory, a crash or a hang
+    say nothing about the kernels' arithmetic; and if nothing could be timed.
     """
     until = time.monotonic() + 60 * MINUTES
     found = {
@@ -173,21 +177,22 @@ def measure(
 
 
 def on(device: torch.device, call: Callable[..., Any], *arguments: Any) -> Any:
-    """call(*arguments), this device being the current one: streams, events and graphs belong to that."""
+    """Returns call(*arguments), called with `device` as the current one, to which streams, events and graphs belong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return call(*arguments)
 
 
 def once(device: torch.device, precision: str, width: int, work: str) -> None:
-    """Run what will be timed."""
+    """Run the layers on `triton` once, on a single image, so that the kernels are compiled before they are timed."""
     with checks.products(precision):
         timing.layers_at_work(work, width, "triton", device, checks.PRECISIONS[precision].dtype, 1, SIDE)()
         timing.synchronize(device)
 
 
 def ratio(device: torch.device, precision: str, width: int, work: str) -> float:
-    """The time of three layers on `triton` over that on `masked`: medians of interleaved replays of CUDA graphs."""
+    """The time of three layers on `triton`, divided by their time on `masked`: the median over interleaved replays of
+    CUDA graphs."""
     dtype = checks.PRECISIONS[precision].dtype
     with checks.products(precision):
         calls = {
@@ -199,7 +204,8 @@ def ratio(device: torch.device, precision: str, width: int, work: str) -> float:
 
 
 def main(arguments: Sequence[str], output: TextIO) -> None:
-    """What `_in_a_process` starts. Says how far it is and what it found, a line of JSON each."""
+    """Checks the device that the first argument names, in the process that `_in_a_process` starts. Writes a line of
+    JSON for each step and for the result."""
 
     def say(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=output, flush=True)

@@ -1,7 +1,7 @@
-"""Jobs in processes of their own: one that crashes, hangs or spoils its GPU context costs its own result, no other.
+"""Jobs in processes of their own: a job that crashes, hangs or spoils its GPU context loses its own result only.
 
-Processes are forked, so the one that calls `run` must not have touched a GPU. A job that failed takes its process with
-it: after an illegal access nothing that a CUDA context says is true.
+Processes are forked, so the process that calls `run` must not have touched a GPU. A job that failed takes its process
+with it, because after an illegal access nothing that a CUDA context says can be trusted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 
 class Job(NamedTuple):
-    """A function without arguments, which returns what can be pickled; killed after `patience` seconds."""
+    """A function without arguments, whose result can be pickled. It is killed after `patience` seconds."""
 
     call: Callable[[], Any]
     patience: float = 30.0
@@ -30,8 +30,8 @@ class Outcome(NamedTuple):
     """What became of a job."""
 
     name: str
-    value: Any = None  # what it returned, if `error` is None
-    error: str | None = None  # in one line
+    value: Any = None  # what the job returned, if `error` is None
+    error: str | None = None  # why it has no value, in one line
     seconds: float = 0.0
 
 
@@ -49,8 +49,8 @@ def run(
 ) -> Iterator[Outcome]:
     """Run jobs (by name) in the order given, `processes` at a time; yields an outcome for each as it ends.
 
-    At `until` (time.monotonic) those that still run are killed, and the others left out. `begin` is told each job's
-    name as it starts; `log` gets what the processes print.
+    until: the time (of time.monotonic) at which jobs that still run are killed, and the others left out. begin: is
+    called with each job's name as the job starts. log: the file that gets what the processes print.
     """
     waiting: list[str] = list(jobs)
     idle: list[_Worker] = []
@@ -62,7 +62,7 @@ def run(
                 worker = idle.pop() if idle else _start(jobs, [*busy, *(one.connection for one in idle)], log)
                 try:
                     worker.connection.send(waiting[0])
-                except OSError:  # it died while it had nothing to do: another one takes the job
+                except OSError:  # the worker died while it had nothing to do; another one takes the job
                     _kill(worker)
                     continue
                 name = waiting.pop(0)
@@ -106,9 +106,10 @@ def _start(jobs: Mapping[str, Job], others: list[Connection], log: Path | None) 
 
 
 def _work(connection: Connection, jobs: Mapping[str, Job], others: list[Connection], log: Any) -> None:
-    """A worker's life: the name of a job comes, (value, error) goes; it ends with an error, or with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    for other in others:  # while these copies are open nobody would be told that the parent is gone
+    """What a worker does: it receives the name of a job and sends (value, error), again and again. It ends with the
+    first error, or with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    for other in others:  # while these copies were open, no worker would be told that the parent is gone
         other.close()
     output = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -141,4 +142,4 @@ def _answer(worker: _Worker) -> tuple[Any, str | None]:
 def _kill(worker: _Worker) -> None:
     worker.connection.close()
     worker.process.kill()
-    worker.process.join(5)  # a driver that hangs may not let it go
+    worker.process.join(5)  # not forever: a driver that hangs may not let the process go

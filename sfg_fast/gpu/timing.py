@@ -1,4 +1,5 @@
-"""Device time: calls captured in CUDA graphs, in turns, measured with events. On a CPU the host's clock is taken."""
+"""Device time: calls are captured in CUDA graphs, run in turns, and measured with events. On a CPU the host's clock
+measures them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ Call = Callable[[], object]
 def layers_at_work(
     work: str, width: int, name: str, device: torch.device, dtype: torch.dtype, batch: int, side: int
 ) -> Call:
-    """A training step with the estimator `work`, or inference, of three SFG layers of `width` kernels with norm and
-    ReLU, and heads of two tasks, on the backend `name`; half precision by autocast."""
+    """A call that runs a small network on the backend `name`: a training step with the estimator `work`, or inference.
+
+    The network has three SFG layers of `width` kernels with norm and ReLU, and heads of two tasks. It reads images
+    [batch, 1, side, side]. A half-precision `dtype` is used by autocast.
+    """
     torch.manual_seed(0)
     options: dict[str, Any] = {"padding": 1, "norm": "batch", "activation": "relu", "bias": False}
     estimator = "straight_through" if work == "inference" else work
@@ -47,7 +51,8 @@ def layers_at_work(
 
 
 def elapsed(call: Call, device: torch.device) -> float:
-    """Seconds that the device takes for one call: between two events on its stream. On the CPU: of the host."""
+    """The seconds that the device takes for one call, between two events on its stream. On the CPU they are those of
+    the host's clock."""
     if device.type != "cuda":
         before = time.perf_counter()
         call()
@@ -61,16 +66,16 @@ def elapsed(call: Call, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def captured(call: Call, device: torch.device) -> Call:
-    """The call as the replay of a CUDA graph, in which the host's part of the time is gone. On the CPU: the call.
+    """A call that replays `call` as a CUDA graph, without the host's part of the time. On the CPU it is `call` itself.
 
-    Raises RuntimeError if it can't be captured, e.g. because it waits for the device. What an autograd graph of another
-    stream still holds may be the reason: capture before the call was made elsewhere.
+    Raises RuntimeError if `call` can't be captured, e.g. because it waits for the device. Another reason may be an
+    autograd graph that still belongs to another stream: capture a call before it was made elsewhere.
     """
     if device.type != "cuda":
         return call
@@ -86,12 +91,12 @@ def captured(call: Call, device: torch.device) -> Call:
             warnings.filterwarnings("error", "The CUDA Graph is empty")  # the call went to another device
             results = call()
     except Exception:
-        # A capture that failed leaves the generator waiting for its end: every later draw would raise.
+        # After a failed capture the generator still waits for the capture's end, and every later draw would raise.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
         raise
 
-    def replay(call: Call = call) -> object:  # which holds the memory that the graph reads
+    def replay(call: Call = call) -> object:  # the default argument keeps the memory that the graph reads
         graph.replay()
         return results
 
@@ -101,8 +106,9 @@ def captured(call: Call, device: torch.device) -> Call:
 def interleaved(
     calls: Mapping[str, Call], rounds: int = 15, warmup: int = 2, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by name: every round runs all of them, one after the other, in another order. (What ran
-    just before leaves its threads awake or asleep, and the caches full of its own.)"""
+    """The seconds of each call, by name, `rounds` of them. Every round runs all calls, one after the other, in another
+    order, because a call leaves threads awake or asleep and caches full of its data for the next one. The first
+    `warmup` rounds don't count."""
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle

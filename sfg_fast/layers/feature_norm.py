@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import undrawn
 from ..features import SFGFeatures
 from ..norm import KernelNorm
 from ..reference import DenseFeatures
@@ -40,10 +41,10 @@ class FeatureNorm(nn.Module):
             full = rows * scales[:, None] + z[:, None].to(rows.dtype) * shifts[:, None]
             return SFGFeatures(full.transpose(0, 1).flatten(1, 2), groups, x.routing)
         packed, scale, _ = norm(x.packed, groups)
-        others = None
-        if x.others is not None:
-            others = _Scaled.apply(x.others, scale[groups.others, groups.order].reshape(-1, 1, 1))
-        return SFGFeatures(packed, groups, x.routing, others)
+        behind = None
+        if x.undrawn is not None:
+            behind = undrawn.scaled(x.undrawn, scale[groups.undrawn, groups.order].reshape(-1, 1, 1))
+        return SFGFeatures(packed, groups, x.routing, behind)
 
     def _affine(self, rows: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [T+1, K, 1, 1] for dense rows [T+1, N, K, H, W]."""
@@ -55,16 +56,3 @@ class FeatureNorm(nn.Module):
             count = rows[0].numel() // rows.shape[2]
             scale, shift = (one.expand(len(rows), -1) for one in self.norm.batch_affine(mean, var, count, assignment))
         return scale.to(rows.dtype)[..., None, None], shift.to(rows.dtype)[..., None, None]
-
-
-class _Scaled(torch.autograd.Function):
-    """Zeros without memory, whose gradient is scaled."""
-
-    @staticmethod
-    def forward(ctx: Any, others: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return others.view_as(others)
-
-    @staticmethod
-    def backward(ctx: Any, df: Tensor) -> Any:
-        return df * ctx.saved_tensors[0].to(df.dtype), None

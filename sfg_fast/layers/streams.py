@@ -16,20 +16,20 @@ from torch.nn import functional as F
 
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
-from ..kernels.spec import Geometry
+from ..kernels.spec import Geometry, RoutedConv
 from ..norm import folded, running_affine
-from ..normalised_conv import normalised_conv
 from ..reference import DenseFeatures
-from ..routed_conv import RoutedConv, convolve, routed_conv
+from ..routed_conv import convolve, routed_conv
+from ..routed_conv.normalise import normalised_conv
 from .conv import Features, SFGConv2d, for_backend
 
 
 class StreamBlock(nn.Module):
-    """A residual block on each of the T+1 streams, weights and normalisation of its own for each:
-    x + conv(relu(bn(conv(relu(bn(x)))))).
+    """A residual block on each of the T+1 streams, x + conv(relu(bn(conv(relu(bn(x)))))). Each stream has weights and
+    normalisations of its own.
 
     `first`: the block stands right after an SFG layer. Its input is normalised, activated and gated already, so it
-    starts with the convolution, which reads only the live channels.
+    starts with the convolution, which reads only the drawn rows.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class StreamBlock(nn.Module):
         self.first = first
 
     def forward(self, x: Features) -> Features:
+        """The streams behind the block. `x`: streams, or with `first` features of the SFG layer before."""
         x = for_backend(x)
         if isinstance(x, DenseFeatures):
             return self._reference(x)
@@ -58,14 +59,15 @@ class StreamBlock(nn.Module):
             (weight, bias), folds = folded(weight, bias, *running_affine(self.norm2)), True
         if self.first:
             first = spec._replace(columns=x.groups)
-            found = convolve(x.packed, weight, bias, first, folds, others=x.others, producer=x.producer, around=True)
-            u, around = found.u, SFGFeatures(found.x, x.groups, x.routing, found.others).streams()
+            gates = {"undrawn": x.undrawn, "deferred": x.deferred}
+            found = convolve(x.packed, weight, bias, first, folds, **gates, shortcut=True)
+            u, shortcut = found.u, SFGFeatures(found.x, x.groups, x.routing, found.undrawn).streams()
         else:
-            u, around = normalised_conv(self.norm1, x.packed, weight, bias, spec, folds)
+            u, shortcut = normalised_conv(self.norm1, x.packed, weight, bias, spec, folds)
         last = self.conv2.weight, self.conv2.bias, spec
         if folds:
-            return SFGFeatures(routed_conv(u, *last, residual=around), streams)
-        return SFGFeatures(normalised_conv(self.norm2, u, *last, residual=around)[0], streams)
+            return SFGFeatures(routed_conv(u, *last, residual=shortcut), streams)
+        return SFGFeatures(normalised_conv(self.norm2, u, *last, residual=shortcut)[0], streams)
 
     def _reference(self, x: DenseFeatures) -> DenseFeatures:
         """One plain residual block for each stream."""
@@ -111,6 +113,7 @@ class Merge(nn.Module):
         self.conv = nn.Conv2d(2 * channels, channels * (len(self.names) - 1), 1)  # columns: F_t, then F_s
 
     def forward(self, x: Features) -> Features:
+        """Streams -> streams that each group reads for itself (`Routing.OWN`)."""
         x = for_backend(x)
         if isinstance(x, DenseFeatures):
             merged = [
@@ -172,6 +175,7 @@ class Heads(nn.Module):
         return slice(start, start + self.outputs[task])
 
     def forward(self, x: Features) -> dict[str, Tensor]:
+        """{task: [N, channels, H, W]} of the features, which are merged by summation."""
         x = for_backend(x)
         if isinstance(x, DenseFeatures):
             assert self.conv.bias is not None
@@ -181,5 +185,5 @@ class Heads(nn.Module):
             }
         rows = FilterGroups.blocks([0, *self.outputs.values()], group_names(self.outputs), x.packed.device)
         spec = RoutedConv(rows, x.groups, x.routing, Geometry((1, 1), (0, 0), (1, 1)))
-        y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec, others=x.others, producer=x.producer)
+        y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec, undrawn=x.undrawn, deferred=x.deferred)
         return dict(zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True))

@@ -1,1 +1,1 @@
-"""Whole networks, and the controls that act on all SFG layers of one."""
+"""Whole networks, and controls that act on all SFG layers of a network."""

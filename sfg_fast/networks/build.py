@@ -1,4 +1,5 @@
-"""Networks by name, as a configuration asks for them, and what one asks of any of them."""
+"""Makes networks by the names that a configuration has for them, and asks any network for its heads and its least
+size."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .highresnet import SFGHighResNet
 from .vgg import SFGVGG
 
 NETWORKS: dict[str, Any] = {"highresnet": SFGHighResNet, "vgg": SFGVGG}
-"""Each says whether its outputs are `per_image`, its `least_size`, and which options it has for its `sizes`."""
+"""The networks by name. A class says whether its outputs are `per_image`, the `least_size` of its images, and which
+options set its size (`sizes`)."""
 
 
 def build(
@@ -25,16 +27,18 @@ def build(
     norm: str | None = "batch",
     **options: Any,
 ) -> nn.Module:
-    """A network for images [N, in_channels, H, W] -> {task: outputs[task] channels, or numbers for each image}.
+    """A network that takes images [N, in_channels, H, W] and returns {task: [N, outputs[task], H, W]}, or {task: [N,
+    outputs[task]]} if its outputs are per image.
 
     Args:
         name: one of `NETWORKS`.
         method: one of `methods.METHODS`.
-        norm: "batch", or None for none.
-        options: further ones of the network (`width`, `init` ..); those that are None are left to it. With the method
-            `cross_stitch` nothing is drawn, so `init`, `estimator`, `noise_on` and `explore` say nothing.
+        norm: "batch", or None for no normalisation.
+        options: further options of the network (`width`, `init` ..); for one that is None the network has a default.
+            The method `cross_stitch` draws nothing, so it ignores `init`, `estimator`, `noise_on` and `explore`.
 
-    Raises ValueError for an unknown name, an option that this network doesn't have, and as the network does.
+    Raises ValueError for an unknown name, for an option that this network doesn't have, and for values that the network
+    refuses.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown, expected one of {', '.join(NETWORKS)}")
@@ -51,7 +55,7 @@ def build(
 
 
 def head_bias(network: Any, task: str) -> Tensor:
-    """The biases [outputs] of a task's head, to be written to."""
+    """The biases [outputs] of a task's head. Writing to this tensor changes the head."""
     heads = network.heads
     if isinstance(heads, Heads):
         assert heads.conv.bias is not None
@@ -60,5 +64,5 @@ def head_bias(network: Any, task: str) -> Tensor:
 
 
 def least_size(network: Any) -> int:
-    """Rows and columns of the smallest image that the network takes."""
+    """How many rows and columns the images of the network must have at least."""
     return network.least_size

@@ -1,4 +1,4 @@
-"""Is a converted network the module that it was made of? On which images that is looked at, and how."""
+"""Compares a converted network with the module that it was made of, on several images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ FIRST = "the example"
 
 
 class Images(NamedTuple):
-    """example: [N, C, H, W]; noise: of the same shape; batch: two or three, but not N; sizes: of other heights and
-    widths, of which those that the network takes are compared, at most three."""
+    """The images that both networks are run on.
+
+    Attributes:
+        example: the images that the module was recorded on, [N, C, H, W].
+        noise: other images of the same shape.
+        batch: two or three images, but not N.
+        sizes: images of other heights and widths. At most three of those that the module takes are compared.
+    """
 
     example: Tensor
     noise: Tensor
@@ -31,10 +37,11 @@ class Images(NamedTuple):
 
     @classmethod
     def like(cls, example: Tensor) -> Images:
-        second = 1 + 2 * noise(example, 1)  # of another mean and spread, too
+        """The images to compare on, made from an example [N, C, H, W]."""
+        second = 1 + 2 * noise(example, 1)  # its mean and spread differ from those of `noise`
         n, c, height, width = example.shape
         wide, tall, odd = (height // 2, width + width // 2), (height + height // 2, width // 2), (height + 1, width + 1)
-        square = (2 * height, 2 * width), (height + 32, width + 32)  # for who wants squares, or multiples
+        square = (2 * height, 2 * width), (height + 32, width + 32)  # some networks take squares, or multiples of 32
         more = (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width)
         sizes = (wide, tall, odd, *square, *more)
         others = (noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
@@ -43,23 +50,25 @@ class Images(NamedTuple):
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
+    """Gaussian noise of the shape, dtype and device of a tensor. The same seed gives the same noise."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Nothing drops: what is drawn would differ."""
+    """Inside the `with` no dropout drops anything: the two networks would draw different masks."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = [*args, *(kwargs or {}).values()]
         if function in DROPOUTS and all(isinstance(one, Tensor) for one in values[:1]):
             return values[0]
-        if function in (F.dropout, F.dropout2d):  # of features: others can't be
+        if function in (F.dropout, F.dropout2d):  # SFG features have only these two dropouts
             return values[0]
         return function(*args, **(kwargs or {}))
 
 
 def check_equal(module: nn.Module, converted: fx.GraphModule, images: Images) -> None:
-    """With all kernels shared every task's output is what the module gives, in `eval()` and `train()`."""
+    """Raise ValueError unless, with all kernels shared, every task's output is the module's output, in `eval()` and
+    `train()`."""
     try:
         _compare(module, converted, FIRST, images.example, False)
     except AnotherWay as error:
@@ -74,9 +83,9 @@ def check_equal(module: nn.Module, converted: fx.GraphModule, images: Images) ->
     for image in images.sizes:
         try:
             outputs(module, image, False)
-        except Exception:  # whatever the module may say of a size that it doesn't take
+        except Exception:  # the module doesn't take this size
             continue
-        with suppress(AnotherWay):  # which whoever runs it will be told as well
+        with suppress(AnotherWay):  # the converted network refuses this size by itself
             _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
             compared += 1
         if compared == 3:
@@ -88,21 +97,23 @@ def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Ten
     for layer in sfg_layers(twin).values():
         layer.assign(torch.zeros(layer.out_channels, dtype=torch.int64))
     expected = outputs(module, image, training)
-    # Of the largest output: sums are made in another order, and in half precision in another dtype. Batch statistics of
-    # few values magnify that, which a change of the last bits of the image shows.
+    # The allowed difference is a share of the largest output, because sums are made in another order, and in half
+    # precision in another dtype. Batch statistics of few values magnify such differences; a change of the last bits of
+    # the image shows how much.
     scale = expected.nan_to_num().abs().max().item()
     rounding = torch.finfo(expected.dtype).eps
     changed = outputs(module, image * (1 + 4 * torch.finfo(image.dtype).eps), training)
     allowed = max(1e-3, 8 * rounding) * scale + 8 * (changed - expected).nan_to_num().abs().max().item()
     try:
-        # Its code as anybody runs it, but for the first time, when what can't be done is named.
+        # On the first images an interpreter runs the graph, because it names what can't be done. Later the compiled
+        # code runs, as it does for users.
         run = _Naming(twin) if name == FIRST else twin
         found: dict[str, Tensor] = outputs(run, image, training)
     except ValueError:
         raise
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: on {name} the converted network fails: {error}") from error
-    # In train() of the first task alone: what a module of its own draws is drawn for each.
+    # In train() only the first task is compared: a module that draws (RReLU) draws for each task anew.
     for y in list(found.values())[: 1 if training else None]:
         same = y.shape == expected.shape and y.dtype == expected.dtype
         if not same or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
@@ -118,17 +129,17 @@ def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Ten
 
 
 def outputs(network: Any, image: Tensor, training: bool) -> Any:
-    """Of a copy, which is left as it was."""
+    """The outputs of a copy of the network for an image, without gradients. The network itself stays as it is."""
     twin = copy.deepcopy(network) if isinstance(network, nn.Module) else network
     twin.train(training)
     with torch.no_grad(), torch.random.fork_rng([]), _WithoutDropout(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a ReLU behind a sum: whoever trains it is told
+        warnings.simplefilter("ignore")  # users are told of a ReLU behind a sum when they train
         torch.manual_seed(0)  # an activation may draw (RReLU)
         return twin(image.clone())
 
 
 class _Naming(fx.Interpreter):
-    """Runs a graph, and says where it can't."""
+    """Runs the graph of a module node by node. A ValueError names the node that fails."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -144,7 +155,7 @@ class _Naming(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             return super().run_node(n)
-        except TypeError as error:  # of features, on what can't be done to them
+        except TypeError as error:  # features raise it for what can't be done to them
             text = str(error).removesuffix(f": {INSTEAD}")
             what = getattr(n.target, "__name__", n.target)
             raise ValueError(f"convert: {what!r}: {text}; expected something else there in the module") from error

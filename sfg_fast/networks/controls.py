@@ -1,4 +1,4 @@
-"""Controls of a whole network: they act on every SFG layer of any module."""
+"""Controls of a whole network. Each acts on every SFG layer of any module."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from ..estimators import Estimator
 from ..gates import GroupGates, draw_together
+from ..layer import SFGLayer
 from ..layers.streams import RoutedBlock
 from ..norm import KernelNorm
-from ..reference import SFGConv2d
 from .parts import ChannelDropout
 
 
-def sfg_layers(model: nn.Module) -> dict[str, SFGConv2d]:
+def sfg_layers(model: nn.Module) -> dict[str, SFGLayer]:
     """The SFG layers that have a grouping of their own, by name, in network order."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, SFGConv2d) and not module.shares_grouping
+        if isinstance(module, SFGLayer) and not module.shares_grouping
     }
 
 
 def assign(model: nn.Module, assignments: Mapping[str, Tensor | Sequence[int]] | None) -> None:
-    """Fix the assignment of the named layers ({layer name: int [K]}); None: all layers sample again.
+    """Fix the assignment of the named layers, {layer name: int [K]}. With None all layers draw again.
 
     Raises KeyError for a name that is no SFG layer with a grouping of its own.
     """
@@ -45,9 +45,9 @@ def assign(model: nn.Module, assignments: Mapping[str, Tensor | Sequence[int]] |
 
 
 def map_assignment(model: nn.Module) -> dict[str, Tensor]:
-    """The most probable assignment, argmax p, of each layer; a fixed one where there is one.
+    """The most probable assignment of each layer, argmax p, int64 [K]; the fixed assignment where there is one.
 
-    Warns (UserWarning) where more than a tenth of the kernels tie: argmax then means nothing.
+    Warns (UserWarning) of layers in which more than a tenth of the kernels tie: there argmax means nothing.
     """
     p = {name: layer.probabilities() for name, layer in sfg_layers(model).items()}
     top = {name: values.topk(2, 1).values for name, values in p.items()}
@@ -63,7 +63,7 @@ def map_assignment(model: nn.Module) -> dict[str, Tensor]:
 
 
 def draws_from_constant_p(model: nn.Module) -> bool:
-    """Is any grouping drawn from a p that is not learnt? Then argmax p means nothing, only draws do."""
+    """Is any grouping drawn from a p that is not learnt? For such a network argmax p means nothing; it needs draws."""
     return any(layer.estimator == "none" and not layer.assigned for layer in sfg_layers(model).values())
 
 
@@ -74,11 +74,15 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
 
 
 def set_estimator(model: nn.Module, name: str | Estimator, every: int = 1) -> None:
-    """Choose the gradient estimator of all layers: a name of `estimators.ESTIMATORS`, or an `Estimator` (another number
-    of samples: `dataclasses.replace(ESTIMATORS["gumbel_rao"], samples=64)`).
+    """Choose the gradient estimator of all layers.
 
-    `every` = n > 1: only every n-th step looks at the groups that kernels were not drawn into (and what it finds counts
-    n times); the steps between are as cheap as `selected`, the mean over n steps is the same.
+    Args:
+        model: a network with SFG layers.
+        name: a name of `estimators.ESTIMATORS`, or an `Estimator`, for example with another number of samples:
+            `dataclasses.replace(ESTIMATORS["gumbel_rao"], samples=64)`.
+        every: n. Only every n-th step looks at the groups that kernels were not drawn into, and the gradient from there
+            counts n times. The other steps are as cheap as `selected`; the mean gradient over n steps is the same.
+
     Raises ValueError for an unknown name, or `every` less than 1.
     """
     for layer in sfg_layers(model).values():
@@ -87,13 +91,13 @@ def set_estimator(model: nn.Module, name: str | Estimator, every: int = 1) -> No
 
 @torch.no_grad()
 def pool_gradients(model: nn.Module, weight: float = 1.0) -> None:
-    """Before an optimiser's step: add to the gradient of every kernel's logits `weight` sqrt(K) times the mean gradient
-    of the K kernels of its layer.
+    """Add to the gradient of every kernel's logits `weight` sqrt(K) times the mean gradient of the K kernels of its
+    layer. Call it before the optimiser's step.
 
-    The kernels of a layer are alike when training starts, so what the gates say of a group is of interest to all of
-    them. One kernel's gradient is mostly the noise of draws; of the mean there is sqrt(K) times less, and Adam, which
-    divides by the noise, moves p sooner where the whole layer is to become shared or specific. With `weight` 1 the
-    noise of both parts is alike, so that kernels can still part.
+    The kernels of a layer are alike when training starts, so what the gates of one kernel say of a group holds for all
+    of them. The gradient of one kernel is mostly noise of the draws; the mean gradient has sqrt(K) times less noise.
+    Adam divides by the noise, so it moves p sooner where the whole layer is to become shared or specific. With `weight`
+    1 both parts of the gradient have the same noise, so that kernels can still go to different groups.
     """
     for layer in sfg_layers(model).values():
         gradient = layer.logits.grad
@@ -102,8 +106,9 @@ def pool_gradients(model: nn.Module, weight: float = 1.0) -> None:
 
 
 def set_noise_on(model: nn.Module, noise_on: str) -> None:
-    """Choose what the noise of all layers' draws is added to: "log_p" (the default, the paper's: groups are drawn with
-    probability p), or "p", as the authors' public code has it: with probability softmax(p). See `GroupGates`.
+    """Choose what the noise of all layers' draws is added to. With "log_p", the default and the paper's choice, groups
+    are drawn with probability p; with "p", as in the authors' public code, with probability softmax(p). See
+    `GroupGates`.
 
     Raises ValueError for another word.
     """
@@ -123,8 +128,8 @@ def set_explore(model: nn.Module, share: float) -> None:
 
 @contextlib.contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """Draw assignments inside the `with`, also in `eval()` (fixed ones stay); and channels to drop, if the network has
-    a dropout (`ChannelDropout`)."""
+    """Inside the `with` layers draw assignments, also in `eval()`; fixed ones stay. A `ChannelDropout` of the network
+    draws the channels that it drops."""
     layers: list[Any] = [*sfg_layers(model).values()]
     layers += [m for m in model.modules() if isinstance(m, ChannelDropout)]
     before = [layer.sampling for layer in layers]
@@ -139,7 +144,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval()` inside the `with`; after it every module is in the mode it was in."""
+    """Inside the `with` the model is in `eval()`. At the end every module gets back the mode that it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -151,8 +156,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, which is in `eval()`, normalisations use the statistics of each batch. After it the running
-    ones are what they were."""
+    """Inside the `with` normalisations use the statistics of each batch; the rest of the model stays in `eval()`. At
+    the end the running statistics are what they were."""
     norms = [m for m in model.modules() if isinstance(m, KernelNorm | nn.modules.batchnorm._BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
     before = [buffer.clone() for buffer in buffers]
@@ -170,13 +175,18 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of parameters for any optimiser of torch: `AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)`.
 
-    Nothing decays the logits of the groupings: decay would draw p towards uniform, whatever is learnt. Nor biases and
-    scales of normalisations, as is usual, nor what a module calls `not_decayed`; `weight_decay` is for the rest.
-    `lr`: a learning rate for all groups; the logits' is `logits_factor` times as large (p learns slowly; the training
-    command takes 10).
+    Nothing decays the logits of the groupings: decay would draw p towards uniform, whatever is learnt. As is usual,
+    nothing decays biases and scales of normalisations, nor the parameters that a module names in `not_decayed`.
 
-    Returns groups named "weights", with a decay "not_decayed", and "logits", of the parameters that require a gradient;
-    none is empty. Raises ValueError for a `logits_factor` without `lr`.
+    Args:
+        model: a network with SFG layers.
+        weight_decay: the decay of all other parameters.
+        lr: the learning rate of all groups but the logits; None: that of the optimiser.
+        logits_factor: the logits' learning rate is `lr` times this factor. (p learns slowly; the training command has
+            30.)
+
+    Returns groups named "weights", "not_decayed" (with a decay) and "logits". They hold the parameters that require a
+    gradient; a group without parameters is left out. Raises ValueError for a `logits_factor` without `lr`.
     """
     if lr is None and logits_factor != 1:
         raise ValueError(f"logits_factor={logits_factor}: expected lr, too, which it multiplies")
@@ -202,20 +212,20 @@ def parameter_groups(
 
 
 def penalties(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The two sums of eq. 2 over SFG kernels: (sum of ||w||^2, sum of entropies H(p) in nats).
+    """The two penalties of eq. 2: the sum of ||w||^2 over all SFG kernels, and the sum of the entropies H(p) in nats.
 
-    Biases, norms, stacks, merges and heads are not SFG kernels. Entropies count where the logits are learnt; a grouping
-    that several layers share is one variable and counts once.
+    Biases, norms, residual stacks, merges and heads are not SFG kernels. An entropy counts if its logits are learnt; a
+    grouping that several layers share counts once.
     """
-    layers = [module for module in model.modules() if isinstance(module, SFGConv2d)]
+    layers = [module for module in model.modules() if isinstance(module, SFGLayer)]
     zero = next((layer.weight for layer in layers), torch.zeros(1)).new_zeros(())
     norms = [layer.weight.square().sum() for layer in layers]
     entropies = [entropy(layer).sum() for layer in layers if layer.learns_grouping]
     return torch.stack([zero, *norms]).sum(), torch.stack([zero, *(e.to(zero.dtype) for e in entropies)]).sum()
 
 
-def entropy(layer: SFGConv2d) -> Tensor:
-    """H(p) = -sum p log p of each kernel in nats, [K]."""
+def entropy(layer: SFGLayer) -> Tensor:
+    """The entropy H(p) = -sum p log p (eq. 1) of each kernel in nats, [K]."""
     log_p = layer.log_p()
     return -(log_p.exp() * log_p).sum(1)
 
@@ -224,18 +234,23 @@ def entropy(layer: SFGConv2d) -> Tensor:
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], drawn: bool = False, *, image: int | str | None = None
 ) -> None:
-    """Re-estimate all running statistics from images [N, C, H, W], all batches alike.
+    """Re-estimate all running statistics from batches of images [N, C, H, W]; all batches have the same weight.
 
-    batches: a loader of images, or of tuples, lists or dicts that hold them: `image` says where (an index or a key; by
-    default the first of a tuple or list). Images are moved to the model's device
-    and dtype.
+    The running statistics of training are a mixture over draws, but a prediction by argmax p, and `freeze`, need those
+    of this one assignment. So the statistics are estimated for argmax p, or the fixed assignment; with `drawn` for
+    predictions by draws, where every batch is one draw. A network with separate stacks can't hold both: a stream
+    without any kernel in argmax p has no variance, and its statistics would make the values of any draw that uses it
+    huge.
 
-    For argmax p (or the fixed assignment): running statistics of training are a mixture over draws, and the `map`
-    evaluation and a freeze need those of the very assignment. With `drawn` for predictions by draws instead: every
-    batch is one draw. A network with separate stacks holds one of the two: a stream that argmax p leaves without a
-    kernel has no spread at all, and its statistics would blow up any draw that uses it.
-    If anything fails the statistics are as before. Raises ValueError if there is no batch, no image in one, or
-    one that is not finite.
+    Args:
+        model: a network with SFG layers.
+        batches: a loader of images, or of tuples, lists or dicts that hold images. Images are moved to the model's
+            device and dtype.
+        drawn: whether the statistics are for predictions by draws.
+        image: the index or key of the images in a batch; None: the first of a tuple or list.
+
+    Raises ValueError if there is no batch, or a batch has no image or a value that is not finite. After any error the
+    statistics are as before.
     """
     layers = sfg_layers(model)
     like = next(model.parameters())
@@ -248,7 +263,7 @@ def recalibrate(
     best_of = {
         module.norm: by_logits.get(module.logits)
         for module in model.modules()
-        if isinstance(module, SFGConv2d) and module.norm is not None
+        if isinstance(module, SFGLayer) and module.norm is not None
     }
     try:
         with evaluating(model):
@@ -279,7 +294,7 @@ def recalibrate(
 
 
 def _image_in(batch: Any, where: int | str | None, like: Tensor) -> Tensor:
-    """The image of a batch, whatever a loader gives, on the device and in the dtype of a parameter."""
+    """The images of a batch of any form, on the device and in the dtype of the parameter `like`."""
     found = batch
     if isinstance(batch, Mapping) and where is None:
         keys = ", ".join(map(repr, batch))
@@ -300,7 +315,7 @@ def _image_in(batch: Any, where: int | str | None, like: Tensor) -> Tensor:
 
 
 def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all running statistics, by their names in the state_dict."""
+    """Copies of all running statistics, by their names in the state_dict."""
     return {
         f"{prefix}.{name}": buffer.clone()
         for prefix, module in model.named_modules()
@@ -310,15 +325,16 @@ def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Prediction(NamedTuple):
-    """Of one task, over drawn architectures."""
+    """The prediction of one task: mean and variance over drawn architectures, each of the shape of the task's
+    output."""
 
     mean: Tensor
     variance: Tensor
 
     @property
     def entropy(self) -> Tensor:
-        """Of a task whose link gives probabilities (of classes, dimension 1): H(mean p) in nats, without that
-        dimension. It is large where each architecture is unsure, and where they contradict one another."""
+        """The entropy of the mean in nats, without dimension 1, for a task whose link gives probabilities of classes in
+        dimension 1. It is large where each architecture is unsure, and where architectures contradict each other."""
         return -torch.xlogy(self.mean, self.mean).sum(1)
 
 
@@ -331,13 +347,17 @@ def predict(
     *,
     statistics: str = "running",
 ) -> dict[str, Prediction]:
-    """Prediction of a multi-task model, {task: (mean, variance)}, each as the model's own output.
+    """The prediction of a multi-task model for images x [N, C, H, W]: {task: (mean, variance)}.
 
-    draws = 0: argmax p (`map`), variance zero. draws = S > 0: mean and variance (divided by S) over S drawn
-    architectures. Constant p (estimator `none`) has no meaningful argmax and needs draws.
-    `links` are applied to a task's output before averaging, e.g. {"organs": lambda y: y.softmax(1)}.
-    `statistics`: what normalisations use, the "running" ones of training; or those of this "batch", as the authors'
-    public code does (of each draw its own): a prediction then depends on what else is in the batch.
+    Args:
+        model: a network that returns {task: output}.
+        x: the images.
+        draws: 0: the prediction of argmax p, with variance zero. S > 0: mean and variance (divided by S) over S drawn
+            architectures. A constant p (estimator `none`) needs draws, because its argmax means nothing.
+        links: functions that are applied to a task's output before averaging, e.g. {"organs": lambda y: y.softmax(1)}.
+        statistics: normalisations use the "running" statistics of training; or those of this "batch", anew for each
+            draw, as the authors' public code does. A prediction then depends on the other images of the batch.
+
     Raises ValueError for negative `draws`, draws = 0 with constant p, or another word for `statistics`.
     """
     if statistics not in ("running", "batch"):
@@ -347,10 +367,10 @@ def predict(
     if draws == 0:
         if draws_from_constant_p(model):
             raise ValueError("draws=0: the grouping is drawn from a constant p, choose draws > 0")
-        map_assignment(model)  # for its warning
+        map_assignment(model)  # it warns of ties
     links = links or {}
     mean: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: no cancellation for HU offsets)
+    squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: large HU cancel nothing)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if draws:
@@ -370,8 +390,11 @@ def predict(
 
 
 def drawn_first(parts: Iterable[nn.Module], x: Any) -> Any:
-    """x through one after the other, when all groupings are drawn (`draw_together`): between large operations, which
-    leave the caches cold, the small ones of a draw take twice as long; backward, too."""
+    """Draw the groupings of all parts (`draw_together`), then pass x through one part after the other.
+
+    A draw is many small operations. Between large operations, which leave the caches cold, they take twice as long,
+    also in the backward pass.
+    """
     parts = list(parts)
     layers = [part.conv1 if isinstance(part, RoutedBlock) else part for part in parts]
     groups = iter(draw_together([layer for layer in layers if isinstance(layer, GroupGates)]))

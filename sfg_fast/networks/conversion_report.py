@@ -1,4 +1,4 @@
-"""What became of every convolution of a converted network, and why."""
+"""The report of a conversion: what became of every convolution of the network, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SFG, HEAD, COPIED, PLAIN, UNREACHED = "SFG layer", "head", "copied for each task
 
 
 class Row(NamedTuple):
-    """What became of a convolution."""
+    """What became of a convolution: its name, a description of the layer, one of the words above, and the reason."""
 
     name: str
     layer: str
@@ -17,11 +17,11 @@ class Row(NamedTuple):
 
 
 class Report(list[Row]):
-    """What became of every convolution, a row each; `str` gives a table."""
+    """A row for each convolution of a converted network. `str` makes a table of it."""
 
     @property
     def coverage(self) -> tuple[int, int]:
-        """How many convolutions are SFG layers or heads, and how many there are."""
+        """How many convolutions are SFG layers or heads now, and how many convolutions there are in all."""
         return sum(row.becomes in (SFG, HEAD) for row in self), len(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""An existing network with SFG layers in place of its convolutions, pretrained weights kept."""
+"""`convert` puts SFG layers in place of the convolutions of an existing network, and keeps its pretrained weights."""
 
 from __future__ import annotations
 
@@ -60,37 +60,44 @@ def convert(
     report: bool = False,
     **options: Any,
 ) -> fx.GraphModule | tuple[fx.GraphModule, Report]:
-    """The same network for several tasks: every convolution an SFG layer, up to a head of its own for each task.
+    """The same network for several tasks, with SFG layers in place of its convolutions and a head for each task.
 
-    `module` is run on `example` in `eval()` and in `train()`, and what it does is recorded as a graph: each `nn.Conv2d`
-    becomes an `SFGConv2d` with the batch normalisation, the activation and, behind a ReLU, the 2x2 max-pooling that
-    follow it, because these belong before the gate; what is added up shares one grouping (shortcuts); concatenations,
-    other pooling, interpolation, casts, scaling stay; a batch normalisation that follows a sum becomes a `FeatureNorm`.
-    Subclasses count as what they compute. The last convolution, or all that follows the last feature map (pooling,
-    flattening, linear layers), becomes a head for each task. Weights are those of `module`: with all kernels shared
-    each task's output is `module`'s, but for heads of another size. That is checked in `eval()` and `train()`, on other
-    images, another batch size, and other image sizes if `module` takes them. Where its forward pass decides by a size
-    (an `if`, a minimum), the converted network raises ValueError for images with which it would come out otherwise.
+    `module` is run on `example` in `eval()` and in `train()`, and its operations are recorded as a graph. Then:
+
+    - Each `nn.Conv2d` becomes an `SFGConv2d`. It takes over the batch normalisation, the activation and, behind a ReLU,
+      the 2x2 max-pooling that follow it, because these stand before the gate.
+    - Convolutions whose outputs are added up (shortcuts) share one grouping.
+    - A batch normalisation behind a sum becomes a `FeatureNorm`.
+    - Concatenations, other pooling, interpolation, casts and scaling stay.
+    - The last convolution, or everything behind the last feature map (pooling, flattening, linear layers), becomes a
+      head for each task.
+
+    A subclass of a layer is treated by what it computes. The weights are those of `module`: with all kernels shared
+    each task's output is the output of `module`, unless its head has another size. This is checked in `eval()` and
+    `train()`, on other images, another batch size, and other image sizes if `module` takes them. Where the forward pass
+    of `module` decides by a size (an `if`, a minimum), the converted network raises ValueError for images for which the
+    decision would differ.
 
     Args:
-        module: a network of one image [N, C, H, W] and one output. It is left alone.
-        tasks: {name: number of outputs}, or names: as many outputs as `module` has. A head of another size starts anew.
-        skip: names of modules to be left plain. They must stand before the SFG layers: a plain convolution in between
-            would mix what belongs to different tasks.
+        module: a network that takes images [N, C, H, W] and gives one output. It is not changed.
+        tasks: {name: number of outputs}; or names, whose heads have as many outputs as `module`. A head of another size
+            starts with new weights.
+        skip: names of modules to be left plain. They must stand before the SFG layers, because a plain convolution
+            between SFG layers would mix what belongs to different tasks.
         example: images that `module` can run on, [N, C, H, W], by default noise [1, C, 64, 64].
-        strict: raise ValueError, instead of a warning, where convolutions other than the heads are copied for each task
-            because something that is not known to act on each channel alone stands before them.
-        report: return a `Report`, too: what became of every convolution, and why.
-        options: of all SFG layers: `init`, `estimator`.
+        strict: whether to raise ValueError instead of a warning where convolutions other than the heads are copied for
+            each task. They are copied if something stands before them that is not known to act on each channel alone.
+        report: whether to return a `Report`, too, of what became of every convolution, and why.
+        options: `init` and `estimator` of all SFG layers.
 
     Returns:
         A module that returns {task: output}; with `report` also the report. Modules have the names that they had in
         `module`.
 
     Raises:
-        ValueError: for what can't be converted, all of it at once, by name: another norm than batch normalisation, a
-            transposed or grouped convolution, a sum with something that is no feature of an SFG layer, hooks, a
-            function that does something else on another image or in `train()`, ..
+        ValueError: for everything that can't be converted, in one message with names: another norm than batch
+            normalisation, a transposed or grouped convolution, a sum with something that is no feature of an SFG layer,
+            hooks, a function that does something else on another image or in `train()`, and more.
     """
     sizes = _sizes(tasks)
     skip = _checked(module, skip, options)
@@ -100,7 +107,7 @@ def convert(
         network, training = _copied(module).eval(), _in_training(module)
         modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
         graph, _ = _recorded(network, images.batch, example is None)
-        in_training = _recorded_in_training(training, 0.7 * images.batch.flip(0), example is None)  # other values
+        in_training = _recorded_in_training(training, 0.7 * images.batch.flip(0), example is None)  # with other values
         told = set(differences(graph, in_training))
 
         rewriting = Rewriting(network, graph, told, tuple(sizes), skip, options, modes)
@@ -111,7 +118,7 @@ def convert(
         remove_unused(converted.graph)
         converted.graph.lint()
         converted.recompile()
-        converted.meta["image"] = tuple(image.shape[1:])  # for whoever needs one for it
+        converted.meta["image"] = tuple(image.shape[1:])  # `freeze` runs the network on such an image
         check_equal(module, converted, images)
         _tell_copied(rewriting.report, strict)
         _resize_heads(converted, rewriting.sized, sizes, image)
@@ -125,8 +132,8 @@ def convert(
 
 
 def _sizes(tasks: Mapping[str, int] | Iterable[str]) -> dict[str, int | None]:
-    """The number of outputs of each task, None: as many as the module has. ValueError for names that can't be those of
-    modules, and for sizes that are none."""
+    """The number of outputs of each task; None stands for as many as the module has. Raises ValueError for a task with
+    a name that no module can have, and for a size that is no positive number."""
     sizes: dict[str, int | None] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(group_names(tasks)[1:])
     for name, size in sizes.items():
         has = any(hasattr(kind, str(name)) for kind in (nn.ModuleDict, nn.ParameterDict))
@@ -139,7 +146,7 @@ def _sizes(tasks: Mapping[str, int] | Iterable[str]) -> dict[str, int | None]:
 
 
 def _checked(module: nn.Module, skip: Iterable[str], options: Mapping[str, Any]) -> set[str]:
-    """`skip` as a set. ValueError for what can't be converted at all."""
+    """`skip` as a set. Raises ValueError for a module or an option that can't be converted at all."""
     if isinstance(skip, str):
         raise ValueError(f"convert: skip={skip!r} is one text, expected a sequence of names")
     if unknown := options.keys() - {"init", "estimator"}:
@@ -178,7 +185,7 @@ def _example(module: nn.Module, example: Tensor | None) -> Tensor:
 def _copied(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
-    except RuntimeError as error:  # a weight that a hook computes is no parameter
+    except RuntimeError as error:  # a weight that a hook computes can't be copied
         hooked = [f"{name!r} has a hook ({hook})" for name, child in module.named_modules() if (hook := hook_of(child))]
         raise ValueError(
             f"convert: the module can't be copied ({'; '.join(hooked) or error}): {REMOVE_HOOKS}"
@@ -186,7 +193,8 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def _in_training(module: nn.Module) -> nn.Module:
-    """A copy in `train()`. ValueError if some of it is not: the converted network's `train()` knows no exceptions."""
+    """A copy of the module in `train()`. Raises ValueError if a part of it stays in `eval()`, because `train()` of the
+    converted network makes no such exceptions."""
     training = _copied(module).train()
     stays = [name for name, child in training.named_modules() if not child.training]
     if stays:
@@ -198,8 +206,8 @@ def _in_training(module: nn.Module) -> nn.Module:
 
 
 def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) -> fx.Graph:
-    """The graph in `train()`. ValueError where the forward pass leaves more behind than statistics of torch's own
-    norms, or draws random numbers of Python or NumPy; a warning for tensors that it keeps."""
+    """The graph of the forward pass in `train()`. Raises ValueError if the forward pass changes more than the
+    statistics of torch's norms, or draws random numbers of Python or NumPy; warns of tensors that it stores."""
     leaves = {name for name, child in training.named_modules(remove_duplicate=False) if is_leaf(child)}
     before = {name: value.clone() for name, value in training.state_dict().items()}
     drawn = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
@@ -212,7 +220,7 @@ def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) 
         )
     norms = [node for node in graph.nodes if node.target in (F.batch_norm, torch.batch_norm)]
     for read in (one for node in norms for one in node.all_input_nodes if one.op == "get_attr"):
-        leaves.add(str(read.target).rpartition(".")[0])  # a normalisation that calls the function
+        leaves.add(str(read.target).rpartition(".")[0])  # the module calls F.batch_norm itself
     for name, value in training.state_dict().items():
         inside = any(name.startswith(f"{leaf}.") for leaf in leaves)
         if not inside and not torch.equal(value, before[name]):
@@ -262,7 +270,7 @@ def _together(obstacles: Iterable[str]) -> str:
 
 
 def _tell_copied(report: Report, strict: bool) -> None:
-    """A warning (`strict`: ValueError) if convolutions in front of the heads are no SFG layers."""
+    """Warn (with `strict` raise ValueError) if convolutions before the heads are no SFG layers."""
     copied = [row for row in report if row.becomes == COPIED]
     if not copied:
         return
@@ -279,8 +287,8 @@ def _tell_copied(report: Report, strict: bool) -> None:
 def _resize_heads(
     converted: fx.GraphModule, names: Iterable[str], sizes: Mapping[str, int | None], image: Tensor
 ) -> None:
-    """Layers that give the tasks' outputs their sizes, new where a size is another than the module's. ValueError if it
-    can't be done."""
+    """Give each task's output its size: put new layers in place of the layers in `names` where the module has another
+    size. Raises ValueError if that is not possible."""
     for task, size in sizes.items():
         for name in (f"{one}.{task}" for one in names):
             if size is not None:
@@ -298,7 +306,7 @@ def _resize_heads(
 
 
 def _resized(name: str, module: nn.Module, size: int) -> nn.Module:
-    """A layer, or a normalisation behind it, for so many outputs; a new one, if it had another number."""
+    """The layer, or normalisation, if it has so many outputs; else a new one of the same kind that has."""
     base = base_of(module)
     now = next(getattr(module, key) for key in ("out_channels", "out_features", "num_features") if hasattr(module, key))
     if now == size or base is None:

@@ -1,4 +1,4 @@
-"""What a network costs: weights, and operations of a prediction."""
+"""The cost of a network: its weights, and the operations of a prediction."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from .controls import draws_from_constant_p, evaluating, sfg_layers
 
 DRAWS = 8
-"""How many draws the mean cost of a grouping that is drawn from a constant p is taken over."""
+"""For a constant p the cost is the mean over so many draws."""
 
 
 def parameters(model: nn.Module) -> int:
-    """How many weights are trained: numbers in parameters that require a gradient. Without the logits of the groupings,
-    which choose kernels and are no part of what these compute (`logits`)."""
+    """How many weights are trained: the numbers in parameters that require a gradient. The logits of the groupings
+    don't count: they choose kernels, but no output is computed with them (see `logits`)."""
     chosen = _logits(model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in chosen)
 
@@ -31,12 +31,14 @@ def _logits(model: nn.Module) -> set[int]:
 
 @torch.no_grad()
 def flops(model: nn.Module, example: Tensor) -> float:
-    """Floating point operations (two for a multiplication with an addition) of the prediction of one image, by argmax p
-    or a fixed assignment; where p is constant, the mean over draws, which are the same every time.
+    """How many floating point operations the prediction of one image takes; a multiplication with an addition counts
+    two.
 
-    `example`: [N, C, H, W] on the model's device; the number is that of the pass divided by N. Counted are the
-    convolutions and matrix products that the backend in force computes, which are nearly all of it: not normalisations,
-    activations, poolings and cross-stitch units.
+    The network predicts by argmax p or its fixed assignment. For a constant p the number is the mean over draws, which
+    are the same in every call. Convolutions and matrix products count, as the current backend computes them: they are
+    nearly all of the work. Normalisations, activations, poolings and cross-stitch units don't count.
+
+    `example` is [N, C, H, W] on the model's device; the operations of the pass are divided by N.
     """
     draws = DRAWS if draws_from_constant_p(model) else 1
     devices = [] if example.device.type == "cpu" else [example.device]

@@ -1,7 +1,9 @@
-"""Cross-stitch networks (Misra, Shrivastava, Gupta, Hebert, CVPR 2016, arXiv 1604.03539): a network for each task, all
-of one architecture and full width; after each stage every one goes on with a mixture of all, whose weights are learnt.
+"""Cross-stitch networks (Misra, Shrivastava, Gupta, Hebert, CVPR 2016, arXiv 1604.03539).
 
-The paper starts from networks that were trained for their tasks alone; here all is learnt together from the start.
+There is a network for each task; all have the same architecture and full width. After each stage every network goes on
+with a mixture of the features of all networks. The weights of the mixtures are learnt.
+
+Misra et al. start from networks that were trained for one task each; here all weights are learnt together.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference import SFGConv2d
+from ..layer import SFGLayer
 from .methods import he_initialise, layer_options
 from .parts import ChannelDropout, check_size
 
 OWN = 0.9
-"""What a task's own network counts at the start; the others share the rest."""
+"""The weight of a task's own network at the start; the other networks share the rest."""
 
 
 class CrossStitchUnit(nn.Module):
-    """y[t, c] = sum over s of alpha[t, s, c] x[s, c], for the features x of all tasks.
+    """Computes y[t, c] = sum over s of alpha[t, s, c] x[s, c] from the features x of all tasks.
 
     Attributes:
-        alpha: [T, T, C], at the start 0.9 where s = t, the rest in equal parts elsewhere. Nothing should decay it
-            (`parameter_groups` sees to that): decay would draw the networks' features towards zero.
+        alpha: the weights [T, T, C]. At the start they are 0.9 where s = t; the rest is shared equally. Weight decay
+            would draw the networks' features towards zero, so `parameter_groups` gives alpha none.
     """
 
     not_decayed = ("alpha",)
@@ -37,13 +39,14 @@ class CrossStitchUnit(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Set alpha to the weights of the start."""
         tasks = len(self.alpha)
         own = OWN if tasks > 1 else 1.0
         start = torch.full((tasks, tasks), (1 - own) / max(tasks - 1, 1)).fill_diagonal_(own)
         self.alpha.copy_(start[:, :, None].expand_as(self.alpha))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """T tensors [N, C, H, W] -> T tensors."""
+        """Features of the T tasks, each [N, C, H, W] -> mixtures for the T tasks, of the same shape."""
         alpha = self.alpha.to(features[0].dtype)[..., None, None]
         mixtures = []
         for row in alpha:
@@ -62,19 +65,19 @@ class _Column(nn.Module):
 
 
 class CrossStitch(nn.Module):
-    """Networks of one architecture, one for each task, with cross-stitch units after their stages.
+    """A network for each task, all of one architecture, with cross-stitch units after the stages.
 
     Args:
         network: the architecture, `SFGVGG` (units after each pooling) or `SFGHighResNet` (after each of three stages;
             with `residual="separate"` each network has one stack of residual blocks in a stage, and the unit stands
             where the streams would be merged).
-        in_channels, outputs: as the architecture's.
+        in_channels, outputs: as in the architecture.
         norm: as in `SFGConv2d`.
         dropout: probability with which each channel is zero behind a unit, as in `SFGHighResNet`.
-        sizes: options of the architecture that say how large it is (`network.sizes`).
+        sizes: options of the architecture that set its size (`network.sizes`).
 
-    Its convolutions are SFG layers whose kernels are all fixed in the group of their network's task, so that all that
-    acts on SFG layers (`penalties`, `recalibrate`, `freeze`) acts on them.
+    The convolutions are SFG layers. All kernels of a network are fixed in the group of its task, so that functions for
+    SFG layers (`penalties`, `recalibrate`, `freeze`) work here, too.
     """
 
     method = "cross_stitch"
@@ -101,7 +104,7 @@ class CrossStitch(nn.Module):
         he_initialise(self.columns)
         for group, column in enumerate(self.columns, 1):
             for module in column.modules():
-                if isinstance(module, SFGConv2d):
+                if isinstance(module, SFGLayer):
                     module.estimator = "none"
                     if not module.shares_grouping:
                         module.assign([group] * module.out_channels)
@@ -109,7 +112,7 @@ class CrossStitch(nn.Module):
         self.units = nn.ModuleList(CrossStitchUnit(len(tasks), channels) for channels in widths)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x [N, in_channels, H, W] -> {task: outputs as the architecture's}."""
+        """x [N, in_channels, H, W] -> {task: output}, of the shapes that the architecture gives."""
         check_size(x, self.least_size)
         columns: Any = self.columns
         features = [x] * len(columns)
@@ -119,5 +122,5 @@ class CrossStitch(nn.Module):
         return {
             task: self.heads[task](column.final(y))
             for task, column, y in zip(self.outputs, columns, features, strict=True)
-            if task in self.heads  # a frozen network may have lost some
+            if task in self.heads  # a frozen network may have fewer heads
         }

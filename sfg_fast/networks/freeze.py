@@ -1,10 +1,11 @@
-"""The learnt architecture as a plain network: one `nn.Conv2d` for each group of each layer, nothing that is not used.
+"""`freeze` makes a plain network of the learnt architecture: an `nn.Conv2d` for each group of each layer that is used.
 
-An SFG network whose assignment is fixed is T+1 networks that read one another: the shared one, and for each task one
-that reads itself and the shared one. So every SFG layer becomes up to T+1 plain convolutions of its live kernels, with
-the normalisation folded in. What is built is what the wanted tasks ask for, and it is found out by asking: features
-are computed when somebody reads them, and a convolution is made when it is first asked for, with the columns that its
-input has. Kernels that no output depends on are never asked for. (What a layer becomes: frozen.py.)
+An SFG network with a fixed assignment is T+1 networks that read one another: the shared network, and for each task a
+network that reads itself and the shared one. So every SFG layer becomes up to T+1 plain convolutions of those kernels
+that an output depends on, with the normalisation folded in. To find these kernels, the frozen network is run once for
+the wanted tasks. A layer computes its features when another layer reads them, and makes a convolution when it is first
+asked for one, with the input channels that there are. Nobody asks for kernels that no output depends on. (frozen.py has
+what each kind of layer becomes.)
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
-from ..reference import SFGConv2d
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
 from .parts import ChannelDropout
@@ -36,14 +37,15 @@ def freeze(
 
     Args:
         model: any module with SFG layers whose outputs come from `Heads`, or that reads `features.merged(task)`.
-        assignment: {layer name: int [K]}, by default argmax p of each layer (or its fixed assignment). Running
-            statistics must be those of this very assignment: `recalibrate(model, batches)` before.
+        assignment: {layer name: int [K]}, by default argmax p of each layer (or its fixed assignment). The running
+            statistics must be those of this assignment: call `recalibrate(model, batches)` before.
         tasks: which tasks' outputs are kept; None: all.
-        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64]. Its size is forgotten.
-            (A network that `convert` made keeps what its forward pass asks of the size: see there.)
+        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64]. The frozen network takes
+            other sizes, too. (A network that `convert` made still checks sizes as its forward pass does: see
+            `convert`.)
 
     Raises:
-        ValueError: no SFG layer, a constant p, unknown tasks, or assignments of other layers.
+        ValueError: for a model without SFG layers, a constant p, unknown tasks, or an assignment of other layers.
     """
     layers = sfg_layers(model)
     if not layers:
@@ -69,7 +71,7 @@ def freeze(
     replaced = {
         name: _plain(original, twin, by_logits, wanted)
         for (name, original), twin in pairs
-        if isinstance(original, SFGConv2d | StreamBlock | Merge | Heads | FeatureNorm | ChannelDropout)
+        if isinstance(original, SFGLayer | StreamBlock | Merge | Heads | FeatureNorm | ChannelDropout)
         or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
     }
     for name, module in replaced.items():
@@ -80,7 +82,7 @@ def freeze(
         # A network that `convert` made may read nothing else than its example.
         shape = getattr(model, "meta", {}).get("image", (next(iter(layers.values())).in_channels, 64, 64))
         example = parameter.new_zeros(1, *shape)
-    if isinstance(frozen, fx.GraphModule):  # of `convert`: the heads are in the graph
+    if isinstance(frozen, fx.GraphModule):  # `convert` made it, so the heads are in the graph
         _keep_outputs(frozen, wanted)
     with torch.no_grad():
         frozen(example)
@@ -95,7 +97,7 @@ def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
     outputs: Any = output.args[0]
     output.args = ({task: outputs[task] for task in tasks},)
     needed = {node for task in tasks for node in backwards(outputs[task])}
-    for node in reversed(network.graph.nodes):  # what the forward pass asks of other tasks' tensors
+    for node in reversed(network.graph.nodes):  # questions about the tensors of other tasks
         if node.target is as_recorded and not needed.issuperset(node.all_input_nodes):
             network.graph.erase_node(node)
     remove_unused(network.graph)
@@ -104,8 +106,8 @@ def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
 
 
 def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[int]], tasks: Sequence[str]) -> nn.Module:
-    if isinstance(twin, SFGConv2d):
-        assert isinstance(original, SFGConv2d)
+    if isinstance(twin, SFGLayer):
+        assert isinstance(original, SFGLayer)
         return FrozenConv(twin, by_logits[id(original.logits)])
     if isinstance(twin, StreamBlock):
         return FrozenStreamBlock(twin)

@@ -20,17 +20,19 @@ from .. import backends
 from ..activations import activate
 from ..groups import SHARED, FilterGroups, Routing
 from ..kernels.spec import Geometry
+from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import folded, running_affine
 from ..plain_ops import TensorLike
-from ..reference import SFGConv2d
 from ..routed_conv import RoutedConv, routed_conv
+from ..routed_conv.run import decide
 from ..tracing import in_graph, watched
 
 
 class GroupTensors(TensorLike):
-    """Features of a frozen network: for each group its live kernels alone, [N, K_g, H, W], computed when first read.
+    """Features of a frozen network: for each group the channels of its own kernels alone, [N, K_g, H, W]. A group is
+    computed when somebody first reads it.
 
     `kernels`: for each group the indices of its kernels, [] for none. `width`: K. `zero`: one channel of zeros of the
     features' size, which stands in where a group has nothing. `side_by_side`: all groups that anybody reads, in order,
@@ -54,7 +56,7 @@ class GroupTensors(TensorLike):
         self._compute, self._known = compute, {}  # type: ignore[var-annotated]
 
     def __getitem__(self, group: int) -> Tensor:
-        """The live kernels of a group that has any."""
+        """The channels of a group that has kernels, [N, K_g, H, W]."""
         if group not in self._known:
             if self.side_by_side is not None and self.sizes[group]:
                 self._known[group] = self.side_by_side.narrow(1, sum(self.sizes[:group]), self.sizes[group])
@@ -63,7 +65,7 @@ class GroupTensors(TensorLike):
         return self._known[group]
 
     def read(self, group: int) -> list[int]:
-        """The groups with kernels that a group of the next layer reads."""
+        """The groups that a group of the next layer reads, and that have kernels."""
         both = (group, 0) if self.routing is Routing.ARROW and group else (group,)
         return [one for one in both if self.kernels[one]]
 
@@ -79,16 +81,19 @@ class GroupTensors(TensorLike):
         return live.index_select(1, _indices(rows, live))
 
     def merged(self, task: int | str) -> Tensor:
+        """[F_task | F_shared] by summation, [N, K, H, W]."""
         group = self.names.index(task) if isinstance(task, str) else task
         parts = [self.dense(one) for one in self.read(group)] or [self.dense(group)]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     @property
     def shape(self) -> torch.Size:
+        """That of one dense tensor, [N, K, H, W]."""
         n, _, height, width = self.zero().shape
         return torch.Size((n, self.width, height, width))
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> GroupTensors:
+        """`operation` on every group: it must treat each channel alone, and keep zeros."""
         return GroupTensors(
             lambda group: operation(self[group]), lambda: operation(self.zero()),
             self.kernels, self.width, self.names, self.routing,
@@ -102,6 +107,7 @@ class GroupTensors(TensorLike):
         )
 
     def concatenate(self, *more: GroupTensors) -> GroupTensors:
+        """[F | F' | ..] along the channels: the kernels of all features, each in its own group."""
         every = (self, *more)
         kernels: list[list[int]] = [[] for _ in self.names]
         width = 0
@@ -144,8 +150,9 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
 
 
 def _indices(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """As a tensor on the device of `like`. Kept, because a copy to a GPU would wait for it, and can't be captured in a
-    CUDA graph; but not in a compiled graph or among fake tensors, which would be kept for the real ones."""
+    """`rows` as a tensor on the device of `like`. It is kept for the next call, because a copy to a GPU would wait for
+    the device, and can't be captured in a CUDA graph. In a compiled graph, and among fake tensors, it is not kept: it
+    would later be taken for a real one."""
     if in_graph():
         return torch.tensor(rows, device=like.device)
     return _kept_indices(rows, like.device)
@@ -157,21 +164,24 @@ def _kept_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(rows, device=device)
 
 
-def _by_kernels(conv: nn.Module, x: Tensor) -> bool:
-    """Shall `native` convolve? In a graph (export, compile) and on GPUs torch does, but on the CPU it is slow for few
-    and odd numbers of channels."""
-    assert isinstance(conv, nn.Conv2d)
-    plain = in_graph() or watched() or conv.padding_mode != "zeros" or isinstance(conv.padding, str)
-    plain = plain or x.device.type != "cpu" or x.dtype != conv.weight.dtype or backends.current() == "reference"
-    return not (plain or x.requires_grad or backends.kernels(x, conv.weight.shape[0])[0] is backends.load("masked"))
+def _only_torch(conv: Any, x: Tensor) -> bool:
+    """Has torch to do this convolution of x? It has to in a graph (export, compile) and for what a routed convolution
+    is not; and it shall where the kernels are torch's own. The C++ kernels are faster for few and odd numbers of
+    channels."""
+    torch_knows_alone = conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dtype != conv.weight.dtype
+    looked_at = in_graph() or watched() or x.requires_grad
+    return torch_knows_alone or looked_at or x.device.type != "cpu" or backends.current() == "reference"
 
 
-def _run(conv: Any, x: Tensor, relu: bool = False) -> Tensor:
+def _convolve(conv: Any, x: Tensor, relu: bool = False) -> Tensor:
     """conv(x), or relu of it."""
-    if not _by_kernels(conv, x):
-        return F.relu(conv(x)) if relu else conv(x)
-    rows, columns = (FilterGroups.blocks([n], ("all",), x.device) for n in conv.weight.shape[:2])
-    return routed_conv(x, conv.weight, conv.bias, RoutedConv(rows, columns, Routing.ALL, _geometry(conv)), relu)
+    if not _only_torch(conv, x):
+        rows, columns = (FilterGroups.blocks([n], ("all",), x.device) for n in conv.weight.shape[:2])
+        spec = RoutedConv(rows, columns, Routing.ALL, _geometry(conv))
+        run = decide(x, conv.weight, spec)
+        if not run.kernels.OF_TORCH:
+            return routed_conv(x, conv.weight, conv.bias, spec, relu, run=run)
+    return F.relu(conv(x)) if relu else conv(x)
 
 
 def _together(
@@ -181,32 +191,34 @@ def _together(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """The convolutions of several groups, {group: plain convolution}, as one routed convolution: outputs side by side,
-    and nothing is copied. None where that can't be."""
+    """The convolutions of several groups, {group: plain convolution}, as one routed convolution, with outputs side by
+    side and nothing copied; None where that can't be. `relu` and `residual`: as in `convolve`."""
     read = x if isinstance(x, Tensor) else x.side_by_side
-    if read is None or not convolutions or not all(_by_kernels(conv, read) for conv in convolutions.values()):
+    if read is None or not convolutions or any(_only_torch(conv, read) for conv in convolutions.values()):
         return None
-    columns = [read.shape[1]] if isinstance(x, Tensor) else x.sizes
-    routing = Routing.ALL if isinstance(x, Tensor) else x.routing
-    sizes, weights, starts = [0] * groups, [], [0, *itertools.accumulate(columns)]
     ordered = dict(sorted(convolutions.items()))
+    columns = [read.shape[1]] if isinstance(x, Tensor) else x.sizes
+    reads = {group: [0] if isinstance(x, Tensor) else x.read(group) for group in ordered}
+    if any(conv.weight.shape[1] != sum(columns[one] for one in reads[group]) for group, conv in ordered.items()):
+        return None  # zeros stand in for something
+    sizes = [ordered[group].weight.shape[0] if group in ordered else 0 for group in range(groups)]
+    names = tuple(map(str, range(groups)))
+    rows, read_from = (FilterGroups.blocks(side, names[: len(side)], read.device) for side in (sizes, columns))
+    some = next(iter(ordered.values()))
+    routing = Routing.ALL if isinstance(x, Tensor) else x.routing
+    spec = RoutedConv(rows, read_from, routing, _geometry(some))
+    run = decide(read, some.weight, spec)
+    if run.kernels.OF_TORCH:
+        return None
+    weights, starts = [], [0, *itertools.accumulate(columns)]
     for group, conv in ordered.items():
-        sizes[group], size, *taps = conv.weight.shape
-        reads = [0] if isinstance(x, Tensor) else x.read(group)
-        if size != sum(columns[one] for one in reads):  # zeros stand in for something
-            return None
-        weight, at = conv.weight.new_zeros(sizes[group], sum(columns), *taps), 0
-        for one in reads:
+        weight, at = conv.weight.new_zeros(sizes[group], sum(columns), *conv.weight.shape[2:]), 0
+        for one in reads[group]:
             weight[:, starts[one] : starts[one + 1]] = conv.weight[:, at : at + columns[one]]
             at += columns[one]
         weights.append(weight)
-    some = next(iter(ordered.values()))
     bias = None if some.bias is None else torch.cat([conv.bias for conv in ordered.values()])
-    names = tuple(map(str, range(groups)))
-    rows, read_from = (FilterGroups.blocks(side, names[: len(side)], read.device) for side in (sizes, columns))
-    return routed_conv(
-        read, torch.cat(weights), bias, RoutedConv(rows, read_from, routing, _geometry(some)), relu, residual
-    )
+    return routed_conv(read, torch.cat(weights), bias, spec, relu, residual, run=run)
 
 
 def _geometry(conv: Any) -> Geometry:
@@ -216,7 +228,7 @@ def _geometry(conv: Any) -> Geometry:
 class FrozenConv(Frozen):
     """An SFG layer with a fixed assignment: a plain convolution for each group, normalisation folded in."""
 
-    def __init__(self, source: SFGConv2d, assignment: Sequence[int]) -> None:
+    def __init__(self, source: SFGLayer, assignment: Sequence[int]) -> None:
         super().__init__(source)
         self.names, self.width, self.activation = source.group_names, source.out_channels, source.activation
         self.kernels = [[k for k, of in enumerate(assignment) if of == group] for group in range(len(self.names))]
@@ -240,7 +252,7 @@ class FrozenConv(Frozen):
         if residual is not None and self.activation is None and residual.sizes == sizes:
             add = residual.side_by_side
         together = None
-        if "source" not in self.__dict__:  # all is made that will be
+        if "source" not in self.__dict__:  # all convolutions have been made
             together = _together(made, x, len(self.names), self._relu, add)
         own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
@@ -251,7 +263,7 @@ class FrozenConv(Frozen):
 
     @property
     def _relu(self) -> bool:
-        """Can what convolves do the ReLU, too?"""
+        """Does the activation begin with a ReLU, which the kernels can do?"""
         return self.activation in ("relu", "relu_pool")
 
     def _behind_relu(self, y: Tensor) -> Tensor:
@@ -270,9 +282,9 @@ class FrozenConv(Frozen):
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        return self._behind_relu(_run(conv, read, self._relu))
+        return self._behind_relu(_convolve(conv, read, self._relu))
 
-    def _make(self, source: SFGConv2d, group: int, columns: list[int] | None) -> nn.Conv2d:
+    def _make(self, source: SFGLayer, group: int, columns: list[int] | None) -> nn.Conv2d:
         rows = self.kernels[group]
         weight, bias = _columns_of(source.weight[rows], columns), None if source.bias is None else source.bias[rows]
         if source.norm is not None:
@@ -306,6 +318,7 @@ class FrozenStreamBlock(Frozen):
         self.names, self.width, self.first = source.names, source.channels, source.first
 
     def forward(self, x: GroupTensors) -> GroupTensors:
+        """The streams behind the block."""
         every = [list(range(self.width))] * len(self.names)
         return GroupTensors(lambda group: self._group(x, group), x.zero, every, self.width, self.names)
 
@@ -332,8 +345,8 @@ class FrozenStreamBlock(Frozen):
             geometry = {"dilation": source.dilation, "padding": source.dilation}
             return _conv2d(source.conv2.weight[rows], bias, source.conv2, **geometry)
 
-        h = _run(self._convolution(f"{name}_1", first), h, True)
-        return shortcut + _run(self._convolution(f"{name}_2", second), h)
+        h = _convolve(self._convolution(f"{name}_1", first), h, True)
+        return shortcut + _convolve(self._convolution(f"{name}_2", second), h)
 
 
 def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
@@ -349,6 +362,7 @@ class FrozenNorm(Frozen):
     """A plain batch normalisation for each group's live kernels."""
 
     def forward(self, x: GroupTensors) -> GroupTensors:
+        """The features, normalised."""
         return GroupTensors(lambda group: self._group(x, group), x.zero, x.kernels, x.width, x.names, x.routing)
 
     def _group(self, x: GroupTensors, group: int) -> Tensor:
@@ -370,6 +384,7 @@ class FrozenMerge(Frozen):
         self.names, self.width = source.names, source.channels
 
     def forward(self, x: GroupTensors) -> GroupTensors:
+        """The merged streams."""
         every = [list(range(self.width))] * len(self.names)
         return GroupTensors(lambda group: self._group(x, group), x.zero, every, self.width, self.names, Routing.OWN)
 
@@ -382,7 +397,7 @@ class FrozenMerge(Frozen):
             bias = None if source.conv.bias is None else source.conv.bias[rows]
             return _conv2d(source.conv.weight[rows], bias, source.conv)
 
-        return _run(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
+        return _convolve(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
 
 
 class FrozenHeads(Frozen):
@@ -393,6 +408,7 @@ class FrozenHeads(Frozen):
         self.tasks = {task: 1 + list(source.outputs).index(task) for task in tasks}
 
     def forward(self, x: GroupTensors) -> dict[str, Tensor]:
+        """The outputs of the tasks, {task: [N, channels, H, W]}."""
         if "source" not in self.__dict__:
             y = _together({g: self.convolutions[task] for task, g in self.tasks.items()}, x, len(x.names))
             if y is not None:
@@ -410,4 +426,4 @@ class FrozenHeads(Frozen):
             bias = None if source.conv.bias is None else source.conv.bias[rows]
             return _conv2d(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
 
-        return _run(self._convolution(task, make), read)
+        return _convolve(self._convolution(task, make), read)

@@ -33,24 +33,24 @@ class SFGHighResNet(nn.Module):
         blocks: residual blocks in each stage.
         residual: "separate" (the paper's: T+1 stacks with weights of their own, merge by concatenation + 1x1) or
             "routed" (the blocks' convolutions are SFG layers, merge by summation; several times cheaper).
-        method: "sfg" or one of the others of `methods.METHODS` that are special cases of this class: the paper's four
-            baselines "one_task", "hard_sharing", "constant_mask", "constant_p", and "even_split", "retrain".
+        method: "sfg", or another method of `methods.METHODS` except "cross_stitch": the paper's four baselines
+            "one_task", "hard_sharing", "constant_mask", "constant_p", or "even_split" or "retrain".
         norm, init, estimator: as in `SFGConv2d`.
         noise_on, explore: see `GroupGates`.
-        shared: of "constant_mask": the share of a layer's kernels that is shared, one number or one for each layer that
-            has a grouping of its own; None: 1/(T+1). The rest is split evenly among the tasks.
+        shared: for "constant_mask": the share of a layer's kernels that is shared, one number or one for each layer
+            that has a grouping of its own; None: 1/(T+1). The other kernels are split evenly among the tasks.
         dropout: probability with which each channel is zero between two layers or blocks, in training and in
             predictions by draws.
 
     Raises:
         ValueError: for an unknown `residual` or `method`, a `width` that is neither a number nor three, several
-            outputs with `method="one_task"`, `method="cross_stitch"` (`CrossStitch`), or `shared` or `dropout` that
-            can't be.
+            outputs with `method="one_task"`, `method="cross_stitch"` (which is the class `CrossStitch`), or values that
+            `shared` or `dropout` can't have.
     """
 
-    per_image = False  # a value for each voxel, not for each image
+    per_image = False  # the outputs have a value for each voxel
     least_size = 1
-    sizes = ("width", "blocks", "residual")  # the options that say how large the network is
+    sizes = ("width", "blocks", "residual")  # the options that set the size of the network
 
     def __init__(
         self,
@@ -114,8 +114,8 @@ class SFGHighResNet(nn.Module):
         blocks: int = 3,
         residual: str = "separate",
     ) -> Column:
-        """A network of this architecture for one task; `options`: of its layers. With `residual="separate"` it has one
-        stack of residual blocks in each stage, and nothing to merge."""
+        """A network of this architecture for one task. `options` are those of its SFG layers. With
+        `residual="separate"` it has one stack of residual blocks in each stage, and nothing to merge."""
         stages: list[list[nn.Module]] = []
         channels = in_channels
         for stage, wide in enumerate(_widths(width, residual)):
@@ -150,7 +150,7 @@ def _routed(trunk: SFGConv2d, blocks: int, stage: int, options: Mapping[str, Any
 
 
 def _start_from_biases(head: nn.Conv2d) -> None:
-    """Small weights, so that training starts from the biases."""
+    """Give a head small weights, so that its first outputs are about its biases."""
     nn.init.normal_(head.weight, 0.0, 0.05)
     assert head.bias is not None
     nn.init.zeros_(head.bias)

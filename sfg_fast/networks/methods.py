@@ -1,5 +1,5 @@
-"""The methods that are compared. The paper's are special cases of an SFG network, by configuration (section 3,
-"Baselines"); so is all else but cross-stitch networks, which are networks of their own (cross_stitch.py)."""
+"""The methods that are compared. The paper's baselines are special cases of an SFG network (section 3, "Baselines"),
+and so are the other methods here, except cross-stitch networks (cross_stitch.py)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ METHODS = {
 
 
 FIXED: dict[str, float | None] = {"one_task": 0.0, "hard_sharing": 1.0, "even_split": 0.0, "constant_mask": None}
-"""Methods whose grouping is a mask, and the share of each layer's kernels that is shared; None: 1/(T+1), or as told."""
+"""The methods with a fixed mask as grouping, and the share of each layer's kernels that is shared. None: the option
+`shared`, by default 1/(T+1)."""
 
 
 def layer_options(
     method: str, tasks: Sequence[str], norm: str | None, init: str | Sequence[Any] | Tensor, estimator: str
 ) -> dict[str, Any]:
-    """Options of the network's SFG layers. Raises ValueError for an unknown method, several tasks with one_task,
-    cross_stitch, or a task whose name no module can have.
+    """The options of the network's SFG layers.
 
     With `retrain` the grouping is drawn from a constant p, as with `constant_p`, until `assign` fixes it.
+
+    Raises ValueError for an unknown method, for cross_stitch, for several tasks with one_task, and for a task with a
+    name that no module can have.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(METHODS)}")
     if method == "cross_stitch":
         raise ValueError("method='cross_stitch' is a network of its own, expected networks.build.build(..)")
-    for task in tasks:  # heads, and parts of frozen networks, are called so
+    for task in tasks:  # heads and parts of frozen networks have the tasks' names
         if "." in task or hasattr(nn.ModuleDict(), task):
             raise ValueError(f"outputs: a module of torch can't be called {task!r}, expected another name for the task")
     if method == "one_task" and len(tasks) != 1:
@@ -56,11 +59,16 @@ def fix_grouping(
     explore: float = 0.0,
     shared: float | Sequence[float] | None = None,
 ) -> None:
-    """Assign what the method has fixed, and set what the noise of all draws is added to and which share of them ignores
-    p.
+    """Fix the grouping of a network's SFG layers, if the method has a fixed one, and set how they draw.
 
-    shared: of constant_mask, the share of each layer's kernels that is shared: one number, or one for each layer with a
-    grouping of its own. Raises ValueError for another method, a share outside 0 .. 1 or another number of them.
+    Args:
+        network: the network.
+        method: a name of `METHODS`.
+        noise_on, explore: see `GroupGates`.
+        shared: for constant_mask, the share of each layer's kernels that is shared: one number, or one for each layer
+            with a grouping of its own.
+
+    Raises ValueError for `shared` with another method, a share outside 0 .. 1, or another number of shares.
     """
     layers = [m for m in network.modules() if isinstance(m, SFGConv2d) and not m.shares_grouping]
     shares = _shares(method, shared, len(layers))
@@ -74,7 +82,7 @@ def fix_grouping(
 
 
 def _shares(method: str, shared: float | Sequence[float] | None, layers: int) -> list[float | None]:
-    """The share of shared kernels of each layer; None: 1/(T+1)."""
+    """The share of each layer's kernels that is shared; None stands for 1/(T+1)."""
     if shared is None:
         return [FIXED.get(method)] * layers
     shares = [float(share) for share in shared] if isinstance(shared, Sequence) else [float(shared)] * layers
@@ -86,7 +94,7 @@ def _shares(method: str, shared: float | Sequence[float] | None, layers: int) ->
 
 
 def _mask(kernels: int, groups: int, share: float | None) -> Tensor:
-    """The assignment [K] of a constant mask: first what is shared, then the tasks' kernels, as many for each."""
+    """The assignment [K] of a constant mask: first the shared kernels, then those of each task, as many for each."""
     if share is None:
         return torch.arange(kernels) * groups // kernels
     own = kernels - round(share * kernels)
@@ -95,7 +103,7 @@ def _mask(kernels: int, groups: int, share: float | None) -> Tensor:
 
 
 def he_initialise(network: nn.Module) -> None:
-    """He initialisation of all convolutions (ReLU follows)."""
+    """Initialise all convolutions after He et al. for ReLU, their biases with zeros."""
     for module in network.modules():
         if isinstance(module, SFGConv2d | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

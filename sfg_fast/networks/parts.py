@@ -1,4 +1,4 @@
-"""Parts of the networks: what single-task networks have in place of groups, and dropout."""
+"""Parts of networks: those that networks of a single task have in place of groups, and dropout."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 
 class Column(NamedTuple):
-    """A network for one task, to be read by those for others: its stages, each from tensor to tensor; what follows
-    them; and the head."""
+    """A network for one task, which the networks of other tasks can read between its stages. Each of the `stages` takes
+    and gives a tensor; `final` follows the stages, and `head` gives the output."""
 
     stages: list[list[nn.Module]]
     final: list[nn.Module]
@@ -19,38 +20,41 @@ class Column(NamedTuple):
 
 
 class ChannelDropout(nn.Dropout2d):
-    """`nn.Dropout2d` of features or a tensor, which also drops in `eval()` while architectures are drawn
-    (`controls.sampling`): a prediction by draws is then the mean over networks that dropped other channels."""
+    """`nn.Dropout2d` for features or a tensor. It drops in `eval()`, too, while architectures are drawn
+    (`controls.sampling`), so that each draw of a prediction drops other channels."""
 
     sampling: bool = False
 
     def forward(self, x: Any) -> Any:
+        """x, features or a tensor [N, C, H, W] -> the same, with some channels zero and the others scaled."""
         drops = self.p > 0 and (self.training or self.sampling)
         return F.dropout2d(x, self.p, True) if drops else x
 
 
 def dropout_between(parts: Sequence[nn.Module], dropout: nn.Module) -> list[nn.Module]:
-    """The parts, with `dropout` after each but the last."""
+    """The parts, with `dropout` after each part except the last."""
     return [module for part in parts for module in (part, dropout)][:-1]
 
 
 class ReadTask(nn.Module):
-    """What a task reads of features, as a tensor [N, K, H, W]."""
+    """Reads the features of a task from those of an SFG layer, as a tensor."""
 
     def __init__(self, task: str) -> None:
         super().__init__()
         self.task = task
 
     def forward(self, x: Any) -> Tensor:
+        """x, the features of K kernels -> what the task reads of them, [N, K, H, W]."""
         return x.merged(self.task)
 
+    @override
     def extra_repr(self) -> str:
         return self.task
 
 
 class ResidualBlock(nn.Module):
-    """`StreamBlock` for a single stream, on tensors: x + conv(relu(bn(conv(relu(bn(x)))))). The `first` one of a stage,
-    whose input is normalised and activated already, starts with the convolution."""
+    """A `StreamBlock` for a single stream, on tensors: x + conv(relu(bn(conv(relu(bn(x)))))). The `first` block of a
+    stage starts with the convolution, because its input is normalised and activated already."""
 
     def __init__(self, channels: int, dilation: int, first: bool, norm: str | None) -> None:
         super().__init__()
@@ -62,11 +66,12 @@ class ResidualBlock(nn.Module):
         self.first = first
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, channels, H, W] -> a tensor of the same shape."""
         h = x if self.first else F.relu(self.norm1(x))
         return x + self.conv2(F.relu(self.norm2(self.conv1(h))))
 
 
 def check_size(x: Tensor, least: int) -> None:
-    """ValueError for images [N, C, H, W] with fewer rows or columns."""
+    """Raise ValueError if images x [N, C, H, W] have less than `least` rows or columns."""
     if least > 1 and min(x.shape[2:]) < least:
         raise ValueError(f"the image has size {tuple(x.shape[2:])}, expected at least ({least}, {least})")

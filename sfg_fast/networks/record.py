@@ -1,8 +1,9 @@
-"""What a network does to an image, as a graph: run once and written down. (Python in the forward pass runs as it is;
-symbolic tracing would stop at the first `if`.)
+"""`record` runs a network once on an image, and writes down its operations as a graph. (Python code in the forward pass
+runs as it is; symbolic tracing would stop at the first `if`.)
 
-Sizes of tensors, and what the forward pass computes from them, are nodes of the graph: `x.view(x.size(0), -1)` holds
-for any batch, `F.interpolate(y, size=x.shape[-2:])` for any image. Every other number is what it was.
+Sizes of tensors, and numbers that the forward pass computes from them, are nodes of the graph. So a recorded
+`x.view(x.size(0), -1)` works for any batch, and `F.interpolate(y, size=x.shape[-2:])` for any image. Every other number
+stays what it was in the recording.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-# What a node's `meta` says: the innermost module whose forward pass made it; is it a number, no tensor; the shape of
-# the tensor; was it made while gradients were on.
+# The keys of a node's `meta`: the name of the innermost module whose forward pass made the node; whether it is a number
+# made of sizes, no tensor; the shape of its tensor; whether gradients were on when it was made.
 WHERE, NUMBER, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_shape"
 WITH_GRADIENT = "sfg_fast_with_gradient"
 
 
 class _Size(int):
-    """A size of a recorded tensor, or a whole number made of sizes: `node` gives it in the graph."""
+    """A size of a recorded tensor, or a whole number made of sizes. `node` is the node of the graph that gives it."""
 
     node: fx.Node
 
 
 class _Ratio(float):
-    """A number made of sizes that is no whole one."""
+    """A number made of sizes that is not whole. `node` is the node of the graph that gives it."""
 
     node: fx.Node
 
@@ -49,7 +50,7 @@ def _number(value: float, node: fx.Node, where: str) -> Any:
 
 
 def _remembers(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
-    """A method of a number that does the operation and writes it down."""
+    """A method of `_Size` and `_Ratio` that does the operation and adds it to the graph."""
 
     def method(self: Any, *others: Any) -> Any:
         values = [_plain(one) for one in (self, *others)]
@@ -69,13 +70,13 @@ def _plain(value: Any) -> Any:
 
 
 class AnotherWay(ValueError):
-    """An image of this size takes another way through the network than the one that was recorded."""
+    """A forward pass would decide something else for an image of this size than it did in the recording."""
 
 
 @fx.node.has_side_effect
 def as_recorded(comparison: str, left: Any, right: Any, expected: bool) -> None:
-    """Raises AnotherWay if two numbers compare otherwise than when the network was recorded: its forward pass has an
-    `if`, a maximum or the like there."""
+    """Raise AnotherWay unless a comparison of two numbers gives `expected`, what it gave in the recording. The forward
+    pass has an `if`, a maximum or the like there."""
     if getattr(operator, comparison)(left, right) != expected:
         raise AnotherWay(
             f"the network was converted for images of other sizes: its forward pass asks {comparison}({left}, "
@@ -84,14 +85,15 @@ def as_recorded(comparison: str, left: Any, right: Any, expected: bool) -> None:
 
 
 class Rereader(fx.Tracer):
-    """Makes the graph again from the code that is pickled in its place: this function stays a node."""
+    """Makes a graph from its code when it is unpickled. `as_recorded` must stay one node."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=(as_recorded,))
 
 
 def _decides(comparison: str) -> Callable[..., Any]:
-    """A comparison, which must come out the same whenever the graph is run."""
+    """A method of `_Size` and `_Ratio` that compares and adds `as_recorded` to the graph: whenever the graph is run,
+    the comparison must give the same."""
 
     def method(self: Any, other: Any) -> Any:
         if not isinstance(other, int | float):
@@ -123,28 +125,39 @@ for _kind in (_Size, _Ratio):
     _kind.__round__ = _remembers(round)  # type: ignore[method-assign]
 
 
-# Functions that draw random numbers; what dropout draws is the module's own business.
+# The names of functions that draw random numbers. (Dropout may draw: it is recorded as a module.)
 _RANDOM = re.compile(
     r"(rand|randn|randint|randperm|bernoulli|normal|multinomial|poisson|binomial)(_like)?"
     r"|(bernoulli|uniform|normal|exponential|geometric|cauchy|log_normal|random)_"
 )
 
 
-_LOOKS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist")  # at the values of a tensor
+_LOOKS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist")  # they read the values of a tensor
 
 
 class _Tape(TorchFunctionMode):
-    """Writes down which modules and functions make the output of the image, as a graph."""
+    """Records which modules and functions make the output of the image, as a graph.
+
+    Attributes:
+        graph: the graph so far.
+        inside: how many leaves (modules that are one node) are being run; what they call is not recorded.
+        known: the node of each recorded tensor, by the tensor's id.
+        kept: all recorded tensors, so that no id is given twice.
+        scopes: the names of the modules whose forward passes are being run.
+        decided: the places where the forward pass looked at values of a tensor.
+        attributes: the names of parameters and buffers, by their ids.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.graph, self.inside, self.known = fx.Graph(tracer_cls=Rereader), 0, {}  # type: ignore[var-annotated]
-        self.kept: list[Any] = []  # so that no id is given twice
-        self.scopes = [""]  # the modules whose forward passes are under way
-        self.decided: list[str] = []  # where the forward pass looked at values
+        self.kept: list[Any] = []
+        self.scopes = [""]
+        self.decided: list[str] = []
         self.attributes = {id(p): name for name, p in (*network.named_parameters(), *network.named_buffers())}
 
     def write(self, out: Any, make: Callable[[Any], fx.Node], arguments: Any) -> None:
+        """Record an operation with the result `out`, if the graph makes one of its arguments. `make` makes its node."""
         if not self.knows(arguments):
             return
         if isinstance(out, Tensor):
@@ -155,23 +168,27 @@ class _Tape(TorchFunctionMode):
                 self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
 
     def knows(self, arguments: Any) -> bool:
-        """Is anything among them that the graph makes? (In slices, too.)"""
+        """Does the graph make any of the arguments, or a number in a slice among them?"""
         return any(isinstance(leaf, _Size | _Ratio) or id(leaf) in self.known for leaf in leaves_of(arguments))
 
     def whose(self) -> str:
+        """The module whose forward pass is being run, for a message."""
         return repr(self.scopes[-1]) if self.scopes[-1] else "the module"
 
     def marked(self, node: fx.Node) -> fx.Node:
+        """The node, once its `meta` says where it was made."""
         node.meta |= {WHERE: self.scopes[-1], WITH_GRADIENT: torch.is_grad_enabled()}
         return node
 
     def tell(self, tensor: Any, node: fx.Node) -> None:
+        """Remember that a node makes a tensor."""
         self.known[id(tensor)] = self.marked(node)
         node.meta[SHAPE] = tuple(map(int, tensor.shape))
         self.kept.append(tensor)
 
     def node(self, value: Any) -> Any:
-        """What stands for an argument in the graph."""
+        """The node that makes an argument, or the argument itself if no node does. Raises ValueError for a tensor that
+        the forward pass has made of nothing in the graph."""
         if isinstance(value, _Size | _Ratio):
             return value.node
         if not isinstance(value, Tensor):
@@ -192,7 +209,7 @@ class _Tape(TorchFunctionMode):
         return self.known[id(value)]
 
     def sizes(self, tensor: Tensor, found: Any) -> Any:
-        """What `size` or `shape` of a recorded tensor gave, as numbers that remember where they come from."""
+        """The sizes `found` of a recorded tensor, as `_Size`s that know their nodes."""
         node = self.known[id(tensor)]
 
         def one(dim: int, value: int) -> Any:
@@ -204,7 +221,7 @@ class _Tape(TorchFunctionMode):
         arguments = (args, dict(kwargs or {}))
         if self.inside:
             return function(*args, **arguments[1])
-        numbers: Any = map_aggregate(arguments, _plain)  # what torch's own code compares decides nothing
+        numbers: Any = map_aggregate(arguments, _plain)  # comparisons in torch's own code are not recorded
         out = function(*numbers[0], **numbers[1])
         name = getattr(function, "__name__", "")
         if _RANDOM.fullmatch(name):
@@ -225,13 +242,13 @@ class _Tape(TorchFunctionMode):
         if args and id(args[0]) in self.known:
             if isinstance(out, torch.Size):
                 return self.sizes(args[0], out)
-            if function is Tensor.size:  # of one dimension
+            if function is Tensor.size:  # the size of one dimension
                 return self.sizes(args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
             if function is Tensor.__setitem__:
                 raise ValueError(f"convert: {self.whose()} writes to a part of a tensor, which can't be recorded")
-        if name == "__get__":  # a property
+        if name == "__get__":  # it reads a property, as x.shape
             function, arguments = getattr, ((*args, function.__self__.__name__), {})
-        if name and getattr(Tensor, name, None) is function:  # as a function it couldn't be pickled
+        if name and getattr(Tensor, name, None) is function:  # as a function the node couldn't be pickled
             self.write(out, lambda a: self.graph.call_method(name, *a), arguments)
         else:
             self.write(out, lambda a: self.graph.call_function(function, *a), arguments)
@@ -239,7 +256,7 @@ class _Tape(TorchFunctionMode):
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torch.nn whose forward pass the module does, unchanged; None if it has one of its own."""
+    """The class of torch.nn whose forward pass the module has; None if its class defines another one."""
     kind = type(module)
     for base in kind.__mro__:
         if base.__module__.startswith("torch.nn.") and not base.__module__.startswith("torch.nn.utils"):
@@ -250,21 +267,23 @@ def base_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Is the module one node of the graph?"""
+    """Is the module recorded as one node of the graph?"""
     base = base_of(module)
     return pads_channels(module) or (base is not None and not issubclass(base, nn.Sequential | nn.ModuleList))
 
 
 def pads_channels(module: nn.Module) -> bool:
-    """MONAI's ChannelPad: a shortcut to more channels."""
+    """Is the module MONAI's ChannelPad, a shortcut to more channels?"""
     return type(module).__name__ == "ChannelPad"
 
 
 def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
-    """Run a network and write down what it does to the image. Leaves of the graph are modules that do what a class of
-    torch.nn does, and functions outside of them. Returns the graph and the output.
+    """Run a network on images [N, C, H, W] and record its operations. Returns the graph and the output.
 
-    Raises ValueError for outputs that are no tensor made of the image, and for tensors made on the way.
+    The nodes of the graph are modules with the forward pass of a class of torch.nn, and functions outside of these.
+
+    Raises ValueError for an output that is no tensor made of the images, and for tensors that the forward pass makes of
+    nothing. Warns if the forward pass looks at the values of a tensor.
     """
     tape = _Tape(network)
     hooks = []
@@ -311,13 +330,14 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
     if not isinstance(out, Tensor) or id(out) not in tape.known:
         raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
     tape.graph.output(tape.known[id(out)])
-    remove_unused(tape.graph)  # sizes that nobody asked for
+    remove_unused(tape.graph)  # sizes that nothing reads
     return tape.graph, out.detach()
 
 
 @contextmanager
 def _no_autocast_inside(tape: _Tape) -> Iterator[None]:
-    """ValueError if autocast is entered in the forward pass: the converted network would not."""
+    """Inside the `with` a forward pass that enters autocast raises ValueError, because the converted network would not
+    enter it."""
     enter = torch.amp.autocast_mode.autocast.__enter__
 
     def refused(self: Any) -> Any:
@@ -343,7 +363,8 @@ def backwards(
     stops: Callable[[fx.Node], bool] = lambda node: False,
     inputs: Callable[[fx.Node], list[fx.Node]] = lambda node: node.all_input_nodes,
 ) -> Iterator[fx.Node]:
-    """The node and all that it is made of; not behind those that stop."""
+    """The node, and all nodes that it is made of, found through `inputs`. The search does not go on behind nodes for
+    which `stops` is true."""
     seen, waiting = set(), [node]
     while waiting:
         one = waiting.pop()
@@ -355,15 +376,17 @@ def backwards(
 
 
 def remove_unused(graph: fx.Graph) -> None:
+    """Remove the nodes that nothing reads, except inputs, the output and `as_recorded`."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is as_recorded)
 
 
 def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes of the graph recorded in `eval()` that are told by an argument, True or False, that it is `train()`.
-    All get to know whether gradients are on in `train()`: in `eval()` the forward pass may do without.
+    """The nodes of the graph `evaluating`, recorded in `eval()`, with an argument that is another bool in `training`,
+    the graph recorded in `train()`: the argument tells them the mode.
 
-    Raises ValueError, naming the place, if the two graphs differ otherwise: in what is done in the two modes, or in
-    numbers that come from the image.
+    Every node of `evaluating` also gets WITH_GRADIENT from `training`, because in `eval()` the forward pass may switch
+    gradients off. Raises ValueError, which names the place, if the graphs differ otherwise: in the operations of the
+    two modes, or in numbers that come from the image.
     """
     numbers: dict[fx.Node, int] = {}
     for number, (one, other) in enumerate(itertools.zip_longest(_that_work(evaluating), _that_work(training))):
@@ -392,7 +415,7 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _that_work(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes but for questions for a size, and what only these want to know."""
+    """The nodes without `as_recorded`, and without nodes that only these read."""
     asked: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.target is as_recorded or (node.users and asked.issuperset(node.users)):
@@ -406,7 +429,7 @@ def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
 
 
 def leaves_of(arguments: Any) -> list[Any]:
-    """Everything in tuples, lists, dicts and slices."""
+    """Everything that the arguments hold in tuples, lists, dicts and slices."""
     found: list[Any] = []
     map_aggregate(arguments, found.append)
     return found
@@ -418,7 +441,7 @@ def _module_of(node: fx.Node | None) -> str:
 
 
 def called(node: fx.Node | None) -> str:
-    """What a node does, for a message."""
+    """The name of the function, method or attribute of a node, for a message."""
     if node is None:
         return "nothing"
     if node.target is getattr:

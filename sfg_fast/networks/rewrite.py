@@ -1,4 +1,4 @@
-"""A recorded network with SFG layers in place of its convolutions, and a head for each task (`convert.py` calls it)."""
+"""Puts SFG layers in place of the convolutions of a recorded network, and a head for each task. `convert` calls it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
 _NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
 _NOT_ELEMENTWISE = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
 
-# Functions of a weight that are modules, too: the names of their arguments in order.
+# The functions of a weight for which torch.nn has a module, and the names of their arguments in order.
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     F.conv2d: _CONV,
@@ -54,7 +54,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
 }
 
-# What functions do to features of SFG layers, by their names without underscores.
+# What functions do to features of SFG layers. The names of the functions stand here without underscores.
 _SAME = {"contiguous", "as_tensor", "clone", "requires_grad"}
 _RESHAPES = {"view", "reshape", "view_as", "reshape_as", "expand", "expand_as"}
 _CASTS = {"to": None, "type": None, "float": torch.float32, "half": torch.float16, "double": torch.float64,
@@ -69,11 +69,11 @@ REMOVE_HOOKS = (
 
 
 class Rewriting:
-    """Rewrites a recorded graph. Every node is plain (the image, and what skipped modules make of it), a number made of
-    sizes, features of SFG layers, or of the tail, which is done once for each task.
+    """Rewrites a recorded graph. Every node has one of four kinds: "plain" (the image, and what skipped modules make of
+    it), "number" (made of sizes), "features" (of SFG layers), and "tail", which is copied for each task.
 
-    What stands in the way is collected in `obstacles`, a sentence each, and the rest is looked at as if it were not
-    there, so that everything can be told at once.
+    Each thing that can't be converted adds a sentence to `obstacles`. The other nodes are then looked at as if that
+    thing were no problem, so that one message can tell everything.
     """
 
     def __init__(
@@ -86,26 +86,27 @@ class Rewriting:
         options: Mapping[str, Any],
         modes: dict[nn.Module, bool],
     ) -> None:
-        """`told`: the nodes that are told whether it is training. `modes`: of the modules, in training or not; what is
-        put in their place gets theirs."""
+        """`told` are the nodes that an argument tells whether the network is in training (`record.differences`).
+        `modes` has the mode of each module, True for training; a module that takes the place of another gets its
+        mode."""
         self.modes, self.told = modes, told
         self.network, self.graph, self.tasks, self.options = network, graph, tasks, options
         self.modules = dict(network.named_modules())
         self.hooked = {name: hook for name, module in self.modules.items() if (hook := hook_of(module))}
         if unknown := skip - self.modules.keys():
             raise ValueError(f"skip: there is no module {', '.join(map(repr, sorted(unknown)))}")
-        self.skipped = {one: set(network.get_submodule(one).modules()) for one in skip}  # whatever else they are called
+        self.skipped = {one: set(network.get_submodule(one).modules()) for one in skip}  # by identity, not by name
         self.skip = {name for name, m in self.modules.items() if any(m in one for one in self.skipped.values())}
         self.kind: dict[fx.Node, str] = {}
-        self.stream: dict[fx.Node, Any] = {}  # the convolution whose grouping features have
-        self.same: dict[fx.Node, fx.Node] = {}  # convolutions whose outputs are added up
-        self.ended: dict[fx.Node, str] = {}  # of the tail: what ended the SFG layers
-        self.sized: list[str] = []  # the layers of the tail that give the output its size, and the norms behind them
+        self.stream: dict[fx.Node, Any] = {}  # features: the convolution whose grouping they have
+        self.same: dict[fx.Node, fx.Node] = {}  # convolution -> one whose grouping it takes (sums)
+        self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
+        self.sized: list[str] = []  # layers of the tail that set the number of outputs, and norms behind them
         self.obstacles: list[str] = []
         self.report = Report()
 
     def run(self) -> None:
-        """Rewrite the graph, unless `obstacles` are found."""
+        """Rewrite the graph, and fill the report. With `obstacles` the graph is left half done."""
         self._without_gradients()
         self._modules_of_functions()
         self._dropouts()
@@ -126,6 +127,7 @@ class Rewriting:
             self._tails(output)
 
     def _vain_skips(self) -> None:
+        """Add an obstacle for each skipped module that does not stand before the SFG layers."""
         left = {self._module(node) for node in self.graph.nodes if self.kind.get(node) == "plain"}
         for name, modules in self.skipped.items():
             if not modules & left:
@@ -134,11 +136,11 @@ class Rewriting:
                     "or an activation goes with its convolution, and what gives the output is a head)"
                 )
 
-    # --- the recording, with modules where there can be ---------------------------------------------------------------
+    # --- modules in place of functions --------------------------------------------------------------------------------
 
     def _modules_of_functions(self) -> None:
-        """F.conv2d, F.linear and F.batch_norm with parameters of the network (a subclass of nn.Conv2d with a forward
-        pass of its own does that) as the modules that compute it."""
+        """Put modules in place of F.conv2d, F.linear and F.batch_norm that read parameters of the network. (A subclass
+        of nn.Conv2d with another forward pass calls them.)"""
         for node in list(self.graph.nodes):
             if node.op != "call_function" or node.target not in _FUNCTIONS:
                 continue
@@ -148,13 +150,13 @@ class Rewriting:
                 value = given.pop(key, None)
                 parts[key] = self._held(value) if isinstance(value, fx.Node) else value
                 if isinstance(value, fx.Node) and parts[key] is None:
-                    break  # computed in the forward pass
+                    break  # the forward pass computes it
             else:
                 self._as_module(node, x, parts, given)
-        remove_unused(self.graph)  # who read the parameters
+        remove_unused(self.graph)  # nodes that read the parameters
 
     def _held(self, node: fx.Node) -> Tensor | None:
-        """The parameter or buffer that a node reads."""
+        """The parameter or buffer that a node reads; None for another node."""
         return operator.attrgetter(str(node.target))(self.network) if node.op == "get_attr" else None
 
     def _as_module(self, node: fx.Node, x: fx.Node, parts: Mapping[str, Tensor | None], given: dict[str, Any]) -> None:
@@ -186,8 +188,8 @@ class Rewriting:
         self.graph.erase_node(node)
 
     def _place_for(self, module: nn.Module, weight: str) -> str:
-        """Puts a module of this weight where the weight is: in place of a subclass of it, if that has no modules of its
-        own, else beside the weight. Its name; what is there already for another use of the weight stays."""
+        """The name of a module that has this weight and does the same as `module`. If there is none, `module` is added:
+        in place of the weight's owner, if that is a subclass without children, else beside the weight."""
         owner, _, own = weight.rpartition(".")
         before = self.modules[owner]
         if type(before) is type(module) and _settings(before) == _settings(module):
@@ -211,7 +213,7 @@ class Rewriting:
     def _batch_norm(
         self, node: fx.Node, parts: Mapping[str, Tensor | None], given: Mapping[str, Any]
     ) -> nn.BatchNorm2d | None:
-        """None unless it does what nn.BatchNorm2d does in both modes."""
+        """The nn.BatchNorm2d that does the same in both modes; None if there is none."""
         mean, var, weight, bias = (parts[key] for key in ("running_mean", "running_var", "weight", "bias"))
         if node not in self.told or mean is None or var is None or weight is None or bias is None:
             return None
@@ -222,7 +224,8 @@ class Rewriting:
         return norm
 
     def _dropouts(self) -> None:
-        """F.dropout(x, p, self.training) as a module: what was recorded never drops, because that was in `eval()`."""
+        """Put modules in place of F.dropout(x, p, self.training). The recorded function, in `eval()`, would never
+        drop."""
         for node in [one for one in self.graph.nodes if one in self.told and one.target in DROPOUTS]:
             number = next(n for n in itertools.count() if not hasattr(self.network, f"dropout_{n}"))
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -239,9 +242,9 @@ class Rewriting:
     # --- node by node -------------------------------------------------------------------------------------------------
 
     def _heads(self, output: fx.Node) -> set[fx.Node]:
-        """The last convolutions: from which the output is reached without another one or a linear layer in between,
-        and that none of the others reads. (None, where linear layers give the output: the tail starts in front of
-        them.)"""
+        """The last convolutions: those from which the output is reached without another convolution or linear layer,
+        and whose outputs no other of them reads. Where linear layers give the output there are none; the tail then
+        starts before these."""
         found: set[fx.Node] = set()
         for node in backwards(output, self._gives_size, inputs_of):
             if isinstance(self._module(node), nn.modules.conv._ConvNd):
@@ -296,7 +299,7 @@ class Rewriting:
                 f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before"
             )
         elif not isinstance(conv.weight, nn.Parameter):
-            if name not in self.hooked:  # which is told, too
+            if name not in self.hooked:  # `_hooks` adds an obstacle for these
                 self.obstacles.append(f"{name!r} has a weight that is no nn.Parameter, expected one")
         else:
             norm, activation = self._followers(node)
@@ -324,8 +327,8 @@ class Rewriting:
             self.obstacles.append(f"{name!r} {error}")
 
     def _followers(self, node: fx.Node) -> tuple[nn.BatchNorm2d | None, Any]:
-        """The batch normalisation and the activation that read this convolution and nobody else does; they are taken
-        out of the graph."""
+        """The batch normalisation and the activation behind this convolution, if nothing else reads what stands before
+        them. Both are taken out of the graph, because the SFG layer does their work."""
         norm, activation = None, None
         follower = _only_user(node)
         found = None if follower is None else self._module(follower)
@@ -336,9 +339,9 @@ class Rewriting:
         if follower is not None and (activation := self._activation(follower)) is not None:
             self._take_out(follower, node)
             follower = _only_user(node)
-            sized = any(user.meta.get(NUMBER) for user in node.users)  # somebody asks how large it is before
+            sized = any(user.meta.get(NUMBER) for user in node.users)  # the size before the pooling is read
             if activation == "relu" and follower is not None and not sized and _halves(self._module(follower)):
-                # Behind the gate the maximum would tell it nothing (see networks/vgg.py).
+                # Behind the gate the maximum would give it no gradient (see networks/vgg.py).
                 activation = "relu_pool"
                 self._take_out(follower, node)
         return norm, activation
@@ -378,7 +381,7 @@ class Rewriting:
             self.ended[node] = f"{_place(node)}{of}, which is not known to act on each channel alone and to keep zeros"
 
     def _module_on_features(self, node: fx.Node, module: nn.Module) -> bool:
-        """Is it known what a module does to features? An obstacle is."""
+        """Is it known what a module does to features? (It is, too, for a module that adds an obstacle.)"""
         name = repr(node.target)
         if isinstance(module, nn.BatchNorm2d):
             if self._uses(node) > 1:
@@ -409,12 +412,13 @@ class Rewriting:
         return True
 
     def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
-        """Is it known what a function does to features? Then the node does it to them. An obstacle is known, too."""
+        """Is it known what a function does to features? Then the node is rewritten to do it. (It is known, too, for a
+        function that adds an obstacle.)"""
         name, rest = _name(node), _given(node)[1:]
         alone = len(inputs_of(node)) == 1
         if name in ("cat", "concat", "concatenate"):
             parts, *how = _given(node)
-            node.args, node.kwargs = (list(parts), *how), {}  # of a tuple a compiled graph would look inside
+            node.args, node.kwargs = (list(parts), *how), {}  # compiled graphs would take a tuple apart
             if len(features) < len(inputs_of(node)):
                 self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
             self.stream[node] = node
@@ -442,14 +446,14 @@ class Rewriting:
         return True
 
     def _pass(self, node: fx.Node, before: fx.Node) -> None:
-        """Nothing happens to the values."""
+        """Rewrite a node that does not change the values."""
         self._call(node, same, before)
 
     def _call(self, node: fx.Node, function: Callable[..., Any], *arguments: Any) -> None:
         node.op, node.target, node.args, node.kwargs = "call_function", function, arguments, {}
 
     def _cast(self, node: fx.Node, before: fx.Node, name: str, rest: list[Any]) -> None:
-        """To a dtype; to a device or a memory format: features stay where they are."""
+        """Rewrite a cast to a dtype. A cast to a device or a memory format is dropped: features stay where they are."""
         dtype = next((one for one in rest if isinstance(one, torch.dtype)), _CASTS[name])
         if dtype is None:
             self._pass(node, before)
@@ -460,9 +464,10 @@ class Rewriting:
         node.op, node.target, node.args, node.kwargs = "call_method", name, arguments, {}
 
     def _scale(self, node: fx.Node) -> Any:
-        """The number, or the one number of a parameter, that features are multiplied with or divided by; or None."""
+        """The number, or parameter of one number, that features are multiplied with or divided by; None for other
+        things."""
         values = _given(node)
-        if len(values) != 2:  # a rounding mode
+        if len(values) != 2:  # there is a rounding mode
             return None
         scales = [one for one in values if self.kind.get(one) != "features"]
         if len(scales) != 1 or (_SCALES[_name(node)] is operator.truediv and scales[0] is values[0]):
@@ -474,7 +479,8 @@ class Rewriting:
         return scale if isinstance(scale, int | float | fx.Node) else None
 
     def _channel_pad(self, node: fx.Node, module: Any) -> None:
-        """A shortcut to more channels is an SFG layer of 1x1 kernels: zeros and ones, or the projection."""
+        """Put an SFG layer of 1x1 kernels in place of MONAI's ChannelPad. Its weights are zeros and ones, or those of
+        the pad's projection."""
         if module.project is not None:
             conv = module.project
         elif module.pad is not None:
@@ -492,14 +498,15 @@ class Rewriting:
         self.stream[node] = node
 
     def _add(self, node: fx.Node, features: list[fx.Node], name: str) -> None:
-        """A sum or a difference of features, as `a + factor * b`; or of features and 0."""
+        """Rewrite a sum or a difference of features as `a + factor * b`, and a sum of features and 0 as the
+        features."""
         alpha: Any = node.kwargs.get("alpha", 1)
         values, factor = _given(node)[:2], alpha * (-1 if name in _SUBTRACTS else 1)
         if name == "rsub":
             values = values[::-1]
         if len(values) != 2 or any(self.kind.get(one) != "features" for one in values):
             if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
-                self._pass(node, features[0])  # as Python's `sum` starts
+                self._pass(node, features[0])  # Python's `sum` starts with 0
                 return
             what = "adds features of SFG layers and something else" if name in _ADDS else "subtracts something else"
             self.obstacles.append(f"{_place(node)} {what}")
@@ -508,7 +515,7 @@ class Rewriting:
             with self.graph.inserting_before(node):
                 values[1] = self.graph.call_function(operator.mul, (values[1], factor))
             self.kind[values[1]], self.stream[values[1]] = "features", self.stream[features[-1]]
-        self._call(node, operator.add, *values)  # not in place
+        self._call(node, operator.add, *values)  # also where the network adds in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
             if first.op != "call_module" or other.op != "call_module":
@@ -521,7 +528,7 @@ class Rewriting:
             node = self.same[node]
         return node
 
-    # --- what could not be seen, what is told -------------------------------------------------------------------------
+    # --- obstacles that are no node; the report -----------------------------------------------------------------------
 
     def _hooks(self) -> None:
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
@@ -562,7 +569,7 @@ class Rewriting:
     # --- groupings and heads ------------------------------------------------------------------------------------------
 
     def _share_groupings(self) -> None:
-        """Convolutions whose outputs are added share the grouping of the first of them, and its draw."""
+        """Let convolutions whose outputs are added up share the grouping, and the draw, of the first of them."""
         order = {node: number for number, node in enumerate(self.graph.nodes)}
         classes: dict[fx.Node, list[fx.Node]] = {}
         for node in {node for pair in self.same.items() for node in pair}:
@@ -576,7 +583,8 @@ class Rewriting:
                 node.kwargs = {**node.kwargs, "groups": groups}
 
     def _tails(self, output: fx.Node) -> None:
-        """The nodes of the tail, once for each task, on what that task reads; layers and parameters, too."""
+        """Copy the nodes of the tail for each task, with their layers and parameters. The copies read the task's
+        features."""
         result = output.args[0]
         assert isinstance(result, fx.Node)
         for node in self.graph.nodes:
@@ -585,7 +593,7 @@ class Rewriting:
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
         self.sized = self._sized(result)
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
-        used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU for all places
+        used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU may serve all places
         results: dict[str, fx.Node] = {}
         own: dict[str, dict[str, Any]] = {}
         with self.graph.inserting_before(output):
@@ -618,7 +626,7 @@ class Rewriting:
             self.graph.erase_node(node)
 
     def _copied(self, node: fx.Node) -> nn.Module | Tensor | None:
-        """A module of the tail, or a parameter, for one task."""
+        """A copy of a module of the tail, or of a parameter, for one task."""
         module = self._module(node)
         own = copy.deepcopy(self._held(node) if module is None else module)
         if module is not None and isinstance(own, nn.Module):
@@ -627,7 +635,7 @@ class Rewriting:
         return own
 
     def _sized(self, result: fx.Node) -> list[str]:
-        """Names of the layers of the tail that give the output its number of channels, and of norms behind them."""
+        """The names of the layers of the tail that set the number of outputs, and of the norms behind them."""
         width, found = _width(result), []
         for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
             module = self._module(node)
@@ -638,7 +646,7 @@ class Rewriting:
 
 
 def same(x: Any) -> Any:
-    """What the network did here changes nothing."""
+    """x itself. It stands where the network did something that does not change the values."""
     return x
 
 
@@ -647,12 +655,12 @@ def _elementwise(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _name(node: fx.Node) -> str:
-    """Of a function, whether it is in place, a method or an operator: relu for torch.relu, F.relu_, Tensor.relu."""
+    """The name of a node's function, the same for all its forms: relu for torch.relu, F.relu_ and Tensor.relu."""
     return called(node).strip("_")
 
 
 def _place(node: fx.Node) -> str:
-    """Where and what a node is, for a message."""
+    """The name of a node and of the module that calls it, for a message."""
     if node.op == "call_module":
         return repr(node.target)
     where = f" in {node.meta[WHERE]!r}" if node.meta.get(WHERE) else ""
@@ -660,7 +668,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _width(node: fx.Node) -> int | None:
-    """How many channels a recorded tensor has."""
+    """How many channels a recorded tensor has; None if it has no dimension of channels."""
     shape = node.meta.get(SHAPE, ())
     return shape[1] if len(shape) > 1 else None
 
@@ -671,27 +679,27 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _given(node: fx.Node) -> list[Any]:
-    """The arguments of a function, whether by place or by name, but for those that are None or False."""
+    """The arguments of a function: those by place, then those by name that are not None or False."""
     by_name = (value for value in node.kwargs.values() if value is not None and value is not False)
     return [*node.args, *by_name]
 
 
 def _changes_nothing(node: fx.Node, name: str, rest: list[Any]) -> bool:
-    """Is what the function returns the same values in the same places?"""
+    """Does the function return the same values in the same places?"""
     if name in _RESHAPES:
         return node.meta.get(SHAPE) == inputs_of(node)[0].meta.get(SHAPE)
     return name in _SAME and not any(isinstance(one, torch.dtype) for one in rest)
 
 
 def _crops(index: Any) -> bool:
-    """Is it [:, :, from:to, from:to]?"""
+    """Is the index [:, :, from:to, from:to]?"""
     whole, index = slice(None), _four(index)
     slices = isinstance(index, tuple) and len(index) <= 4 and all(isinstance(one, slice) for one in index)
     return slices and all(one == whole for one in index[:2])
 
 
 def _four(index: Any) -> Any:
-    """[.., from:to] of four dimensions with all of them."""
+    """The index of a tensor of four dimensions, with `..` written out."""
     if isinstance(index, tuple) and index[0] is Ellipsis:
         return (*[slice(None)] * (5 - len(index)), *index[1:])
     return index
@@ -706,7 +714,7 @@ def _acts_on_channels(module: nn.Module) -> bool:
 
 
 def _halves(module: nn.Module | None) -> bool:
-    """Is this the pooling of `activations.relu_pool`?"""
+    """Is the module the 2x2 max-pooling of `activations.relu_pool`?"""
     if not isinstance(module, nn.MaxPool2d) or module.ceil_mode or module.return_indices:
         return False
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
@@ -714,13 +722,13 @@ def _halves(module: nn.Module | None) -> bool:
 
 
 def hook_of(module: nn.Module) -> str:
-    """The name of a hook that somebody has put on the module, or nothing."""
+    """The name of a hook that somebody has put on the module; "" without a hook."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return next((getattr(hook, "__name__", type(hook).__name__) for one in hooks for hook in one.values()), "")
 
 
 def _settings(module: nn.Module) -> list[Any]:
-    """What a layer does, but for the values of its parameters."""
+    """Everything that determines what a layer computes, except the values of its parameters."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "momentum")
     pairs = [(one, one) if isinstance(one, int) else one for one in (getattr(module, name, None) for name in names)]
     return [*pairs, getattr(module, "bias", None) is None]
@@ -745,9 +753,12 @@ def _weight_name(node: fx.Node) -> str:
 
 @torch.no_grad()
 def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
-    """Scale and shift, and the running statistics: those of the shared group, which reads what the network read, go on
-    from them at their own rate; each task's start with its first draw. ValueError for a normalisation that has none,
-    or never moves them."""
+    """Copy scale, shift and running statistics of a batch normalisation to a KernelNorm.
+
+    The shared group reads what the network read before, so its statistics go on from those of the batch normalisation.
+    The statistics of a task start with its first draw. Raises ValueError for a normalisation without running
+    statistics, or with a momentum of 0.
+    """
     if norm.momentum == 0:
         raise ValueError("is a batch normalisation of momentum=0, expected it in eval() to keep its statistics")
     if norm.running_mean is None or norm.running_var is None:
@@ -766,5 +777,6 @@ def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
         running[0] = statistic
         pooled.copy_(statistic)
     counted = norm.num_batches_tracked
-    # From so many draws on a pair's rate is the momentum (norm.py); without one it is 1/n.
+    # After so many draws the statistics of a (group, kernel) move at the rate of the momentum (norm.py). Without a
+    # momentum the rate is 1/n.
     to.draws[0] = math.ceil(1 / norm.momentum) if norm.momentum else float(counted) if counted is not None else 0.0

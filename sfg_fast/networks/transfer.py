@@ -1,4 +1,5 @@
-"""Transfer: the shared and the task filters of a trained network, in a network with other tasks."""
+"""Transfer: a network with other tasks takes the shared filters and the task filters of a trained network (section
+4)."""
 
 from __future__ import annotations
 
@@ -8,20 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layer import SFGLayer
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import KernelNorm
-from ..reference import SFGConv2d
 from .controls import draws_from_constant_p, sfg_layers
 
 LEAST_P = 0.01
-"""Of every group, for a transferred kernel that may learn: one at p = 1 could never leave its group."""
+"""A transferred kernel that may learn has at least this p in every group: with p = 1 it could never leave its group."""
 
 CLOSED = -40.0
-"""log p of a group that a kernel can't be drawn into: no draw in the life of the universe, and no infinity."""
+"""log p of a group that a kernel is never drawn into. It is finite, because infinities would make NaN."""
 
 
 class _Part(NamedTuple):
-    """Rows of a module of the target, and those of the same module of the source that go there (int64 [rows])."""
+    """Rows of a module of the target, int64 [rows], and the rows of the same module of the source that are copied
+    there."""
 
     target: nn.Module
     source: nn.Module
@@ -35,25 +37,27 @@ def transfer(
 ) -> dict[str, Tensor]:
     """Load the filters of a trained SFG network into one of the same class and widths that has other tasks.
 
-    A kernel goes with its most probable group (or its fixed one) in `source`: kernels of `shared` and of the tasks in
-    `tasks` bring their weights, normalisation and p; the others stay as `target` has them, new kernels to be learnt. So
-    do the tasks' streams, merges and heads.
+    A kernel belongs to its most probable group (or its fixed group) in `source`. Kernels of `shared` and of the tasks
+    in `tasks` are copied with their normalisation and p. The others stay as `target` has them, as new kernels to be
+    learnt. The tasks' streams, merges and heads are treated alike.
 
     Args:
         source, target: modules whose SFG layers, streams and heads have the same names.
-        tasks: {task of the target: task of the source}. None: those of the same name in both; {}: the shared filters
-            only. What p gave to source tasks that have no counterpart, the target's new tasks get in equal parts.
-        freeze: what was transferred gets no gradient any more, and no other kernel is drawn into its groups: the
-            features of `shared` and of the transferred tasks stay what they were (but batch statistics, which follow
-            the data in training), and the new tasks learn kernels of their own beside them. Needs a task that is not
-            in `tasks`, and an optimiser without weight decay. Hooks do it: a copy of the module learns everything.
+        tasks: {task of the target: task of the source}. None: tasks of the same name in both; {}: the shared filters
+            only. The p of source tasks without a counterpart is shared equally by the target's new tasks.
+        freeze: whether transferred kernels get no gradient, and no other kernel is drawn into their groups. The
+            features of `shared` and of the transferred tasks then stay what they were (except batch statistics, which
+            follow the data in training), and the new tasks learn kernels of their own. There must be a task that is not
+            in `tasks`, and the optimiser must have no weight decay. Hooks on the parameters do it, so a copy of the
+            module learns everything.
 
     Returns:
-        For each SFG layer with a grouping of its own, which of its kernels were transferred, bool [K].
+        {layer name: which of its kernels were transferred, bool [K]}, for each SFG layer with a grouping of its own.
 
     Raises:
-        ValueError: unknown tasks, layers of other shapes, a source drawn from a constant p, a target whose grouping is
-            not learnt, nothing to learn beside what is frozen, or a target that would draw kernels into frozen groups.
+        ValueError: for unknown tasks, layers of other shapes, a source drawn from a constant p, a target whose grouping
+            is not learnt, nothing to learn beside what is frozen, or a target that would draw kernels into frozen
+            groups.
     """
     layers, sources = sfg_layers(target), sfg_layers(source)
     groups = _groups(layers, sources, tasks)
@@ -84,7 +88,7 @@ def transfer(
         assignments[name] = torch.tensor(best, device=layer.logits.device)
         transferred[name] = assignments[name] >= 0
     by_logits = {layer.logits: transferred[name] for name, layer in layers.items()}
-    parts = list(_parts(source, target, names, groups, by_logits))  # all are checked before any is copied
+    parts = list(_parts(source, target, names, groups, by_logits))  # a list: all are checked before any is copied
 
     for name, layer in layers.items():
         p = sources[name].probabilities().to(layer.logits)
@@ -103,9 +107,10 @@ def transfer(
 
 
 def _groups(
-    layers: Mapping[str, SFGConv2d], sources: Mapping[str, SFGConv2d], tasks: Mapping[str, str] | None
+    layers: Mapping[str, SFGLayer], sources: Mapping[str, SFGLayer], tasks: Mapping[str, str] | None
 ) -> dict[int, int]:
-    """{group of the target: group of the source}."""
+    """The transferred groups, {group of the target: group of the source}. Raises ValueError if the layers or tasks of
+    both don't fit."""
     if not layers or layers.keys() != sources.keys():
         raise ValueError(
             f"transfer: the target has SFG layers {', '.join(layers) or 'nowhere'}, "
@@ -122,10 +127,10 @@ def _groups(
 
 
 def _set_p(
-    layer: SFGConv2d, p: Tensor, assignment: Tensor, groups: Mapping[int, int], new: list[int], freeze: bool
+    layer: SFGLayer, p: Tensor, assignment: Tensor, groups: Mapping[int, int], new: list[int], freeze: bool
 ) -> Tensor:
-    """Set the layer's p from the source's p [K, T+1]; `assignment`: the transferred kernels' groups, -1 for the others.
-    Returns 1 where logits may learn if the rest is frozen, [K, T+1]."""
+    """Set the layer's p from the source's p [K, T+1]. `assignment` has the groups of the transferred kernels, -1 for
+    the others. Returns 1 for each logit that may learn when transferred kernels are frozen, else 0, [K, T+1]."""
     log_p, mine, transferred = layer.log_p(), list(groups), assignment >= 0
     closed = torch.full_like(log_p, CLOSED)
     if freeze:
@@ -151,13 +156,13 @@ def _parts(
     groups: Mapping[int, int],
     kernels: Mapping[nn.Parameter, Tensor],
 ) -> Iterator[_Part]:
-    """What is transferred. ValueError where a module of the source has another shape."""
+    """The parts that are transferred. Raises ValueError if a module of the source has another shape."""
     theirs = dict(source.named_modules())
     for name, module in target.named_modules():
         other = theirs.get(name)
-        if isinstance(module, SFGConv2d | StreamBlock | Merge | Heads) and type(other) is not type(module):
+        if isinstance(module, SFGLayer | StreamBlock | Merge | Heads) and type(other) is not type(module):
             raise ValueError(f"transfer: the source has no {type(module).__name__} {name!r}")
-        if isinstance(module, SFGConv2d) and isinstance(other, SFGConv2d):
+        if isinstance(module, SFGLayer) and isinstance(other, SFGLayer):
             rows = kernels[module.logits].nonzero().flatten()
             found = [_Part(module, other, rows, rows)]
             if module.norm is not None and other.norm is not None:
@@ -188,7 +193,7 @@ def _parts(
                         torch.arange(span.start, span.stop) for span in (module.rows(mine), other.rows(of))
                     )
                     found.append(_Part(module.conv, other.conv, rows, source_rows))
-        elif isinstance(module, nn.Linear) and name.rpartition(".")[2] in names[1:]:  # a head of its own for each task
+        elif isinstance(module, nn.Linear) and name.rpartition(".")[2] in names[1:]:  # each task has a head of its own
             t = names.index(name.rpartition(".")[2])
             if t not in groups:
                 continue
@@ -203,7 +208,8 @@ def _parts(
 
 
 def _blocks(groups: Mapping[int, int], channels: int, first: int) -> tuple[Tensor, Tensor]:
-    """Rows of these groups in tensors that hold `channels` rows for each group, from group number `first` on."""
+    """The rows of the groups, in target and source. The tensors hold `channels` rows for each group, from group number
+    `first` on."""
     mine, theirs = (
         torch.tensor([(group - first) * channels for group in of], dtype=torch.int64)[:, None] + torch.arange(channels)
         for of in (groups.keys(), groups.values())
@@ -228,14 +234,14 @@ def _copy(part: _Part, groups: Mapping[int, int]) -> None:
     theirs = dict(part.source.named_parameters(recurse=False)) | dict(part.source.named_buffers(recurse=False))
     own = (
         *part.target.named_parameters(recurse=False),
-        *(part.target.named_buffers(recurse=False) if not isinstance(part.target, SFGConv2d) else ()),
+        *(part.target.named_buffers(recurse=False) if not isinstance(part.target, SFGLayer) else ()),
     )
     for name, tensor in own:
         if name == "logits":
             continue
         found = theirs[name].to(tensor.device, tensor.dtype)
         rows, source_rows = part.rows.to(tensor.device), part.source_rows.to(tensor.device)
-        if isinstance(part.target, KernelNorm) and tensor.ndim == 2:  # of (group, kernel) pairs
+        if isinstance(part.target, KernelNorm) and tensor.ndim == 2:  # it has a number for each (group, kernel)
             for t, s in groups.items():
                 tensor[t, rows] = found[s, source_rows]
         elif tensor.ndim:
@@ -245,5 +251,5 @@ def _copy(part: _Part, groups: Mapping[int, int]) -> None:
 
 
 def _mask_gradient(parameter: Tensor, keep: Tensor) -> None:
-    """`keep` (1 or 0, broadcast) times whatever gradient the parameter gets."""
+    """Multiply every gradient that the parameter gets by `keep` (1 or 0, broadcast)."""
     parameter.register_hook(lambda gradient: gradient * keep.to(gradient.device, gradient.dtype))

@@ -1,7 +1,7 @@
 """`SFGVGG`: VGG-11 whose convolutions are all SFG layers, for tasks of a whole image (classification, regression).
 
-The classification example of the method's longer paper (Bragman, Tanno et al., ICCV 2019, section 4.1): merge by
-summation throughout, and a pooled head per task on [F_t | F_s].
+It is the classification example of the method's longer paper (Bragman, Tanno et al., ICCV 2019, section 4.1). All
+merges are sums, and each task has a head on its pooled features [F_t | F_s].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
 from .parts import ChannelDropout, Column, ReadTask, check_size, dropout_between
 
-# Kernels of each convolution, in units of the first one's; "pool": halve the image.
+# How many times as many kernels as the first convolution each convolution has; "pool" halves the image.
 VGG11: tuple[int | str, ...] = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool")
 
 
@@ -32,9 +32,9 @@ class SFGVGG(nn.Module):
     Images need at least 32 rows and columns. Raises ValueError as `SFGHighResNet` does.
     """
 
-    per_image = True  # a value for each image, not for each voxel
+    per_image = True  # the outputs have a value for each image
     least_size = 32
-    sizes = ("width",)  # the options that say how large the network is
+    sizes = ("width",)  # the options that set the size of the network
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class SFGVGG(nn.Module):
 
     @staticmethod
     def column(in_channels: int, task: str, outputs: int, options: Mapping[str, Any], width: int = 64) -> Column:
-        """A network of this architecture for one task, whose stages end with a pooling. `options`: of its layers."""
+        """A network of this architecture for one task. Its stages end with a pooling; `options` are those of its
+        layers."""
         stages: list[list[nn.Module]] = [[]]
         for layer in _layers(in_channels, width, options):
             stages[-1].append(layer)
@@ -88,8 +89,8 @@ def _layers(in_channels: int, width: int, options: Mapping[str, Any]) -> list[SF
     channels = in_channels
     for size, following in zip(VGG11, (*VGG11[1:], None), strict=True):
         if isinstance(size, int):
-            # The maximum stands before the gate: of a kernel that was not drawn it would be one of zeros behind it,
-            # and tell its gate nothing.
+            # The pooling stands before the gate. Behind the gate a kernel that was not drawn has only zeros, and their
+            # maximum would give its gate no gradient.
             activation = "relu_pool" if following == "pool" else "relu"
             layers.append(SFGConv2d(channels, width * size, 3, padding=1, activation=activation, **options))
             channels = width * size

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
+from sfg_fast.kernels.spec import Geometry, RoutedConv, UndrawnFeatures
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,7 @@ def test_flops_are_those_of_the_convolutions_that_are_left():
     spec = RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 2), (1, 0), (1, 1)))
     x, weight = torch.randn(2, 5, 7, 9), torch.randn(6, 5, 3, 3)
     packed = profile_networks.cpu.pack(weight, None, spec, x.dtype)
-    y, a = profile_networks.cpu.forward(x, packed, spec, keep=True)
+    y, kept_product = profile_networks.cpu.forward(x, packed, spec, keep_product=True)
 
     def counted(pairs):
         with FlopCounterMode(display=False) as counter:
@@ -30,13 +30,13 @@ def test_flops_are_those_of_the_convolutions_that_are_left():
         return counter.get_total_flops()
 
     read = counted([(2, 1), (1, 4), (3, 2)])
-    recipe = Recipe(x, a, packed, spec, None, None, "relu")
+    undrawn = UndrawnFeatures(x, kept_product, packed, spec, None, None, "relu")
     given = {"packed": packed, "spec": spec}
     assert profile_networks.flops("forward", {**given, "x": x}) == read
     assert profile_networks.flops("weight_gradient", {**given, "x": x, "dy": y}) == read
     assert profile_networks.flops("input_gradient", {**given, "dy": y}) == counted([(6, 5)])
     # Rows outside a task's group with its columns: 5 x 3 and 3 x 1.
-    assert profile_networks.flops("gate_gradient", {"recipe": recipe, "dothers": y}) == counted([(5, 3), (3, 1)])
+    assert profile_networks.flops("gate_gradient", {"undrawn": undrawn, "dundrawn": y}) == counted([(5, 3), (3, 1)])
     assert profile_networks.flops("normalise", {"u": x}) == 0
 
 

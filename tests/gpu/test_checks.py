@@ -13,13 +13,13 @@ from sfg_fast.kernels import triton as kernels
 from sfg_fast.gpu import checks
 
 CHECKS = checks.checks(torch.device("cpu"))
-OTHERS = "float32 16->16 in 3 groups, others, arrow, 3x3"
+UNDRAWN = "float32 16->16 in 3 groups, undrawn, arrow, 3x3"
 PACKED = "float32 16->16 in 3 groups, packed, arrow, 3x3"
 NORM = "float32 normalisation of 16 channels"
 DRAW = "draw of 100 kernels"
 
 
-@pytest.mark.parametrize("name", [PACKED, OTHERS, NORM, DRAW])
+@pytest.mark.parametrize("name", [PACKED, UNDRAWN, NORM, DRAW])
 def test_the_kernels_are_right(name):
     errors = CHECKS[name]()
     assert errors
@@ -51,7 +51,7 @@ NOISY = off(lambda t: t * (1 + 1e-6 * torch.rand(())))
     [
         (PACKED, "_convolve", SLIGHTLY, "relative errors {'forward'"),
         (PACKED, "weight_gradient", SLIGHTLY, "relative errors {'dw'"),
-        (OTHERS, "gate_gradient", SLIGHTLY, "relative errors {'gates'"),
+        (UNDRAWN, "gate_gradient", SLIGHTLY, "relative errors {'gates'"),
         (NORM, "normalise", SLIGHTLY, "relative errors {'forward'"),
         (NORM, "normalise_gradient", SLIGHTLY, "relative errors {'dx'"),
         (PACKED, "_convolve", NOISY, "a second run gave other bits"),
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_found(monkeypatch, check, function, planted, said):
         ("convolve_kernel", PACKED),
         ("weight_gradient_kernel", PACKED),
         ("reduce_kernel", PACKED),
-        ("gate_gradient_kernel", OTHERS),
+        ("gate_gradient_kernel", UNDRAWN),
         ("affine_kernel", NORM),
     ],
 )

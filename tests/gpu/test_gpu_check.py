@@ -91,8 +91,8 @@ def test_a_result_belongs_to_one_gpu_driver_and_version(gpu, key):
 def test_another_kernel_asks_for_another_check(tmp_path):
     files = kernel_choice.files_that_decide()
     names = {file.name for file in files}
-    assert names >= {"rowwalk.py", "config.py", "masked.py", "packing.py", "passes.py", "checks.py", "timing.py"}
-    assert names >= {"contract.py", "way.py", "routed_conv.py", "norm.py"}
+    assert names >= {"rowwalk.py", "config.py", "masked.py", "packing.py", "run.py", "checks.py", "timing.py"}
+    assert names >= {"contract.py", "convolve.py", "eager.py", "norm.py"}
     copies = [tmp_path / f"{n}.py" for n in range(len(files))]
     for file, copy in zip(files, copies, strict=True):
         copy.write_bytes(file.read_bytes())
@@ -342,10 +342,10 @@ def test_what_a_trainer_asks_for(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingState, "_take_kernels", lambda self, kernels: asked.append(kernels))
     monkeypatch.setattr(TrainingState, "_kernels", lambda self: [["a"], "why", {"device": "b"}])
     run = config(make_cache(tmp_path), tmp_path / "run")
-    Trainer(run)
+    Trainer(run).begin()
     assert asked == ["new"]
     assert checkpoint.newest(tmp_path / "run/checkpoints")[1]["kernels"] == [["a"], "why", {"device": "b"}]
-    Trainer(run, resume=True)
+    Trainer(run, resume=True).begin()
     assert asked == ["new", [["a"], "why", {"device": "b"}]]
 
 

@@ -11,7 +11,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics, UndrawnFeatures
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -59,16 +59,16 @@ def main() -> None:
     x = torch.randn(2, 32, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(32, 32, 3, 3), torch.randn(32)
     relaxed, streams = FilterGroups.relaxed(torch.zeros(32, 3), 2), FilterGroups.streams(32, 2)
-    names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_others", "convolve_all",
+    names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_undrawn", "convolve_all",
              "gate_gradient", "weight_gradient", "reduce", "moments", "statistics", "affine", "gradient_sums", "slopes",
              "affine_gradient", "keep_statistics")  # fmt: skip
     affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
-        how = torch.randperm(32), 1e-5, "relu"
-        y, mean, var, _ = kernels.normalise(x, *affine, *how, x)
-        kernels.normalise_gradient(y, x, *affine, how[0], mean, var, *how[1:], x)
-        running = torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine
-        kernels.keep_statistics(mean, var, torch.zeros(32, dtype=torch.int64), 512, 0.1, *running)
+        norm = BatchNorm(*affine, torch.randperm(32), 1e-5, "relu")
+        y, mean, var, _ = kernels.normalise(x, norm, x)
+        kernels.normalise_gradient(y, x, norm, mean, var, x)
+        running = RunningStatistics(torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine)
+        kernels.keep_statistics(mean, var, torch.zeros(32, dtype=torch.int64), 512, 0.1, running)
     for stride in (1, 2):
         for _ in range(50):
             kernels.sample(torch.randn(32, 3), torch.randn(32, 3))
@@ -78,16 +78,17 @@ def main() -> None:
                 for rows, columns in ((groups, groups), (relaxed, streams)):
                     geometry = Geometry((stride, stride), (1, 1), (1, 1))
                     spec = RoutedConv(rows, columns, Routing.ARROW, geometry)
-                    keep = rows.all_gates
                     packed = kernels.pack(weight, bias, spec, torch.float16)
                     live_x = x if columns is groups else torch.cat([x] * 3, 1)
-                    y, a = kernels.forward(live_x, packed, spec, relu=True, keep=keep)
+                    how = {"relu": True, "keep_product": rows.all_gates}
+                    y, kept_product = kernels.forward(live_x, packed, spec, **how)
                     kernels.input_gradient(y, packed, spec, (16, 16))
                     kernels.weight_gradient(live_x, y, packed, spec)
-                    if keep:
+                    if rows.all_gates:
                         packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
                         df = y.new_empty(2, 64, *y.shape[2:])
-                        kernels.gate_gradient(Recipe(live_x, a, packed, spec, None, None, "relu"), df)
+                        undrawn = UndrawnFeatures(live_x, kept_product, packed, spec, None, None, "relu")
+                        kernels.gate_gradient(undrawn, df)
     found = {}
     for name in names:
         function = getattr(kernels, name + "_kernel")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFeatures
 
 from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
@@ -210,7 +210,7 @@ def drawn(draw, largest=24):
 
 
 def check_gates(p):
-    """What the gates of a one-hot draw get, in both ways: by the gradient of the others, and inside the consumer."""
+    """What the gates of a one-hot draw get, in both ways: from dundrawn, and inside the convolution that reads them."""
     dtype, generator = p["dtype"], torch.Generator().manual_seed(p["seed"])
 
     def random(*shape):
@@ -234,8 +234,8 @@ def check_gates(p):
 
     # u of every kernel in every group, and what every channel of it would get from the second layer.
     packed, packed_two = (cpu.pack(w, b, s, dtype) for w, b, s in ((weight, bias, first), (weight_two, None, second)))
-    u, a = cpu.forward(x, packed, first, keep=not p["image"])
-    a = u if p["image"] else a
+    u, kept_product = cpu.forward(x, packed, first, keep_product=not p["image"])
+    kept_product = u if p["image"] else kept_product
     exact_bias = None if bias is None else bias.double()
     reads = [
         [x if p["image"] else x * (into.ids == source)[:, None, None] for source in {0, group}]
@@ -247,10 +247,10 @@ def check_gates(p):
     ]
     eps, terms = torch.finfo(dtype).eps, c * kernel[0] * kernel[1] + 1
     close(u, torch.stack([everywhere[int(g)][:, row] for row, g in enumerate(made.ids)], 1), eps, terms, "forward")
-    close(a, everywhere[0], eps, terms, "kept")
+    close(kept_product, everywhere[0], eps, terms, "kept product")
     size_two = second.geometry.output_size(u.shape[2:], kernel_two)
-    dy, passed = random(2, m, *size_two), random(2, m, *size_two)
-    masked_dy = (dy * (passed > 0)).double()
+    dy, relu_output = random(2, m, *size_two), random(2, m, *size_two)
+    masked_dy = (dy * (relu_output > 0)).double()
     gets = []
     for group in range(groups):
         read_by = (out.ids == group) | torch.tensor(not p["own"] and group == 0)
@@ -259,15 +259,15 @@ def check_gates(p):
         gets.append(torch.autograd.grad(y, zeros, masked_dy)[0])
 
     def other(tensors):
-        """[T, N, k, H, W] of the others."""
-        return torch.stack([torch.stack([tensors[int(g)][:, row] for row, g in enumerate(n)], 1) for n in made.others])
+        """[T, N, k, H, W] of the undrawn rows."""
+        return torch.stack([torch.stack([tensors[int(g)][:, row] for row, g in enumerate(n)], 1) for n in made.undrawn])
 
     learning = second._replace(columns=dataclasses.replace(made, all_gates=True))
-    dx, dothers = cpu.input_gradient(dy, packed_two, learning, tuple(u.shape[2:]), relu=passed)
+    dx, dundrawn = cpu.input_gradient(dy, packed_two, learning, tuple(u.shape[2:]), relu_output=relu_output)
     terms_two = m * kernel_two[0] * kernel_two[1]
     own = torch.stack([gets[int(g)][:, row] for row, g in enumerate(made.ids)], 1)
     close(dx, own, eps, terms_two, "input gradient")
-    close(dothers, other(gets).transpose(0, 1).flatten(1, 2), eps, terms_two, "gradient of the others")
+    close(dundrawn, other(gets).transpose(0, 1).flatten(1, 2), eps, terms_two, "gradient of the undrawn rows")
 
     h = other(everywhere)
     if scale is not None:
@@ -276,20 +276,20 @@ def check_gates(p):
     exact = (other(gets) * h).sum((1, 3, 4))
     # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
     bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
-    recipe = Recipe(x, a, packed, first, scale, shift, p["activation"])
-    assert (cpu.gate_gradient(recipe, dothers).double() - exact).abs().max() <= bound
+    undrawn = UndrawnFeatures(x, kept_product, packed, first, scale, shift, p["activation"])
+    assert (cpu.gate_gradient(undrawn, dundrawn).double() - exact).abs().max() <= bound
     features = random(*u.shape)
     if second.geometry.stride != (1, 1):
         return
-    dx_alone, dz_alone = cpu.input_and_gate_gradient(dy, packed_two, second, features, None, relu=passed)
+    dx_alone, dz_alone = cpu.input_and_gate_gradient(dy, packed_two, second, features, None, relu_output=relu_output)
     close(dx_alone, own, eps, terms_two, "input gradient")
     exact_own = (own * features).sum((0, 2, 3))
     assert (dz_alone[0].double() - exact_own).abs().max() <= bound
-    dx, dz = cpu.input_and_gate_gradient(dy, packed_two, second, features, recipe, relu=passed)
+    dx, dz = cpu.input_and_gate_gradient(dy, packed_two, second, features, undrawn, relu_output=relu_output)
     close(dx, own, eps, terms_two, "input gradient")
     assert (dz[0].double() - exact_own).abs().max() <= bound
     assert (dz[1:].double() - exact).abs().max() <= bound
-    again = cpu.input_and_gate_gradient(dy, packed_two, second, features, recipe, relu=passed)
+    again = cpu.input_and_gate_gradient(dy, packed_two, second, features, undrawn, relu_output=relu_output)
     assert torch.equal(dx, again[0])
     assert torch.equal(dz, again[1])
 
@@ -297,23 +297,25 @@ def check_gates(p):
 def check_pooled_gates(p, x, weight, spec, random):
     """The same behind ReLU and pooling, for any gradient."""
     bias = random(len(weight)) if p["bias"] else None
-    others, k = len(spec.rows.names) - 1, len(weight)
-    scale, shift = (random(others, k) if p["norm"] else None for _ in range(2))
+    tasks, k = len(spec.rows.names) - 1, len(weight)
+    scale, shift = (random(tasks, k) if p["norm"] else None for _ in range(2))
     packed = cpu.pack(weight, bias, spec, x.dtype)
-    u, a = cpu.forward(x, packed, spec, keep=not p["image"])
-    dothers = random(2, others * k, u.shape[2] // 2, u.shape[3] // 2)
-    if not dothers.numel():
+    u, kept_product = cpu.forward(x, packed, spec, keep_product=not p["image"])
+    dundrawn = random(2, tasks * k, u.shape[2] // 2, u.shape[3] // 2)
+    if not dundrawn.numel():
         return
-    exact = torch.zeros(others, k, dtype=torch.float64)
-    for n, row in itertools.product(range(others), range(k)):
-        read = torch.tensor([bool(spec.reads()[spec.rows.others[n, row]][g]) for g in spec.columns.ids])
+    exact = torch.zeros(tasks, k, dtype=torch.float64)
+    for n, row in itertools.product(range(tasks), range(k)):
+        read = torch.tensor([bool(spec.reads()[spec.rows.undrawn[n, row]][g]) for g in spec.columns.ids])
         kernel = weight[row : row + 1].double() * read[:, None, None]
         h = F.conv2d(x.double(), kernel, None if bias is None else bias[row : row + 1].double(), *spec.geometry)
         h = h if scale is None else h * scale[n, row] + shift[n, row]
-        exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dothers.unflatten(1, (others, k))[:, n, row]).sum()
-    dz = cpu.gate_gradient(Recipe(x, u if p["image"] else a, packed, spec, scale, shift, "relu_pool"), dothers)
+        exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dundrawn.unflatten(1, (tasks, k))[:, n, row]).sum()
+    kept_product = u if p["image"] else kept_product
+    undrawn = UndrawnFeatures(x, kept_product, packed, spec, scale, shift, "relu_pool")
+    dz = cpu.gate_gradient(undrawn, dundrawn)
     terms = weight[0].numel() + 1
-    bound = 16 * torch.finfo(x.dtype).eps * (dothers.numel() * terms) ** 0.5 * terms**0.5
+    bound = 16 * torch.finfo(x.dtype).eps * (dundrawn.numel() * terms) ** 0.5 * terms**0.5
     assert (dz.double() - exact).abs().max() <= bound
 
 
@@ -469,7 +471,7 @@ def test_offsets_beyond_32_bits():
         ({"rows": [0, 4, 8, 13]}, "offsets don't cover the channels"),
         ({"rows": [0, 8, 4, 12]}, "offsets don't cover the channels"),
         ({"reads": [1] * 8}, "offsets don't fit the table"),
-        ({"kept": torch.zeros(2, 12, 33, 32)}, "what is kept does not fit"),
+        ({"kept_product": torch.zeros(2, 12, 33, 32)}, "what is kept does not fit"),
         ({"affine": torch.zeros(2, 11)}, "scale and shift don't fit the input"),
         ({"stride": (0, 1)}, "out of range"),
         ({"threads": 0}, "threads must be at least 1"),
@@ -480,7 +482,7 @@ def test_the_module_checks_what_it_indexes_with(change, message):
     x, weight, spec = plain_problem()
     arguments = {
         "x": x, "weight": weight, "bias": None, "residual": None, "relu": False, "y": torch.empty_like(x),
-        "kept": None, "rows": spec.rows.ends, "columns": spec.columns.ends, "reads": [1] * 9,
+        "kept_product": None, "rows": spec.rows.ends, "columns": spec.columns.ends, "reads": [1] * 9,
         **spec.geometry._asdict(), "threads": 1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
@@ -582,9 +584,10 @@ def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            y, mean, var, _ = cpu.normalise(u, weight, bias, None, 1e-5, activation, None)
+            norm = BatchNorm(weight, bias, None, 1e-5, activation)
+            y, mean, var, _ = cpu.normalise(u, norm, None)
             d = dy[..., : y.shape[2], : y.shape[3]].contiguous()
-            more = cpu.normalise_gradient(d, u, weight, bias, None, mean, var, 1e-5, activation, None)
+            more = cpu.normalise_gradient(d, u, norm, mean, var, None)
         finally:
             torch.set_num_threads(before)
         found.append([y, mean, var, *more])
@@ -600,8 +603,9 @@ def test_statistics_of_large_images_are_as_exact(instruction_set, size):
     u[..., : size // 4] = 0.2
     dy = u.flip(3) + 0.3
     affine = torch.ones(1), torch.zeros(1)
-    y, mean, var, _ = cpu.normalise(u, *affine, None, 1e-5, None, None)
-    found = y, mean, var, *cpu.normalise_gradient(dy, u, *affine, None, mean, var, 1e-5, None, None)
+    norm = BatchNorm(*affine, None, 1e-5, None)
+    y, mean, var, _ = cpu.normalise(u, norm, None)
+    found = y, mean, var, *cpu.normalise_gradient(dy, u, norm, mean, var, None)
     exact = u.double().requires_grad_()
     weight, bias = (one.double().requires_grad_() for one in affine)
     expected = F.batch_norm(exact, None, None, weight, bias, True)
@@ -620,12 +624,11 @@ def test_normalise_lets_nan_through(instruction_set, activation):
     """A NaN is not hidden by the ReLU or a maximum, and stays in its channel."""
     u = torch.randn(1, 2, 6, 40)
     u[0, 1, 2, 2] = float("nan")
-    y, mean, var, _ = cpu.normalise(u, torch.ones(2), torch.zeros(2), None, 1e-5, activation, None)
+    norm = BatchNorm(torch.ones(2), torch.zeros(2), None, 1e-5, activation)
+    y, mean, var, _ = cpu.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
-    du, _, _ = cpu.normalise_gradient(
-        torch.ones_like(y), u, torch.ones(2), torch.zeros(2), None, mean, var, 1e-5, activation, None
-    )
+    du, _, _ = cpu.normalise_gradient(torch.ones_like(y), u, norm, mean, var, None)
     assert du[0, 0].isfinite().all()
     assert du[0, 1].isnan().all()
 
@@ -634,9 +637,10 @@ def test_a_maximum_of_equals_goes_to_the_first(instruction_set):
     """As in torch."""
     u = torch.randint(0, 3, (2, 3, 9, 70), dtype=torch.float64)
     affine = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    y, mean, var, _ = cpu.normalise(u, *affine, None, 1e-5, "relu_pool", None)
+    norm = BatchNorm(*affine, None, 1e-5, "relu_pool")
+    y, mean, var, _ = cpu.normalise(u, norm, None)
     dy = torch.randn_like(y)
-    du, _, _ = cpu.normalise_gradient(dy, u, *affine, None, mean, var, 1e-5, "relu_pool", None)
+    du, _, _ = cpu.normalise_gradient(dy, u, norm, mean, var, None)
     exact = u.clone().requires_grad_()
     F.max_pool2d(F.relu(F.batch_norm(exact, None, None, *affine, True, 0.1, 1e-5)), 2).backward(dy)
     assert (du - exact.grad).abs().max() < 1e-12
@@ -647,7 +651,8 @@ def test_memory_of_results_is_used_again():
     like = torch.empty(1, 3, 129, 131, dtype=torch.float64)
 
     def result():
-        return cpu.normalise(like.normal_(), *torch.ones(2, 3, dtype=like.dtype), None, 1e-5, None, None)[0]
+        norm = BatchNorm(*torch.ones(2, 3, dtype=like.dtype), None, 1e-5, None)
+        return cpu.normalise(like.normal_(), norm, None)[0]
 
     first = result()
     address = first.data_ptr()
@@ -692,16 +697,16 @@ def test_a_convolution_normalises_what_it_reads(instruction_set, taps, padding, 
     rows, columns = FilterGroups.blocks([4], ("all",)), FilterGroups.blocks([5], ("all",))
     spec = RoutedConv(rows, columns, Routing.ALL, Geometry((1, 1), (padding,) * 2, (dilation,) * 2))
     running = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
-    affine, mean, var = cpu.statistics(u, *parameters, 1e-5, *running, 0.1)
+    norm = BatchNorm(*parameters, None, 1e-5, "relu")
+    affine, mean, var = cpu.statistics(u, norm, *running, 0.1)
     y = cpu.forward(u, cpu.pack(weight, None, spec, u.dtype), spec, affine=affine)[0]
     expected = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
     h = F.relu(F.batch_norm(u, *expected, *parameters, True, 0.1, 1e-5))
     torch.testing.assert_close(running, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(y, F.conv2d(h, weight, None, 1, padding, dilation), rtol=0, atol=1e-11)
     dy = torch.randn_like(u)
-    made_of = u, *parameters, None, mean, var, 1e-5, "relu", None
-    expected = cpu.normalise_gradient(dy, *made_of)
-    *found, again = cpu.normalise_gradient(dy, *made_of, again=True)
+    expected = cpu.normalise_gradient(dy, u, norm, mean, var, None)
+    *found, again = cpu.normalise_gradient_again(dy, u, norm, mean, var, None)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert again.data_ptr() == dy.data_ptr(), "no memory of its own"
     torch.testing.assert_close(again, h, rtol=0, atol=1e-12)
@@ -719,12 +724,12 @@ def test_sample_is_what_torch_draws(shape, noise, dtype):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     groups = FilterGroups.from_assignment(expected[0], shape[1] - 1)
     assert kept.pop("ends") == groups.ends
-    assert {"ids", "inverse", "others"} == set(kept)
+    assert {"ids", "inverse", "undrawn"} == set(kept)
     assert all(torch.equal(values, getattr(groups, name)) for name, values in kept.items())
 
 
 @pytest.mark.parametrize("name", ["native", "masked"])
-def test_scale_and_shift_of_all_others_at_once(name):
+def test_scale_and_shift_of_all_undrawn_rows_at_once(name):
     """[1, rows] instead of [G-1, rows], in both ways to the gates' gradient."""
     kernels = load(name)
     torch.manual_seed(2)
@@ -732,12 +737,12 @@ def test_scale_and_shift_of_all_others_at_once(name):
     spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
     x, dy, weight = torch.randn(2, 12, 9, 20), torch.randn(2, 12, 9, 20), torch.randn(12, 12, 3, 3)
     packed = kernels.pack(weight, None, spec, x.dtype, gates=True)
-    u, a = kernels.forward(x, packed, spec, keep=True)
+    u, kept_product = kernels.forward(x, packed, spec, keep_product=True)
     affine = torch.randn(2, 1, 12)
     found = []
     for scale, shift in (affine, affine.expand(2, 2, 12)):
-        recipe = Recipe(x, a, packed, spec, scale, shift, "relu")
-        found.append([kernels.gate_gradient(recipe, torch.cat([dy, 2 * dy], 1))])
+        undrawn = UndrawnFeatures(x, kept_product, packed, spec, scale, shift, "relu")
+        found.append([kernels.gate_gradient(undrawn, torch.cat([dy, 2 * dy], 1))])
         if kernels.COMPUTES_GATE_GRADIENTS:
-            found[-1] += kernels.input_and_gate_gradient(dy, packed, spec, u, recipe)
+            found[-1] += kernels.input_and_gate_gradient(dy, packed, spec, u, undrawn)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

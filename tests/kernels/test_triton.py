@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import Geometry, Recipe, RoutedConv
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, ShortcutGradient, UndrawnFeatures
 
-from sfg_fast import passes
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
+from sfg_fast.routed_conv.run import Run, Way
 from tests.oracle import check_statistics
 
 if not available("triton"):
@@ -170,38 +170,39 @@ def check_others(p, spec, x, weight, bias, dy, random):
         y = F.conv2d(zeros, weight * by[:, None, None, None], None, *spec.geometry)[:, rows.order]
         gets.append(torch.autograd.grad(y, zeros, dy)[0][:, columns.order])
 
-    def others(tensors, groups):
+    def undrawn(tensors, groups):
         """[N, T, channels, H, W]"""
-        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.others]
+        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn]
         return torch.stack(found, 1)
 
     px, terms = x[:, columns.order].to(dtype), sum(p["columns"]) * p["kernel"][0] * p["kernel"][1] + 2
     bias = None if bias is None else bias.to(dtype)
     given = kernels.pack(weight.to(dtype), bias, spec, dtype)
-    y, a = kernels.forward(px, given, spec, keep=arrow)
+    y, kept_product = kernels.forward(px, given, spec, keep_product=arrow)
     own = torch.stack([everywhere[int(g)][:, row] for row, g in enumerate(rows.ids)], 1)
     close(y, own, eps, terms, "forward")
     if arrow:
-        close(a, everywhere[0], eps, terms, "kept")
+        close(kept_product, everywhere[0], eps, terms, "kept product")
     back = max(sum(p["rows"]) * p["kernel"][0] * p["kernel"][1], 1)
-    dx, dothers = kernels.input_gradient(dy.to(dtype), given, spec, p["image"])
+    dx, dundrawn = kernels.input_gradient(dy.to(dtype), given, spec, p["image"])
     close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
-    close(dothers, others(gets, columns).flatten(1, 2), eps, back, "gradient of the others")
-    past = random(*dx.shape).to(dtype), random(*dothers.shape).to(dtype)  # by a shortcut
-    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], around=past)
-    for found, alone, more in zip(both, (dx, dothers), past, strict=True):
+    close(dundrawn, undrawn(gets, columns).flatten(1, 2), eps, back, "gradient of the undrawn rows")
+    shortcut = ShortcutGradient(random(*dx.shape).to(dtype), random(*dundrawn.shape).to(dtype))
+    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], shortcut=shortcut)
+    for found, alone, more in zip(both, (dx, dundrawn), shortcut, strict=True):
         close(found, alone.double() + more.double(), eps, back, "gradient and what came by a shortcut")
 
-    u = others(everywhere, rows)
+    u = undrawn(everywhere, rows)
     df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
     h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
     exact = (df * h).sum((0, 3, 4))
-    recipe = Recipe(px, a, kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True), spec, scale, shift, "relu")
-    dz = kernels.gate_gradient(recipe, df.flatten(1, 2).to(dtype))
+    packed = kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True)
+    features = UndrawnFeatures(px, kept_product, packed, spec, scale, shift, "relu")
+    dz = kernels.gate_gradient(features, df.flatten(1, 2).to(dtype))
     # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5
     assert (dz.double() - exact).abs().max() <= bound
-    assert torch.equal(dz, kernels.gate_gradient(recipe, df.flatten(1, 2).to(dtype)))
+    assert torch.equal(dz, kernels.gate_gradient(features, df.flatten(1, 2).to(dtype)))
 
 
 def close(actual, exact, eps, terms, what):
@@ -263,8 +264,8 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
 
 
 def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
-    """Nothing is stored (meta tensors). With the gradient of two others of each of 64 channels, 4096 x 4096 is too
-    many for 32 bits; x and y alone are not."""
+    """Nothing is stored (meta tensors). With the gradient of two undrawn rows of each of 64 channels, 4096 x 4096 is
+    too many for 32 bits; x and y alone are not."""
     launches = []
     monkeypatch.setattr(kernels, "_launch", lambda kernel, launch, *_: launches.append(launch))
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(132, 90, 227 << 10))
@@ -273,11 +274,11 @@ def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
         spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
         x = torch.empty(1, 64, size, size, dtype=torch.float16, device="meta")
         packed = kernels.pack(torch.empty(64, 64, 3, 3, device="meta"), None, spec, x.dtype)
-        _, a = kernels.forward(x, packed, spec, keep=True)
-        _, dothers = kernels.input_gradient(x, packed, spec, (size, size))
-        kernels.gate_gradient(Recipe(x, a, packed, spec, None, None, None), dothers)
+        _, kept_product = kernels.forward(x, packed, spec, keep_product=True)
+        _, dundrawn = kernels.input_gradient(x, packed, spec, (size, size))
+        kernels.gate_gradient(UndrawnFeatures(x, kept_product, packed, spec, None, None, None), dundrawn)
         kernels.weight_gradient(x, x, packed, spec)
-        # forward, input gradient (which writes that of the others), gates' gradient (which reads it), weight gradient
+        # forward, input gradient (which writes dundrawn), gates' gradient (which reads it), weight gradient
         found = [launch.tiles.wide for launch in launches if isinstance(launch, config.Launch)]
         assert found == [False, wide, wide, False]
         launches.clear()
@@ -302,8 +303,8 @@ def test_nan_goes_where_torch_lets_it_go():
     assert y[0, :, 2:5, 2:5].isnan().all()
     assert not y[1].isnan().any()
     dy = torch.ones_like(y)
-    kept = passes.prepare(weight, None, kernels, spec, x.dtype)
-    dx, _, _, db = passes.backward(dy, x, y, kept, kernels, spec, [True, True, True])
+    run = Run(kernels, x.dtype, Way.PACKED, spec, by_operators=False)
+    dx, _, _, db = run.backward(dy, x, run.pack(weight, None, x.dtype), [True, True, True], relu_output=y)
     assert dx.isfinite().all()  # NaN has passed the ReLU: dy counts
     assert torch.equal(db, unpack_dim((dy * ~(y <= 0)).sum((0, 2, 3)), 0, spec.rows))
 
@@ -443,8 +444,9 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "device_of", lambda _: config.Device(multiprocessors, 90, 227 << 10))
-        y, average, var, _ = kernels.normalise(u, weight, bias, order, 1e-5, activation, add)
-        arguments = dy, u, weight, bias, order, average, var, 1e-5, activation, more
+        norm = BatchNorm(weight, bias, order, 1e-5, activation)
+        y, average, var, _ = kernels.normalise(u, norm, add)
+        arguments = dy, u, norm, average, var, more
         du, dweight, dbias = kernels.normalise_gradient(*arguments)
         again = kernels.normalise_gradient(*arguments)
     assert all(map(torch.equal, (du, dweight, dbias), again))
@@ -467,11 +469,11 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
 def test_normalise_lets_nan_through():
     u = torch.randn(1, 2, 5, 5)
     u[0, 1, 2, 2] = float("nan")
-    affine = torch.ones(2), torch.zeros(2)
-    y, mean, var, _ = kernels.normalise(u, *affine, None, 1e-5, "relu", None)
+    norm = BatchNorm(torch.ones(2), torch.zeros(2), None, 1e-5, "relu")
+    y, mean, var, _ = kernels.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
-    du, _, _ = kernels.normalise_gradient(torch.ones_like(u), u, *affine, None, mean, var, 1e-5, "relu", None)
+    du, _, _ = kernels.normalise_gradient(torch.ones_like(u), u, norm, mean, var, None)
     assert du[0, 0].isfinite().all()
     assert du[0, 1].isnan().all()
 

@@ -14,7 +14,7 @@ from torch import nn
 import sfg_fast
 from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend, reference, set_estimator
 from sfg_fast.backends import available
-from sfg_fast.gates import gumbel_noise
+from sfg_fast.draws import gumbel_noise
 from sfg_fast.layers.streams import Heads, Merge
 from tests import oracle
 from tests.backends import EVERY, FAST, PACKED

@@ -25,7 +25,7 @@ from sfg_fast import (
     set_explore,
     set_temperature,
 )
-from sfg_fast.gates import gumbel_noise
+from sfg_fast.draws import gumbel_noise
 from sfg_fast.networks.controls import map_assignment, sfg_layers
 from tests import oracle
 from tests.backends import FAST

@@ -9,7 +9,7 @@ from torch import nn
 
 from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, assign, backend, predict
 from sfg_fast.backends import available
-from sfg_fast.gates import gumbel_noise
+from sfg_fast.draws import gumbel_noise
 from sfg_fast.networks.build import build
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.cost import DRAWS, flops, logits, parameters

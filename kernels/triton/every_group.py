@@ -1,4 +1,4 @@
-"""All kernels in every group: relaxed draws, and what the gates' gradient needs (DESIGN: "Gates").
+"""Convolutions that need the products of all kernels with every group: relaxed draws, and the gates' gradient.
 
 P_g is the product of the input channels of group g with ALL kernels (or, going back, of the gradient of group g's
 outputs with all input channels). Each is computed once:
@@ -10,10 +10,11 @@ outputs with all input channels). Each is computed once:
 so that the work is one plain convolution for ANY grouping of the input's channels, where a block-sparse matrix with a
 row for every (group, kernel) would take s + T s + sum of t (s: the shared fraction of the input).
 
-A relaxed draw (P.shares_products) has all groups side by side. If the input side does, too (P.own_rows), all groups
-share the weight: each of its tiles is loaded once for all of them. A one-hot draw has the group of each kernel, and its
-others beside (kernels/contract.py). The groups are gone through in the others' order, tasks, then shared: `place` is
-where a channel's own group stands in it, so its n-th other is the n-th group, or the next from `place` on.
+A relaxed draw (P.shares_products) has the channels of all groups side by side. If the input has them, too
+(P.own_rows), all groups share the weight: each of its tiles is loaded once for all of them. A one-hot draw has drawn
+and undrawn rows (kernels/contract.py). A program goes through the groups in the order of the undrawn rows, tasks, then
+shared: `place` is where a channel's drawn group stands in this order. So the n-th undrawn row of a channel is in the
+n-th group if n < place, else in the next one.
 """
 
 import triton
@@ -124,10 +125,10 @@ def convolve_all_kernel(
 
 @triton.jit
 def convolve_kept_kernel(
-    x, w, bias, y, kept, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
+    x, w, bias, y, kept_product, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The forward pass of a one-hot draw, arrow, which keeps P_shared + bias for the gates' gradient."""
+    """The forward pass of a one-hot draw, arrow, which also writes the kept product, P_shared + bias."""
     GROUPS: tl.constexpr = P.out_groups
     BLOCK_N: tl.constexpr = P.block_n
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
@@ -146,7 +147,9 @@ def convolve_kept_kernel(
     h = i * P.out_step_h
     v = j * P.out_step_w
     at = image_out + ((h * OW + v) * P.out_channels)[:, None] + n[None, :]
-    tl.store(kept + at, acc.to(kept.dtype.element_ty), mask=((h < OH) & (v < OW))[:, None] & valid[None, :])
+    tl.store(
+        kept_product + at, acc.to(kept_product.dtype.element_ty), mask=((h < OH) & (v < OW))[:, None] & valid[None, :]
+    )
     low = P.channels
     high = 0
     for g in tl.static_range(1, GROUPS):  # which tasks' channels the tile reads; the weight is zero in between
@@ -164,23 +167,24 @@ def convolve_kept_kernel(
 
 @triton.jit
 def place_of(n, offsets, GROUPS: tl.constexpr):
-    """Of channels n: where their own group stands in the order of the others."""
+    """Where the drawn group of each channel n stands in the order of the undrawn rows (tasks, then shared)."""
     group = group_of(n, offsets, GROUPS)
     return tl.where(group == 0, GROUPS - 1, group - 1)
 
 
 @triton.jit
 def is_all(g: tl.constexpr, n0, offsets, BLOCK_N: tl.constexpr):
-    """Are all channels of the tile in group g? Then nobody wants to know what they would be there."""
+    """Are all channels of the tile drawn into group g? Then none of their undrawn rows is there."""
     return (tl.load(offsets + g) <= n0) & (tl.load(offsets + g + 1) >= n0 + BLOCK_N)
 
 
 @triton.jit
-def convolve_others_kernel(
-    x, w, residual, residual_others, y, others, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
+def convolve_undrawn_kernel(
+    x, w, added, added_undrawn, y, undrawn, out_offsets, in_offsets, H, W, OH, OW, IH, IW,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint to a one-hot draw and its others, each with its residual."""
+    """The input gradient of a one-hot draw: of the drawn rows into `y`, of the undrawn rows into `undrawn`, each plus
+    what is added to it."""
     BLOCK_N: tl.constexpr = P.block_n
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
     TILES_N: tl.constexpr = P.columns // P.block_n
@@ -196,7 +200,7 @@ def convolve_others_kernel(
     valid = n < P.out_channels
     place = place_of(n, out_offsets, GROUPS)[None, :]
     zero = tl.zeros((PIXELS, BLOCK_N), ACC)
-    own = zero
+    drawn = zero
     before = zero
     total = zero
     for step in tl.static_range(GROUPS):  # the last one is shared
@@ -205,24 +209,24 @@ def convolve_others_kernel(
             (step + 1) % GROUPS, begin, x, w, in_offsets, i, j, n, H, W, phase, True, P, T
         )  # fmt: skip
         total += now
-        own = tl.where(place == step, now, own)
+        drawn = tl.where(place == step, now, drawn)
         if step > 0:
-            other = tl.where(place > step - 1, before, now)
+            elsewhere = tl.where(place > step - 1, before, now)
             c = (step - 1) * P.out_channels + n
-            store_tile(other, others, residual_others, image * ALL, i, j, c, valid, OH, OW, phase, ALL, P, T)
+            store_tile(elsewhere, undrawn, added_undrawn, image * ALL, i, j, c, valid, OH, OW, phase, ALL, P, T)
         before = now
-    store_tile(own, y, residual, image * P.out_channels, i, j, n, valid, OH, OW, phase, P.out_channels, P, T)
+    store_tile(drawn, y, added, image * P.out_channels, i, j, n, valid, OH, OW, phase, P.out_channels, P, T)
 
 
 @triton.jit
 def gate_gradient_kernel(
-    x, w, bias, kept, df, scale, shift, partial, out_offsets, in_offsets, H, W, OH, OW,
+    x, w, bias, kept_product, df, scale, shift, partial, out_offsets, in_offsets, H, W, OH, OW,
     P: tl.constexpr, T: tl.constexpr, KEPT: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dz = <dL/dF, act(scale * u + shift)> for the others of all rows; u is never stored.
+    """dz = <dL/dF, act(scale * u + shift)> for the undrawn gates of all rows; u is never stored.
 
-    One tile of pixels x one tile of kernels -> partial[pixel tile, other, k]; the host's library adds the tiles.
-    KEPT: what the forward pass kept is u of the shared group, and what the tasks' products are added to.
+    One tile of pixels x one tile of kernels -> partial[pixel tile, n-th undrawn row, k]; torch adds the tiles.
+    KEPT: the kept product of the forward pass is u of the shared group, and the tasks' products are added to it.
     """
     BLOCK_N: tl.constexpr = P.block_n
     PIXELS: tl.constexpr = T.pixels_h * T.pixels_w
@@ -243,7 +247,7 @@ def gate_gradient_kernel(
     begin = tl.zeros((PIXELS, BLOCK_N), ACC)
     if KEPT:
         at = image * P.out_channels + (position * P.out_channels)[:, None] + n[None, :]
-        begin += tl.load(kept + at, mask=mask, other=0.0).to(ACC)
+        begin += tl.load(kept_product + at, mask=mask, other=0.0).to(ACC)
     elif T.bias:
         begin += tl.load(bias + n, mask=valid, other=0.0)[None, :]
     before = begin

@@ -1,0 +1,251 @@
+"""The autograd functions of eager mode. In compiled graphs the operators of graph.py convolve; `gate` is in both.
+
+Each `forward` calls the kernels of a `Run`, and saves for `backward` what that reads. Formulas for the gradient of
+gates stand in gate_gradient.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import undrawn
+from ..groups import FilterGroups
+from ..kernels.contract import Normalises, ReadsNormalised
+from ..kernels.spec import BatchNorm, ShortcutGradient
+from ..once import once_differentiable
+from . import gate_gradient
+from .gate_gradient import DeferredGates, GatedRows, UndrawnRows
+from .run import Call, Run
+
+
+def routed_conv(
+    x: Tensor,
+    undrawn: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    deferred: DeferredGates | None = None,
+) -> tuple[Any, ...]:
+    """u [N, rows, H', W'], the kept product, and with `call.shortcut` x and its undrawn features.
+
+    x [N, columns, H, W]; undrawn [N, (G-1) * columns, H, W], zeros that get the gradient dundrawn; weight [K, C, kH,
+    kW], bias [K]; residual like u, which is added. `deferred`: gates of x whose gradient this convolution computes.
+    """
+    parameters = weight, bias, residual, call
+    if deferred is None:
+        return _RoutedConv.apply(x, undrawn, None, *parameters, None)
+    rows = deferred.rows
+    tensors: tuple[Tensor | None, ...] = ()
+    if rows.undrawn is not None:
+        tensors, run = rows.undrawn.split()
+        rows = rows._replace(undrawn=UndrawnRows(None, None, None, None, run))  # type: ignore[arg-type]
+    return _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors)
+
+
+class _RoutedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        undrawn_x: Tensor | None,
+        gates: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        rows: GatedRows | None,
+        *of_undrawn: Tensor,
+    ) -> Any:
+        """`gates` and `rows`: of the features x, if this convolution computes the gradient of their gates;
+        `of_undrawn`: the tensors of `rows.undrawn`."""
+        ctx.set_materialize_grads(False)  # no zeros for the kept product
+        run = call.run
+        ctx.parameters = run.pack(weight, bias, x.dtype)
+        how = {"relu": call.relu, "residual": residual, "keep_product": call.keep_product}
+        u, kept_product = run.forward(x, ctx.parameters, **how)  # type: ignore[arg-type]
+        # The weight may lie in `parameters` as it is. It is saved so that torch tells if somebody changes it in place.
+        ctx.save_for_backward(weight, x, u if call.relu else None, gates, *of_undrawn)
+        ctx.run, ctx.rows, ctx.size = run, rows, u.shape
+        if kept_product is not None:
+            ctx.mark_non_differentiable(kept_product)
+        if not call.shortcut:
+            return u, kept_product
+        passed_on = None if undrawn_x is None else undrawn_x.view_as(undrawn_x)
+        if rows is not None and rows.undrawn is not None:
+            n, columns, height, width = x.shape
+            passed_on = undrawn.zeros(x, n, (len(run.spec.columns.names) - 1) * columns, height, width)
+        return u, kept_product, x.view_as(x), passed_on
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: Any, *of_shortcut: Tensor | None) -> Any:
+        if dy is None and not any(gradient is not None for gradient in of_shortcut):
+            return (None,) * len(ctx.needs_input_grad)
+        _, x, relu_output, gates, *of_undrawn = ctx.saved_tensors
+        dy = x.new_zeros(ctx.size) if dy is None else dy
+        wants_x, wants_undrawn, wants_gates, *wants, wants_residual = ctx.needs_input_grad[:6]
+        run: Run = ctx.run
+        rows: GatedRows | None = ctx.rows
+        how: dict[str, Any] = {"relu_output": relu_output}
+        shortcut = ShortcutGradient(*of_shortcut)
+        dx: Tensor | None
+        if rows is not None and wants_gates:
+            if rows.undrawn is not None:
+                rows = rows._replace(undrawn=UndrawnRows.joined(of_undrawn, rows.undrawn.run))
+            arguments = run, dy, x, ctx.parameters, rows, gates
+            dx, dz = gate_gradient.with_input_gradient(*arguments, shortcut=shortcut, **how)
+            _, dundrawn, dw, db = run.backward(dy, x, ctx.parameters, [False, *wants], **how)
+        else:
+            wanted = [wants_x or wants_undrawn, *wants]
+            dx, dundrawn, dw, db = run.backward(dy, x, ctx.parameters, wanted, shortcut=shortcut, **how)
+            dz = None
+        gradients = dx, dundrawn if wants_undrawn else None, dz, dw, db, dy if wants_residual else None
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+def gate(h: Tensor, rows: GatedRows) -> tuple[Tensor, Tensor | None]:
+    """F = z * h of the drawn rows [N, rows, H, W], and the undrawn features (None where their gates don't learn).
+
+    The gates of a one-hot draw are one for drawn rows and zero for undrawn ones, so the forward pass has nothing to do.
+    In the backward pass the gates get their gradient.
+    """
+    return _Gate.apply(h, rows.groups.gates, rows)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gates: Tensor, rows: GatedRows) -> tuple[Tensor, Tensor | None]:
+        tensors: tuple[Tensor | None, ...] = ()
+        if rows.undrawn is not None:
+            tensors, ctx.run = rows.undrawn.split()
+        ctx.save_for_backward(h if rows.wants_drawn else None, gates, rows.scale, rows.shift, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.groups, ctx.activation = rows.groups, rows.activation
+        features = h.view_as(h)
+        if rows.undrawn is None:
+            return features, None
+        n, channels, height, width = h.shape
+        return features, undrawn.zeros(h, n, (len(rows.groups.names) - 1) * channels, height, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, df: Tensor | None, dundrawn: Tensor | None) -> Any:
+        h, gates, scale, shift, *tensors = ctx.saved_tensors
+        drawn = None if df is None or h is None else gate_gradient.of_drawn(df, h)
+        dz = None
+        if dundrawn is not None:
+            dz = UndrawnRows.joined(tensors, ctx.run).gate_gradient(dundrawn, scale, shift, ctx.activation)
+        return df, ctx.groups.by_kernel(drawn, dz, gates), None
+
+
+def batch_norm(
+    u: Tensor,
+    norm: BatchNorm,
+    residual: Tensor | None,
+    kernels: Normalises,
+    gates: Tensor | None = None,
+    groups: FilterGroups | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """gates * act(norm(u)) + residual; u [N, rows, H, W] once more, for a shortcut around the normalisation; mean and
+    (biased) variance [K] of the batch; and scale and shift [2, rows], if undrawn gates of `groups` learn.
+
+    `groups`: the draw that u is of; None: u is not of a draw. `gates` [K, T+1]: those of the drawn rows are one; None:
+    they want no gradient."""
+    return _BatchNorm.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, groups)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gates: Tensor | None,
+        residual: Tensor | None,
+        norm: BatchNorm,
+        kernels: Normalises,
+        groups: FilterGroups | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        return_affine = groups is not None and groups.all_gates
+        norm = norm._replace(weight=weight, bias=bias)
+        out, mean, var, affine = kernels.normalise(u, norm, residual, return_affine=return_affine)
+        ctx.save_for_backward(u, weight, bias, norm.order, mean, var, gates)
+        ctx.eps, ctx.activation, ctx.kernels = norm.eps, norm.activation, kernels
+        ctx.mark_non_differentiable(mean, var, *([affine] if return_affine else []))
+        ctx.set_materialize_grads(False)
+        return out, u.view_as(u), mean, var, affine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, shortcut: Tensor | None, *_: None) -> Any:
+        if dout is None:
+            return shortcut, *(None,) * 7
+        u, weight, bias, order, mean, var, gates = ctx.saved_tensors
+        norm = BatchNorm(weight, bias, order, ctx.eps, ctx.activation)
+        du, dweight, dbias = ctx.kernels.normalise_gradient(dout, u, norm, mean, var, shortcut)
+        dweight, dbias = dweight.to(weight.dtype), dbias.to(bias.dtype)
+        dgates = None
+        if ctx.needs_input_grad[3]:
+            dgates = gate_gradient.of_drawn_behind_norm(weight, bias, dweight, dbias, gates)
+        return du, dweight, dbias, dgates, dout if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def normalised_conv(
+    u: Tensor,
+    norm: BatchNorm,
+    running: tuple[Tensor, Tensor, float],
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernels: ReadsNormalised,
+    run: Run,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of relu(norm(u)), plus `residual`; and u once more, for a shortcut around both. `running`:
+    running mean and variance, which are changed in place, and their rate."""
+    return _NormalisedConv.apply(u, norm.weight, norm.bias, weight, bias, residual, norm.eps, running, kernels, run)
+
+
+class _NormalisedConv(torch.autograd.Function):
+    """It keeps u and not relu(norm(u)), which the backward pass computes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        running: tuple[Tensor, Tensor, float],
+        kernels: ReadsNormalised,
+        run: Run,
+    ) -> tuple[Tensor, Tensor]:
+        affine, mean, var = kernels.statistics(u, BatchNorm(norm_weight, norm_bias, None, eps, "relu"), *running)
+        ctx.parameters = run.pack(weight, bias, u.dtype)
+        y, _ = run.forward(u, ctx.parameters, residual=residual, affine=affine)
+        ctx.save_for_backward(weight, u, norm_weight, norm_bias, mean, var)  # why the weight: see _RoutedConv
+        ctx.eps, ctx.kernels, ctx.run = eps, kernels, run
+        ctx.set_materialize_grads(False)
+        return y, u.view_as(u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, shortcut: Tensor | None) -> Any:
+        _, u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
+        if dy is None:
+            return shortcut, *[None] * 9
+        run, parameters, kernels = ctx.run, ctx.parameters, ctx.kernels
+        norm = BatchNorm(norm_weight, norm_bias, None, ctx.eps, "relu")
+        dh = run.backward(dy, u, parameters, [True, False, False]).dx
+        du, dnorm_weight, dnorm_bias, h = kernels.normalise_gradient_again(dh, u, norm, mean, var, shortcut)
+        gradients = run.backward(dy, h, parameters, [False, *ctx.needs_input_grad[3:5]])
+        dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+        dresidual = dy if ctx.needs_input_grad[5] else None
+        return du, *dnorm, gradients.dw, gradients.db, dresidual, None, None, None, None

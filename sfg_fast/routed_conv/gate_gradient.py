@@ -1,0 +1,153 @@
+"""The gradient of the gates (paper, section 2.2): every formula for dz is here.
+
+An SFG layer computes F = z * h, h = act(scale * u + shift), where u is its convolution, and scale and shift are its
+normalisation, if it has one. So the gate z of kernel k in group g has the gradient
+
+    dz[k, g] = <dL/dF[k, g], h[k, g]>        summed over images and positions.
+
+- A DRAWN gate is one, and its h is in memory: `of_drawn`. Behind a batch normalisation whose gradients are known, the
+  same number comes for free: `of_drawn_behind_norm`.
+- An UNDRAWN gate is zero, and nobody has computed its h. What it is computed from is kept (`UndrawnRows`), and dz is
+  computed in one go (`UndrawnRows.gate_gradient`).
+- The layer that reads F computes dL/dF. If its kernels can, they compute dz in the same pass, and dL/dF of the undrawn
+  rows is never stored: `with_input_gradient`, for `DeferredGates`.
+
+`estimators.py` takes dz on to the probabilities p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, activate
+from ..groups import FilterGroups
+from ..kernels import masked
+from ..kernels.contract import Kernels, computes_gate_gradients
+from ..kernels.formulas import channel_dots
+from ..kernels.spec import ShortcutGradient, UndrawnFeatures
+from . import graph
+from .run import PackedParameters, Run
+
+
+def of_drawn(df: Tensor, h: Tensor) -> Tensor:
+    """dz [rows] of the drawn gates, from dL/dF and h of the drawn rows [N, rows, H, W]."""
+    return channel_dots(df, h)
+
+
+def of_drawn_behind_norm(weight: Tensor, bias: Tensor, dweight: Tensor, dbias: Tensor, gates: Tensor) -> Tensor:
+    """dz [K, T+1] of the drawn gates, from weight and bias [K] of the batch normalisation and their gradients:
+    <dL/dF, act(norm(u))> = weight * dweight + bias * dbias, for an activation that is linear where it is not zero.
+    `gates` [K, T+1] are one-hot."""
+    drawn = torch.addcmul(weight * dweight, bias, dbias)
+    return drawn[:, None].to(gates.dtype) * gates
+
+
+class UndrawnRows(NamedTuple):
+    """The undrawn rows of a convolution: what their u is computed from, when their gates want a gradient."""
+
+    x: Tensor  # [N, columns, H, W]
+    kept_product: Tensor | None  # [N, rows, H', W']
+    weight: Tensor  # [K, C, kH, kW]
+    bias: Tensor | None  # [K]
+    run: Run  # of the convolution
+
+    def features(
+        self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
+    ) -> UndrawnFeatures:
+        """The formula of their features; scale and shift [T, rows], or [1, rows] for all alike. `kernels`: other
+        kernels than those that computed u."""
+        spec = self.run.spec
+        packed = (kernels or self.run.kernels).pack(self.weight, self.bias, spec, self.x.dtype, gates=True)
+        return UndrawnFeatures(self.x, self.kept_product, packed, spec, scale, shift, activation)
+
+    def gate_gradient(
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+    ) -> Tensor:
+        """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W]."""
+        kernels = self.run.kernels
+        if activation in kernels.KNOWS:
+            assert activation is None or isinstance(activation, str)
+            if self.run.by_operators:
+                of_operator = dundrawn, *self[:4], scale, shift, activation, self.run
+                return graph.gate_gradient(*of_operator)
+            return kernels.gate_gradient(self.features(scale, shift, activation), dundrawn)
+        u = self.u()
+        dz = []
+        for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
+            dz.append(channel_dots(df, activate(masked.affine(u_n, scale, shift, n), activation)))
+        return torch.stack(dz)
+
+    def u(self) -> Sequence[Tensor]:
+        """u of the undrawn rows: T tensors [N, rows, H', W']."""
+        if self.run.by_operators:
+            return graph.undrawn_rows(*self[:4], self.run.spec).chunk(len(self.run.spec.rows.names) - 1, 1)
+        return masked.undrawn_rows(self.features(None, None, None, masked))
+
+    def split(self) -> tuple[tuple[Tensor | None, ...], Run]:
+        """The tensors, for autograd to keep, and the rest; `joined` is the way back."""
+        return self[:4], self.run
+
+    @staticmethod
+    def joined(tensors: Sequence[Any], run: Run) -> UndrawnRows:
+        """The inverse of `split`."""
+        x, kept_product, weight, bias = tensors
+        return UndrawnRows(x, kept_product, weight, bias, run)
+
+
+class GatedRows(NamedTuple):
+    """How features are made, F = z * act(scale * u + shift): what the gradient of their gates z is computed from."""
+
+    groups: FilterGroups  # the draw, whose `gates` z are [K, T+1]
+    undrawn: UndrawnRows | None  # None: the undrawn gates want no gradient
+    scale: Tensor | None  # [T, rows] of the undrawn rows, or [1, rows], alike for all
+    shift: Tensor | None  # like `scale`
+    activation: Activation
+    wants_drawn: bool  # do the drawn gates want a gradient? (Else they have it already.)
+
+
+class DeferredGates(NamedTuple):
+    """Gates whose gradient the layer that reads the features may compute, if its kernels can (COMPUTES_GATE_GRADIENTS).
+
+    The gradient then goes past F, straight to h. So the features must still be this very F, without hooks."""
+
+    features: Tensor  # F, packed
+    h: Tensor  # act(..) of the drawn rows, before the gates: what the gradient goes to
+    rows: GatedRows
+
+
+def can_defer(deferred: DeferredGates, x: Tensor, run: Run) -> bool:
+    """Can a convolution of x by `run` compute the gradient of these gates?"""
+    if not run.kernels.COMPUTES_GATE_GRADIENTS or run.by_operators or run.spec.geometry.stride != (1, 1):
+        return False
+    # `_backward_hooks`: torch has no public way to ask whether a tensor has hooks.
+    if deferred.features is not x or x._backward_hooks or x.retains_grad or deferred.h.dtype != x.dtype:
+        return False
+    undrawn = deferred.rows.undrawn
+    return undrawn is None or undrawn.run.kernels is run.kernels
+
+
+def with_input_gradient(
+    run: Run,
+    dy: Tensor,
+    x: Tensor,
+    parameters: PackedParameters,
+    rows: GatedRows,
+    gates: Tensor,
+    *,
+    relu_output: Tensor | None,
+    shortcut: ShortcutGradient,
+) -> tuple[Tensor, Tensor]:
+    """dx like x, and dz [K, T+1] of the gates of the features x that the convolution `run` reads."""
+    assert computes_gate_gradients(run.kernels)
+    undrawn = None
+    if rows.undrawn is not None:
+        assert rows.activation is None or isinstance(rows.activation, str)
+        undrawn = rows.undrawn.features(rows.scale, rows.shift, rows.activation)
+    how: dict[str, Any] = {"relu_output": relu_output, "drawn": rows.wants_drawn, "shortcut": shortcut}
+    dx, dz = run.kernels.input_and_gate_gradient(dy, parameters.packed, run.spec, x, undrawn, **how)
+    of_drawn, of_undrawn = dz[0] if rows.wants_drawn else None, None if undrawn is None else dz[1:]
+    return dx, rows.groups.by_kernel(of_drawn, of_undrawn, gates)

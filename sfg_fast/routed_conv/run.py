@@ -1,0 +1,184 @@
+"""One call of a routed convolution without autograd: which kernels do it and how, decided once, and its two passes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..groups import FilterGroups, Routing
+from ..kernels.contract import Kernels, Packed
+from ..kernels.packing import channels_last, unpack_dim
+from ..kernels.spec import NO_SHORTCUT, RoutedConv, ShortcutGradient
+from ..tracing import through_operators
+
+
+class Way(enum.Enum):
+    """What is asked of the kernels."""
+
+    ONCE = enum.auto()  # every group convolves the same image with the same kernels: one convolution, repeated
+    FOLDED = enum.auto()  # every group convolves with the same kernels: one convolution, the groups in the batch
+    GROUPED = enum.auto()  # every group has as many kernels of its own and its own input: torch's grouped convolution
+    PACKED = enum.auto()  # the routed convolution of the backend
+
+
+class PackedParameters(NamedTuple):
+    """Weight and bias of a layer, packed for both passes."""
+
+    packed: Packed
+    folded: tuple[RoutedConv, Packed] | None  # if all groups have the same kernels: the plain convolution by these
+    dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias, and so of their gradients
+
+
+class Gradients(NamedTuple):
+    """What `Run.backward` returns: each as `contract.py` says, None where nobody wants it."""
+
+    dx: Tensor | None
+    dundrawn: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+
+
+class Run(NamedTuple):
+    """What does one call of a layer. Convolution, normalisation and gates share it."""
+
+    kernels: Kernels
+    dtype: torch.dtype  # of the products: x is cast to it, and u has it
+    way: Way
+    spec: RoutedConv
+    by_operators: bool  # must the kernels be called through operators of torch (graph.py)?
+
+    def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedParameters:
+        """weight [K, C, kH, kW] and bias [K], packed for both passes."""
+        folded = None
+        if same_kernels_for_every_group(self.spec):
+            one = plain(self.spec, *weight.shape[:2])
+            folded = one, self.kernels.pack(weight, None, one, dtype)
+        dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+        return PackedParameters(self.kernels.pack(weight, bias, self.spec, dtype), folded, dtypes)
+
+    def forward(
+        self,
+        x: Tensor,
+        parameters: PackedParameters,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        keep_product: bool = False,
+        affine: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """u and the kept product, as `contract.Kernels.forward`. `affine`: as `contract.ReadsNormalised.forward`."""
+        how: dict[str, Any] = {"relu": relu, "residual": residual, "keep_product": keep_product}
+        if affine is not None:
+            how["affine"] = affine
+        return self.kernels.forward(x, parameters.packed, self.spec, **how)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        parameters: PackedParameters,
+        wants: Sequence[bool],
+        *,
+        relu_output: Tensor | None = None,
+        shortcut: ShortcutGradient = NO_SHORTCUT,
+    ) -> Gradients:
+        """The gradients that are wanted; `wants`: of x (and of the undrawn rows of x), weight, bias. `relu_output` and
+        `shortcut`: as `contract.Kernels.input_gradient`."""
+        wants_x, wants_weight, wants_bias = wants
+        kernels, spec, packed = self.kernels, self.spec, parameters.packed
+        if relu_output is not None and not kernels.MASKS_GRADIENTS:  # masked once, for both gradients
+            dy, relu_output = torch.ops.aten.threshold_backward(dy, relu_output, 0), None
+        dx = dundrawn = dw = db = None
+        if wants_x:
+            if not spec.columns.all_gates:
+                shortcut = shortcut._replace(dundrawn=None)
+            how = {"relu_output": relu_output, "shortcut": shortcut}
+            dx, dundrawn = kernels.input_gradient(dy, packed, spec, (x.shape[2], x.shape[3]), **how)  # type: ignore[arg-type]
+        if wants_weight:
+            if parameters.folded is not None:  # the groups in the batch: one weight gradient for all
+                x, dy = fold(x, spec), fold_rows(dy, spec)
+                relu_output = None if relu_output is None else fold_rows(relu_output, spec)
+                spec, packed = parameters.folded
+            dw, db = kernels.weight_gradient(x, dy, packed, spec, relu_output=relu_output, bias=wants_bias)
+        elif wants_bias:
+            masked = dy if relu_output is None else dy.where(~(relu_output <= 0), 0)  # a NaN passes, as in torch
+            db = unpack_dim(masked.sum((0, 2, 3)), 0, spec.rows)
+        of_weight, of_bias = parameters.dtypes
+        return Gradients(dx, dundrawn, None if dw is None else dw.to(of_weight), None if db is None else db.to(of_bias))
+
+
+class Call(NamedTuple):
+    """What a routed convolution is asked for, besides its tensors."""
+
+    run: Run
+    relu: bool = False  # return relu(u)
+    keep_product: bool = False  # return the kept product, too
+    shortcut: bool = False  # return the input, too, for a shortcut around the convolution (eager mode)
+
+
+def decide(x: Tensor, weight: Tensor, spec: RoutedConv) -> Run:
+    """What does a call with x [N, columns, H, W] and weight [K, C, kH, kW] in the layer's own order.
+
+    Raises BackendError if a backend was asked for that can't, and RuntimeError for an input of another dtype.
+    """
+    width = weight.shape[0] // (len(spec.rows.names) if spec.rows.alike else 1)
+    kernels, dtype = backends.kernels(x, width, spec.rows.all_gates or spec.columns.all_gates)
+    if x.dtype != weight.dtype and backends.autocast_dtype(x) is None:
+        raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}, expected the same (or torch.autocast)")
+    return Run(kernels, dtype, _way(kernels, spec), spec, through_operators(kernels))
+
+
+def _way(kernels: Kernels, spec: RoutedConv) -> Way:
+    if spec.routing is Routing.ALL and spec.rows.full and len(spec.rows.names) > 1:
+        return Way.ONCE
+    if same_kernels_for_every_group(spec) and not kernels.SHARES_PRODUCTS:
+        return Way.FOLDED
+    if kernels.OF_TORCH and spec.columns.full and spec.routing is Routing.OWN and spec.rows.alike:
+        return Way.GROUPED
+    return Way.PACKED
+
+
+def same_kernels_for_every_group(spec: RoutedConv) -> bool:
+    """Do all groups convolve full-width tensors with the same kernels? Then one block-masked convolution would do (T+1)
+    times the work that is needed."""
+    return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
+
+
+def plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:
+    """A convolution of the same geometry with one group on either side: all kernels read all channels."""
+    device = spec.rows.order.device
+    rows, columns = (FilterGroups.blocks([size], ("all",), device) for size in (kernels, channels))
+    return RoutedConv(rows, columns, Routing.ALL, spec.geometry)
+
+
+def fold(x: Tensor, spec: RoutedConv) -> Tensor:
+    """What each group reads, [NG, C, H, W] from streams [N, GC, H, W]: the groups folded into the batch."""
+    if spec.routing is Routing.ARROW:
+        shared, *tasks = x.chunk(len(spec.columns.names), 1)
+        x = torch.cat([shared, *(task + shared for task in tasks)], 1)
+    return _groups_to_batch(x, len(spec.columns.names))
+
+
+def fold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
+    """Full rows [N, GK, H, W] -> [NG, K, H, W]."""
+    return _groups_to_batch(y, len(spec.rows.names))
+
+
+def _groups_to_batch(x: Tensor, groups: int) -> Tensor:
+    """[N, G * C, H, W] -> [NG, C, H, W]. A channels_last tensor stays one; another is not copied."""
+    if channels_last(x):
+        return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 1).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def unfold(y: Tensor, spec: RoutedConv) -> Tensor:
+    """The inverse of `fold_rows`."""
+    groups = len(spec.rows.names)
+    if channels_last(y):
+        return y.permute(0, 2, 3, 1).unflatten(0, (-1, groups)).movedim(1, 3).flatten(3, 4).permute(0, 3, 1, 2)
+    return y.unflatten(0, (-1, groups)).flatten(1, 2)

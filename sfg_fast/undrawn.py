@@ -1,0 +1,102 @@
+"""Undrawn features: what kernels have in the groups they were not drawn into. They are zeros, and take no memory.
+
+Their gradient dL/dF is not zero: the gates of undrawn rows learn from it. So the graph of autograd has to carry it, and
+each function here says where it goes on to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tracing import in_graph
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of this shape that take no memory, as `like` in dtype and device."""
+    return like.new_zeros(()).expand(*shape)
+
+
+def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
+    """Zeros that take no memory, whose gradient goes to all `inputs`, which have the same shape."""
+    return _NoMemory.apply(tuple(shape), dtype, device, *inputs)
+
+
+def of_sum(*parts: Tensor | None) -> Tensor | None:
+    """The undrawn features of a sum of features, from those of its parts (None: a part has none)."""
+    inputs = [part for part in parts if part is not None]
+    return no_memory(inputs[0].shape, inputs[0].dtype, *inputs) if inputs else None
+
+
+def of_concatenation(rows: Tensor, counts: list[int], parts: Sequence[Tensor | None]) -> Tensor:
+    """The undrawn features of concatenated features: row r is number `rows[r]` of the parts' `counts` rows. A part that
+    is None gets no gradient."""
+    has = [part is not None for part in parts]
+    return _Concatenated.apply(rows, counts, has, *(part for part in parts if part is not None))
+
+
+def channelwise(undrawn: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The undrawn features behind an operation that keeps zeros and treats every channel alone."""
+    if in_graph():  # a graph knows no functions with an argument like `operation`: there the zeros get memory
+        return operation(undrawn)
+    return _Operation.apply(undrawn, operation)
+
+
+def scaled(undrawn: Tensor, scale: Tensor) -> Tensor:
+    """The undrawn features times `scale`, which gets no gradient."""
+    return _Scaled.apply(undrawn, scale)
+
+
+class _NoMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, *inputs: Tensor) -> Tensor:
+        ctx.likes = [(tensor.dtype, tensor.device) for tensor in inputs]
+        return inputs[0].new_zeros((), dtype=dtype, device=device).expand(*shape)
+
+    @staticmethod
+    def backward(ctx: Any, dundrawn: Tensor) -> Any:
+        return None, None, None, *(dundrawn.to(dtype=dtype, device=device) for dtype, device in ctx.likes)
+
+
+class _Concatenated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], has: list[bool], *parts: Tensor) -> Tensor:
+        ctx.counts, ctx.has, ctx.tasks = counts, has, parts[0].shape[1] // counts[has.index(True)]
+        ctx.save_for_backward(rows)
+        n, _, height, width = parts[0].shape
+        return zeros(parts[0], n, ctx.tasks * len(rows), height, width)
+
+    @staticmethod
+    def backward(ctx: Any, dundrawn: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        by_part = dundrawn.unflatten(1, (ctx.tasks, -1)).index_select(2, torch.argsort(rows)).split(ctx.counts, 2)
+        return None, None, None, *(d.flatten(1, 2) for d, has in zip(by_part, ctx.has, strict=True) if has)
+
+
+class _Operation(torch.autograd.Function):
+    """The gradient of the operation at zero is computed in the backward pass, on zeros that have memory."""
+
+    @staticmethod
+    def forward(ctx: Any, undrawn: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.shape, ctx.operation = undrawn.shape, operation
+        return zeros(undrawn, *operation(torch.empty_like(undrawn, device="meta")).shape)
+
+    @staticmethod
+    def backward(ctx: Any, dundrawn: Tensor) -> Any:
+        with torch.enable_grad():
+            before = dundrawn.new_zeros(ctx.shape).requires_grad_()
+            return torch.autograd.grad(ctx.operation(before), before, dundrawn)[0], None
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, undrawn: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return undrawn.view_as(undrawn)
+
+    @staticmethod
+    def backward(ctx: Any, dundrawn: Tensor) -> Any:
+        return dundrawn * ctx.saved_tensors[0].to(dundrawn.dtype), None
