@@ -187,6 +187,22 @@ def test_backward_uses_the_kernels_of_the_forward(monkeypatch):
     assert called
 
 
+def test_auto_tells_once_for_each_kind_of_tensor_what_it_took_and_why(caplog):
+    backends._tell_once.cache_clear()
+    layer = sfg_fast.SFGConv2d(1, 2, 3)
+    with caplog.at_level("DEBUG", logger="sfg_fast"):
+        for _ in range(2):
+            layer(torch.randn(1, 1, 4, 4))
+        layer.double()(torch.randn(1, 1, 4, 4, dtype=torch.float64))
+        with backend("masked"):
+            layer(torch.randn(1, 1, 4, 4, dtype=torch.float64))
+    took = backends.fastest_on_cpu()
+    assert [one.getMessage().split(" in layers")[0] for one in caplog.records] == [
+        f"auto takes {took} for torch.float32 tensors on cpu", f"auto takes {took} for torch.float64 tensors on cpu"
+    ]  # fmt: skip
+    assert all(one.getMessage().split(": ")[1] for one in caplog.records)
+
+
 def test_auto_never_fails_for_tensors_that_native_can_not_take():
     from torch._subclasses import FakeTensorMode
 
