@@ -1,6 +1,6 @@
 """Reports what the compilers make of the Triton kernels. It needs no GPU.
 
-    python benchmarks/static_report.py [--json FILE] [--markdown FILE] [--quick]
+    python benchmarks/static_report.py [--json FILE] [--markdown FILE] [--quick] [--channels N ..]
 
 It compiles the configurations that the formulas of kernels/triton/config.py choose for 16 to 256 channels and all
 dtypes, for sm_80, sm_90, sm_100 and gfx942. A table has for each: registers, stack, shared memory, and the programs
@@ -370,11 +370,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--markdown", type=Path, help="write the table here instead of printing it")
     parser.add_argument("--quick", action="store_true", help="64 and 128 channels, fp16, sm_90 only")
+    parser.add_argument("--channels", type=int, nargs="+", help="instead of 16 to 256, or of 64 and 128")
     arguments = parser.parse_args()
     if arguments.quick:
-        some = list(configurations((64, 128), ("fp16",), ARCHITECTURES[1:2], (16, 256, 256)))
+        some = list(
+            configurations(tuple(arguments.channels or (64, 128)), ("fp16",), ARCHITECTURES[1:2], (16, 256, 256))
+        )
     else:
-        some = list(configurations(CHANNELS, tuple(DTYPES), ARCHITECTURES, (16, 256, 256)))
+        some = list(configurations(tuple(arguments.channels or CHANNELS), tuple(DTYPES), ARCHITECTURES, (16, 256, 256)))
     figures, wrong = report(some, os.cpu_count() or 1)
     table = "\n".join([HEADER, *map(line, figures)])
     verdict = "\n".join(wrong) if wrong else f"All guarantees hold for {len(figures)} compiled kernels."

@@ -7,6 +7,7 @@ import torch._inductor.config
 from torch import nn
 
 from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling, set_estimator
+from sfg_fast.backends import available
 from tests.backends import EVERY, FAST
 from tests.oracle import assert_close
 
@@ -63,9 +64,23 @@ def check(make, name, size, steps=3, compiler="aot_eager"):
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "selected", "none"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["reference", *FAST])
 def test_layers(name, estimator, float64):
     check(lambda: Chain(estimator), name, (11, 12))
+
+
+@pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "straight_through",
+        "gumbel_softmax",
+        pytest.param("selected", marks=pytest.mark.slow),  # what differs are gates, and these don't know the backend
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_on_triton(estimator, float64):
+    check(lambda: Chain(estimator), "triton", (9, 10), steps=2)
 
 
 @pytest.mark.parametrize("name", EVERY)

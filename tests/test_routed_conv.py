@@ -134,10 +134,31 @@ def test_against_dense_masking(name, problem):
 
 
 @pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
-@settings(max_examples=40)  # the interpreter takes up to a second
-@given(problem=problems())
-def test_triton_against_dense_masking(problem):
-    check(problem, "triton")
+@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
+@pytest.mark.parametrize(
+    ("rows", "routing", "tasks", "geometry"),  # kernel size, stride, padding, dilation
+    [
+        ("packed", Routing.ARROW, 1, ((3, 2), (2, 1), (1, 0), (1, 2))),
+        ("relaxed", Routing.ARROW, 1, ((1, 1), (1, 1), (0, 0), (2, 2))),
+        ("relaxed", Routing.OWN, 2, ((2, 3), (2, 2), (2, 1), (2, 3))),
+        ("with others", Routing.ARROW, 3, ((1, 5), (1, 3), (0, 2), (1, 1))),
+        ("with others", Routing.OWN, 4, ((1, 1), (1, 1), (0, 0), (1, 1))),
+        ("with others", Routing.ALL, 4, ((2, 1), (3, 2), (1, 0), (3, 1))),
+    ],
+)
+def test_triton_against_dense_masking(rows, columns, routing, tasks, geometry):
+    """The interpreter takes up to a second for each: `make test-all` has random ones."""
+    more = {
+        "bias": tasks > 2,
+        "around": tasks > 2,
+        "rows": rows,
+        "columns": columns,
+        "routing": routing,
+        "tasks": tasks,
+    }
+    problem = dict(zip(("kernel_size", "stride", "padding", "dilation"), geometry, strict=True))
+    problem |= {"channels": 5, "kernels": 4, "image": (6, 7), "batch": 1, "seed": 0}
+    check(problem | more, "triton")
 
 
 @pytest.mark.parametrize("name", PACKED)

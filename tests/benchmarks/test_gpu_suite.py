@@ -29,24 +29,42 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "gpu_suite.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, "--out", tmp_path / "out", "--dry-run"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = lines_of(tmp_path / "out")
+    ended = check_dry_run(tmp_path / "out", done.stdout)
+    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 12
+
+
+def test_dry_run_without_what_repeats_itself(tmp_path, capsys):
+    """One precision, without the layers of test_checks.py, and nothing twice that later parts do."""
+    checking, *others = gpu_jobs.parts(compiled=False)
+    again = ("float32 ", "float16 16->16 in 3 groups, packed", "float16 16->16 in 3 groups, others")
+    again += ("compile network", "compile what the host calls, s")
+    jobs = {name: job for name, job in checking.jobs.items() if not name.startswith(again)}
+    assert gpu_suite.suite(tmp_path, 6, [checking._replace(jobs=jobs), *others]) == 0
+    ended = check_dry_run(tmp_path, capsys.readouterr().out)
+    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 4
+
+
+def check_dry_run(out, printed):
+    """The lines of the jobs that have ended, by name."""
+    lines = lines_of(out)
     ended = {line["name"]: line for line in lines if "name" in line}
     assert all(line["error"] is None for line in ended.values())
     assert set(ended) - {"where"} == {line["begin"] for line in lines if "begin" in line}
-    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 12
     assert ended["layer 16"]["value"]["passes"]["forward + ReLU"].keys() >= {"ours", "cuDNN", "floor", "predicted"}
     assert ended["network routed, 6x6"]["value"]["graph_us"]["straight_through"][1] > 0
     assert "frozen" in ended["inference routed, 6x6"]["value"]["graph_us"]
     assert len(ended["variants of the convolutions, 16 kernels"]["value"]) == 2
-    table = (tmp_path / "out/gpu_suite.md").read_text()
-    assert table in done.stdout
+    table = (out / "gpu_suite.md").read_text()
+    assert table in printed
     for title in ("## Checks", "## Passes of a layer", "## Network routed", "## Variants", "## The host"):
         assert title in table
+    return ended
 
 
 def right():

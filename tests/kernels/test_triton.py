@@ -213,12 +213,61 @@ def close(actual, exact, eps, terms, what):
         assert rms <= bound / 4, f"{what}: error (root mean square) {rms:.2e}, bound {bound / 4:.2e}"
 
 
+USUAL = {
+    "rows": [5, 0, 7], "columns": [3, 6, 4], "routing": "arrow", "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1),
+    "dilation": (1, 1), "image": (10, 5), "batch": 2, "relu": True, "residual": True, "bias": True,
+    "dtype": torch.float32, "seed": 0,
+}  # fmt: skip
+PLAIN = {"relu": False, "residual": False, "bias": False}
+HALF = {"dtype": torch.float16}
+OF_EACH_KIND = {  # of path and problem; `test_against_float64_at_length` has random ones
+    ("tiles", "few channels"): {"dilation": (1, 2), "padding": (1, 2), "image": (10, 7)},
+    ("tiles", "few channels, own groups, half"): PLAIN | HALF | {"routing": "own", "rows": [4, 3], "columns": [5, 6]},
+    ("tiles", "more channels, half"): HALF | {"rows": [20, 15, 3], "columns": [10, 0, 11], "relu": False},
+    ("tiles", "one tap, own groups"): {"kernel": (1, 1), "padding": (0, 0), "routing": "own", "columns": [8, 6, 4]},
+    ("tiles", "strides, half"): HALF | {
+        "rows": [9, 8], "columns": [10, 11], "kernel": (2, 4), "stride": (2, 3), "padding": (3, 0), "dilation": (2, 1),
+        "image": (6, 8), "bias": False,
+    },
+    ("tiles", "strides and dilations with common factors, four groups"): {
+        "rows": [2, 3, 0, 4], "columns": [6, 0, 7, 4], "kernel": (3, 2), "stride": (2, 3), "padding": (0, 4),
+        "dilation": (2, 3), "image": (7, 4), "residual": False, "batch": 1,
+    },
+    ("tiles", "several tiles and chunks"): {
+        "rows": [20, 7, 9], "columns": [17, 5, 12], "image": (2, 3), "kernel": (1, 2), "relu": False, "batch": 1,
+    },
+    ("tiles", "several tiles and chunks, half"): HALF | {
+        "rows": [70, 31, 40], "columns": [50, 0, 30], "image": (2, 3), "kernel": (1, 2), "padding": (0, 1), "batch": 1,
+    },
+    ("rowwalk", "few channels"): {"dilation": (1, 2), "padding": (2, 1), "image": (9, 4)},
+    ("rowwalk", "own groups, several tiles, half"): PLAIN | HALF | {
+        "routing": "own", "rows": [12, 8, 5], "columns": [5, 6, 4], "image": (9, 4),
+    },
+    ("rowwalk", "more channels, half"): HALF | {"rows": [9, 8, 3], "columns": [10, 0, 11], "residual": False},
+    ("rowwalk", "more channels, four groups"): {
+        "rows": [2, 3, 0, 4], "columns": [6, 0, 7, 11], "image": (5, 4), "dilation": (2, 1), "relu": False,
+    },
+    ("rowwalk", "strides, few channels"): {"stride": (1, 2), "kernel": (2, 2), "image": (5, 4), "batch": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [pytest.param(path, problem, id=f"{path}: {name}") for (path, name), problem in OF_EACH_KIND.items()],
+    indirect=["path"],
+)
+def test_against_float64(path, poisoned, problem):
+    check(USUAL | problem)
+
+
+@pytest.mark.slow
 @settings(max_examples=12, **FORCED)
 @given(problem=problems(most=12))
-def test_against_float64(path, poisoned, problem):
+def test_against_float64_with_few_channels(path, poisoned, problem):
     check(problem)
 
 
+@pytest.mark.slow
 @settings(max_examples=2, **FORCED)
 @given(problem=problems(most=40))
 def test_several_chunks_and_tiles(path, poisoned, problem):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,7 +75,7 @@ def check_chain(p, name):
         if layer.norm is not None:  # not one and zero
             nn.init.normal_(layer.norm.weight)
             nn.init.normal_(layer.norm.bias)
-    x = torch.randn(2, p["widths"][0], 19, 18, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, p["widths"][0], *p.get("image", (19, 18)), dtype=torch.float64, requires_grad=True)
     leaves = [x] + [parameter for parameter in layers.parameters() if parameter.requires_grad]
 
     def dense_masking(pool):
@@ -127,9 +127,29 @@ def test_chain_against_dense_masking(name, problem):
     check_chain(problem, name)
 
 
+def small_chain(**options):
+    usual = {"norm": None, "tasks": 2, "widths": [1, 4, 3, 2], "geometry": (1, 1, 1), "fixed": False, "seed": 0}
+    return {**usual, "init": "uniform", "temperature": 1.0, "image": (5, 4), **options}
+
+
 @pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
-@settings(max_examples=6)  # the interpreter takes seconds
+@settings(phases=[Phase.explicit])  # the interpreter takes seconds: `make test-all` has random ones
 @given(problem=chains())
+@example(problem=small_chain(estimator="straight_through", norm="batch", activation="relu"))
+@example(
+    problem=small_chain(estimator="gumbel_softmax", activation="relu_pool", tasks=1, temperature=0.3, image=(9, 8))
+)
+@example(
+    problem=small_chain(estimator="none", norm="batch", activation=None, tasks=3, geometry=(2, 1, 1), image=(9, 8))
+)
+@example(problem=small_chain(estimator="straight_through", activation="relu", geometry=(1, 2, 2), fixed=True))
+@example(problem=small_chain(estimator="gumbel_softmax", activation="relu", init="mostly_shared"))
+@example(problem=small_chain(estimator="straight_through", norm="batch", activation="relu_pool", image=(8, 9)))
+@example(
+    problem=small_chain(
+        estimator="straight_through", activation=None, init="vertex", geometry=(2, 0, 1), image=(15, 16)
+    )
+)
 def test_chain_on_triton_against_dense_masking(problem):
     check_chain(problem, "triton")
 
