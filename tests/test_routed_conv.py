@@ -1,5 +1,7 @@
 """The one operation on every backend, against dense masking written plainly in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import RoutedConv, convolve, routed_conv
 from tests.backends import FAST, PACKED
 from tests.oracle import assert_close
+from tests.problems import ConvProblem
 
 
 def check_undrawn(rows, u, random):
@@ -35,6 +38,20 @@ def check_undrawn(rows, u, random):
             assert_close(dz, (df * h).sum((0, 3, 4)), what="gates")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(ConvProblem):
+    """An SFG layer. `columns`: "packed", "with undrawn" (their undrawn gates want a gradient) or "streams"; `rows`:
+    "packed", "with undrawn" or "relaxed". `shortcut`: is there one around the convolution?"""
+
+    tasks: int = 2
+    channels: int
+    kernels: int
+    routing: Routing
+    columns: str
+    rows: str
+    shortcut: bool
+
+
 @st.composite
 def problems(draw):
     """Any T, group sizes (odd and empty come by themselves), kernel size, stride, padding, dilation, routing."""
@@ -42,74 +59,71 @@ def problems(draw):
     size = tuple(draw(st.sampled_from([1, 2, 3, 5])) for _ in range(2))
     dilation = tuple(draw(st.integers(1, 3)) for _ in range(2))
     image = tuple(d * (s - 1) + draw(st.integers(1, 9)) for d, s in zip(dilation, size, strict=True))
-    return {
-        "tasks": tasks,
-        "channels": draw(st.integers(1, 7)),
-        "kernels": draw(st.integers(1, 9)),
-        "kernel_size": size,
-        "stride": tuple(draw(st.integers(1, 3)) for _ in range(2)),
-        "padding": tuple(draw(st.integers(0, 2)) for _ in range(2)),
-        "dilation": dilation,
-        "image": image,
-        "batch": draw(st.integers(1, 3)),
-        "bias": draw(st.booleans()),
-        "routing": draw(st.sampled_from(list(Routing))),
-        "columns": draw(st.sampled_from(["packed", "with undrawn", "streams"])),
-        "rows": draw(st.sampled_from(["packed", "with undrawn", "relaxed"])),
-        "shortcut": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**16)),
-    }
+    return Problem(
+        tasks=tasks,
+        channels=draw(st.integers(1, 7)),
+        kernels=draw(st.integers(1, 9)),
+        kernel=size,
+        stride=tuple(draw(st.integers(1, 3)) for _ in range(2)),
+        padding=tuple(draw(st.integers(0, 2)) for _ in range(2)),
+        dilation=dilation,
+        image=image,
+        batch=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+        routing=draw(st.sampled_from(list(Routing))),
+        columns=draw(st.sampled_from(["packed", "with undrawn", "streams"])),
+        rows=draw(st.sampled_from(["packed", "with undrawn", "relaxed"])),
+        shortcut=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 def check(problem, name):
     """Forward and every gradient of `routed_conv` against T+1 dense convolutions."""
-    p, generator = problem, torch.Generator().manual_seed(problem["seed"])
-    groups = p["tasks"] + 1
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    p, groups = problem, problem.tasks + 1
+    generator, random = p.numbers()
 
     def assignment(width):
         return torch.randint(groups, (width,), generator=generator)
 
-    into, out = assignment(p["channels"]), assignment(p["kernels"])
+    into, out = assignment(p.channels), assignment(p.kernels)
     onehot_out = F.one_hot(out, groups).to(torch.float64)
-    if p["routing"] is Routing.ALL:
-        columns = FilterGroups.blocks([p["channels"]], ("image",))
-        everything = random(p["batch"], p["channels"], *p["image"]).requires_grad_()
+    if p.routing is Routing.ALL:
+        columns = FilterGroups.blocks([p.channels], ("image",))
+        everything = random(p.batch, p.channels, *p.image).requires_grad_()
         live, dense = slice(None), [everything] * groups
     else:
-        columns = FilterGroups.streams(p["channels"], p["tasks"])
-        if p["columns"] != "streams":
-            columns = FilterGroups.from_assignment(into, p["tasks"], all_gates=p["columns"] == "with undrawn")
+        columns = FilterGroups.streams(p.channels, p.tasks)
+        if p.columns != "streams":
+            columns = FilterGroups.from_assignment(into, p.tasks, all_gates=p.columns == "with undrawn")
         live = columns.rows_in_streams
-        everything = torch.zeros(p["batch"], groups * p["channels"], *p["image"], dtype=torch.float64)
-        everything[:, live] = random(p["batch"], len(live), *p["image"])  # undrawn rows are zero
+        everything = torch.zeros(p.batch, groups * p.channels, *p.image, dtype=torch.float64)
+        everything[:, live] = random(p.batch, len(live), *p.image)  # undrawn rows are zero
         everything.requires_grad_()
-        dense = list(everything.split(p["channels"], 1))
-        if p["routing"] is Routing.ARROW:
+        dense = list(everything.split(p.channels, 1))
+        if p.routing is Routing.ARROW:
             dense = [dense[0]] + [task + dense[0] for task in dense[1:]]
-    rows = FilterGroups.relaxed(onehot_out, p["tasks"])
-    if p["rows"] != "relaxed":
-        rows = FilterGroups.from_assignment(out, p["tasks"], onehot_out, all_gates=p["rows"] == "with undrawn")
-    weight = random(p["kernels"], p["channels"], *p["kernel_size"]).requires_grad_()
-    bias = random(p["kernels"]).requires_grad_() if p["bias"] else None
+    rows = FilterGroups.relaxed(onehot_out, p.tasks)
+    if p.rows != "relaxed":
+        rows = FilterGroups.from_assignment(out, p.tasks, onehot_out, all_gates=p.rows == "with undrawn")
+    weight = random(p.kernels, p.channels, *p.kernel).requires_grad_()
+    bias = random(p.kernels).requires_grad_() if p.bias else None
     parameters = [leaf for leaf in (weight, bias) if leaf is not None]
 
-    u = torch.cat([F.conv2d(d, weight, bias, p["stride"], p["padding"], p["dilation"]) for d in dense], 1)
+    u = torch.cat([F.conv2d(d, weight, bias, *p.geometry) for d in dense], 1)
     expected = u[:, rows.rows_in_streams]
     dy = random(*expected.shape)
     dx, *wanted = torch.autograd.grad(expected, [everything, *parameters], dy)
 
-    spec = RoutedConv(rows, columns, p["routing"], Geometry(p["stride"], p["padding"], p["dilation"]))
+    spec = RoutedConv(rows, columns, p.routing, p.geometry)
     x = everything.detach()[:, live].requires_grad_()
     undrawn = None
     if columns.all_gates:
         of_columns = columns.undrawn * columns.width + columns.order
-        undrawn = x.new_zeros(()).expand(p["batch"], of_columns.numel(), *p["image"]).requires_grad_()
+        undrawn = x.new_zeros(()).expand(p.batch, of_columns.numel(), *p.image).requires_grad_()
         wanted.append(dx[:, of_columns.flatten()])
     with backend(name):
-        found = convolve(x, weight, bias, spec, undrawn=undrawn, keep_product=rows.all_gates, shortcut=p["shortcut"])
+        found = convolve(x, weight, bias, spec, undrawn=undrawn, keep_product=rows.all_gates, shortcut=p.shortcut)
         if rows.all_gates:
             of_rows = rows.undrawn * rows.width + rows.order
             check_undrawn(found.undrawn_rows, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
@@ -134,31 +148,24 @@ def test_against_dense_masking(name, problem):
 
 
 @pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
-@pytest.mark.parametrize("columns", ["packed", "with others", "streams"])
+@pytest.mark.parametrize("columns", ["packed", "with undrawn", "streams"])
 @pytest.mark.parametrize(
     ("rows", "routing", "tasks", "geometry"),  # kernel size, stride, padding, dilation
     [
         ("packed", Routing.ARROW, 1, ((3, 2), (2, 1), (1, 0), (1, 2))),
         ("relaxed", Routing.ARROW, 1, ((1, 1), (1, 1), (0, 0), (2, 2))),
         ("relaxed", Routing.OWN, 2, ((2, 3), (2, 2), (2, 1), (2, 3))),
-        ("with others", Routing.ARROW, 3, ((1, 5), (1, 3), (0, 2), (1, 1))),
-        ("with others", Routing.OWN, 4, ((1, 1), (1, 1), (0, 0), (1, 1))),
-        ("with others", Routing.ALL, 4, ((2, 1), (3, 2), (1, 0), (3, 1))),
+        ("with undrawn", Routing.ARROW, 3, ((1, 5), (1, 3), (0, 2), (1, 1))),
+        ("with undrawn", Routing.OWN, 4, ((1, 1), (1, 1), (0, 0), (1, 1))),
+        ("with undrawn", Routing.ALL, 4, ((2, 1), (3, 2), (1, 0), (3, 1))),
     ],
 )
 def test_triton_against_dense_masking(rows, columns, routing, tasks, geometry):
     """The interpreter takes up to a second for each: `make test-all` has random ones."""
-    more = {
-        "bias": tasks > 2,
-        "around": tasks > 2,
-        "rows": rows,
-        "columns": columns,
-        "routing": routing,
-        "tasks": tasks,
-    }
-    problem = dict(zip(("kernel_size", "stride", "padding", "dilation"), geometry, strict=True))
-    problem |= {"channels": 5, "kernels": 4, "image": (6, 7), "batch": 1, "seed": 0}
-    check(problem | more, "triton")
+    geometry = dict(zip(("kernel", "stride", "padding", "dilation"), geometry, strict=True))
+    sides = {"rows": rows, "columns": columns, "routing": routing, "tasks": tasks, "channels": 5, "kernels": 4}
+    more = {"bias": tasks > 2, "shortcut": tasks > 2}
+    check(Problem(**geometry, **sides, **more, image=(6, 7), batch=1), "triton")
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -167,9 +174,8 @@ def test_triton_against_dense_masking(rows, columns, routing, tasks, geometry):
 @pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_every_kind_of_rows_and_columns(name, rows, columns, routing, shortcut):
-    problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
-    problem |= {"dilation": (1, 1), "image": (5, 6), "batch": 2, "bias": True, "seed": 0}
-    check(problem | {"routing": routing, "columns": columns, "rows": rows, "shortcut": shortcut}, name)
+    sides = {"rows": rows, "columns": columns, "routing": routing, "channels": 7, "kernels": 9}
+    check(Problem(**sides, image=(5, 6), shortcut=shortcut), name)
 
 
 @pytest.mark.slow
@@ -177,7 +183,7 @@ def test_every_kind_of_rows_and_columns(name, rows, columns, routing, shortcut):
 @settings(max_examples=3000)
 @given(problem=problems())
 def test_against_dense_masking_at_length(name, problem):
-    if name != "triton" or problem["seed"] % 5 == 0:
+    if name != "triton" or problem.seed % 5 == 0:
         check(problem, name)
 
 
@@ -288,9 +294,9 @@ def where(request, monkeypatch):
 @pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
 def test_masked_as_on_a_gpu(rows, columns, routing, monkeypatch):
     monkeypatch.setattr(masked, "cuts", lambda x: False)
-    problem = {"tasks": 2, "channels": 7, "kernels": 9, "kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}
-    problem |= {"dilation": (1, 2), "image": (5, 6), "batch": 2, "bias": True, "seed": 0, "shortcut": True}
-    check(problem | {"routing": routing, "columns": columns, "rows": rows}, "masked")
+    geometry = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    sides = {"rows": rows, "columns": columns, "routing": routing, "channels": 7, "kernels": 9}
+    check(Problem(**geometry, **sides, image=(5, 6), shortcut=True), "masked")
 
 
 @pytest.mark.parametrize("routing", [Routing.ARROW, Routing.OWN])

@@ -328,7 +328,7 @@ def _convolve(
     `added`: what is added to the first tensor, and to dundrawn (to both, where there is dundrawn)."""
     channels = p.out_channels * (p.out_groups if p.shares_products else 1)
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
-    _check(added[0], "what is added", (x.shape[0], channels, *size))
+    _check(added[0], "the shortcut's gradient" if p.adjoint else "the residual", (x.shape[0], channels, *size))
     _check(added[1], "what is added to dundrawn", (x.shape[0], channels * (p.out_groups - 1), *size))
     x = _nhwc(x)
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFeatur
 from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
 from tests.oracle import check_statistics
+from tests.problems import ConvProblem
 
 if not available("native"):
     pytest.skip("native is not built", allow_module_level=True)
@@ -30,6 +31,36 @@ def instruction_set(request):
     _native.use(cpu.INSTRUCTION_SET)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(ConvProblem):
+    """`rows`, `columns`: the channels of each group; `reads`: for each group of rows and each of columns, whether it is
+    read."""
+
+    rows: list[int]
+    columns: list[int]
+    reads: list[bool]
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoLayers:
+    """Two SFG layers, one behind the other. `sizes`: the channels of each group before, between and behind them; `own`:
+    does the second layer read streams of its own? `image`: does the first one read an image? `layers`: stride, padding,
+    dilation and kernel of each; `size`: of the image."""
+
+    sizes: list[list[int]]
+    own: bool
+    image: bool
+    layers: list[tuple[tuple[int, int], ...]]
+    size: tuple[int, int]
+    bias: bool
+    norm: bool
+    activation: str | None
+    dtype: torch.dtype
+    threads: int
+    seed: int
+
+
 @st.composite
 def problems(draw, largest=40):
     """Any block structure (not only Routing's), empty groups, odd and even kernels, tails of every length."""
@@ -42,23 +73,23 @@ def problems(draw, largest=40):
         max(1, d * (k - 1) + 1 - 2 * p) + draw(st.one_of(st.integers(0, 3), st.integers(0, largest)))
         for d, k, p in zip(dilation, kernel, padding, strict=True)
     )
-    return {
-        "rows": rows,
-        "columns": columns,
-        "reads": draw(st.lists(st.booleans(), min_size=len(rows) * len(columns), max_size=len(rows) * len(columns))),
-        "kernel": kernel,
-        "stride": tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(2)),
-        "padding": padding,
-        "dilation": dilation,
-        "image": image,
-        "batch": draw(st.integers(1, 3)),
-        "relu": draw(st.booleans()),
-        "residual": draw(st.booleans()),
-        "bias": draw(st.booleans()),
-        "dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
-        "threads": draw(st.integers(1, 3)),
-        "seed": draw(st.integers(0, 2**16)),
-    }
+    return Problem(
+        rows=rows,
+        columns=columns,
+        reads=draw(st.lists(st.booleans(), min_size=len(rows) * len(columns), max_size=len(rows) * len(columns))),
+        kernel=kernel,
+        stride=tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(2)),
+        padding=padding,
+        dilation=dilation,
+        image=image,
+        batch=draw(st.integers(1, 3)),
+        relu=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        threads=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 def offsets(sizes):
@@ -76,56 +107,48 @@ def guarded(*shape, dtype):
 def check(problem):
     """Forward and gradients. Bounds: four eps times the square root of the reduction length n, for a sum as large as n
     products of standard normal numbers are, sqrt(n): rounding errors add up like a random walk."""
-    p, dtype = problem, problem["dtype"]
-    generator = torch.Generator().manual_seed(p["seed"])
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    k, c, n = sum(p["rows"]), sum(p["columns"]), p["batch"]
-    reads = torch.tensor(p["reads"]).view(len(p["rows"]), len(p["columns"]))
-    blocks = offsets(p["rows"]), offsets(p["columns"]), reads.int().flatten().tolist()
-    geometry = Geometry(p["stride"], p["padding"], p["dilation"])
-    mask = torch.repeat_interleave(
-        torch.repeat_interleave(reads, torch.tensor(p["rows"]), 0), torch.tensor(p["columns"]), 1
-    )
-    x, weight = random(n, c, *p["image"]), random(k, c, *p["kernel"])
+    p, dtype = problem, problem.dtype
+    _, random = p.numbers()
+    k, c, n = sum(p.rows), sum(p.columns), p.batch
+    reads = torch.tensor(p.reads).view(len(p.rows), len(p.columns))
+    blocks = offsets(p.rows), offsets(p.columns), reads.int().flatten().tolist()
+    mask = torch.repeat_interleave(torch.repeat_interleave(reads, torch.tensor(p.rows), 0), torch.tensor(p.columns), 1)
+    x, weight = random(n, c, *p.image), random(k, c, *p.kernel)
     read = weight * mask[:, :, None, None]
     weight[~mask] = float("nan")  # must not be looked at
-    bias = random(k) if p["bias"] else None
+    bias = random(k) if p.bias else None
 
     leaves = [t.double().requires_grad_() for t in (x, read)]
     exact_bias = torch.zeros(k, dtype=torch.float64) if bias is None else bias.double()
     exact_bias.requires_grad_()
-    exact = F.conv2d(*leaves, exact_bias, *geometry)
-    residual = random(*exact.shape) if p["residual"] else None
+    exact = F.conv2d(*leaves, exact_bias, *p.geometry)
+    residual = random(*exact.shape) if p.residual else None
 
     memory, y = guarded(*exact.shape, dtype=dtype)
-    arguments = (*blocks, *geometry)
-    _native.forward(x, weight, bias, residual, p["relu"], y, None, *arguments, p["threads"])
-    wanted = exact.relu() if p["relu"] else exact
+    arguments = (*blocks, *p.geometry)
+    _native.forward(x, weight, bias, residual, p.relu, y, None, *arguments, p.threads)
+    wanted = exact.relu() if p.relu else exact
     wanted = wanted.detach() + (0 if residual is None else residual.double())
-    taps = p["kernel"][0] * p["kernel"][1]
-    inputs = int(mask.sum(1).max()) * taps + 2  # and bias and residual
+    inputs = int(mask.sum(1).max()) * p.taps + 2  # and bias and residual
     eps = torch.finfo(dtype).eps
-    close(y, wanted, eps * of_products(p["kernel"], mask.sum(1).max()), inputs, "forward")
+    close(y, wanted, eps * of_products(p.kernel, mask.sum(1).max()), inputs, "forward")
     unharmed(memory)
 
     # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
-    _native.forward(x, weight, bias, None, True, y, None, *arguments, p["threads"])
+    _native.forward(x, weight, bias, None, True, y, None, *arguments, p.threads)
     dy = random(*exact.shape)
-    passed = y if p["relu"] else None
-    exact.backward((dy * (y > 0) if p["relu"] else dy).double())
+    relu_output = y if p.relu else None
+    exact.backward((dy * (y > 0) if p.relu else dy).double())
 
     memory, dx = guarded(*x.shape, dtype=dtype)
-    _native.input_gradient(dy, passed, weight, None, None, dx, *[None] * 4, *arguments, p["threads"])
-    outputs = max(int(mask.sum(0).max()) * taps, 1)
-    close(dx, leaves[0].grad, eps * of_products(p["kernel"], mask.sum(0).max()), outputs, "input gradient")
+    _native.input_gradient(dy, relu_output, weight, None, None, dx, *[None] * 4, *arguments, p.threads)
+    outputs = max(int(mask.sum(0).max()) * p.taps, 1)
+    close(dx, leaves[0].grad, eps * of_products(p.kernel, mask.sum(0).max()), outputs, "input gradient")
     unharmed(memory)
 
     memory, dw = guarded(*weight.shape, dtype=dtype)
     bias_memory, db = guarded(k, dtype=dtype)
-    _native.weight_gradient(x, dy, passed, dw, db, *arguments, p["threads"])
+    _native.weight_gradient(x, dy, relu_output, dw, db, *arguments, p.threads)
     positions = n * exact.shape[2] * exact.shape[3]
     assert not dw[~mask].any(), "zero where not read"
     close(dw, leaves[1].grad * mask[:, :, None, None], eps, positions, "weight gradient")
@@ -138,7 +161,7 @@ def check(problem):
         (
             dx,
             lambda out, threads: _native.input_gradient(
-                dy, passed, weight, None, None, out, *[None] * 4, *arguments, threads
+                dy, relu_output, weight, None, None, out, *[None] * 4, *arguments, threads
             ),
         ),
     ):
@@ -147,7 +170,7 @@ def check(problem):
             run(again, threads)
             assert torch.equal(again, result), "the bits of outputs don't depend on the number of threads"
     again, db_again = torch.full_like(dw, float("nan")), torch.full_like(db, float("nan"))
-    _native.weight_gradient(x, dy, passed, again, db_again, *arguments, p["threads"])
+    _native.weight_gradient(x, dy, relu_output, again, db_again, *arguments, p.threads)
     assert torch.equal(again, dw)
     assert torch.equal(db_again, db)
 
@@ -194,55 +217,54 @@ def drawn(draw, largest=24):
         dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
         padding = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
         layers.append(((draw(st.sampled_from([1, 1, 2])),) * 2, padding, dilation, kernel))
-    return {
-        "sizes": [draw(sizes) for _ in range(3)],
-        "own": draw(st.booleans()),  # does the second layer read streams of its own?
-        "image": draw(st.booleans()),  # does the first one read an image?
-        "layers": layers,
-        "size": tuple(draw(st.integers(1, largest)) for _ in range(2)),
-        "bias": draw(st.booleans()),
-        "norm": draw(st.booleans()),
-        "activation": draw(st.sampled_from([None, "relu", "relu_pool"])),
-        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
-        "threads": draw(st.integers(1, 3)),
-        "seed": draw(st.integers(0, 2**16)),
-    }
+    return TwoLayers(
+        sizes=[draw(sizes) for _ in range(3)],
+        own=draw(st.booleans()),
+        image=draw(st.booleans()),
+        layers=layers,
+        size=tuple(draw(st.integers(1, largest)) for _ in range(2)),
+        bias=draw(st.booleans()),
+        norm=draw(st.booleans()),
+        activation=draw(st.sampled_from([None, "relu", "relu_pool"])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        threads=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 def check_gates(p):
     """What the gates of a one-hot draw get, in both ways: from dundrawn, and inside the convolution that reads them."""
-    dtype, generator = p["dtype"], torch.Generator().manual_seed(p["seed"])
+    dtype, generator = p.dtype, torch.Generator().manual_seed(p.seed)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    (c, k, m), groups = map(sum, p["sizes"]), len(p["sizes"][0])
+    (c, k, m), groups = map(sum, p.sizes), len(p.sizes[0])
     into, made, out = (
         FilterGroups.from_assignment(torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes)), groups - 1)
-        for sizes in p["sizes"]
+        for sizes in p.sizes
     )
-    if p["image"]:
+    if p.image:
         into = FilterGroups.blocks([c], ("image",))
-    (*one, kernel), (*two, kernel_two) = p["layers"]
-    first = RoutedConv(made, into, Routing.ALL if p["image"] else Routing.ARROW, Geometry(*one))
-    second = RoutedConv(out, made, Routing.OWN if p["own"] else Routing.ARROW, Geometry(*two))
-    x, weight, weight_two = random(2, c, *p["size"]), random(k, c, *kernel), random(m, k, *kernel_two)
-    if p["activation"] == "relu_pool":
+    (*one, kernel), (*two, kernel_two) = p.layers
+    first = RoutedConv(made, into, Routing.ALL if p.image else Routing.ARROW, Geometry(*one))
+    second = RoutedConv(out, made, Routing.OWN if p.own else Routing.ARROW, Geometry(*two))
+    x, weight, weight_two = random(2, c, *p.size), random(k, c, *kernel), random(m, k, *kernel_two)
+    if p.activation == "relu_pool":
         return check_pooled_gates(p, x, weight, first, random)
-    bias = random(k) if p["bias"] else None
-    scale, shift = (random(groups - 1, k) if p["norm"] else None for _ in range(2))
+    bias = random(k) if p.bias else None
+    scale, shift = (random(groups - 1, k) if p.norm else None for _ in range(2))
 
     # u of every kernel in every group, and what every channel of it would get from the second layer.
     packed, packed_two = (cpu.pack(w, b, s, dtype) for w, b, s in ((weight, bias, first), (weight_two, None, second)))
-    u, kept_product = cpu.forward(x, packed, first, keep_product=not p["image"])
-    kept_product = u if p["image"] else kept_product
+    u, kept_product = cpu.forward(x, packed, first, keep_product=not p.image)
+    kept_product = u if p.image else kept_product
     exact_bias = None if bias is None else bias.double()
     reads = [
-        [x if p["image"] else x * (into.ids == source)[:, None, None] for source in {0, group}]
-        for group in range(groups)
+        [x if p.image else x * (into.ids == source)[:, None, None] for source in {0, group}] for group in range(groups)
     ]
     everywhere = [
-        F.conv2d((sources[0] if p["image"] else sum(sources)).double(), weight.double(), exact_bias, *one)
+        F.conv2d((sources[0] if p.image else sum(sources)).double(), weight.double(), exact_bias, *one)
         for sources in reads
     ]
     eps, terms = torch.finfo(dtype).eps, c * kernel[0] * kernel[1] + 1
@@ -253,7 +275,7 @@ def check_gates(p):
     masked_dy = (dy * (relu_output > 0)).double()
     gets = []
     for group in range(groups):
-        read_by = (out.ids == group) | torch.tensor(not p["own"] and group == 0)
+        read_by = (out.ids == group) | torch.tensor(not p.own and group == 0)
         zeros = torch.zeros(u.shape, dtype=torch.float64).requires_grad_()
         y = F.conv2d(zeros, weight_two.double() * read_by[:, None, None, None], None, *two)
         gets.append(torch.autograd.grad(y, zeros, masked_dy)[0])
@@ -272,11 +294,11 @@ def check_gates(p):
     h = other(everywhere)
     if scale is not None:
         h = h * scale[:, None, :, None, None] + shift[:, None, :, None, None]
-    h = h.clamp_min(0) if p["activation"] else h
+    h = h.clamp_min(0) if p.activation else h
     exact = (other(gets) * h).sum((1, 3, 4))
     # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
     bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
-    undrawn = UndrawnFeatures(x, kept_product, packed, first, scale, shift, p["activation"])
+    undrawn = UndrawnFeatures(x, kept_product, packed, first, scale, shift, p.activation)
     assert (cpu.gate_gradient(undrawn, dundrawn).double() - exact).abs().max() <= bound
     features = random(*u.shape)
     if second.geometry.stride != (1, 1):
@@ -296,11 +318,11 @@ def check_gates(p):
 
 def check_pooled_gates(p, x, weight, spec, random):
     """The same behind ReLU and pooling, for any gradient."""
-    bias = random(len(weight)) if p["bias"] else None
+    bias = random(len(weight)) if p.bias else None
     tasks, k = len(spec.rows.names) - 1, len(weight)
-    scale, shift = (random(tasks, k) if p["norm"] else None for _ in range(2))
+    scale, shift = (random(tasks, k) if p.norm else None for _ in range(2))
     packed = cpu.pack(weight, bias, spec, x.dtype)
-    u, kept_product = cpu.forward(x, packed, spec, keep_product=not p["image"])
+    u, kept_product = cpu.forward(x, packed, spec, keep_product=not p.image)
     dundrawn = random(2, tasks * k, u.shape[2] // 2, u.shape[3] // 2)
     if not dundrawn.numel():
         return
@@ -311,7 +333,7 @@ def check_pooled_gates(p, x, weight, spec, random):
         h = F.conv2d(x.double(), kernel, None if bias is None else bias[row : row + 1].double(), *spec.geometry)
         h = h if scale is None else h * scale[n, row] + shift[n, row]
         exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dundrawn.unflatten(1, (tasks, k))[:, n, row]).sum()
-    kept_product = u if p["image"] else kept_product
+    kept_product = u if p.image else kept_product
     undrawn = UndrawnFeatures(x, kept_product, packed, spec, scale, shift, "relu_pool")
     dz = cpu.gate_gradient(undrawn, dundrawn)
     terms = weight[0].numel() + 1
@@ -337,23 +359,20 @@ def test_gates_against_float64_at_length(instruction_set, problem):
 def test_usual_layers(instruction_set, size, kernel, dilation, stride):
     padding = dilation * (kernel // 2)
     check(
-        {
-            "rows": [21, 22, 21],
-            "columns": [6, 5, 5],
-            "reads": [True, False, False, True, True, False, True, False, True],  # arrow
-            "kernel": (kernel, kernel),
-            "stride": (stride, stride),
-            "padding": (padding, padding),
-            "dilation": (dilation, dilation),
-            "image": size,
-            "batch": 2,
-            "relu": True,
-            "residual": False,
-            "bias": True,
-            "dtype": torch.float32,
-            "threads": 2,
-            "seed": 1,
-        }
+        Problem(
+            rows=[21, 22, 21],
+            columns=[6, 5, 5],
+            reads=[True, False, False, True, True, False, True, False, True],  # arrow
+            kernel=(kernel, kernel),
+            stride=(stride, stride),
+            padding=(padding, padding),
+            dilation=(dilation, dilation),
+            image=size,
+            relu=True,
+            dtype=torch.float32,
+            threads=2,
+            seed=1,
+        )
     )
 
 

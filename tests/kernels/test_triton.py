@@ -18,6 +18,7 @@ from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv.run import Run, Way
 from tests.oracle import check_statistics
+from tests.problems import ConvProblem
 
 if not available("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -56,6 +57,15 @@ def path(request, monkeypatch):
     config.forget()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(ConvProblem):
+    """`rows`, `columns`: the channels of each group, shared first; `routing`: "arrow" or "own"."""
+
+    rows: list[int]
+    columns: list[int]
+    routing: str
+
+
 def sizes(draw, groups, most):
     return draw(st.lists(st.integers(0, most), min_size=groups, max_size=groups).filter(any))
 
@@ -72,22 +82,22 @@ def problems(draw, most):
         max(1, d * (k - 1) + 1 - 2 * p) + draw(st.integers(0, 9))
         for d, k, p in zip(dilation, kernel, padding, strict=True)
     )
-    return {
-        "rows": sizes(draw, groups, most),
-        "columns": sizes(draw, groups, most),
-        "routing": draw(st.sampled_from(["arrow", "own"])),
-        "kernel": kernel,
-        "stride": (1, 1) if rowwalk else tuple(draw(st.integers(1, 3)) for _ in range(2)),
-        "padding": padding,
-        "dilation": dilation,
-        "image": image,
-        "batch": draw(st.integers(1, 2)),
-        "relu": draw(st.booleans()),
-        "residual": draw(st.booleans()),
-        "bias": draw(st.booleans()),
-        "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
-        "seed": draw(st.integers(0, 2**16)),
-    }
+    return Problem(
+        rows=sizes(draw, groups, most),
+        columns=sizes(draw, groups, most),
+        routing=draw(st.sampled_from(["arrow", "own"])),
+        kernel=kernel,
+        stride=(1, 1) if rowwalk else tuple(draw(st.integers(1, 3)) for _ in range(2)),
+        padding=padding,
+        dilation=dilation,
+        image=image,
+        batch=draw(st.integers(1, 2)),
+        relu=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 def check(p):
@@ -96,51 +106,49 @@ def check(p):
     Bounds: rounding to the dtype, and sums of n products of standard normal numbers in float32, which are as large as
     sqrt(n) and whose errors add up like a random walk.
     """
-    generator = torch.Generator().manual_seed(p["seed"])
+    generator = torch.Generator().manual_seed(p.seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator).to(p["dtype"]).double()
+        return torch.randn(*shape, generator=generator).to(p.dtype).double()
 
-    groups, rows, columns = len(p["rows"]), p["rows"], p["columns"]
+    groups, rows, columns = len(p.rows), p.rows, p.columns
     k, c = sum(rows), sum(columns)
     into, out = (
         torch.repeat_interleave(torch.arange(groups), torch.tensor(n))[torch.randperm(sum(n), generator=generator)]
         for n in (columns, rows)
     )
-    geometry = Geometry(p["stride"], p["padding"], p["dilation"])
     sides = [FilterGroups.from_assignment(side, groups - 1) for side in (out, into)]
-    spec = RoutedConv(*sides, Routing(p["routing"]), geometry)
+    spec = RoutedConv(*sides, Routing(p.routing), p.geometry)
     mask = into == out[:, None]
-    if p["routing"] == "arrow":
+    if p.routing == "arrow":
         mask |= into == 0
-    x, weight = random(p["batch"], c, *p["image"]), random(k, c, *p["kernel"])
-    bias = random(k) if p["bias"] else None
+    x, weight = random(p.batch, c, *p.image), random(k, c, *p.kernel)
+    bias = random(k) if p.bias else None
 
     read = weight * mask[:, :, None, None]
     leaves = [x.clone().requires_grad_(), read.requires_grad_(), torch.zeros(k, dtype=torch.float64)]
     leaves[2].requires_grad_()
-    exact = F.conv2d(leaves[0], leaves[1], leaves[2] if bias is None else bias + leaves[2], *geometry)
-    residual = random(*exact.shape) if p["residual"] else None
+    exact = F.conv2d(leaves[0], leaves[1], leaves[2] if bias is None else bias + leaves[2], *p.geometry)
+    residual = random(*exact.shape) if p.residual else None
 
     def packed(t, side, dim=1):
-        return None if t is None else t.index_select(dim, side.order).to(p["dtype"])
+        return None if t is None else t.index_select(dim, side.order).to(p.dtype)
 
-    given = kernels.pack(weight.to(p["dtype"]), None if bias is None else bias.to(p["dtype"]), spec, p["dtype"])
+    given = kernels.pack(weight.to(p.dtype), None if bias is None else bias.to(p.dtype), spec, p.dtype)
     px = packed(x, sides[1])
-    y = kernels.forward(px, given, spec, relu=p["relu"], residual=packed(residual, sides[0]))[0]
-    wanted = (exact.relu() if p["relu"] else exact).detach() + (0 if residual is None else residual)
-    taps = p["kernel"][0] * p["kernel"][1]
-    eps = torch.finfo(p["dtype"]).eps
+    y = kernels.forward(px, given, spec, relu=p.relu, residual=packed(residual, sides[0]))[0]
+    wanted = (exact.relu() if p.relu else exact).detach() + (0 if residual is None else residual)
+    taps, eps = p.taps, torch.finfo(p.dtype).eps
     close(y, wanted[:, sides[0].order], eps, int(mask.sum(1).max()) * taps + 2, "forward")
 
     # The kernels' own ReLU output serves both: a sign that rounding flips near zero is no error of the gradient.
-    passed = kernels.forward(px, given, spec, relu=True)[0]
+    relu_output = kernels.forward(px, given, spec, relu=True)[0]
     dy = random(*exact.shape)
     inverse = sides[0].inverse
-    dy = dy * (passed > 0)[:, inverse] if p["relu"] else dy
+    dy = dy * (relu_output > 0)[:, inverse] if p.relu else dy
     exact.backward(dy)
     dy = packed(dy, sides[0])
-    dx = kernels.input_gradient(dy, given, spec, p["image"])[0]
+    dx = kernels.input_gradient(dy, given, spec, p.image)[0]
     close(dx, leaves[0].grad[:, sides[1].order], eps, max(int(mask.sum(0).max()) * taps, 1), "input gradient")
     dw, db = kernels.weight_gradient(px, dy, given, spec)
     positions = exact.numel() // max(k, 1)
@@ -151,16 +159,16 @@ def check(p):
     close(db, leaves[2].grad, eps, positions, "bias gradient")
     for a, b in zip((dw, db), kernels.weight_gradient(px, dy, given, spec), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p["image"])[0])
-    assert torch.equal(passed, kernels.forward(px, given, spec, relu=True)[0])
-    check_others(p, spec, x, weight, bias, dy.double(), random)
+    assert torch.equal(dx, kernels.input_gradient(dy, given, spec, p.image)[0])
+    assert torch.equal(relu_output, kernels.forward(px, given, spec, relu=True)[0])
+    check_undrawn(p, spec, x, weight, bias, dy.double(), random)
 
 
-def check_others(p, spec, x, weight, bias, dy, random):
-    """What the gates of the groups that a kernel was not drawn into get. x and weight in the layer's own order."""
+def check_undrawn(p, spec, x, weight, bias, dy, random):
+    """What undrawn gates get. x and weight in the layer's own order."""
     rows, columns = (dataclasses.replace(side, all_gates=True) for side in (spec.rows, spec.columns))
     spec = spec._replace(rows=rows, columns=columns)
-    arrow, into, dtype, eps = p["routing"] == "arrow", columns.assignment, p["dtype"], torch.finfo(p["dtype"]).eps
+    arrow, into, dtype, eps = p.routing == "arrow", columns.assignment, p.dtype, torch.finfo(p.dtype).eps
     everywhere, gets = [], []  # u of every kernel in every group, and what every channel gets from every group's rows
     for group in range(len(rows.names)):
         read = (into == group) | ((into == 0) & arrow)
@@ -175,7 +183,7 @@ def check_others(p, spec, x, weight, bias, dy, random):
         found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn]
         return torch.stack(found, 1)
 
-    px, terms = x[:, columns.order].to(dtype), sum(p["columns"]) * p["kernel"][0] * p["kernel"][1] + 2
+    px, terms = x[:, columns.order].to(dtype), sum(p.columns) * p.kernel[0] * p.kernel[1] + 2
     bias = None if bias is None else bias.to(dtype)
     given = kernels.pack(weight.to(dtype), bias, spec, dtype)
     y, kept_product = kernels.forward(px, given, spec, keep_product=arrow)
@@ -183,12 +191,12 @@ def check_others(p, spec, x, weight, bias, dy, random):
     close(y, own, eps, terms, "forward")
     if arrow:
         close(kept_product, everywhere[0], eps, terms, "kept product")
-    back = max(sum(p["rows"]) * p["kernel"][0] * p["kernel"][1], 1)
-    dx, dundrawn = kernels.input_gradient(dy.to(dtype), given, spec, p["image"])
+    back = max(sum(p.rows) * p.kernel[0] * p.kernel[1], 1)
+    dx, dundrawn = kernels.input_gradient(dy.to(dtype), given, spec, p.image)
     close(dx, torch.stack([gets[int(g)][:, c] for c, g in enumerate(columns.ids)], 1), eps, back, "input gradient")
     close(dundrawn, undrawn(gets, columns).flatten(1, 2), eps, back, "gradient of the undrawn rows")
     shortcut = ShortcutGradient(random(*dx.shape).to(dtype), random(*dundrawn.shape).to(dtype))
-    both = kernels.input_gradient(dy.to(dtype), given, spec, p["image"], shortcut=shortcut)
+    both = kernels.input_gradient(dy.to(dtype), given, spec, p.image, shortcut=shortcut)
     for found, alone, more in zip(both, (dx, dundrawn), shortcut, strict=True):
         close(found, alone.double() + more.double(), eps, back, "gradient and what came by a shortcut")
 
@@ -213,11 +221,9 @@ def close(actual, exact, eps, terms, what):
         assert rms <= bound / 4, f"{what}: error (root mean square) {rms:.2e}, bound {bound / 4:.2e}"
 
 
-USUAL = {
-    "rows": [5, 0, 7], "columns": [3, 6, 4], "routing": "arrow", "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1),
-    "dilation": (1, 1), "image": (10, 5), "batch": 2, "relu": True, "residual": True, "bias": True,
-    "dtype": torch.float32, "seed": 0,
-}  # fmt: skip
+USUAL = Problem(
+    rows=[5, 0, 7], columns=[3, 6, 4], routing="arrow", image=(10, 5), relu=True, residual=True, dtype=torch.float32
+)
 PLAIN = {"relu": False, "residual": False, "bias": False}
 HALF = {"dtype": torch.float16}
 OF_EACH_KIND = {  # of path and problem; `test_against_float64_at_length` has random ones
@@ -257,7 +263,7 @@ OF_EACH_KIND = {  # of path and problem; `test_against_float64_at_length` has ra
     indirect=["path"],
 )
 def test_against_float64(path, poisoned, problem):
-    check(USUAL | problem)
+    check(dataclasses.replace(USUAL, **problem))
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
         "rowwalk": 2,  # forward and back, stride 1
         "convolve": 2,  # forward and back, stride 2
         "convolve_kept": 2,
-        "convolve_others": 2,
+        "convolve_undrawn": 2,
         "convolve_all": 4,
         "gate_gradient": 2,
         "weight_gradient": 4,
