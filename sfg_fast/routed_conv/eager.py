@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import undrawn
 from ..groups import FilterGroups
-from ..kernels.contract import Normalises, ReadsNormalised
+from ..kernels.contract import Normalises, reads_normalised
 from ..kernels.spec import BatchNorm, ShortcutGradient
 from ..once import once_differentiable
 from . import gate_gradient
@@ -202,12 +202,11 @@ def normalised_conv(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    kernels: ReadsNormalised,
     run: Run,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of relu(norm(u)), plus `residual`; and u once more, for a shortcut around both. `running`:
     running mean and variance, which are changed in place, and their rate."""
-    return _NormalisedConv.apply(u, norm.weight, norm.bias, weight, bias, residual, norm.eps, running, kernels, run)
+    return _NormalisedConv.apply(u, norm.weight, norm.bias, weight, bias, residual, norm.eps, running, run)
 
 
 class _NormalisedConv(torch.autograd.Function):
@@ -224,14 +223,14 @@ class _NormalisedConv(torch.autograd.Function):
         residual: Tensor | None,
         eps: float,
         running: tuple[Tensor, Tensor, float],
-        kernels: ReadsNormalised,
         run: Run,
     ) -> tuple[Tensor, Tensor]:
-        affine, mean, var = kernels.statistics(u, BatchNorm(norm_weight, norm_bias, None, eps, "relu"), *running)
+        assert reads_normalised(run.kernels)
+        affine, mean, var = run.kernels.statistics(u, BatchNorm(norm_weight, norm_bias, None, eps, "relu"), *running)
         ctx.parameters = run.pack(weight, bias, u.dtype)
         y, _ = run.forward(u, ctx.parameters, residual=residual, affine=affine)
         ctx.save_for_backward(weight, u, norm_weight, norm_bias, mean, var)  # why the weight: see _RoutedConv
-        ctx.eps, ctx.kernels, ctx.run = eps, kernels, run
+        ctx.eps, ctx.run = eps, run
         ctx.set_materialize_grads(False)
         return y, u.view_as(u)
 
@@ -240,12 +239,12 @@ class _NormalisedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, shortcut: Tensor | None) -> Any:
         _, u, norm_weight, norm_bias, mean, var = ctx.saved_tensors
         if dy is None:
-            return shortcut, *[None] * 9
-        run, parameters, kernels = ctx.run, ctx.parameters, ctx.kernels
+            return shortcut, *[None] * 8
+        run, parameters = ctx.run, ctx.parameters
         norm = BatchNorm(norm_weight, norm_bias, None, ctx.eps, "relu")
         dh = run.backward(dy, u, parameters, [True, False, False]).dx
-        du, dnorm_weight, dnorm_bias, h = kernels.normalise_gradient_again(dh, u, norm, mean, var, shortcut)
+        du, dnorm_weight, dnorm_bias, h = run.kernels.normalise_gradient_again(dh, u, norm, mean, var, shortcut)
         gradients = run.backward(dy, h, parameters, [False, *ctx.needs_input_grad[3:5]])
         dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
         dresidual = dy if ctx.needs_input_grad[5] else None
-        return du, *dnorm, gradients.dw, gradients.db, dresidual, None, None, None, None
+        return du, *dnorm, gradients.dw, gradients.db, dresidual, None, None, None

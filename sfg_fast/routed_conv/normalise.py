@@ -82,7 +82,7 @@ def normalised_conv(
         assert norm.running_var is not None
         running = norm.running_mean, norm.running_var, count_batch(norm)
         residual = None if residual is None else residual.to(u.dtype)
-        return eager.normalised_conv(u, how, running, weight, bias, residual, kernels, run)
+        return eager.normalised_conv(u, how, running, weight, bias, residual, run)
     h, again, mean, var, _ = eager.batch_norm(u, how, None, kernels)
     keep_statistics(norm, mean, var, values_of_each_channel(u))
     return routed_conv(h, weight, bias, spec, relu, residual, run=run), again
