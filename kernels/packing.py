@@ -1,4 +1,5 @@
-"""Weights between a layer's own order and the packed order of its input and output, in torch operations."""
+"""Weights between a layer's own order and the packed order of its input and output, and groups folded into the batch,
+in torch operations."""
 
 from __future__ import annotations
 
@@ -75,3 +76,44 @@ def select_channels(x: Tensor, channels: Tensor) -> Tensor:
     if channels_last(x):
         return x.permute(0, 2, 3, 1).index_select(3, channels).permute(0, 3, 1, 2)
     return x.index_select(1, channels)
+
+
+def same_kernels_for_every_group(spec: RoutedConv) -> bool:
+    """Do all groups convolve full-width tensors with the same kernels? (A relaxed draw of streams does.) Then one
+    convolution by a masked weight would do (T+1) times the work that is needed."""
+    return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
+
+
+def plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:
+    """A convolution of the same geometry with one group on either side: all kernels read all channels."""
+    device = spec.rows.order.device
+    rows, columns = (FilterGroups.blocks([size], ("all",), device) for size in (kernels, channels))
+    return RoutedConv(rows, columns, Routing.ALL, spec.geometry)
+
+
+def fold(x: Tensor, spec: RoutedConv) -> Tensor:
+    """What each group reads, [NG, C, H, W] from streams [N, GC, H, W]: the groups folded into the batch."""
+    if spec.routing is Routing.ARROW:
+        shared, *tasks = x.chunk(len(spec.columns.names), 1)
+        x = torch.cat([shared, *(task + shared for task in tasks)], 1)
+    return _groups_to_batch(x, len(spec.columns.names))
+
+
+def fold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
+    """Full rows [N, GK, H, W] -> [NG, K, H, W]."""
+    return _groups_to_batch(y, len(spec.rows.names))
+
+
+def _groups_to_batch(x: Tensor, groups: int) -> Tensor:
+    """[N, G * C, H, W] -> [NG, C, H, W]. A channels_last tensor stays one; another is not copied."""
+    if channels_last(x):
+        return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 1).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def unfold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
+    """The inverse of `fold_rows`."""
+    groups = len(spec.rows.names)
+    if channels_last(y):
+        return y.permute(0, 2, 3, 1).unflatten(0, (-1, groups)).movedim(1, 3).flatten(3, 4).permute(0, 3, 1, 2)
+    return y.unflatten(0, (-1, groups)).flatten(1, 2)

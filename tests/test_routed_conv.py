@@ -262,7 +262,7 @@ SPLITS = [[4, 4, 4], [7, 3, 2], [11, 1, 0], [12, 0, 0], [0, 6, 6], [3, 3, 3, 3],
 @pytest.mark.parametrize("into", SPLITS, ids=str)
 @pytest.mark.parametrize("out", SPLITS, ids=str)
 def test_flops_of_a_straight_through_step(into, out):
-    """A step with the gates' gradient costs at most three plain convolutions for any split (DESIGN, section 6); dense
+    """A step with the gates' gradient costs at most three plain convolutions for any split; dense
     masking takes 9 for two tasks."""
     if len(into) != len(out):
         return

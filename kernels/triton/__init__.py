@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formulas import affine_of
+from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
 from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
 from . import config
 from .config import Launch, Pass
@@ -53,6 +54,8 @@ class Packed(NamedTuple):
     bias: Tensor | None  # [rows], float32
     row_places: Tensor  # int32 [groups, K]: the row of kernel k in group g, or -1
     column_places: Tensor  # int32 [groups, C]
+    # If all groups have the same kernels: the plain convolution by these, for one weight gradient of all groups.
+    folded: tuple[RoutedConv, Packed] | None = None
 
 
 def missing() -> str | None:
@@ -128,7 +131,11 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         weight.stride(0), weight.stride(1), stride_tap, forward_pass, backward_pass, gradient, kernels, channels,
         bias is not None, gates, block, places,
     )  # fmt: skip
-    return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places)
+    folded = None
+    if same_kernels_for_every_group(spec):
+        one = plain(spec, kernels, channels)
+        folded = one, pack(weight, None, one, dtype)
+    return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places, folded)
 
 
 def forward(
@@ -206,6 +213,9 @@ def weight_gradient(
     x: Tensor, dy: Tensor, packed: Packed, spec: RoutedConv, *, relu_output: Tensor | None = None, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     assert relu_output is None, "dy has gone back through the ReLU already"
+    if packed.folded is not None:
+        x, dy = fold(x, spec), fold_rows(dy, spec)
+        spec, packed = packed.folded
     g = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[2]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     _check(x, "the input", (dy.shape[0], g.channels, *x.shape[2:]))

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..groups import Routing
+from ..kernels.packing import fold, plain, unfold_rows
 from ..kernels.spec import RoutedConv
 from . import eager, graph
 from .gate_gradient import DeferredGates, UndrawnRows, can_defer
-from .run import Call, Run, Way, decide, fold, plain, unfold
+from .run import Call, Run, Way, decide
 
 
 def routed_conv(*arguments: Any, **options: Any) -> Tensor:
@@ -83,7 +84,7 @@ def convolve(
         u = _convolve(x, None, weight, bias, None, one)[0].repeat(1, len(spec.rows.names), 1, 1)
     elif run.way is Way.FOLDED:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = unfold(_convolve(fold(x, spec), None, weight, bias, None, one)[0], spec)
+        u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0], spec)
     elif run.way is Way.GROUPED:
         stride, padding, dilation = spec.geometry
         groups = len(spec.columns.names)

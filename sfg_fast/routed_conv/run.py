@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..groups import FilterGroups, Routing
+from ..groups import Routing
 from ..kernels.contract import Kernels, Packed
-from ..kernels.packing import channels_last, unpack_dim
+from ..kernels.packing import same_kernels_for_every_group, unpack_dim
 from ..kernels.spec import NO_SHORTCUT, RoutedConv, ShortcutGradient
 from ..tracing import through_operators
 
@@ -30,7 +30,6 @@ class PackedParameters(NamedTuple):
     """Weight and bias of a layer, packed for both passes."""
 
     packed: Packed
-    folded: tuple[RoutedConv, Packed] | None  # if all groups have the same kernels: the plain convolution by these
     dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias, and so of their gradients
 
 
@@ -54,12 +53,8 @@ class Run(NamedTuple):
 
     def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedParameters:
         """weight [K, C, kH, kW] and bias [K], packed for both passes."""
-        folded = None
-        if same_kernels_for_every_group(self.spec):
-            one = plain(self.spec, *weight.shape[:2])
-            folded = one, self.kernels.pack(weight, None, one, dtype)
         dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
-        return PackedParameters(self.kernels.pack(weight, bias, self.spec, dtype), folded, dtypes)
+        return PackedParameters(self.kernels.pack(weight, bias, self.spec, dtype), dtypes)
 
     def forward(
         self,
@@ -100,10 +95,6 @@ class Run(NamedTuple):
             how = {"relu_output": relu_output, "shortcut": shortcut}
             dx, dundrawn = kernels.input_gradient(dy, packed, spec, (x.shape[2], x.shape[3]), **how)  # type: ignore[arg-type]
         if wants_weight:
-            if parameters.folded is not None:  # the groups in the batch: one weight gradient for all
-                x, dy = fold(x, spec), fold_rows(dy, spec)
-                relu_output = None if relu_output is None else fold_rows(relu_output, spec)
-                spec, packed = parameters.folded
             dw, db = kernels.weight_gradient(x, dy, packed, spec, relu_output=relu_output, bias=wants_bias)
         elif wants_bias:
             masked = dy if relu_output is None else dy.where(~(relu_output <= 0), 0)  # a NaN passes, as in torch
@@ -141,44 +132,3 @@ def _way(kernels: Kernels, spec: RoutedConv) -> Way:
     if kernels.OF_TORCH and spec.columns.full and spec.routing is Routing.OWN and spec.rows.alike:
         return Way.GROUPED
     return Way.PACKED
-
-
-def same_kernels_for_every_group(spec: RoutedConv) -> bool:
-    """Do all groups convolve full-width tensors with the same kernels? Then one block-masked convolution would do (T+1)
-    times the work that is needed."""
-    return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
-
-
-def plain(spec: RoutedConv, kernels: int, channels: int) -> RoutedConv:
-    """A convolution of the same geometry with one group on either side: all kernels read all channels."""
-    device = spec.rows.order.device
-    rows, columns = (FilterGroups.blocks([size], ("all",), device) for size in (kernels, channels))
-    return RoutedConv(rows, columns, Routing.ALL, spec.geometry)
-
-
-def fold(x: Tensor, spec: RoutedConv) -> Tensor:
-    """What each group reads, [NG, C, H, W] from streams [N, GC, H, W]: the groups folded into the batch."""
-    if spec.routing is Routing.ARROW:
-        shared, *tasks = x.chunk(len(spec.columns.names), 1)
-        x = torch.cat([shared, *(task + shared for task in tasks)], 1)
-    return _groups_to_batch(x, len(spec.columns.names))
-
-
-def fold_rows(y: Tensor, spec: RoutedConv) -> Tensor:
-    """Full rows [N, GK, H, W] -> [NG, K, H, W]."""
-    return _groups_to_batch(y, len(spec.rows.names))
-
-
-def _groups_to_batch(x: Tensor, groups: int) -> Tensor:
-    """[N, G * C, H, W] -> [NG, C, H, W]. A channels_last tensor stays one; another is not copied."""
-    if channels_last(x):
-        return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).movedim(3, 1).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.unflatten(1, (groups, -1)).flatten(0, 1)
-
-
-def unfold(y: Tensor, spec: RoutedConv) -> Tensor:
-    """The inverse of `fold_rows`."""
-    groups = len(spec.rows.names)
-    if channels_last(y):
-        return y.permute(0, 2, 3, 1).unflatten(0, (-1, groups)).movedim(1, 3).flatten(3, 4).permute(0, 3, 1, 2)
-    return y.unflatten(0, (-1, groups)).flatten(1, 2)
