@@ -38,6 +38,17 @@ class SFGFeatures(TensorLike):
     undrawn: Tensor | None = None
     deferred: Any = None
 
+    @staticmethod
+    def of_image(x: Tensor) -> SFGFeatures:
+        """An image [N, C, H, W], which every group reads."""
+        return SFGFeatures(x, FilterGroups.blocks([x.shape[1]], ("image",), x.device), Routing.ALL)
+
+    @staticmethod
+    def of_dense(tensors: Sequence[Tensor], tasks: Iterable[str], routing: Routing = Routing.ARROW) -> SFGFeatures:
+        """T+1 dense tensors [N, K, H, W], shared first, as streams."""
+        streams = FilterGroups.streams(tensors[0].shape[1], tasks, tensors[0].device)
+        return SFGFeatures(torch.cat(list(tensors), 1), streams, routing)
+
     def dense(self, group: int | str) -> Tensor:
         """F_group as [N, K, H, W]: kernels in their own order, zero where a kernel is in another group."""
         return self._select((self.groups.index(group),))

@@ -164,7 +164,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         mean, var, count = _over_processes(mean, var, values_of_each_channel(x))
-        keep_statistics(self, mean, var, count)
+        move_statistics(self, mean, var, count)
         scale, shift = affine_of(self.weight, self.bias, mean, var, self.eps)
         return x * of_channels(scale, x) + of_channels(shift, x)
 
@@ -192,7 +192,7 @@ def count_batch(norm: nn.BatchNorm2d) -> float:
 
 
 @torch.no_grad()
-def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves the running statistics of a plain batch normalisation towards mean and (biased) variance of a batch, of
     `count` values for each channel."""
     assert norm.running_mean is not None

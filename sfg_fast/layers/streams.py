@@ -20,7 +20,7 @@ from ..kernels.spec import Geometry, RoutedConv
 from ..norm import folded, running_affine
 from ..reference import DenseFeatures
 from ..routed_conv import convolve, routed_conv
-from ..routed_conv.normalise import normalised_conv
+from ..routed_conv.normalised_conv import normalised_conv
 from .conv import Features, SFGConv2d, for_backend
 
 

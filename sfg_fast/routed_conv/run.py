@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import backends
 from ..groups import Routing
-from ..kernels.contract import Kernels, Packed
+from ..kernels.contract import Kernels, Normalises, Packed, normalises
 from ..kernels.packing import same_kernels_for_every_group, unpack_dim
 from ..kernels.spec import NO_SHORTCUT, RoutedConv, ShortcutGradient
+from ..norm import values_of_each_channel
 from ..tracing import through_operators
 
 
@@ -50,6 +51,11 @@ class Run(NamedTuple):
     way: Way
     spec: RoutedConv
     by_operators: bool  # must the kernels be called through operators of torch (graph.py)?
+
+    def normalising(self, u: Tensor) -> Normalises | None:
+        """The kernels, if they normalise u [N, rows, H, W] by the batch and activate it in one go, or None."""
+        can = normalises(self.kernels) and not self.by_operators and values_of_each_channel(u) > 1
+        return self.kernels if can else None  # type: ignore[return-value]
 
     def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedParameters:
         """weight [K, C, kH, kW] and bias [K], packed for both passes."""

@@ -1,0 +1,46 @@
+"""A routed convolution behind a plain batch normalisation and a ReLU: residual blocks on streams are made of nothing
+else (layers/streams.py)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..kernels.contract import reads_normalised
+from ..kernels.spec import BatchNorm, RoutedConv
+from ..norm import count_batch, move_statistics, values_of_each_channel
+from . import eager
+from .convolve import routed_conv
+from .run import decide
+
+
+def normalised_conv(
+    norm: nn.BatchNorm2d | None,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: RoutedConv,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`); and u [N, columns, H,
+    W] once more, for a shortcut around both: the gradient that comes through it is added where their own is made.
+
+    Kernels that can normalise u as they read it; then relu(norm(u)) is never stored. Residual blocks on streams are
+    made of nothing else (layers/streams.py): of their tensors this saves half.
+    """
+    if type(norm) is not nn.BatchNorm2d or not norm.training:
+        return routed_conv(nn.functional.relu(u if norm is None else norm(u)), weight, bias, spec, relu, residual), u
+    run = decide(u, weight, spec)
+    kernels = run.normalising(u) if run.dtype == u.dtype else None
+    if kernels is None:
+        return routed_conv(nn.functional.relu(norm(u)), weight, bias, spec, relu, residual, run=run), u
+    how = BatchNorm(norm.weight, norm.bias, None, norm.eps, "relu")
+    if reads_normalised(kernels) and not relu and not run.by_operators:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        running = norm.running_mean, norm.running_var, count_batch(norm)
+        residual = None if residual is None else residual.to(u.dtype)
+        return eager.normalised_conv(u, how, running, weight, bias, residual, run)
+    h, again, mean, var, _ = eager.batch_norm(u, how, None, kernels)
+    move_statistics(norm, mean, var, values_of_each_channel(u))
+    return routed_conv(h, weight, bias, spec, relu, residual, run=run), again
