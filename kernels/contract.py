@@ -40,7 +40,7 @@ class Kernels(Protocol):
 
     @property
     def __name__(self) -> str:
-        """The module's name."""
+        """The module's name; the module lies in kernels/."""
 
     @property
     def MEMORY_FORMAT(self) -> torch.memory_format | None:
@@ -49,16 +49,20 @@ class Kernels(Protocol):
     @property
     def KNOWS(self) -> Sequence[str | None]:
         """The activations that `gate_gradient` and `normalise` can apply: None and names of `activations.ACTIVATIONS`.
-        A layer with another activation applies it itself."""
+        With another activation the layer normalises and activates in plain torch, and computes the features of undrawn
+        rows by `masked`."""
 
     @property
     def OF_TORCH(self) -> bool:
-        """Is the backend made of torch's own operations? Then a compiler and a counter of FLOPs see each of them."""
+        """May compilers, and counters of FLOPs, look into the functions, because they are made of torch's own
+        operations and do nothing else? If not, in graphs they are called through operators (routed_conv/graph.py),
+        which find the module in kernels/ by its `__name__`. If so, torch's grouped convolution may take the place of
+        `forward`."""
 
     @property
     def SHARES_PRODUCTS(self) -> bool:
-        """Where all groups have the same kernels (full rows or columns): does the backend convolve an input group once,
-        and add the result to every output group that reads it?"""
+        """Where all groups have the same kernels (full rows and full columns): does the backend convolve an input group
+        once, and add the result to every output group that reads it?"""
 
     @property
     def MASKS_GRADIENTS(self) -> bool:
@@ -136,19 +140,6 @@ class Kernels(Protocol):
         """dundrawn [N, (G-1) * rows, H', W'] -> dz [G-1, rows] = <dundrawn, act(scale * u + shift)>, summed over images
         and positions, for the gates of all undrawn rows. u is never stored."""
 
-    def keep_statistics(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        assignment: Tensor,
-        count: int,
-        momentum: float,
-        running: RunningStatistics,
-    ) -> None:
-        """Moves the running statistics of the pairs (assignment[k], k), in place, towards mean [K] and var [K] of a
-        batch, var the biased one of `count` values, at a rate of max(1/n, momentum); n counts the batches of the pair,
-        this one too. The pooled statistics move in the same way."""
-
 
 class ComputesGateGradients(Kernels, Protocol):
     """The backend computes the gradient of gates together with that of the features, and never stores dundrawn. (For
@@ -185,6 +176,19 @@ class Normalises(Kernels, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dy like y -> du [N, rows, H, W], to which the gradient `shortcut` is added; dweight [K], dbias [K]."""
 
+    def keep_statistics(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        assignment: Tensor,
+        count: int,
+        momentum: float,
+        running: RunningStatistics,
+    ) -> None:
+        """Moves the running statistics of the pairs (assignment[k], k), in place, towards mean [K] and var [K] of a
+        batch, var the biased one of `count` values, at a rate of max(1/n, momentum); n counts the batches of the pair,
+        this one too. The pooled statistics move in the same way."""
+
 
 class ReadsNormalised(Normalises, Protocol):
     """A convolution of the backend can normalise its input as it reads it. The normalised input is never stored."""
@@ -215,7 +219,7 @@ class ReadsNormalised(Normalises, Protocol):
 
 
 def computes_gate_gradients(kernels: Kernels) -> TypeGuard[ComputesGateGradients]:
-    """Do the kernels offer `ComputesGateGradients`? (mypy learns it from this function, too; also from those below.)"""
+    """Do the kernels offer `ComputesGateGradients`? (Where a `TypeGuard` is true, mypy knows the narrower type.)"""
     return kernels.COMPUTES_GATE_GRADIENTS
 
 

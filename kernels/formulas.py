@@ -24,7 +24,7 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
 def keep_statistics(
     mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
-    """As the contract says (`contract.Kernels.keep_statistics`)."""
+    """As the contract says (`contract.Normalises.keep_statistics`)."""
     index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
     draws = running.draws.view(-1)
     draws.index_copy_(0, index, draws[index] + 1)  # counted first, so that max(1/n, momentum) is 1 for a first draw

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..activations import ACTIVATIONS, activate
 from ..groups import FilterGroups, Routing, sort_by_group
-from .formulas import channel_dots, keep_statistics
+from .formulas import channel_dots
 from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
 from .spec import NO_SHORTCUT, RoutedConv, ShortcutGradient, UndrawnFeatures
 
@@ -35,7 +35,6 @@ __all__ = [
     "forward",
     "gate_gradient",
     "input_gradient",
-    "keep_statistics",
     "missing",
     "pack",
     "sample",

@@ -79,8 +79,8 @@ def select_channels(x: Tensor, channels: Tensor) -> Tensor:
 
 
 def same_kernels_for_every_group(spec: RoutedConv) -> bool:
-    """Do all groups convolve full-width tensors with the same kernels? (A relaxed draw of streams does.) Then one
-    convolution by a masked weight would do (T+1) times the work that is needed."""
+    """Do all groups convolve full-width tensors with the same kernels? (A relaxed draw of streams does.) Then the
+    packed convolution would multiply (T+1) times as much as is needed, mostly by zeros."""
     return spec.columns.full and spec.rows.full and spec.routing is not Routing.ALL
 
 

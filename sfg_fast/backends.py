@@ -91,14 +91,17 @@ def sample(log_p: Tensor, noise: Tensor | None = None) -> tuple[Tensor, tuple[Te
 
 
 def _sampler(log_p: Tensor, compiling: bool) -> str:
-    """The backend that draws: on a GPU `triton`, if `auto` takes it for some layers there."""
+    """The backend that draws. `auto` takes `triton` on a GPU, if it takes that for some layers there. In a graph, and
+    where the backend can't, it is `masked`, which has plain torch operations."""
     name = current()
     if name == "triton":
         return name
-    wanted = {"auto": "triton" if log_p.is_cuda else "native", "native": "native"}.get(name)
-    if wanted is None or compiling or (wanted == "triton" and not kernel_choice.chosen(log_p.device).taken):
-        return "masked"
-    return wanted if available(wanted) and not load(wanted).cannot(log_p) else "masked"
+    if name == "auto":
+        name = "triton" if log_p.is_cuda else "native"
+        if name == "triton" and not kernel_choice.chosen(log_p.device).taken:
+            return "masked"
+    can = name != "reference" and not compiling and available(name) and not load(name).cannot(log_p)
+    return name if can else "masked"
 
 
 @library.custom_op("sfg_fast::sample", mutates_args=())

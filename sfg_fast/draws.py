@@ -56,8 +56,8 @@ def temperature_at(progress: float, start: float = 1.0, end: float = 0.1, until:
 
 
 def gumbel_noise(like: Tensor, spare: int = 0) -> Tensor:
-    """Standard Gumbel noise [K, T+1] from the default generator of the device. It draws `spare` times as many numbers
-    more, and leaves them."""
+    """Standard Gumbel noise [K, T+1] from the default generator of the device. It then draws `spare` more such tensors,
+    and discards them."""
     return _noise_of_each(like, [len(like)], spare)[0]
 
 
@@ -109,8 +109,7 @@ def draw_one_hot(rule: DrawRule, log_q: Tensor, noise: Tensor | None, sample: Sa
 def draw_by_formula(
     rule: DrawRule, logits: Sequence[Tensor], temperatures: Sequence[Tensor], everywhere: bool, sample: Sample
 ) -> list[FilterGroups]:
-    """The draws of several layers of one rule, whose gates are made by the estimator's formula: they are relaxed, or
-    carry a gradient to the logits.
+    """Draws several layers of one rule. The estimator's formula makes their gates, which are relaxed or differentiable.
 
     logits: [K, T+1] of each layer; temperatures: 0-dim of each layer; everywhere: is this a step in which undrawn gates
     count, too (`GroupGates.every`)?
@@ -130,7 +129,7 @@ def draw_by_formula(
     assert formula is not None
     gates = formula(drawn, log_p, noise, temperature)
     all_gates = rule.estimator.all_gates and everywhere
-    if not all_gates or rule.every > 1:  # how many times the gradient of each gate counts
+    if not all_gates or rule.every > 1:  # drawn gates count once; undrawn ones `every` times in such a step, or never
         counts = rule.every - (rule.every - 1) * drawn if all_gates else drawn
         gates = gates.detach() + (gates - gates.detach()) * counts
     of_each = gates.split(sizes) if several else (gates,)

@@ -69,8 +69,8 @@ class Estimator:
     """How gates are drawn in training, and how their gradient reaches the logits.
 
     `gates`: a function of this file; None: p is not learnt, the logits are frozen. `relaxed`: are the gates anything
-    but one-hot? `all_gates`: do undrawn gates get a gradient, too? `samples`: how many more samples of noise the
-    function needs than the one that makes the draw.
+    but one-hot? `all_gates`: False masks the gradient of undrawn gates, whatever `gates` gives. `samples`: how many
+    more samples of noise the function needs than the one that makes the draw.
     """
 
     gates: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None

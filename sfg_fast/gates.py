@@ -31,16 +31,16 @@ class GroupGates(FixedAssignment):
             (`sfg_fast.parameter_groups`); of one that does a warning tells.
         fixed_gates: float [K, T+1], see `FixedAssignment`.
         estimator: a name of `estimators.ESTIMATORS`, or an `Estimator`; `none` freezes the logits.
-        every: n > 1: only in every n-th step the undrawn gates get a gradient, which counts n times. The steps between
-            are as cheap as `selected`; the mean over n steps is the same.
-        sampling: draw also in `eval()`, which otherwise uses argmax p. (Constant p, estimator `none`, always draws:
-            argmax of [1/3, 1/3, 1/3] would make every kernel shared.)
+        every: n > 1: only in every n-th step the undrawn gates get a gradient. It is multiplied by n, so its mean over
+            n steps is that of `every=1`. The other steps cost as little as `selected`.
+        sampling: draw also in `eval()`, which otherwise uses argmax p. (With estimator `none` p is constant,
+            and eval() draws, too: argmax of equal p would make every kernel shared.)
         noise_on: "log_p", groups are drawn with probability p (the paper's); or "p", with probability softmax(p), as
             the authors' public code has it: p = [0, 1, 0] then still draws the first group one time in five. What p is
             (its entropy, argmax p, `probabilities`) is the same in both.
         explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1),
-            in training and while `sampling`; p is one-hot under a fixed assignment. So drawing stays a dropout, which
-            helps small cohorts, while p is free to become certain. 0: none do.
+            in training and while `sampling`. Even when p has become certain, drawing then still acts as a dropout,
+            which helps small cohorts. Under a fixed assignment the p in this formula is one-hot. 0: no draw ignores p.
     """
 
     _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
@@ -81,7 +81,7 @@ class GroupGates(FixedAssignment):
         """Sets all to what a new layer has: p as `init` says (drawn anew, where that is random), no fixed assignment,
         temperature 1."""
         if not self.shares_grouping and not self.logits.is_meta:
-            # p = 0 would be log 0; a thousandth of a percent can never be told from it in training.
+            # log 0 is infinite, so p is at least 1e-5, which in training is as good as 0.
             p = initial_probabilities(self.init, *self.logits.shape).clamp_min(1e-5)
             self.logits.copy_(p.log())
         self._temperature.fill_(1)
@@ -216,7 +216,7 @@ class GroupGates(FixedAssignment):
             draws = draws or self.rule.estimator.gates is None
         log_p = self.rule.log_drawn(log_p) if draws else log_p
         samples = 0
-        if self.training:  # it draws as many numbers as a step that learns: with one seed both draw the same groups
+        if self.training:  # the spare noise is drawn, too, so that the generator stands where a learning step leaves it
             samples = self.rule.estimator.samples
             self._looks_everywhere(learns=False)
         return draw_one_hot(self.rule, log_p, gumbel_noise(log_p, samples) if draws else None, self._sample)
@@ -251,9 +251,9 @@ class GroupGates(FixedAssignment):
     def _looks_everywhere(self, learns: bool) -> bool:
         """Is this a step in which undrawn gates get a gradient (`every`)? Every draw that `learns` is a step.
 
-        Activation checkpointing runs a step twice, and both runs must give the same answer. A reentrant one runs first
-        without gradient: then this answers for the step to come. Another runs again inside the backward pass: then this
-        answers for the step that was."""
+        Activation checkpointing runs a step twice, and both runs must get the same answer. Reentrant checkpointing runs
+        first without gradient; that run does not count, and is answered for the next step. Other checkpointing repeats
+        the forward pass during backward; that repetition is answered for the step which was counted already."""
         if self.every == 1 or not self.logits.requires_grad:
             return True
         if learns and in_backward() and not self._foreseen:
@@ -319,8 +319,8 @@ register_optimizer_step_pre_hook(_tell_decay)
 def draw_together(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     """What `draw` of one layer after the other gives, from the same random numbers.
 
-    In training, layers with the same rule are drawn in one go, because a draw is many small operations. Their logits
-    get their gradients together, when those of all gates are there (zeros where a layer's gates have none)."""
+    In training, layers with the same rule are drawn in one go, because a draw is many small operations. No logits get a
+    gradient before the gates of all these layers have theirs (zeros where a layer's gates have none)."""
     if layers and all(layer.draws_like(layers[0]) for layer in layers):
         return GroupGates._draw_by_formula(layers)
     return [layer.draw() for layer in layers]

@@ -40,7 +40,7 @@ def of_concatenation(rows: Tensor, counts: list[int], parts: Sequence[Tensor | N
 
 def channelwise(undrawn: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
     """The undrawn features behind an operation that keeps zeros and treats every channel alone."""
-    if in_graph():  # a graph knows no functions with an argument like `operation`: there the zeros get memory
+    if in_graph():  # a graph holds no autograd function with a Python callable: there `operation` runs on real zeros
         return operation(undrawn)
     return _Operation.apply(undrawn, operation)
 

@@ -17,7 +17,9 @@ from tests import oracle
 from tests.backends import EVERY
 from tests.oracle import assert_close
 
-ONE_HOT = ["straight_through", "gumbel_rao", "reinmax", "selected"]
+LEARN = {name: estimator for name, estimator in ESTIMATORS.items() if estimator.gates is not None}
+ONE_HOT = [name for name, estimator in LEARN.items() if not estimator.relaxed]
+OF_ALL_GATES = [name for name in ONE_HOT if LEARN[name].all_gates]
 
 
 def draw_many(p, draws):
@@ -60,6 +62,19 @@ def linear(z):
 def quadratic(z):
     a = torch.tensor([[2.0, 1, 0], [1, -1, 3], [0, 3, 1]], dtype=torch.float64)
     return torch.einsum("ni,ij,nj->n", z, a, z)
+
+
+@pytest.mark.parametrize("loss", [linear, quadratic])
+@pytest.mark.parametrize("name", LEARN)
+def test_every_estimator_points_where_enumeration_does(name, loss, float64):
+    """Over 40,000 draws. Biased estimators are shorter (`selected` has .29 of the length for the linear loss),
+    but none turns by more than 7 degrees: .992."""
+    gates = GroupGates(40000, 2, P, name)
+    torch.manual_seed(1)
+    mean = torch.autograd.grad(loss(gates.draw().gates).sum(), gates.logits)[0].mean(0)
+    wanted = exact(loss)
+    assert F.cosine_similarity(mean, wanted, 0) > 0.985
+    assert 0.25 < mean.norm() / wanted.norm() < 1.05
 
 
 def test_reinmax_is_unbiased_to_second_order():
@@ -139,7 +154,7 @@ def test_one_hot_to_the_bit(name):
     assert torch.equal(z.sum(1), torch.ones(500))
 
 
-@pytest.mark.parametrize("name", [*ONE_HOT, "gumbel_softmax"])
+@pytest.mark.parametrize("name", LEARN)
 def test_no_gradient_blows_up_at_a_certain_p(name):
     gates = GroupGates(4, 2, [1.0, 0.0, 0.0], name)
     gates.temperature = 0.01
@@ -164,7 +179,7 @@ def test_selected_looks_at_the_drawn_gate_alone():
     assert groups.all_gates
 
 
-@pytest.mark.parametrize("name", ONE_HOT[:3])
+@pytest.mark.parametrize("name", OF_ALL_GATES)
 def test_every_nth_step_has_the_mean_of_all(name):
     """The same draw at n steps: `selected` n - 1 times, and the n-th adds n times the rest."""
     every = 3

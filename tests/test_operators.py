@@ -6,6 +6,7 @@ from sfg_fast.kernels.spec import Geometry, RoutedConv
 from torch import library
 
 from sfg_fast import backend
+from sfg_fast.backends import load
 from sfg_fast.groups import FilterGroups, Routing
 from sfg_fast.routed_conv import convolve, routed_conv
 from tests.backends import PACKED
@@ -58,7 +59,7 @@ def test_a_compiled_graph_gives_the_same(name, kind, relu):
 def test_opcheck(name, kind):
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""
     x, undrawn, weight, bias, spec = problem(kind)
-    folder = {"masked": "masked", "native": "cpu", "triton": "triton"}[name]
+    folder = load(name).__name__.rsplit(".", 1)[1]
     sides = [spec.rows.order, spec.rows.offsets, spec.columns.order, spec.columns.offsets]
     sizes, numbers = [3, 4, len(spec.columns.names), 5], [2, 1, 1, 1, 1, 1]
     fused, keep_product = name != "masked", kind in ("undrawn", "undrawn rows")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ...groups import Routing
-from .. import masked
+from .. import formulas
 from ..masked import missing
 from ..packing import unpack, unpack_dim
 from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
@@ -281,7 +281,7 @@ def keep_statistics(
     mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
     if mean.dtype != running.mean.dtype:
-        return masked.keep_statistics(mean, var, assignment, count, momentum, running)
+        return formulas.keep_statistics(mean, var, assignment, count, momentum, running)
     _native.keep_statistics(_plain(mean), _plain(var), _plain(assignment), count, momentum, *map(to_dlpack, running))
 
 
@@ -295,7 +295,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 def _flags(activation: str | None) -> tuple[bool, bool]:
     """Does the activation have a ReLU, and does it pool?"""
-    return activation is not None, activation == "relu_pool"
+    return activation in ("relu", "relu_pool"), activation == "relu_pool"
 
 
 def _arguments(undrawn: UndrawnFeatures) -> tuple[Any, ...]:

@@ -254,6 +254,7 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     relative errors of the running statistics, which the draw's groups keep. Raises WrongResult if anything differs."""
     torch.manual_seed(0)
     triton, groups = load("triton"), 3
+    assert normalises(triton)
     log_p, noise = (torch.randn(kernels, groups, device=device) for _ in range(2))
     assignment, order, offsets, _ = triton.sample(log_p, noise)
     expected = (log_p + noise).argmax(1)

@@ -1,7 +1,8 @@
 """The routed convolution, its gradient, and the gradient of the gates. `convolve.py` is the front door.
 
-convolve -> run (who does it, decided once) -> eager (autograd) or graph (operators) -> kernels/
-gate_gradient: every formula for the gradient of the gates     normalise: batch normalisation in one go with these
+- convolve -> run (who does it, decided once) -> eager (autograd) or graph (operators) -> kernels/
+- epilogue: what follows the convolution in an SFG layer
+- gate_gradient: every formula for the gradient of the gates
 """
 
 from ..kernels.spec import RoutedConv

@@ -6,9 +6,10 @@ x and u are packed: their channels are sorted by group, and what a group does no
 goes on with  F = z * act(norm(u))  (layers/conv.py).
 
 A draw gives a kernel a row in one group. Its undrawn rows, those it would have in the other groups, have gates z = 0,
-so their features are zero. But these gates want a gradient, dz = <dL/dF, act(norm(u))>. For this the layer that reads F
-computes dL/dF of the undrawn rows, too, as the gradient of `undrawn`, zeros that take no memory; and the layer that
-makes F keeps what the u of its undrawn rows is computed from (`keep_product`, gate_gradient.py).
+so their features are zero. But these gates want a gradient, dz = <dL/dF, act(norm(u))>. Two layers work on this. The
+layer that reads F computes dL/dF of undrawn rows, too; it leaves as the gradient of `undrawn`, a tensor of zeros
+without memory. The layer that makes F keeps what it needs to compute the u of its undrawn rows later (`keep_product`,
+gate_gradient.py).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Convolved(NamedTuple):
 
     u: Tensor  # [N, rows, H', W']
     undrawn_rows: UndrawnRows | None  # with `keep_product`
-    # The input once more. With `shortcut` it is meant for a shortcut around the convolution: the gradient that comes
-    # back through it is added where the convolution's own is made, and not in a pass of its own.
+    # The input once more. With `shortcut`, use it for a shortcut around the convolution: `input_gradient` then adds the
+    # gradients of both paths in one pass.
     x: Tensor
     undrawn: Tensor | None  # the undrawn features of that input
     run: Run  # what did the convolution; the normalisation and the gates behind it take the same kernels
@@ -67,7 +68,7 @@ def convolve(
         deferred: the gates of the features x. The convolution computes their gradient, if its kernels can.
         keep_product: keep what the undrawn rows are computed from (for rows of `spec.rows.all_gates`).
         shortcut: will the caller use x of the result in a shortcut around the convolution?
-        run: what does it, if that was decided before (`run.decide`).
+        run: the result of `run.decide`, if the caller has it; None: it is decided here.
 
     Raises:
         BackendError: if a backend was asked for that can't.

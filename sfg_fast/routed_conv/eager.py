@@ -67,7 +67,8 @@ class _RoutedConv(torch.autograd.Function):
         ctx.parameters = run.pack(weight, bias, x.dtype)
         how = {"relu": call.relu, "residual": residual, "keep_product": call.keep_product}
         u, kept_product = run.forward(x, ctx.parameters, **how)  # type: ignore[arg-type]
-        # The weight may lie in `parameters` as it is. It is saved so that torch tells if somebody changes it in place.
+        # `parameters` may hold the weight itself, no copy. As it is saved, torch raises if somebody changes it in
+        # place.
         ctx.save_for_backward(weight, x, u if call.relu else None, gates, *of_undrawn)
         ctx.run, ctx.rows, ctx.size = run, rows, u.shape
         if kept_product is not None:
@@ -153,8 +154,8 @@ def batch_norm(
     """gates * act(norm(u)) + residual; u [N, rows, H, W] once more, for a shortcut around the normalisation; mean and
     (biased) variance [K] of the batch; and scale and shift [2, rows], if undrawn gates of `groups` learn.
 
-    `groups`: the draw that u is of; None: u is not of a draw. `gates` [K, T+1]: those of the drawn rows are one; None:
-    they want no gradient."""
+    `groups`: the draw of u, or None. `gates` [K, T+1]: its one-hot gates, or None if they want no gradient. The
+    backward pass also makes the gradient of the drawn gates."""
     return _BatchNorm.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, groups)
 
 

@@ -40,7 +40,7 @@ def of_drawn(df: Tensor, h: Tensor) -> Tensor:
 
 def of_drawn_behind_norm(weight: Tensor, bias: Tensor, dweight: Tensor, dbias: Tensor, gates: Tensor) -> Tensor:
     """dz [K, T+1] of the drawn gates, from weight and bias [K] of the batch normalisation and their gradients:
-    <dL/dF, act(norm(u))> = weight * dweight + bias * dbias, for an activation that is linear where it is not zero.
+    <dL/dF, act(norm(u))> = weight * dweight + bias * dbias, for an activation with act(x) = act'(x) x, as a ReLU.
     `gates` [K, T+1] are one-hot."""
     drawn = torch.addcmul(weight * dweight, bias, dbias)
     return drawn[:, None].to(gates.dtype) * gates

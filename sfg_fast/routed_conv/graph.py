@@ -6,7 +6,8 @@ for modes that look at every operation, as counters of FLOPs do.
     sfg_fast::gate_gradient         (dundrawn, x, weight, ..) -> dz of the undrawn gates
     sfg_fast::undrawn_rows          (x, weight, ..) -> u of the undrawn rows, for activations that kernels don't know
 
-A graph has one node for each, with shapes but without values (`register_fake`). Their work is that of `Run`. In eager
+Each operator is one node of a compiled graph; `register_fake` gives the shape of its result without computing it. Their
+work is that of `Run`. In eager
 mode autograd functions do the same work (eager.py), because calling an operator takes longer.
 """
 

@@ -23,7 +23,7 @@ class Way(enum.Enum):
 
     ONCE = enum.auto()  # every group convolves the same image with the same kernels: one convolution, repeated
     FOLDED = enum.auto()  # every group convolves with the same kernels: one convolution, the groups in the batch
-    GROUPED = enum.auto()  # every group has as many kernels of its own and its own input: torch's grouped convolution
+    GROUPED = enum.auto()  # every group has kernels of its own, equally many, and reads its own channels: torch does it
     PACKED = enum.auto()  # the routed convolution of the backend
 
 

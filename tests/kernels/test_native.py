@@ -20,7 +20,7 @@ from tests.problems import ConvProblem
 if not available("native"):
     pytest.skip("native is not built", allow_module_level=True)
 
-from sfg_fast.kernels import cpu, masked
+from sfg_fast.kernels import cpu, formulas, masked
 from sfg_fast.kernels.cpu import _native
 
 
@@ -702,7 +702,7 @@ def test_results_go_from_process_to_process():
 
 def test_running_statistics():
     check_statistics(cpu.keep_statistics)
-    check_statistics(masked.keep_statistics)
+    check_statistics(formulas.keep_statistics)
     with pytest.raises(ValueError, match="there is no such group"):
         check_statistics(lambda mean, var, assignment, *rest: cpu.keep_statistics(mean, var, assignment - 3, *rest))
 
