@@ -50,11 +50,11 @@ test-sanitize:
 	cmake --build build/sanitize
 	build/sanitize/test_routed_conv 1500
 
-# kernels/ is installed as sfg_fast.kernels: types are checked of both in one tree.
+# kernels/ is installed as sfg_fast.kernels: types are checked of both in one tree, with what the tests share beside it.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed && cp -r sfg_fast build/typed/ && cp -r kernels build/typed/sfg_fast/
+	rm -rf build/typed && mkdir -p build/typed && cp -r sfg_fast tests build/typed/ && cp -r kernels build/typed/sfg_fast/
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,6 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.full = config.getoption("full", False)
     config.option.benchmark_quiet = True
     config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the tests a warning is an error. Here it is shown, and the measurement goes on."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.fixture(scope="session")

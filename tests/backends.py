@@ -1,4 +1,4 @@
-"""The backends that can be tested on this machine."""
+"""The backends that can be tested on this machine, by name."""
 
 from sfg_fast.backends import available
 

@@ -1,21 +1,40 @@
 """Dense masking written plainly in torch operations, independent of everything in sfg_fast that it checks: the oracle
 of the tests."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from sfg_fast.kernels.spec import RunningStatistics
+from torch import Tensor
+
+Pool = Callable[[Tensor], Tensor]
 
 
-def merge(x, routing):
-    """What each group reads, from T+1 dense tensors (shared first)."""
+def merge(x: Sequence[Tensor], routing: str) -> list[Tensor]:
+    """Returns what each group reads, of T+1 dense tensors [N, C, H, W] (shared first)."""
     return [x[0]] + [task + x[0] if routing == "arrow" else task for task in x[1:]]
 
 
 def sfg_layer(
-    x, weight, bias, z, *, stride=1, padding=0, dilation=1, relu=False, pool=None, norm=None, routing="arrow"
-):
-    """T+1 full convolutions times masks. x: one image or T+1 tensors; z [K, T+1]; norm: (weight, bias, eps) or None;
-    pool: a function or None."""
+    x: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = False,
+    pool: Pool | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    routing: str = "arrow",
+) -> list[Tensor]:
+    """Returns the T+1 dense outputs [N, K, H', W'] of a layer: full convolutions, each times its mask.
+
+    x: one image [N, C, H, W] that all groups read, or T+1 dense tensors. z: the gates [K, T+1]. norm: weight [K],
+    bias [K] and eps of the batch normalisation.
+    """
     groups = z.shape[1]
     reads = [x] * groups if isinstance(x, torch.Tensor) else merge(list(x), routing)
     u = [F.conv2d(read, weight, bias, stride, padding, dilation) for read in reads]
@@ -35,14 +54,17 @@ def sfg_layer(
     return [t * z[:, group].view(1, -1, 1, 1) for group, t in enumerate(h)]
 
 
-def max_pool(x):
-    """Of 2x2 windows. Of equals the first gets the gradient."""
+def max_pool(x: Tensor) -> Tensor:
+    """Returns the largest value of each 2x2 window. Where several are equal, the first one gets the gradient."""
     return F.max_pool2d(x, 2)
 
 
-def max_pool_last(x):
-    """As `max_pool`, but the last gets it, and what differs by rounding alone counts as equal: where the gradient
-    differs from that of `max_pool`, rounding may decide."""
+def max_pool_last(x: Tensor) -> Tensor:
+    """Returns the same as `max_pool`, but the last one of several equal values gets the gradient.
+
+    Values that differ by rounding alone count as equal. So where the gradient differs from that of `max_pool`, rounding
+    may decide which value gets it.
+    """
     height, width = x.shape[2:]
     windows = x[:, :, : height // 2 * 2, : width // 2 * 2].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     windows = windows.permute(0, 1, 2, 4, 3, 5).flatten(4)
@@ -52,16 +74,21 @@ def max_pool_last(x):
     return windows.gather(-1, last)[..., 0]
 
 
-def relaxed(logits, noise, temperature):
-    """softmax((log p + noise) / temperature), written out."""
+def relaxed(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Returns softmax((log p + noise) / temperature) [K, T+1], written out."""
     p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
     e = torch.exp((torch.log(p) + noise) / temperature)
     return e / e.sum(1, keepdim=True)
 
 
-def assert_close(actual, expected, tolerance=1e-10, what="", scale=1e-3):
-    """Relative to the largest expected value, or to `scale` where that is larger: sums of larger terms may cancel.
-    Gradients that should vanish may be missing."""
+def assert_close(
+    actual: Tensor | None, expected: Tensor, tolerance: float = 1e-10, what: str = "", scale: float = 1e-3
+) -> None:
+    """Raises AssertionError where an error is larger than `tolerance` times the largest expected value.
+
+    `scale` takes the place of the largest expected value where `scale` is larger, because sums of larger terms may
+    cancel. A gradient that should be zero may be missing (None). `what` names the tensor in the message.
+    """
     if actual is None:
         actual = torch.zeros_like(expected)
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
@@ -75,8 +102,10 @@ def assert_close(actual, expected, tolerance=1e-10, what="", scale=1e-3):
         raise AssertionError(f"{what}: error {error:.3g} at scale {scale:.3g}, the largest at {worst}; {few} differ")
 
 
-def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.1):
-    """Running statistics of (group, kernel) pairs over some draws, number by number."""
+def check_statistics(
+    keep_statistics: Callable[..., None], kernels: int = 7, groups: int = 3, steps: int = 12, momentum: float = 0.1
+) -> None:
+    """Compares a backend's running statistics of (group, kernel) pairs over some draws with a loop over numbers."""
     generator = torch.Generator().manual_seed(0)
     running = [torch.randn(groups, kernels, generator=generator) for _ in range(2)]
     pooled, draws = [torch.randn(kernels, generator=generator) for _ in range(2)], torch.zeros(groups, kernels)
@@ -97,5 +126,6 @@ def check_statistics(keep_statistics, kernels=7, groups=3, steps=12, momentum=0.
                 ):
                     table[at] += max(1 / n, momentum) * (new - table[at])
     assert draws.tolist() == times
-    for found, wanted in zip((*running, *pooled), expected, strict=True):
-        assert_close(found.double(), wanted, 1e-6)
+    names = ("running mean", "running variance", "pooled mean", "pooled variance")
+    for what, found, wanted in zip(names, (*running, *pooled), expected, strict=True):
+        assert_close(found.double(), wanted, 1e-6, what)

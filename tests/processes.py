@@ -1,4 +1,4 @@
-"""Functions run in processes of their own, which share nothing with a test but files, and can be killed anywhere."""
+"""Runs functions in processes of their own, which share only files with a test, and can be killed anywhere."""
 
 import multiprocessing
 import os
@@ -6,10 +6,15 @@ import random
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
-# Forked from a server that has imported everything and done nothing: quick to start, and autograd in it is unused.
+# Processes are forked from a server that has imported everything and run nothing, so they start quickly, and no
+# thread of autograd is lost in the fork.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -23,9 +28,14 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def launch(function, *arguments, count=1, killed_at=None):
-    """Run function(*arguments) in `count` processes, as torchrun would; their exit codes. With `killed_at` the first
-    is killed at that event (see `count_events`). A process that others wait for in vain is killed after a minute."""
+def launch(
+    function: Callable[..., object], *arguments: Any, count: int = 1, killed_at: int | None = None
+) -> list[int | None]:
+    """Runs function(*arguments) in `count` processes, as torchrun would, and returns their exit codes.
+
+    With `killed_at` the first process is killed at that event (see `count_events`). A process that has not ended after
+    a minute is killed: it may wait in vain for one that has died.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,7 +54,9 @@ def launch(function, *arguments, count=1, killed_at=None):
     return [process.exitcode for process in processes]
 
 
-def _child(function, arguments, environment, killed_at):
+def _child(
+    function: Callable[..., object], arguments: tuple[Any, ...], environment: dict[str, str], killed_at: int | None
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     if killed_at is not None:
@@ -55,11 +67,11 @@ def _child(function, arguments, environment, killed_at):
         sys.setprofile(None)
 
 
-def kill_at(moment):
-    """This process kills itself, as by kill -9, at the n-th call of any Python or C function from now on."""
+def kill_at(moment: int) -> None:
+    """Lets this process kill itself, as by kill -9, at event number `moment` from now on (see `count_events`)."""
     left = moment
 
-    def event(frame, kind, argument):
+    def event(frame: FrameType, kind: str, argument: Any) -> None:
         nonlocal left
         left -= 1
         if left == 0:
@@ -68,11 +80,14 @@ def kill_at(moment):
     sys.setprofile(event)
 
 
-def count_events(path, function, *arguments):
-    """Run the function and write the number of its calls to a file."""
+def count_events(path: Path, function: Callable[..., object], *arguments: Any) -> None:
+    """Runs the function and writes the number of its events to a file.
+
+    An event is a call of, or a return from, any Python or C function.
+    """
     seen = 0
 
-    def event(frame, kind, argument):
+    def event(frame: FrameType, kind: str, argument: Any) -> None:
         nonlocal seen
         seen += 1
 
@@ -82,8 +97,11 @@ def count_events(path, function, *arguments):
     path.write_text(str(seen))
 
 
-def moments(path, number, seed, function, *arguments):
-    """Random moments in the run of a function, which is run once in a process of its own."""
+def moments(path: Path, number: int, seed: int, function: Callable[..., object], *arguments: Any) -> list[int]:
+    """Returns `number` random events of a run of the function, in order, for `killed_at` of `launch`.
+
+    The function is run once in a process of its own, to count its events; `path` is a file for their number.
+    """
     assert launch(count_events, path, function, *arguments) == [0]
     events = int(path.read_text())
     return sorted(random.Random(seed).sample(range(1, events), number))

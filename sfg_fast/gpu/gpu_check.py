@@ -128,6 +128,7 @@ def _end(process: Any) -> None:
             process.wait(10)
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 # --- in the process apart ---------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_grey_images(tmp_path):
 
 def test_a_split_without_a_target_does_not_have_it(tmp_path):
     path = small_images(tmp_path / "c", 10)
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     cohort = read_cohort(
         write_list(path, [{**row, "age": "" if row["split"] == "val" else row["age"]} for row in rows])
     )
@@ -309,7 +309,7 @@ def touched(faces: Path) -> None:
 
 def rewritten(change):
     def act(faces: Path) -> None:
-        rows = list(csv.DictReader(faces.open()))
+        rows = list(csv.DictReader(faces.read_text().splitlines()))
         change(rows)
         write_list(faces, rows)
 

@@ -1,9 +1,14 @@
-"""Tasks as they are described once a cohort is read, and the metrics of volumes made for a test."""
+"""Tasks as a cohort describes them once it is read, and the metrics of volumes made for a test."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from sfg_fast.data.targets import Target
 from sfg_fast.evaluation.metrics import case_metrics
 from sfg_fast.tasks import measured_by, read_tasks
-from sfg_fast.tasks.task import Scene
+from sfg_fast.tasks.task import Scene, Task
 
 NAMES = {"background": 0, "bladder": 1, "left_femur": 2}
 CT = Target("ct", "intensities", "HU")
@@ -12,18 +17,33 @@ GENDER = Target("gender", "class", names={"female": 0, "male": 1})
 OF_IMAGES = {"age": {"kind": "regression"}, "gender": {"kind": "classification"}}
 
 
-def ct_and_organs(names=NAMES, profile="paper"):
+def ct_and_organs(names: Mapping[str, int] = NAMES, profile: str = "paper") -> dict[str, Task]:
+    """Returns the paper's two tasks, measured by a profile of metrics. names: of the labels, name -> value."""
     tasks = read_tasks(["ct", "organs"], {"ct": CT, "labels": Target("labels", "labels", names=dict(names))})
     return measured_by(tasks, profile)
 
 
-def of_images():
+def of_images() -> dict[str, Task]:
+    """Returns the tasks `age` (regression, years) and `gender` (classification) of images."""
     return read_tasks(OF_IMAGES, {"age": AGE, "gender": GENDER})
 
 
-def scored(ct_true=None, ct_pred=None, labels_true=None, labels_pred=None, mask=None, names=NAMES, profile="paper"):
-    """The metrics of a case of the paper's two tasks, which is measured in the labels of its truth."""
-    regions = {}
+def scored(
+    ct_true: np.ndarray | None = None,
+    ct_pred: np.ndarray | None = None,
+    labels_true: np.ndarray | None = None,
+    labels_pred: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    names: Mapping[str, int] = NAMES,
+    profile: str = "paper",
+) -> dict[str, Any]:
+    """Returns the metrics of a case of the paper's two tasks, {task: metrics}.
+
+    CTs (HU), labels and the mask of the body are volumes [Z, Y, X] of voxels of 1 mm. The CT is measured in the regions
+    of the true labels, too.
+    """
+    assert mask is not None
+    regions: dict[str, np.ndarray] = {}
     if labels_true is not None:
         regions = {"organs": labels_true != 0}
         regions |= {name: labels_true == value for name, value in names.items() if value != 0}

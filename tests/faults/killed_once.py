@@ -1,4 +1,4 @@
-"""The command line, in which the second process is killed at a step, but not again once torchrun has restarted it."""
+"""The command line, whose second process is killed at a step, but not again once torchrun has restarted it."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ from sfg_fast.training.trainer import Trainer
 if "KILLED_AT_STEP" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     step = Trainer._train_step
 
-    def watched(trainer):
-        if trainer.step == int(os.environ["KILLED_AT_STEP"]):
+    def watched(self: Trainer) -> dict[str, float]:
+        if self.step == int(os.environ["KILLED_AT_STEP"]):
             Path(os.environ["KILLED_MARK"]).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(trainer)
+        return step(self)
 
-    Trainer._train_step = watched
+    Trainer._train_step = watched  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     sys.exit(main())

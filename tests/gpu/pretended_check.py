@@ -1,4 +1,4 @@
-"""What gpu_check.py starts in its tests: the process apart, its GPU played by Triton's interpreter on the CPU.
+"""The process that gpu_check.py starts in its tests. Triton's interpreter on the CPU stands for the GPU.
 
 python -m tests.gpu.pretended_check MODE DEVICE
 """
@@ -6,6 +6,7 @@ python -m tests.gpu.pretended_check MODE DEVICE
 import os
 import signal
 import sys
+from typing import Any, NoReturn, cast
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,25 +19,30 @@ from sfg_fast.gpu import checks, gpu_check
 RATIOS = {"faster": 0.5, "wrong": 0.5, "4 % faster": 0.96}
 
 
-def wrong_on_purpose():
-    """The convolutions are off by one part in ten thousand."""
-    convolve = kernels._convolve
-    kernels._convolve = lambda *a, **k: tuple(y if y is None else y * 1.0001 for y in convolve(*a, **k))
+def wrong_on_purpose() -> None:
+    """Makes all results of convolutions wrong by one part in ten thousand."""
+    convolve, module = kernels._convolve, cast(Any, kernels)
+    module._convolve = lambda *a, **k: tuple(y if y is None else y * 1.0001 for y in convolve(*a, **k))
 
 
-def no_memory(*_):
+def no_memory(*_: Any) -> NoReturn:
+    """Stands for a check for which the GPU's memory does not suffice."""
     raise torch.AcceleratorError("CUDA error: out of memory")
 
 
-def illegal_access(*_):
+def illegal_access(*_: Any) -> NoReturn:
+    """Stands for a kernel that takes its process with it."""
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process goes on")
 
 
-def not_captured(*_):
+def not_captured(*_: Any) -> NoReturn:
+    """Stands for work that a CUDA graph can't capture."""
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def main(mode):
+def main(mode: str) -> None:
+    """Does what gpu_check.main does, with what the mode says going wrong, or the times that it says."""
     if mode == "crash":
         print('{"total": 7}', flush=True)
         os._exit(9)
@@ -45,17 +51,17 @@ def main(mode):
     if mode == "wrong":
         wrong_on_purpose()
     if mode == "no memory":
-        checks.check_layer = no_memory
+        cast(Any, checks).check_layer = no_memory
     if mode == "a kernel crashes":
-        checks.check_norm = illegal_access
+        cast(Any, checks).check_norm = illegal_access
     every, names = checks.checks, ("16->16 in 3 groups, packed", "normalisation", "draw")
-    checks.checks = lambda device, widths: {
+    cast(Any, checks).checks = lambda device, widths: {
         name: check for name, check in every(device).items() if any(part in name for part in names)
     }
-    measure = gpu_check.measure
-    gpu_check.measure = lambda device, say: measure(torch.device("cpu"), say, ("float32",), (16,))
-    gpu_check.once = lambda *_: None
-    gpu_check.ratio = not_captured if mode == "not captured" else lambda *_: RATIOS.get(mode, 0.5)
+    measure, module = gpu_check.measure, cast(Any, gpu_check)
+    module.measure = lambda device, say: measure(torch.device("cpu"), say, ("float32",), (16,))
+    module.once = lambda *_: None
+    module.ratio = not_captured if mode == "not captured" else lambda *_: RATIOS.get(mode, 0.5)
     gpu_check.main(sys.argv[2:], sys.stdout)
 
 

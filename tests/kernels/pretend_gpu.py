@@ -1,11 +1,12 @@
 """Launches the Triton kernels through Triton's own machinery, compiled for Hopper, with a driver that runs nothing.
 
-What the interpreter can't show: that arguments bind, that a second launch finds the compiled kernel of the first, and
-how many kernels 50 drawn groupings take. Run by test_triton_launch.py in a process of its own; prints JSON.
+Triton's interpreter can't show that arguments bind, that a second launch finds the compiled kernel of the first, and
+how many kernels 50 drawn groupings take. test_triton_launch.py runs this file in a process of its own; it prints JSON.
 """
 
 import json
 import os
+from typing import Any, ClassVar
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -19,42 +20,54 @@ from sfg_fast.groups import FilterGroups, Routing
 
 
 class Utils:
-    def load_binary(self, name, kernel, shared, device):
+    """Stands for what Triton asks of CUDA's driver."""
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Returns module, function, registers, spilled registers and the largest number of threads."""
         return 1, 2, 32, 0, 1024
 
-    def get_device_properties(self, device):
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Returns those of an H100."""
         return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 
-    def unload_module(self, *_):
-        pass
+    def unload_module(self, *_: Any) -> None:
+        """Does nothing: there is no module."""
 
 
 class Launcher:
-    launched: list[str] = []  # noqa: RUF012
+    """Stands for the compiled function that launches a kernel: it notes the kernel's name."""
 
-    def __init__(self, source, metadata):
+    launched: ClassVar[list[str]] = []
+
+    def __init__(self, source: Any, metadata: object) -> None:
         self.name = source.fn.__name__
 
-    def __call__(self, x, y, z, *_):
+    def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
         assert min(x, y, z) > 0
         assert max(y, z) < 65536
         self.launched.append(self.name)
 
 
 class Driver:
+    """Stands for Triton's driver of the active GPU, a Hopper."""
+
     utils, launcher_cls = Utils(), Launcher
 
-    def get_current_target(self):
+    def get_current_target(self) -> GPUTarget:
+        """Returns what to compile for."""
         return GPUTarget("cuda", 90, 32)
 
-    def get_current_device(self):
+    def get_current_device(self) -> int:
+        """Returns the number of the only GPU."""
         return 0
 
-    def get_current_stream(self, device):
+    def get_current_stream(self, device: int) -> int:
+        """Returns the number of the only stream."""
         return 0
 
 
 def main() -> None:
+    """Launches every kernel for 50 drawn groupings, and prints how many were compiled and launched."""
     driver.set_active(Driver())
     x = torch.randn(2, 32, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(32, 32, 3, 3), torch.randn(32)

@@ -51,15 +51,15 @@ def test_penalties_are_the_sums_of_equation_2(residual, float64):
         if not isinstance(module, SFGConv2d):
             continue
         for kernel in range(module.out_channels):
-            norms += sum(float(w) ** 2 for w in module.weight[kernel].flatten())
+            norms += sum(float(w) ** 2 for w in module.weight[kernel].detach().flatten())
             if id(module.logits) not in seen:
-                p = [math.exp(float(v)) for v in module.logits[kernel]]
+                p = [math.exp(float(v)) for v in module.logits[kernel].detach()]
                 p = [value / sum(p) for value in p]
                 entropies -= sum(value * math.log(value) for value in p)
         seen.add(id(module.logits))
-    found = penalties(model)
-    assert math.isclose(float(found[0]), norms, rel_tol=1e-10)
-    assert math.isclose(float(found[1]), entropies, rel_tol=1e-10)
+    found = [value.item() for value in penalties(model)]
+    assert math.isclose(found[0], norms, rel_tol=1e-10)
+    assert math.isclose(found[1], entropies, rel_tol=1e-10)
 
 
 def test_entropy_counts_only_where_logits_are_learnt():

@@ -191,7 +191,7 @@ def test_export_and_onnxruntime(name, tmp_path):
     ("options", "arguments", "said"),
     [
         ({"method": "constant_p"}, {}, "drawn from a constant p"),
-        ({}, {"tasks": ["pet"]}, "'pet' is no task of the model, expected one of ct, organs"),
+        ({"init": "dirichlet"}, {"tasks": ["pet"]}, "'pet' is no task of the model, expected one of ct, organs"),
         ({}, {"assignment": {"nowhere": [0]}}, "'nowhere' is no SFG layer"),
         ({}, {"assignment": {"stages.0.sfg": [0, 0, 0, 0]}}, "no assignment for final.0, final.1, stages"),
     ],

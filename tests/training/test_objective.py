@@ -41,10 +41,10 @@ def test_equation_2(float64):
                 ct = Normal(outputs["ct"][i, 0, y, x], 1.0).log_prob(targets["ct"][i, 0, y, x] / 400)
                 organ = Categorical(logits=outputs["organs"][i, :, y, x]).log_prob(targets["organs"][i, y, x])
                 log_likelihood += float(ct + organ) / size**2
-    norms, entropies = (float(value) for value in penalties(model))
+    norms, entropies = (value.item() for value in penalties(model))
     expected = -n / m * log_likelihood + 0.3 * norms - 0.7 * entropies
     value, nll = objective(model, outputs, targets, n, ALL)
-    assert math.isclose(float(value), expected, rel_tol=1e-10)
+    assert math.isclose(value.item(), expected, rel_tol=1e-10)
     assert math.isclose(float(nll["ct"] + nll["organs"]), -log_likelihood / m, rel_tol=1e-10)
 
 
