@@ -115,7 +115,14 @@ def check_statistics(
         count = (2, 50)[step % 2]
         mean, var = torch.randn(kernels, generator=generator), torch.rand(kernels, generator=generator)
         assignment = torch.randint(groups, (kernels,), generator=generator)
-        keep_statistics(mean, var, assignment, count, momentum, RunningStatistics(*running, draws, *pooled))
+        keep_statistics(
+            mean,
+            var,
+            assignment,
+            count,
+            momentum,
+            RunningStatistics(running[0], running[1], draws, pooled[0], pooled[1]),
+        )
         for k in range(kernels):
             g = int(assignment[k])
             times[g][k] += 1

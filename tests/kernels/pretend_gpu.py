@@ -93,8 +93,8 @@ def main() -> None:
                     spec = RoutedConv(rows, columns, Routing.ARROW, geometry)
                     packed = kernels.pack(weight, bias, spec, torch.float16)
                     live_x = x if columns is groups else torch.cat([x] * 3, 1)
-                    how = {"relu": True, "keep_product": rows.all_gates}
-                    y, kept_product = kernels.forward(live_x, packed, spec, **how)
+                    keeps = rows.all_gates
+                    y, kept_product = kernels.forward(live_x, packed, spec, relu=True, keep_product=keeps)
                     kernels.input_gradient(y, packed, spec, (16, 16))
                     kernels.weight_gradient(live_x, y, packed, spec)
                     if rows.all_gates:
