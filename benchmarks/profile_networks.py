@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from sfg_fast.kernels import cpu
-from sfg_fast.kernels.spec import RoutedConv, UndrawnFeatures
+from sfg_fast.kernels.spec import RoutedConv, UndrawnFormula
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -55,7 +55,7 @@ def read(spec: RoutedConv) -> int:
     return sum(rows[i] * columns[j] for i, reads in enumerate(spec.reads()) for j, one in enumerate(reads) if one)
 
 
-def recomputed(undrawn: UndrawnFeatures) -> int:
+def recomputed(undrawn: UndrawnFormula) -> int:
     """The same for undrawn rows; their product with the shared channels is kept."""
     rows, columns = sizes(undrawn.spec.rows.ends), sizes(undrawn.spec.columns.ends)
     first = 0 if undrawn.kept_product is None else 1

@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from .spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
+from .spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
 
 Packed: TypeAlias = Any
 """A layer's weight and bias as a backend wants them. Its `pack` makes it; only the same backend reads it."""
@@ -94,7 +94,7 @@ class Kernels(Protocol):
     def pack(
         self, weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
     ) -> Packed:
-        """weight [K, C, kH, kW] and bias [K] as the passes want them, in `dtype`. `gates`: for `UndrawnFeatures`, which
+        """weight [K, C, kH, kW] and bias [K] as the passes want them, in `dtype`. `gates`: for `UndrawnFormula`, which
         want all products of kernels and channels, not only those that a drawn row reads."""
 
     def forward(
@@ -136,7 +136,7 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """x [N, columns, H, W], dy [N, rows, H', W'] -> dw [K, C, kH, kW], and with `bias` db [K]."""
 
-    def gate_gradient(self, undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
+    def gate_gradient(self, formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
         """dundrawn [N, (G-1) * rows, H', W'] -> dz [G-1, rows] = <dundrawn, act(scale * u + shift)>, summed over images
         and positions, for the gates of all undrawn rows. u is never stored."""
 
@@ -151,15 +151,15 @@ class ComputesGateGradients(Kernels, Protocol):
         packed: Packed,
         spec: RoutedConv,
         features: Tensor,
-        undrawn: UndrawnFeatures | None,
+        formula: UndrawnFormula | None,
         *,
         relu_output: Tensor | None = None,
         drawn: bool = True,
         shortcut: ShortcutGradient = NO_SHORTCUT,
     ) -> tuple[Tensor, Tensor]:
         """dy [N, rows, H', W'] -> dx like features [N, columns, H, W], which this convolution reads, `shortcut` added;
-        and dz of the features' gates: [1, columns] of the drawn gates, zeros unless `drawn`; or, where `undrawn` says
-        how to compute the undrawn features, [G, columns], the undrawn gates behind the drawn ones."""
+        and dz of the features' gates: [1, columns] of the drawn gates, zeros unless `drawn`; or, where `formula` says
+        how to compute the features of undrawn rows, [G, columns], the undrawn gates behind the drawn ones."""
 
 
 class Normalises(Kernels, Protocol):

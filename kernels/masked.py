@@ -20,7 +20,7 @@ from ..activations import ACTIVATIONS, activate
 from ..groups import FilterGroups, Routing, sort_by_group
 from .formulas import channel_dots
 from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
-from .spec import NO_SHORTCUT, RoutedConv, ShortcutGradient, UndrawnFeatures
+from .spec import NO_SHORTCUT, RoutedConv, ShortcutGradient, UndrawnFormula
 
 __all__ = [
     "COMPUTES_GATE_GRADIENTS",
@@ -143,12 +143,12 @@ def weight_gradient(
     return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
 
 
-def gate_gradient(undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
+def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     dz = []
-    groups = len(undrawn.spec.rows.names)
-    for n, (u, df) in enumerate(zip(undrawn_rows(undrawn), dundrawn.chunk(groups - 1, 1), strict=True)):
-        h = affine(u, undrawn.scale, undrawn.shift, n)
-        dz.append(channel_dots(df, activate(h, undrawn.activation)))
+    groups = len(formula.spec.rows.names)
+    for n, (u, df) in enumerate(zip(undrawn_rows(formula), dundrawn.chunk(groups - 1, 1), strict=True)):
+        h = affine(u, formula.scale, formula.shift, n)
+        dz.append(channel_dots(df, activate(h, formula.activation)))
     return torch.stack(dz)
 
 
@@ -160,9 +160,9 @@ def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Ten
     return torch.addcmul(shift, u, scale)
 
 
-def undrawn_rows(undrawn: UndrawnFeatures) -> list[Tensor]:
+def undrawn_rows(formula: UndrawnFormula) -> list[Tensor]:
     """u of the undrawn rows: G-1 tensors [N, rows, H', W'], in the order of `FilterGroups.undrawn`."""
-    x, kept_product, packed, spec = undrawn[:4]
+    x, kept_product, packed, spec = formula[:4]
     if spec.routing is Routing.ALL:
         assert kept_product is not None
         return [kept_product] * (len(spec.rows.names) - 1)

@@ -44,9 +44,9 @@ class RoutedConv(NamedTuple):
         return self.routing.reads(len(self.rows.names), len(self.columns.names))
 
 
-class UndrawnFeatures(NamedTuple):
-    """The features that the rows of an SFG layer would have in the groups they were not drawn into, as a formula:
-    act(scale * u + shift), where u is the convolution of x by the other groups' channels. No backend stores them; each
+class UndrawnFormula(NamedTuple):
+    """A formula for the features that undrawn rows would have without their gates, act(scale * u + shift): u is what
+    the layer's convolution gives these rows, from the channels that their groups read. No backend stores them; each
     computes them from this, where the gradient of their gates is wanted."""
 
     x: Tensor  # [N, columns, H, W]: the layer's input, packed

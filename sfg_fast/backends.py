@@ -96,12 +96,13 @@ def _sampler(log_p: Tensor, compiling: bool) -> str:
     name = current()
     if name == "triton":
         return name
+    if compiling or name == "reference":
+        return "masked"
     if name == "auto":
         name = "triton" if log_p.is_cuda else "native"
         if name == "triton" and not kernel_choice.chosen(log_p.device).taken:
             return "masked"
-    can = name != "reference" and not compiling and available(name) and not load(name).cannot(log_p)
-    return name if can else "masked"
+    return name if available(name) and not load(name).cannot(log_p) else "masked"
 
 
 @library.custom_op("sfg_fast::sample", mutates_args=())

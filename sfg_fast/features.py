@@ -125,13 +125,16 @@ class SFGFeatures(TensorLike):
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
         """As `Tensor.to`, for all tensors of the features and their groups (a dtype: for the floating point ones)."""
 
+        like = self.packed.new_empty(0, 0, 0, 0).to(*args, **kwargs)
+        dtype = None if like.dtype == self.packed.dtype else like.dtype
+        non_blocking = bool(kwargs.get("non_blocking"))
+
         def move(tensor: Tensor) -> Tensor:
-            like = tensor.new_empty(0, 0, 0, 0).to(*args, **kwargs)
-            if tensor is self.undrawn:  # `Tensor.to` would give it memory
-                return undrawn.no_memory(tensor.shape, like.dtype, tensor, device=like.device)
             if tensor is self.packed:
                 return tensor.to(*args, **kwargs)
-            return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            if tensor is self.undrawn:  # `Tensor.to` would give it memory
+                return undrawn.no_memory(tensor.shape, like.dtype, tensor, device=like.device)
+            return tensor.to(like.device, dtype if tensor.is_floating_point() else None, non_blocking)
 
         return self._map(move)
 

@@ -26,6 +26,7 @@ class FixedAssignment(nn.Module):
     def __init__(self, kernels: int, groups: int, device: Any = None) -> None:
         super().__init__()
         self.register_buffer("fixed_gates", torch.empty(kernels, groups, device=device))
+        self.forget_assignment()
 
     @property
     def assigned(self) -> bool:
@@ -75,7 +76,7 @@ class FixedAssignment(nn.Module):
 def _content(fixed: Tensor) -> Any:
     """Something that changes whenever anybody writes to the tensor `fixed`. Of a tensor in memory it is the bytes,
     because writing through `.data` does not raise torch's version counter. Of a tensor on a device, whose values one
-    would have to wait for, it is the tensor's identity and its version counter."""
+    would have to wait for, it is the tensor's identity and its version counter, which torch documents as `_version`."""
     if fixed.is_cpu and not in_graph():
         return (fixed.float() if fixed.dtype is torch.bfloat16 else fixed).numpy().tobytes()
     return id(fixed), 0 if fixed.is_inference() else fixed._version

@@ -75,7 +75,8 @@ class SFGLayer(GroupGates):
         factory = {"device": device, "dtype": dtype}
         self.norm = KernelNorm(out_channels, len(self.group_names), **factory) if norm else None
         self.activation = activation
-        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros.
+        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros. (torch
+        # keeps it in this attribute alone.)
         self.pad_before = list(plain._reversed_padding_repeated_twice)
         self._even = self.pad_before[0::2] == self.pad_before[1::2]
 

@@ -7,7 +7,7 @@ this gate needs. (Batch statistics of its own for every group and kernel learn n
 benchmarks/results/phantom_study.md.) Running statistics belong to (group, kernel) pairs, because the same kernel sees
 other inputs in another group.
 
-This file is plain torch; the oracle uses it. What backends do in one go stands in routed_conv/normalise.py.
+This file is plain torch; the oracle uses it. What kernels do in one go stands in routed_conv/epilogue.py.
 """
 
 from __future__ import annotations

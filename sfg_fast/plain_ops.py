@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .tracing import in_graph
 
-# relu'(0) = 0: behind a gate, where an unselected kernel is zero, these tell its gate nothing.
+# relu'(0) = 0: behind a gate, where an undrawn row is zero, these tell its gate nothing.
 _FLAT_AT_ZERO = {F.relu, torch.relu, F.relu6, F.hardtanh, F.threshold, F.hardshrink, F.softshrink}
 CHANNELWISE = _FLAT_AT_ZERO | {
     F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softsign, F.tanhshrink,

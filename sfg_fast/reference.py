@@ -3,8 +3,8 @@
 "We first convolve the input features with all kernels, and generate the output features from each filter group by
 zeroing out the channels that root from the kernels in the other groups, resulting in F_reg, F_s, F_seg that are sparse
 at non-overlapping channel indices." (section 2.1.) Features are T+1 dense tensors [N, K, H, W], shared first; an SFG
-layer costs T+1 full convolutions (one for the image). This file uses plain torch, and nothing of the fast path: no
-kernels, no packed tensors, no autograd functions.
+layer costs T+1 full convolutions (one for the image). This file is plain torch, and uses nothing of the fast path: no
+backend, no packed tensors, a draw of its own.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch's documentation names them, here
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # the modes have no public list
 
 if TYPE_CHECKING:
     from .kernels.contract import Kernels
@@ -32,7 +32,7 @@ def through_operators(kernels: Kernels) -> bool:
 
 def watched() -> bool:
     """Does a mode look at every operation?"""
-    return torch._C._len_torch_dispatch_stack() > 0  # the public way, a mode of one's own, is itself a mode
+    return torch._C._len_torch_dispatch_stack() > 0  # torch has no public function that asks this
 
 
 def without_values(x: Tensor) -> bool:

@@ -32,8 +32,8 @@ def of_sum(*parts: Tensor | None) -> Tensor | None:
 
 
 def of_concatenation(rows: Tensor, counts: list[int], parts: Sequence[Tensor | None]) -> Tensor:
-    """The undrawn features of concatenated features: row r is number `rows[r]` of the parts' `counts` rows. A part that
-    is None gets no gradient."""
+    """The undrawn features of concatenated features. `counts` are the rows of each part; row r of the result is row
+    `rows[r]` of all parts, one behind the other. A part that is None gets no gradient."""
     has = [part is not None for part in parts]
     return _Concatenated.apply(rows, counts, has, *(part for part in parts if part is not None))
 

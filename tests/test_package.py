@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,12 @@ def test_auto_tells_once_for_each_kind_of_tensor_what_it_took_and_why(caplog):
         f"auto takes {took} for torch.float32 tensors on cpu", f"auto takes {took} for torch.float64 tensors on cpu"
     ]  # fmt: skip
     assert all(one.getMessage().split(": ")[1] for one in caplog.records)
+
+
+def test_a_graph_draws_without_asking_for_the_check_of_the_gpu(monkeypatch):
+    """A compiler can't trace through reading its files."""
+    monkeypatch.setattr(backends.kernel_choice, "chosen", lambda device: 1 / 0)
+    assert backends._sampler(SimpleNamespace(is_cuda=True), compiling=True) == "masked"
 
 
 def test_auto_never_fails_for_tensors_that_native_can_not_take():

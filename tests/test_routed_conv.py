@@ -91,14 +91,14 @@ def check(problem, name):
     if p.routing is Routing.ALL:
         columns = FilterGroups.blocks([p.channels], ("image",))
         everything = random(p.batch, p.channels, *p.image).requires_grad_()
-        live, dense = slice(None), [everything] * groups
+        drawn, dense = slice(None), [everything] * groups
     else:
         columns = FilterGroups.streams(p.channels, p.tasks)
         if p.columns != "streams":
             columns = FilterGroups.from_assignment(into, p.tasks, all_gates=p.columns == "with undrawn")
-        live = columns.rows_in_streams
+        drawn = columns.rows_in_streams
         everything = torch.zeros(p.batch, groups * p.channels, *p.image, dtype=torch.float64)
-        everything[:, live] = random(p.batch, len(live), *p.image)  # undrawn rows are zero
+        everything[:, drawn] = random(p.batch, len(drawn), *p.image)  # undrawn rows are zero
         everything.requires_grad_()
         dense = list(everything.split(p.channels, 1))
         if p.routing is Routing.ARROW:
@@ -116,7 +116,7 @@ def check(problem, name):
     dx, *wanted = torch.autograd.grad(expected, [everything, *parameters], dy)
 
     spec = RoutedConv(rows, columns, p.routing, p.geometry)
-    x = everything.detach()[:, live].requires_grad_()
+    x = everything.detach()[:, drawn].requires_grad_()
     undrawn = None
     if columns.all_gates:
         of_columns = columns.undrawn * columns.width + columns.order
@@ -131,7 +131,7 @@ def check(problem, name):
     assert_close(found.u, expected, what="u")
     # A shortcut around the convolution: what comes back that way is added.
     past = random(*x.shape)
-    outputs, gradients, wanted = [found.u, found.x], [dy, past], [dx[:, live] + past, *wanted]
+    outputs, gradients, wanted = [found.u, found.x], [dy, past], [dx[:, drawn] + past, *wanted]
     if undrawn is not None:
         outputs, gradients = [*outputs, found.undrawn], [*gradients, random(*undrawn.shape)]
         wanted[-1] = wanted[-1] + gradients[-1]

@@ -16,7 +16,7 @@ from ...groups import Routing
 from .. import formulas
 from ..masked import missing
 from ..packing import unpack, unpack_dim
-from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
+from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
 from . import _native
 
 __all__ = [
@@ -149,14 +149,14 @@ def input_and_gate_gradient(
     packed: Parameters,
     spec: RoutedConv,
     features: Tensor,
-    undrawn: UndrawnFeatures | None,
+    formula: UndrawnFormula | None,
     *,
     relu_output: Tensor | None = None,
     drawn: bool = True,
     shortcut: ShortcutGradient = NO_SHORTCUT,
 ) -> tuple[Tensor, Tensor]:
     dx = _empty(features, *features.shape)
-    dz = dy.new_empty(1 if undrawn is None else len(spec.columns.names), features.shape[1])
+    dz = dy.new_empty(1 if formula is None else len(spec.columns.names), features.shape[1])
     _native.input_gradient(
         _plain(dy),
         _plain_or_none(relu_output),
@@ -166,7 +166,7 @@ def input_and_gate_gradient(
         to_dlpack(dx),
         None,
         _plain(features) if drawn else None,
-        None if undrawn is None else _arguments(undrawn),
+        None if formula is None else _arguments(formula),
         to_dlpack(dz),
         *_where(spec),
         *_orders(spec),
@@ -174,9 +174,9 @@ def input_and_gate_gradient(
     return dx, dz
 
 
-def gate_gradient(undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
-    dz = dundrawn.new_empty(len(undrawn.spec.rows.names) - 1, undrawn.spec.rows.order.numel())
-    _native.gate_gradient(_arguments(undrawn), _plain(dundrawn), to_dlpack(dz), torch.get_num_threads())
+def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
+    dz = dundrawn.new_empty(len(formula.spec.rows.names) - 1, formula.spec.rows.order.numel())
+    _native.gate_gradient(_arguments(formula), _plain(dundrawn), to_dlpack(dz), torch.get_num_threads())
     return dz
 
 
@@ -230,8 +230,8 @@ def statistics(
     arrays = _plain(u), _plain(weight), _plain(bias), None, None
     found = to_dlpack(mean), to_dlpack(var)
     running = [statistic.to(u.dtype) for statistic in (running_mean, running_var)]
-    kept = to_dlpack(affine), *map(to_dlpack, running), rate
-    _native.normalise(*arrays, norm.eps, True, False, None, *found, torch.get_num_threads(), *kept)
+    more = to_dlpack(affine), *map(to_dlpack, running), rate
+    _native.normalise(*arrays, norm.eps, True, False, None, *found, torch.get_num_threads(), *more)
     for statistic, new in zip((running_mean, running_var), running, strict=True):
         if new is not statistic:
             statistic.copy_(new)
@@ -298,9 +298,9 @@ def _flags(activation: str | None) -> tuple[bool, bool]:
     return activation in ("relu", "relu_pool"), activation == "relu_pool"
 
 
-def _arguments(undrawn: UndrawnFeatures) -> tuple[Any, ...]:
+def _arguments(formula: UndrawnFormula) -> tuple[Any, ...]:
     """The same for bindings.cpp."""
-    x, kept_product, packed, spec, scale, shift, activation = undrawn
+    x, kept_product, packed, spec, scale, shift, activation = formula
     arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(kept_product)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))

@@ -161,7 +161,7 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
     const std::array<int64_t, 4> output{p.n, p.k, p.oh, p.ow};
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     const T* const residual_data = data(residual, output, "the residual does not fit the output");
-    T* const kept_data = data(kept_product, output, "what is kept does not fit the output");
+    T* const kept_data = data(kept_product, output, "the kept product does not fit the output");
     require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == p.c),
             "scale and shift don't fit the input");
     const T* const scale = affine ? affine->data() : nullptr;
@@ -172,7 +172,7 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
                     residual_data, relu, y.data(), kept_data, p, b, threads);
 }
 
-// The tuple in which Python passes UndrawnFeatures: x, weight, bias, kept_product, scale, shift, relu, pool, rows,
+// The tuple in which Python passes UndrawnFormula: x, weight, bias, kept_product, scale, shift, relu, pool, rows,
 // columns, reads, stride, padding, dilation, the output's size, row_order, column_order.
 template <typename T>
 using UndrawnTuple = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
@@ -181,7 +181,7 @@ using UndrawnTuple = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<
 
 // The result points into the tuple.
 template <typename T>
-sfg::UndrawnFeatures<T> undrawn_features(const UndrawnTuple<T>& tuple) {
+sfg::UndrawnFormula<T> undrawn_formula(const UndrawnTuple<T>& tuple) {
     const auto& [x, w, bias, kept_product, scale, shift, relu, pool, rows, columns, reads, stride, padding, dilation,
                  size, row_order, column_order] = tuple;
     const std::array<int64_t, 4> y{int64_t(x.shape(0)), rows.empty() ? 0 : rows.back(), size[0], size[1]};
@@ -197,7 +197,7 @@ sfg::UndrawnFeatures<T> undrawn_features(const UndrawnTuple<T>& tuple) {
     return {.x = x.data(),
             .weight = w.data(),
             .bias = bias ? bias->data() : nullptr,
-            .kept_product = data(kept_product, y, "what is kept does not fit the output"),
+            .kept_product = data(kept_product, y, "the kept product does not fit the output"),
             .scale = scale ? scale->data() : nullptr,
             .shift = shift ? shift->data() : nullptr,
             .one_affine = scale && scale->shape(0) == 1,
@@ -208,13 +208,14 @@ sfg::UndrawnFeatures<T> undrawn_features(const UndrawnTuple<T>& tuple) {
 
 // Do the undrawn features belong to the columns of this convolution?
 template <typename T>
-void require_fit(const sfg::UndrawnFeatures<T>& features, const Shape& p, const Blocks& b) {
-    const Shape& q = features.shape;
-    require(!features.act.pool, "the gates' gradient inside the input gradient comes without pooling");
-    require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && features.blocks.groups_out == b.groups_in,
-            "the undrawn features do not fit the drawn ones");
+void require_fit(const sfg::UndrawnFormula<T>& formula, const Shape& p, const Blocks& b) {
+    const Shape& q = formula.shape;
+    require(!formula.act.pool, "the gates' gradient inside the input gradient comes without pooling");
+    require(q.n == p.n && q.k == p.c && q.oh == p.h && q.ow == p.w && formula.blocks.groups_out == b.groups_in,
+            "the features of undrawn rows do not fit the drawn ones");
     for (int64_t g = 0; g <= b.groups_in; g++)
-        require(features.blocks.rows[g] == b.columns[g], "the undrawn features have other groups than the drawn ones");
+        require(formula.blocks.rows[g] == b.columns[g],
+                "the features of undrawn rows have other groups than the drawn ones");
 }
 
 template <typename T>
@@ -228,8 +229,8 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu_output, Tensor<const T>
     const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, w);
     const std::array<int64_t, 4> output{p.n, p.k, p.oh, p.ow}, input{p.n, p.c, p.h, p.w};
     const std::array<int64_t, 4> undrawn_rows{p.n, (b.groups_in - 1) * p.c, p.h, p.w};
-    std::optional<sfg::UndrawnFeatures<T>> features;
-    if (undrawn) features = undrawn_features(*undrawn), require_fit(*features, p, b);
+    std::optional<sfg::UndrawnFormula<T>> formula;
+    if (undrawn) formula = undrawn_formula(*undrawn), require_fit(*formula, p, b);
     const sfg::InputGradient<T> tensors{
         .dy = dy.data(),
         .relu_output = data(relu_output, output, "the ReLU's output does not fit the gradient"),
@@ -240,7 +241,7 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu_output, Tensor<const T>
         .dx = dx.data(),
         .dundrawn = data(dundrawn, undrawn_rows, "the gradient of the undrawn rows does not fit the input"),
         .drawn_features = data(drawn_features, input, "the features don't fit the gradient"),
-        .undrawn_features = features ? &*features : nullptr,
+        .undrawn_formula = formula ? &*formula : nullptr,
         .dz = dz ? dz->data() : nullptr};
     require(!shortcut_dundrawn || dundrawn || undrawn,
             "the shortcut has a gradient of undrawn rows, which is not asked for");
@@ -257,16 +258,16 @@ void input_gradient(Tensor<const T> dy, Optional<T> relu_output, Tensor<const T>
 
 template <typename T>
 void gate_gradient(const UndrawnTuple<T>& undrawn, Tensor<const T> dundrawn, Array<T, 2> dz, int threads) {
-    const sfg::UndrawnFeatures<T> features = undrawn_features(undrawn);
-    const Shape& p = features.shape;
-    const int64_t groups = features.blocks.groups_out - 1, part = features.act.pool ? 2 : 1;
+    const sfg::UndrawnFormula<T> formula = undrawn_formula(undrawn);
+    const Shape& p = formula.shape;
+    const int64_t groups = formula.blocks.groups_out - 1, part = formula.act.pool ? 2 : 1;
     const T* const gradient = data(std::optional(dundrawn), {p.n, groups * p.k, p.oh / part, p.ow / part},
                                    "the gradient of the undrawn rows does not fit the output");
     require(int64_t(dz.shape(0)) == groups && int64_t(dz.shape(1)) == p.k, "the gates' gradient does not fit");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
     const nb::gil_scoped_release released;
-    sfg::gate_gradient<T>(inner, features, gradient, dz.data(), threads);
+    sfg::gate_gradient<T>(inner, formula, gradient, dz.data(), threads);
 }
 
 template <typename T>

@@ -122,10 +122,10 @@ void add_inner_products(const Work<T>& work, const Place<const T>& u, const Plac
 // Where the kept product of a tile's rows is: in the tensor, if `sums` can start from there, otherwise copied to
 // `scratch`. Without a kept product the place is empty.
 template <typename T>
-Place<const T> kept_product_of(const Work<T>& work, const Sums<T>& sums, const UndrawnFeatures<T>& features,
+Place<const T> kept_product_of(const Work<T>& work, const Sums<T>& sums, const UndrawnFormula<T>& formula,
                                const Place<T>& scratch) {
-    if (!features.kept_product) return {};
-    const T* const kept_product = features.kept_product + work.at(features.shape.k, work.tile().first);
+    if (!formula.kept_product) return {};
+    const T* const kept_product = formula.kept_product + work.at(formula.shape.k, work.tile().first);
     if (work.direct(sums)) return work.in(kept_product);
     work.fetch(kept_product, scratch);
     return scratch.to_read();
@@ -195,23 +195,23 @@ struct StoreUndrawn {
 // have; the companion convolution, of the layer that made the features, computes these.
 template <typename T>
 struct RecomputeUndrawn {
-    const UndrawnFeatures<T>& features;
+    const UndrawnFormula<T>& formula;
     const GateSums<T>& gates;
 
     // The tile's kept product, which all groups need.
     Place<const T> begin(const Work<T>& work) const {
-        return kept_product_of(work, *work.companion, features, work.companion->scratch(work.aside(2).at));
+        return kept_product_of(work, *work.companion, formula, work.companion->scratch(work.aside(2).at));
     }
     T* target(int64_t) const { return nullptr; }
     bool wants_zeros() const { return false; }
     void finish(const Work<T>& work, int64_t group, int64_t nth, const Place<T>& df, int64_t,
                 const Place<const T>& kept_product) const {
         const Sums<T>& sums = *work.companion;
-        const int64_t first = work.tile().first, affine = features.affine_at(nth, first);
-        const Place<const T> u = u_in_group(group, sums, features.blocks, kept_product, sums.scratch(work.aside(3).at));
-        add_inner_products<T>(work, u, df.to_read(), features.scale ? features.scale + affine : nullptr,
-                              features.scale ? features.shift + affine : nullptr, {features.act.relu, false},
-                              gates.of(work.item, (nth + 1) * features.shape.k + first));
+        const int64_t first = work.tile().first, affine = formula.affine_at(nth, first);
+        const Place<const T> u = u_in_group(group, sums, formula.blocks, kept_product, sums.scratch(work.aside(3).at));
+        add_inner_products<T>(work, u, df.to_read(), formula.scale ? formula.scale + affine : nullptr,
+                              formula.scale ? formula.shift + affine : nullptr, {formula.act.relu, false},
+                              gates.of(work.item, (nth + 1) * formula.shape.k + first));
     }
 };
 
@@ -318,20 +318,20 @@ void gradient_with_undrawn(const InnerLoops<T>& loops, const InputGradient<T>& t
 template <typename T>
 void gradient_and_gates(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& p,
                         const Blocks& blocks, int threads) {
-    const UndrawnFeatures<T>& features = *tensors.undrawn_features;
-    const AllReads all(blocks, 0), sources(features.blocks, features.kept_product ? 1 : 0);
+    const UndrawnFormula<T>& formula = *tensors.undrawn_formula;
+    const AllReads all(blocks, 0), sources(formula.blocks, formula.kept_product ? 1 : 0);
     Convolution<T> task = gradient_task(loops, tensors, p, all.blocks);
     Convolution<T> companion =
-        forward_task(loops, features.x, features.weight, features.bias, features.shape, sources.blocks);
+        forward_task(loops, formula.x, formula.weight, formula.bias, formula.shape, sources.blocks);
     // Blocks of both convolutions must have the same lines of the image, so both are cut by the same distance.
-    const Axis gradient = gradient_axes(p, 0)[0], forward = forward_axis(features.shape, 0);
+    const Axis gradient = gradient_axes(p, 0)[0], forward = forward_axis(formula.shape, 0);
     const int64_t distance = std::lcm(apart(gradient), apart(forward));
     task.vertical = every({gradient}, distance), companion.vertical = every({forward}, distance);
     task.choose_method(), companion.choose_method();
     const Plan shares = plan(task, p, threads, &companion);
     const GateSums<T> gates(p.n * shares.items, blocks.groups_in * p.c);
     using Walk = GradientInAllGroups<T, RecomputeUndrawn<T>>;
-    convolve(task, shares, p, threads, 4, Walk{tensors, blocks, gates, {features, gates}}, &companion);
+    convolve(task, shares, p, threads, 4, Walk{tensors, blocks, gates, {formula, gates}}, &companion);
     gates.add_up(tensors.dz);
 }
 
@@ -371,7 +371,7 @@ template <typename T>
 void input_gradient(const InnerLoops<T>& loops, const InputGradient<T>& tensors, const Shape& shape,
                     const Blocks& blocks, int threads) {
     advise_large_pages(tensors.dx, shape.n * shape.c * shape.h * shape.w * sizeof(T));
-    if (blocks.groups_in == 1 || !(tensors.dundrawn || tensors.undrawn_features))  // with one group nothing is undrawn
+    if (blocks.groups_in == 1 || !(tensors.dundrawn || tensors.undrawn_formula))  // with one group nothing is undrawn
         packed_gradient(loops, tensors, shape, blocks, threads);
     else if (tensors.dundrawn)
         gradient_with_undrawn(loops, tensors, shape, blocks, threads);
@@ -380,14 +380,14 @@ void input_gradient(const InnerLoops<T>& loops, const InputGradient<T>& tensors,
 }
 
 template <typename T>
-void gate_gradient(const InnerLoops<T>& loops, const UndrawnFeatures<T>& features, const T* dundrawn, T* dz,
+void gate_gradient(const InnerLoops<T>& loops, const UndrawnFormula<T>& formula, const T* dundrawn, T* dz,
                    int threads) {
-    const bool pool = features.act.pool;
-    const Shape p = pool ? features.shape : with_long_rows(features.shape);
-    const Blocks& blocks = features.blocks;
+    const bool pool = formula.act.pool;
+    const Shape p = pool ? formula.shape : with_long_rows(formula.shape);
+    const Blocks& blocks = formula.blocks;
     const int64_t groups = blocks.groups_out, gate_count = (groups - 1) * p.k;
-    const AllReads sources(blocks, features.kept_product ? 1 : 0);
-    Convolution<T> task = forward_task(loops, features.x, features.weight, features.bias, p, sources.blocks);
+    const AllReads sources(blocks, formula.kept_product ? 1 : 0);
+    Convolution<T> task = forward_task(loops, formula.x, formula.weight, formula.bias, p, sources.blocks);
     if (pool) task.vertical = {forward_axis(p, 0)};  // a window of the pooling needs neighbouring lines in one block
     task.choose_method();
     const Plan shares = plan(task, p, threads, (const Convolution<T>*)nullptr, pool ? 2 : 1);
@@ -395,19 +395,19 @@ void gate_gradient(const InnerLoops<T>& loops, const UndrawnFeatures<T>& feature
     const GateSums<T> gates(p.n * shares.items, gate_count);
     convolve(task, shares, p, threads, 2, [&](const Work<T>& work) {
         const Tile& tile = work.tile();
-        const Place<const T> kept_product = kept_product_of(work, work.sums, features, work.aside(0));
+        const Place<const T> kept_product = kept_product_of(work, work.sums, formula, work.aside(0));
         for (int64_t step = 0, nth = 0; step < groups; step++) {
             const int64_t group = (step + 1) % groups;
             if (group == tile.group) continue;
-            const int64_t affine = features.affine_at(nth, tile.first), gate = nth++ * p.k + tile.first;
+            const int64_t affine = formula.affine_at(nth, tile.first), gate = nth++ * p.k + tile.first;
             const T* const plane = dundrawn + (work.n * gate_count + gate) * df_plane;
             const Place<const T> df =
                 pool ? Place<const T>{plane + work.patch.row / 2 * df_width + work.patch.column / 2, df_plane, df_width}
                      : work.in(dundrawn + work.at(gate_count, gate));
             const Place<const T> u =
                 u_in_group(group, work.sums, blocks, kept_product, work.aside(1), pool ? Place<const T>{} : df);
-            add_inner_products(work, u, df, features.scale ? features.scale + affine : nullptr,
-                               features.scale ? features.shift + affine : nullptr, features.act,
+            add_inner_products(work, u, df, formula.scale ? formula.scale + affine : nullptr,
+                               formula.scale ? formula.shift + affine : nullptr, formula.act,
                                gates.of(work.item, gate));
         }
     });
@@ -418,7 +418,7 @@ void gate_gradient(const InnerLoops<T>& loops, const UndrawnFeatures<T>& feature
     template void forward<T>(const InnerLoops<T>&, const T*, const T*, const T*, const T*, const T*, const T*, bool,  \
                              T*, T*, const Shape&, const Blocks&, int);                                               \
     template void input_gradient<T>(const InnerLoops<T>&, const InputGradient<T>&, const Shape&, const Blocks&, int); \
-    template void gate_gradient<T>(const InnerLoops<T>&, const UndrawnFeatures<T>&, const T*, T*, int);
+    template void gate_gradient<T>(const InnerLoops<T>&, const UndrawnFormula<T>&, const T*, T*, int);
 SFG_INSTANTIATE(float)
 SFG_INSTANTIATE(double)
 

@@ -46,7 +46,7 @@ void forward(const InnerLoops<T>&, const T* x, const T* scale, const T* shift, c
 // How the features of an SFG layer's undrawn rows are computed: they are act(scale * u + shift), where u is the layer's
 // convolution. The kernels compute them block by block and never store them.
 template <typename T>
-struct UndrawnFeatures {
+struct UndrawnFormula {
     const T *x, *weight, *bias;
     const T* kept_product;   // that `forward` filled, or null: then row group g reads column group g alone
     const T *scale, *shift;  // [groups_out - 1][k], one for each undrawn row, or null
@@ -75,16 +75,16 @@ struct InputGradient {
     T* dx;                  // [n][c][h][w]
     T* dundrawn = nullptr;  // [n][groups_in - 1][c][h][w]: the gradient of each column's undrawn rows
     // For the gradient of the gates, with stride 1 only:
-    const T* drawn_features = nullptr;                     // [n][c][h][w], to which dx belongs
-    const UndrawnFeatures<T>* undrawn_features = nullptr;  // of the layer that made the features, without pooling
-    T* dz = nullptr;                                       // [1][c], with undrawn_features [groups_in][c]
+    const T* drawn_features = nullptr;                   // [n][c][h][w], to which dx belongs
+    const UndrawnFormula<T>* undrawn_formula = nullptr;  // of the layer that made the features, without pooling
+    T* dz = nullptr;                                     // [1][c], with undrawn_formula [groups_in][c]
 };
 
 // The gradient of a convolution's input, in one of three modes:
 // (a) dx alone.
 // (b) dundrawn is given: also the gradient of the undrawn rows, stored in the order of the groups 1, 2, .., 0 without
 //     the one that the column is drawn into.
-// (c) undrawn_features are given, and dundrawn is not: the gradient of the undrawn rows is not stored, but multiplied
+// (c) undrawn_formula are given, and dundrawn is not: the gradient of the undrawn rows is not stored, but multiplied
 //     with their features, which are computed at the same time.
 // dz[0] gets the inner products of dx with drawn_features (zeros without them), dz[1..] in mode (c) those of the
 // gradient of the undrawn rows with their features. In modes (b) and (c) output group g reads input group g and, if
@@ -98,7 +98,7 @@ void input_gradient(const InnerLoops<T>&, const InputGradient<T>&, const Shape&,
 // oh and ow) with the features of the undrawn rows, in the order of the groups 1, 2, .., 0. The bits depend on
 // `threads`, as those of dz above.
 template <typename T>
-void gate_gradient(const InnerLoops<T>&, const UndrawnFeatures<T>&, const T* dundrawn, T* dz, int threads);
+void gate_gradient(const InnerLoops<T>&, const UndrawnFormula<T>&, const T* dundrawn, T* dz, int threads);
 
 // dw, with zeros for weights that no row reads, and db, which may be null. relu_output is that of InputGradient. No two
 // rows may have the same place in the weight, nor two columns that a row reads. Each thread sums its part of the

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..formulas import affine_of
 from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
-from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFeatures
+from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
 from . import config
 from .config import Launch, Pass
 from .convolve import convolve_kernel
@@ -132,7 +132,7 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         bias is not None, gates, block, places,
     )  # fmt: skip
     folded = None
-    if same_kernels_for_every_group(spec):
+    if not gates and same_kernels_for_every_group(spec):
         one = plain(spec, kernels, channels)
         folded = one, pack(weight, None, one, dtype)
     return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places, folded)
@@ -181,8 +181,8 @@ def input_gradient(
     return dx, dundrawn
 
 
-def gate_gradient(undrawn: UndrawnFeatures, dundrawn: Tensor) -> Tensor:
-    x, kept_product, packed, spec, scale, shift, activation = undrawn
+def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
+    x, kept_product, packed, spec, scale, shift, activation = formula
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     channels = (p.out_groups - 1) * p.out_channels

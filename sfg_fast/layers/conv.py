@@ -30,7 +30,7 @@ class SFGConv2d(SFGLayer):
         norm: None or "batch" (`KernelNorm`: statistics of the drawn rows).
         activation: None, "relu", "relu_pool" (`activations.relu_pool`: ReLU and 2x2 max-pooling), or a callable that
             acts on each channel alone. It stands before the gate.
-        init: initial p, see `gates.initial_probabilities`.
+        init: initial p, see `draws.initial_probabilities`.
         estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 
     Attributes:

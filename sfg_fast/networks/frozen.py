@@ -75,10 +75,10 @@ class GroupTensors(TensorLike):
         kernels = self.kernels[group]
         if list(kernels) == list(range(self.width)):
             return self[group]
-        live = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
+        channels = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
         place = {kernel: row for row, kernel in enumerate(kernels)}
         rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
-        return live.index_select(1, _indices(rows, live))
+        return channels.index_select(1, _indices(rows, channels))
 
     def merged(self, task: int | str) -> Tensor:
         """[F_task | F_shared] by summation, [N, K, H, W]."""
@@ -327,7 +327,7 @@ class FrozenStreamBlock(Frozen):
         shortcut, columns = x.dense(group), None
         h = shortcut
         if self.first:
-            kernels = x.kernels[group]  # its own live ones
+            kernels = x.kernels[group]
             h, columns = (x[group], list(kernels)) if kernels else (x.zero(), [])
         else:
             norm = self._convolution(f"{name}_norm", lambda source: _slice_of(source.norm1, rows))
@@ -359,7 +359,7 @@ def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
 
 
 class FrozenNorm(Frozen):
-    """A plain batch normalisation for each group's live kernels."""
+    """A plain batch normalisation for the kernels of each group."""
 
     def forward(self, x: GroupTensors) -> GroupTensors:
         """The features, normalised."""

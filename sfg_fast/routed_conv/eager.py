@@ -1,7 +1,8 @@
-"""The autograd functions of eager mode. In compiled graphs the operators of graph.py convolve; `gate` is in both.
+"""The autograd functions of eager mode. Compiled graphs use the operators of graph.py for the convolution, and `gate`
+from here.
 
-Each `forward` calls the kernels of a `Run`, and saves for `backward` what that reads. Formulas for the gradient of
-gates stand in gate_gradient.py.
+Each `forward` calls the kernels of a `Run`, and saves the tensors that `backward` reads. The formulas for the gradient
+of gates stand in gate_gradient.py.
 """
 
 from __future__ import annotations

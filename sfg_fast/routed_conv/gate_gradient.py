@@ -28,7 +28,7 @@ from ..groups import FilterGroups
 from ..kernels import masked
 from ..kernels.contract import Kernels, computes_gate_gradients
 from ..kernels.formulas import channel_dots
-from ..kernels.spec import ShortcutGradient, UndrawnFeatures
+from ..kernels.spec import ShortcutGradient, UndrawnFormula
 from . import graph
 from .run import PackedParameters, Run
 
@@ -57,12 +57,12 @@ class UndrawnRows(NamedTuple):
 
     def features(
         self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
-    ) -> UndrawnFeatures:
+    ) -> UndrawnFormula:
         """The formula of their features; scale and shift [T, rows], or [1, rows] for all alike. `kernels`: other
         kernels than those that computed u."""
         spec = self.run.spec
         packed = (kernels or self.run.kernels).pack(self.weight, self.bias, spec, self.x.dtype, gates=True)
-        return UndrawnFeatures(self.x, self.kept_product, packed, spec, scale, shift, activation)
+        return UndrawnFormula(self.x, self.kept_product, packed, spec, scale, shift, activation)
 
     def gate_gradient(
         self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation

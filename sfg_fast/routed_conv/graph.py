@@ -6,9 +6,9 @@ for modes that look at every operation, as counters of FLOPs do.
     sfg_fast::gate_gradient         (dundrawn, x, weight, ..) -> dz of the undrawn gates
     sfg_fast::undrawn_rows          (x, weight, ..) -> u of the undrawn rows, for activations that kernels don't know
 
-Each operator is one node of a compiled graph; `register_fake` gives the shape of its result without computing it. Their
-work is that of `Run`. In eager
-mode autograd functions do the same work (eager.py), because calling an operator takes longer.
+Each operator is one node of a compiled graph; `register_fake` gives the shape of its result without computing it. The
+operators call a `Run`. In eager mode autograd functions do the same (eager.py), because calling an operator takes
+longer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..groups import FilterGroups, Routing
 from ..kernels import masked
 from ..kernels.contract import Kernels
 from ..kernels.packing import memory_format
-from ..kernels.spec import Geometry, RoutedConv, UndrawnFeatures
+from ..kernels.spec import Geometry, RoutedConv, UndrawnFormula
 from ..tracing import without_values
 from .run import Call, Run, Way
 
@@ -91,7 +91,7 @@ def _run(
         )
     ]
     spec = RoutedConv(both[0], both[1], Routing(routing), _geometry(geometry))
-    return Run(backends.module(kernels), x.dtype, Way.PACKED, spec, False)
+    return Run(backends.module(kernels), x.dtype, Way.PACKED, spec, in_graph=False, by_operators=False)
 
 
 def _folder(kernels: Kernels) -> str:
@@ -204,7 +204,7 @@ def _gate_gradient(
 ) -> Tensor:
     run = _run(kernels, x, sides, sizes, geometry, routing, all_gates=(True, False))
     packed = run.kernels.pack(weight, bias, run.spec, x.dtype, gates=True)
-    undrawn = UndrawnFeatures(x, kept_product, packed, run.spec, scale, shift, activation)
+    undrawn = UndrawnFormula(x, kept_product, packed, run.spec, scale, shift, activation)
     return run.kernels.gate_gradient(undrawn, dundrawn)
 
 
@@ -238,7 +238,7 @@ def _undrawn_rows(
 ) -> Tensor:
     run = _run("masked", x, sides, sizes, geometry, routing, all_gates=(True, False))
     packed = masked.pack(weight, bias, run.spec, x.dtype, gates=True)
-    undrawn = UndrawnFeatures(x, kept_product, packed, run.spec, None, None, None)
+    undrawn = UndrawnFormula(x, kept_product, packed, run.spec, None, None, None)
     return torch.cat(masked.undrawn_rows(undrawn), 1)
 
 
@@ -313,7 +313,7 @@ def _flops_undrawn(x: Any, kept_product: Any, weight: Tensor, bias: Any, *rest: 
 def _of_undrawn_rows(
     weight: Tensor, image: Tensor, sides: Sequence[Tensor], sizes: Sequence[int], _: Any, routing: str
 ) -> int:
-    """Of u of the undrawn rows. What they read of the shared group is the kept product."""
+    """FLOPs of u of the undrawn rows. With Routing.ARROW their product with the shared group is kept."""
     rows, columns = _shares(sides, sizes)
     kept = routing == Routing.ARROW.value
     pairs = 0 if routing == Routing.ALL.value else sum((sum(rows) - r) * c for r, c in zip(rows, columns, strict=True))

@@ -22,11 +22,11 @@ def normalised_conv(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`); and u [N, columns, H,
-    W] once more, for a shortcut around both: the gradient that comes through it is added where their own is made.
+    """The convolution of relu(norm(u)), plus `residual` or with another ReLU behind it (`relu`). And u [N, columns, H,
+    W] once more, for a shortcut around both: the backward pass then adds the gradients of both paths in one go.
 
-    Kernels that can normalise u as they read it; then relu(norm(u)) is never stored. Residual blocks on streams are
-    made of nothing else (layers/streams.py): of their tensors this saves half.
+    If the kernels can, they normalise u while they read it. Then relu(norm(u)) is never stored, which saves half of the
+    tensors of a residual block.
     """
     if type(norm) is not nn.BatchNorm2d or not norm.training:
         return routed_conv(nn.functional.relu(u if norm is None else norm(u)), weight, bias, spec, relu, residual), u

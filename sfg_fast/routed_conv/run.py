@@ -15,7 +15,7 @@ from ..kernels.contract import Kernels, Normalises, Packed, normalises
 from ..kernels.packing import same_kernels_for_every_group, unpack_dim
 from ..kernels.spec import NO_SHORTCUT, RoutedConv, ShortcutGradient
 from ..norm import values_of_each_channel
-from ..tracing import through_operators
+from ..tracing import in_graph, through_operators
 
 
 class Way(enum.Enum):
@@ -44,17 +44,18 @@ class Gradients(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What does one call of a layer. Convolution, normalisation and gates share it."""
+    """Who does one call of a layer, and how. Convolution, normalisation and gates share it."""
 
     kernels: Kernels
     dtype: torch.dtype  # of the products: x is cast to it, and u has it
     way: Way
     spec: RoutedConv
+    in_graph: bool  # is torch making a graph?
     by_operators: bool  # must the kernels be called through operators of torch (graph.py)?
 
     def normalising(self, u: Tensor) -> Normalises | None:
         """The kernels, if they normalise u [N, rows, H, W] by the batch and activate it in one go, or None."""
-        can = normalises(self.kernels) and not self.by_operators and values_of_each_channel(u) > 1
+        can = normalises(self.kernels) and not self.in_graph and values_of_each_channel(u) > 1
         return self.kernels if can else None  # type: ignore[return-value]
 
     def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedParameters:
@@ -119,7 +120,7 @@ class Call(NamedTuple):
 
 
 def decide(x: Tensor, weight: Tensor, spec: RoutedConv) -> Run:
-    """What does a call with x [N, columns, H, W] and weight [K, C, kH, kW] in the layer's own order.
+    """Decides who does a call with x [N, columns, H, W] and weight [K, C, kH, kW] in the layer's own order, and how.
 
     Raises BackendError if a backend was asked for that can't, and RuntimeError for an input of another dtype.
     """
@@ -127,7 +128,7 @@ def decide(x: Tensor, weight: Tensor, spec: RoutedConv) -> Run:
     kernels, dtype = backends.kernels(x, width, spec.rows.all_gates or spec.columns.all_gates)
     if x.dtype != weight.dtype and backends.autocast_dtype(x) is None:
         raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}, expected the same (or torch.autocast)")
-    return Run(kernels, dtype, _way(kernels, spec), spec, through_operators(kernels))
+    return Run(kernels, dtype, _way(kernels, spec), spec, in_graph(), through_operators(kernels))
 
 
 def _way(kernels: Kernels, spec: RoutedConv) -> Way:

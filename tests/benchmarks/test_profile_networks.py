@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sfg_fast.kernels.spec import Geometry, RoutedConv, UndrawnFeatures
+from sfg_fast.kernels.spec import Geometry, RoutedConv, UndrawnFormula
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +30,7 @@ def test_flops_are_those_of_the_convolutions_that_are_left():
         return counter.get_total_flops()
 
     read = counted([(2, 1), (1, 4), (3, 2)])
-    undrawn = UndrawnFeatures(x, kept_product, packed, spec, None, None, "relu")
+    undrawn = UndrawnFormula(x, kept_product, packed, spec, None, None, "relu")
     given = {"packed": packed, "spec": spec}
     assert profile_networks.flops("forward", {**given, "x": x}) == read
     assert profile_networks.flops("weight_gradient", {**given, "x": x, "dy": y}) == read

@@ -12,7 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics, UndrawnFeatures
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics, UndrawnFormula
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -92,15 +92,15 @@ def main() -> None:
                     geometry = Geometry((stride, stride), (1, 1), (1, 1))
                     spec = RoutedConv(rows, columns, Routing.ARROW, geometry)
                     packed = kernels.pack(weight, bias, spec, torch.float16)
-                    live_x = x if columns is groups else torch.cat([x] * 3, 1)
+                    read = x if columns is groups else torch.cat([x] * 3, 1)
                     keeps = rows.all_gates
-                    y, kept_product = kernels.forward(live_x, packed, spec, relu=True, keep_product=keeps)
+                    y, kept_product = kernels.forward(read, packed, spec, relu=True, keep_product=keeps)
                     kernels.input_gradient(y, packed, spec, (16, 16))
-                    kernels.weight_gradient(live_x, y, packed, spec)
+                    kernels.weight_gradient(read, y, packed, spec)
                     if rows.all_gates:
                         packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
                         df = y.new_empty(2, 64, *y.shape[2:])
-                        undrawn = UndrawnFeatures(live_x, kept_product, packed, spec, None, None, "relu")
+                        undrawn = UndrawnFormula(read, kept_product, packed, spec, None, None, "relu")
                         kernels.gate_gradient(undrawn, df)
     found = {}
     for name in names:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFeatures
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFormula
 
 from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
@@ -298,7 +298,7 @@ def check_gates(p):
     exact = (other(gets) * h).sum((1, 3, 4))
     # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
     bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
-    undrawn = UndrawnFeatures(x, kept_product, packed, first, scale, shift, p.activation)
+    undrawn = UndrawnFormula(x, kept_product, packed, first, scale, shift, p.activation)
     assert (cpu.gate_gradient(undrawn, dundrawn).double() - exact).abs().max() <= bound
     features = random(*u.shape)
     if second.geometry.stride != (1, 1):
@@ -334,7 +334,7 @@ def check_pooled_gates(p, x, weight, spec, random):
         h = h if scale is None else h * scale[n, row] + shift[n, row]
         exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dundrawn.unflatten(1, (tasks, k))[:, n, row]).sum()
     kept_product = u if p.image else kept_product
-    undrawn = UndrawnFeatures(x, kept_product, packed, spec, scale, shift, "relu_pool")
+    undrawn = UndrawnFormula(x, kept_product, packed, spec, scale, shift, "relu_pool")
     dz = cpu.gate_gradient(undrawn, dundrawn)
     terms = weight[0].numel() + 1
     bound = 16 * torch.finfo(x.dtype).eps * (dundrawn.numel() * terms) ** 0.5 * terms**0.5
@@ -490,7 +490,7 @@ def test_offsets_beyond_32_bits():
         ({"rows": [0, 4, 8, 13]}, "offsets don't cover the channels"),
         ({"rows": [0, 8, 4, 12]}, "offsets don't cover the channels"),
         ({"reads": [1] * 8}, "offsets don't fit the table"),
-        ({"kept_product": torch.zeros(2, 12, 33, 32)}, "what is kept does not fit"),
+        ({"kept_product": torch.zeros(2, 12, 33, 32)}, "the kept product does not fit"),
         ({"affine": torch.zeros(2, 11)}, "scale and shift don't fit the input"),
         ({"stride": (0, 1)}, "out of range"),
         ({"threads": 0}, "threads must be at least 1"),
@@ -760,7 +760,7 @@ def test_scale_and_shift_of_all_undrawn_rows_at_once(name):
     affine = torch.randn(2, 1, 12)
     found = []
     for scale, shift in (affine, affine.expand(2, 2, 12)):
-        undrawn = UndrawnFeatures(x, kept_product, packed, spec, scale, shift, "relu")
+        undrawn = UndrawnFormula(x, kept_product, packed, spec, scale, shift, "relu")
         found.append([kernels.gate_gradient(undrawn, torch.cat([dy, 2 * dy], 1))])
         if kernels.COMPUTES_GATE_GRADIENTS:
             found[-1] += kernels.input_and_gate_gradient(dy, packed, spec, u, undrawn)

@@ -234,16 +234,16 @@ void check_gates(const char* isa) {
     const int threads = int(pick(1, 3));
     sfg::forward<T>(loops, x.data(), nullptr, nullptr, weight.data(), bias.data(), nullptr, true, y.data(),
                     kept_product.data(), p, first, threads);
-    const sfg::UndrawnFeatures<T> undrawn_features{.x = x.data(),
-                                                   .weight = weight.data(),
-                                                   .bias = bias.data(),
-                                                   .kept_product = kept_product.data(),
-                                                   .scale = scale.data(),
-                                                   .shift = scale.data(),
-                                                   .one_affine = pick(0, 1) == 1,
-                                                   .act = {true, false},
-                                                   .shape = p,
-                                                   .blocks = first};
+    const sfg::UndrawnFormula<T> undrawn_formula{.x = x.data(),
+                                                 .weight = weight.data(),
+                                                 .bias = bias.data(),
+                                                 .kept_product = kept_product.data(),
+                                                 .scale = scale.data(),
+                                                 .shift = scale.data(),
+                                                 .one_affine = pick(0, 1) == 1,
+                                                 .act = {true, false},
+                                                 .shape = p,
+                                                 .blocks = first};
     const auto stored = [&](const sfg::ShortcutGradient<T>& shortcut, std::vector<T>& dx, std::vector<T>& dundrawn) {
         sfg::input_gradient<T>(loops,
                                {.dy = dy.data(),
@@ -260,7 +260,7 @@ void check_gates(const char* isa) {
                                 .shortcut_gradient = shortcut,
                                 .dx = dx.data(),
                                 .drawn_features = y.data(),
-                                .undrawn_features = &undrawn_features,
+                                .undrawn_formula = &undrawn_formula,
                                 .dz = dz_all.data()},
                                q, second, threads);
     };
@@ -280,7 +280,7 @@ void check_gates(const char* isa) {
     } else {
         recomputed({}, again);
     }
-    sfg::gate_gradient<T>(loops, undrawn_features, dundrawn.data(), dz.data(), threads);
+    sfg::gate_gradient<T>(loops, undrawn_formula, dundrawn.data(), dz.data(), threads);
     compare("gates", std::vector<T>(dz_all.begin() + p.k, dz_all.end()), {dz.begin(), dz.end()}, terms);
     compare("input gradient together with the gates", again, {dx.begin(), dx.end()}, q.k * q.r * q.s);
 }

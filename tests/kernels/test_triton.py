@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, ShortcutGradient, UndrawnFeatures
+from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, ShortcutGradient, UndrawnFormula
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
@@ -205,7 +205,7 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
     h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
     exact = (df * h).sum((0, 3, 4))
     packed = kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True)
-    features = UndrawnFeatures(px, kept_product, packed, spec, scale, shift, "relu")
+    features = UndrawnFormula(px, kept_product, packed, spec, scale, shift, "relu")
     dz = kernels.gate_gradient(features, df.flatten(1, 2).to(dtype))
     # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5
@@ -331,7 +331,7 @@ def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
         packed = kernels.pack(torch.empty(64, 64, 3, 3, device="meta"), None, spec, x.dtype)
         _, kept_product = kernels.forward(x, packed, spec, keep_product=True)
         _, dundrawn = kernels.input_gradient(x, packed, spec, (size, size))
-        kernels.gate_gradient(UndrawnFeatures(x, kept_product, packed, spec, None, None, None), dundrawn)
+        kernels.gate_gradient(UndrawnFormula(x, kept_product, packed, spec, None, None, None), dundrawn)
         kernels.weight_gradient(x, x, packed, spec)
         # forward, input gradient (which writes dundrawn), gates' gradient (which reads it), weight gradient
         found = [launch.tiles.wide for launch in launches if isinstance(launch, config.Launch)]
@@ -358,7 +358,7 @@ def test_nan_goes_where_torch_lets_it_go():
     assert y[0, :, 2:5, 2:5].isnan().all()
     assert not y[1].isnan().any()
     dy = torch.ones_like(y)
-    run = Run(kernels, x.dtype, Way.PACKED, spec, by_operators=False)
+    run = Run(kernels, x.dtype, Way.PACKED, spec, in_graph=False, by_operators=False)
     dx, _, _, db = run.backward(dy, x, run.pack(weight, None, x.dtype), [True, True, True], relu_output=y)
     assert dx.isfinite().all()  # NaN has passed the ReLU: dy counts
     assert torch.equal(db, unpack_dim((dy * ~(y <= 0)).sum((0, 2, 3)), 0, spec.rows))
