@@ -164,15 +164,22 @@ def test_triton_against_dense_masking(rows, columns, routing, tasks, geometry):
     """The interpreter takes up to a second for each: `make test-all` has random ones."""
     geometry = dict(zip(("kernel", "stride", "padding", "dilation"), geometry, strict=True))
     sides = {"rows": rows, "columns": columns, "routing": routing, "tasks": tasks, "channels": 5, "kernels": 4}
-    more = {"bias": tasks > 2, "shortcut": tasks > 2}
+    more = {"bias": tasks > 2, "shortcut": tasks % 2 == 0}
     check(Problem(**geometry, **sides, **more, image=(6, 7), batch=1), "triton")
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    ("name", "shortcut"),
+    [
+        # On Triton without a shortcut: test_triton_against_dense_masking.
+        pytest.param(name, shortcut, marks=[pytest.mark.slow] if name == "triton" and not shortcut else [])
+        for name in PACKED
+        for shortcut in (False, True)
+    ],
+)
 @pytest.mark.parametrize("routing", Routing)
 @pytest.mark.parametrize("columns", ["packed", "with undrawn", "streams"])
 @pytest.mark.parametrize("rows", ["packed", "with undrawn", "relaxed"])
-@pytest.mark.parametrize("shortcut", [False, True])
 def test_every_kind_of_rows_and_columns(name, rows, columns, routing, shortcut):
     sides = {"rows": rows, "columns": columns, "routing": routing, "channels": 7, "kernels": 9}
     check(Problem(**sides, image=(5, 6), shortcut=shortcut), name)
