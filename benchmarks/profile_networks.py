@@ -55,10 +55,10 @@ def read(spec: RoutedConv) -> int:
     return sum(rows[i] * columns[j] for i, reads in enumerate(spec.reads()) for j, one in enumerate(reads) if one)
 
 
-def recomputed(undrawn: UndrawnFormula) -> int:
+def recomputed(formula: UndrawnFormula) -> int:
     """The same for undrawn rows; their product with the shared channels is kept."""
-    rows, columns = sizes(undrawn.spec.rows.ends), sizes(undrawn.spec.columns.ends)
-    first = 0 if undrawn.kept_product is None else 1
+    rows, columns = sizes(formula.spec.rows.ends), sizes(formula.spec.columns.ends)
+    first = 0 if formula.kept_product is None else 1
     return sum((sum(rows) - rows[g]) * columns[g] for g in range(first, min(len(rows), len(columns))))
 
 
@@ -66,29 +66,29 @@ def flops(name: str, given: dict[str, Any]) -> int:
     """Of one call."""
     if name not in CONVOLUTIONS:
         return 0
-    undrawn = given.get("undrawn")
-    spec = undrawn.spec if name == "gate_gradient" else given["spec"]
-    pairs = 0 if undrawn is None else recomputed(undrawn)
+    formula = given.get("formula")
+    spec = formula.spec if name == "gate_gradient" else given["spec"]
+    pairs = 0 if formula is None else recomputed(formula)
     everything = spec.rows.order.numel() * spec.columns.order.numel()
     if name == "input_and_gate_gradient":
-        pairs += read(spec) if undrawn is None else everything
+        pairs += read(spec) if formula is None else everything
     elif name == "input_gradient":
         pairs += everything if spec.columns.all_gates else read(spec)
     elif name != "gate_gradient":
         pairs += read(spec)
-    kernel = (undrawn.packed if name == "gate_gradient" else given["packed"]).weight.shape[2:]
+    kernel = (formula.packed if name == "gate_gradient" else given["packed"]).weight.shape[2:]
     if "dy" in given:
         n, _, height, width = given["dy"].shape
     else:
-        x = undrawn.x if name == "gate_gradient" else given["x"]
+        x = formula.x if name == "gate_gradient" else given["x"]
         n, (height, width) = x.shape[0], spec.geometry.output_size(tuple(x.shape[2:]), tuple(kernel))
     return 2 * pairs * kernel.numel() * n * height * width
 
 
 def image_bytes(name: str, given: dict[str, Any], result: Any) -> int:
     """Of all images in there, each once, those without memory of their own left out."""
-    images = [given[one] for one in given if one not in ("packed", "undrawn")]
-    images += [given["undrawn"].x, given["undrawn"].kept_product] if given.get("undrawn") else []
+    images = [given[one] for one in given if one not in ("packed", "formula")]
+    images += [given["formula"].x, given["formula"].kept_product] if given.get("formula") else []
     images += [] if name == "weight_gradient" else [result]
     found = {}
     for leaf in pytree.tree_leaves(images):

@@ -30,13 +30,13 @@ def test_flops_are_those_of_the_convolutions_that_are_left():
         return counter.get_total_flops()
 
     read = counted([(2, 1), (1, 4), (3, 2)])
-    undrawn = UndrawnFormula(x, kept_product, packed, spec, None, None, "relu")
+    formula = UndrawnFormula(x, kept_product, packed, spec, None, None, "relu")
     given = {"packed": packed, "spec": spec}
     assert profile_networks.flops("forward", {**given, "x": x}) == read
     assert profile_networks.flops("weight_gradient", {**given, "x": x, "dy": y}) == read
     assert profile_networks.flops("input_gradient", {**given, "dy": y}) == counted([(6, 5)])
     # Rows outside a task's group with its columns: 5 x 3 and 3 x 1.
-    assert profile_networks.flops("gate_gradient", {"undrawn": undrawn, "dundrawn": y}) == counted([(5, 3), (3, 1)])
+    assert profile_networks.flops("gate_gradient", {"formula": formula, "dundrawn": y}) == counted([(5, 3), (3, 1)])
     assert profile_networks.flops("normalise", {"u": x}) == 0
 
 

@@ -22,7 +22,7 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
     # streams to a relaxed draw. What is compiled for one layer serves another of the same sizes.
     assert found["compiled"] == {
         "sample": 1,
-        "pack": 8,  # and for the gates' gradient
+        "pack": 10,  # and for the gates' gradient, and for the weight gradient of relaxed draws
         "rowwalk": 2,  # forward and back, stride 1
         "convolve": 2,  # forward and back, stride 2
         "convolve_kept": 2,
@@ -34,4 +34,4 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
         **dict.fromkeys(("moments", "statistics", "affine", "gradient_sums", "slopes", "affine_gradient"), 1),
         "keep_statistics": 1,
     }
-    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2) + 50 * 7
+    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 2) + 50 * 7
