@@ -254,8 +254,15 @@ def literal(layers, x, noises, tau, pool):
     return [features[0] + task for task in features[1:]]
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        # On Triton chains without a norm: test_conv.py, test_chain_on_triton_against_dense_masking.
+        pytest.param(name, norm, marks=[pytest.mark.slow] if name == "triton" and norm is None else [])
+        for name in EVERY
+        for norm in (None, "batch")
+    ],
+)
 @pytest.mark.parametrize("form", ["fused", "expanded", "pooled"])
 def test_straight_through_is_a_literal_transcription(name, norm, form, float64):
     """Through a chain, a shortcut and (average) pooling; fused, or expanded to T+1 dense tensors between the layers."""

@@ -66,7 +66,7 @@ def whole_job(cohort, out, tasks):
     return json.loads((out / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_any_number_of_tasks(cohort, tmp_path, count):
     options = {f"age{i}": {"kind": "regression", "target": "age"} for i in range(count - 1)} | {"gender": TWO["gender"]}
     found = whole_job(cohort, tmp_path / "run", options)
