@@ -10,9 +10,9 @@ packed: their channels are sorted by group; x has `columns` of them, u and dy ha
 H, W are the input's height and width, H', W' the output's.
 
 Drawn and undrawn rows. A draw gives a kernel one row, in one group: its DRAWN row. The rows that the kernel would have
-in the other G-1 groups are its UNDRAWN rows, in the order tasks, then shared (`FilterGroups.undrawn`). The gates z of
-undrawn rows are zero, so their features are zero, and no backend stores them. But these gates want a gradient, too:
-dz = <dL/dF, F without its gate>. Three functions compute what that takes:
+in the other G-1 groups are its UNDRAWN rows, in the order tasks, then shared (`FilterGroups.undrawn_groups`). The gates
+z of undrawn rows are zero, so their features are zero, and no backend stores them. But these gates want a gradient,
+too: dz = <dL/dF, F without its gate>. Three functions compute what that takes:
 
 - `forward` with `keep_product` (spec.rows.all_gates) also returns the kept product: the convolution of the shared
   channels with all rows, plus the bias. The u of an undrawn row in task t's group is the kept product plus the

@@ -161,7 +161,7 @@ def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Ten
 
 
 def undrawn_rows(formula: UndrawnFormula) -> list[Tensor]:
-    """u of the undrawn rows: G-1 tensors [N, rows, H', W'], in the order of `FilterGroups.undrawn`."""
+    """u of the undrawn rows: G-1 tensors [N, rows, H', W'], in the order of `FilterGroups.undrawn_groups`."""
     x, kept_product, packed, spec = formula[:4]
     if spec.routing is Routing.ALL:
         assert kept_product is not None

@@ -53,7 +53,7 @@ class UndrawnFormula(NamedTuple):
     kept_product: Tensor | None  # [N, rows, H', W']: what `forward` returned with `keep_product`
     packed: Any  # the layer's weight and bias, as the backend's `pack` made them
     spec: RoutedConv
-    scale: Tensor | None  # [G-1, rows], in the order of `FilterGroups.undrawn`; or [1, rows], alike for all groups
+    scale: Tensor | None  # [G-1, rows], in the order of `FilterGroups.undrawn_groups`; or [1, rows], alike for all
     shift: Tensor | None  # like `scale`
     activation: str | None  # a name of activations.ACTIVATIONS
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # torch has no public one; torch.export's documentation names this
 
-from . import undrawn
+from . import undrawn_features
 from .groups import FilterGroups, Routing
 from .kernels.packing import select_channels
 from .plain_ops import TensorLike
@@ -26,7 +26,8 @@ class SFGFeatures(TensorLike):
         groups: what each channel is.
         routing: how the next layer reads these features: `ARROW` merges by summation (paper, section 2.1), `OWN` when
             every group's tensor already holds what that group is to read (after a merge).
-        undrawn: [N, T * rows, H, W], the undrawn features, in the order of `FilterGroups.undrawn`: zeros that take no
+        undrawn: [N, T * rows, H, W], the undrawn features, in the order of `FilterGroups.undrawn_groups`: zeros that
+        take no
             memory. The gates of undrawn rows learn from their gradient; None if these gates don't learn.
         deferred: the gates of these features, if the layer that reads them may compute their gradient
             (`gate_gradient.DeferredGates`); None once anything was done to the features.
@@ -87,7 +88,7 @@ class SFGFeatures(TensorLike):
         if not isinstance(other, SFGFeatures):
             return NotImplemented
         self.check_same_draw(other.groups, other.routing)
-        both = undrawn.of_sum(self.undrawn, other.undrawn)
+        both = undrawn_features.of_sum(self.undrawn, other.undrawn)
         return SFGFeatures(self.packed + other.packed, self.groups, self.routing, both)
 
     def check_same_draw(self, groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
@@ -114,12 +115,12 @@ class SFGFeatures(TensorLike):
         of_all = None
         if groups.all_gates:
             counts = [one.packed.shape[1] for one in every]
-            of_all = undrawn.of_concatenation(rows, counts, [one.undrawn for one in every])
+            of_all = undrawn_features.of_concatenation(rows, counts, [one.undrawn for one in every])
         return SFGFeatures(packed, groups, self.routing, of_all)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
         """`operation` on every channel: it must treat each alone, and keep zeros (padding, pooling, interpolation)."""
-        behind = None if self.undrawn is None else undrawn.channelwise(self.undrawn, operation)
+        behind = None if self.undrawn is None else undrawn_features.channelwise(self.undrawn, operation)
         return SFGFeatures(operation(self.packed), self.groups, self.routing, behind)
 
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
@@ -133,7 +134,7 @@ class SFGFeatures(TensorLike):
             if tensor is self.packed:
                 return tensor.to(*args, **kwargs)
             if tensor is self.undrawn:  # `Tensor.to` would give it memory
-                return undrawn.no_memory(tensor.shape, like.dtype, tensor, device=like.device)
+                return undrawn_features.no_memory(tensor.shape, like.dtype, tensor, device=like.device)
             return tensor.to(like.device, dtype if tensor.is_floating_point() else None, non_blocking)
 
         return self._map(move)
@@ -190,7 +191,7 @@ class _Dense(torch.autograd.Function):
         df = select_channels(df, ctx.groups.order)
         dundrawn = None
         if ctx.needs_input_grad[1]:
-            rows = _one_of(ctx.groups.undrawn, ctx.wanted)
+            rows = _one_of(ctx.groups.undrawn_groups, ctx.wanted)
             dundrawn = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
         return df.where(here[:, None, None], 0), dundrawn, None, None
 
@@ -209,7 +210,7 @@ class _Streams(torch.autograd.Function):
     def backward(ctx: Any, df: Tensor) -> Any:
         groups, dundrawn = ctx.groups, None
         if ctx.needs_input_grad[1]:
-            dundrawn = select_channels(df, (groups.undrawn * groups.width + groups.order).flatten())
+            dundrawn = select_channels(df, (groups.undrawn_groups * groups.width + groups.order).flatten())
         return select_channels(df, groups.rows_in_streams), dundrawn, None
 
 

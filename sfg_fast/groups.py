@@ -250,7 +250,7 @@ class FilterGroups:
         return torch.argsort(self.order)
 
     @_computed_once
-    def undrawn(self) -> Tensor:
+    def undrawn_groups(self) -> Tensor:
         """int64 [groups - 1, rows], for one row per kernel: the groups of the undrawn rows of each row's kernel, which
         are all groups but the drawn one, the tasks in order, then shared."""
         last = len(self.names) - 1
@@ -265,7 +265,7 @@ class FilterGroups:
         if drawn is not None:
             rows.scatter_(1, self.ids[:, None], drawn[:, None].to(rows.dtype))
         if undrawn is not None:
-            rows.scatter_(1, self.undrawn.t(), undrawn.t().to(rows.dtype))
+            rows.scatter_(1, self.undrawn_groups.t(), undrawn.t().to(rows.dtype))
         return rows.index_select(0, self.inverse)
 
     def index(self, group: int | str) -> int:

@@ -20,7 +20,7 @@ KERNELS = Path(sfg_fast.kernels.__file__).parent
 
 FLOORS = [  # lowest first; a file imports only from floors below its own, or from its own folder
     {"activations", "errors", "estimators", "once", "tables", "tracing"},
-    {"files", "groups", "plain_ops", "undrawn"},
+    {"files", "groups", "plain_ops", "undrawn_features"},
     {"data", "draws", "kernels"},
     {"features", "fixed_assignment", "kernel_choice", "norm", "tasks"},
     {"backends"},

@@ -119,13 +119,13 @@ def check(problem, name):
     x = everything.detach()[:, drawn].requires_grad_()
     undrawn = None
     if columns.all_gates:
-        of_columns = columns.undrawn * columns.width + columns.order
+        of_columns = columns.undrawn_groups * columns.width + columns.order
         undrawn = x.new_zeros(()).expand(p.batch, of_columns.numel(), *p.image).requires_grad_()
         wanted.append(dx[:, of_columns.flatten()])
     with backend(name):
         found = convolve(x, weight, bias, spec, undrawn=undrawn, keep_product=rows.all_gates, shortcut=p.shortcut)
         if rows.all_gates:
-            of_rows = rows.undrawn * rows.width + rows.order
+            of_rows = rows.undrawn_groups * rows.width + rows.order
             check_undrawn(found.undrawn_rows, u.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape), random)
     inputs = [x, *parameters] + ([] if undrawn is None else [undrawn])
     assert_close(found.u, expected, what="u")

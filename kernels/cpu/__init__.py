@@ -80,7 +80,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor,
     offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
     found = (to_dlpack(tensor) for tensor in (assignment, order, offsets, known))
     ends = _native.sample(_plain(log_p), _plain_or_none(noise), *found)
-    return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "undrawn": known[2:]}
+    return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "undrawn_groups": known[2:]}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Parameters:

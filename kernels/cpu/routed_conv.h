@@ -84,7 +84,7 @@ struct InputGradient {
 // (a) dx alone.
 // (b) dundrawn is given: also the gradient of the undrawn rows, stored in the order of the groups 1, 2, .., 0 without
 //     the one that the column is drawn into.
-// (c) undrawn_formula are given, and dundrawn is not: the gradient of the undrawn rows is not stored, but multiplied
+// (c) undrawn_formula is given, and dundrawn is not: the gradient of the undrawn rows is not stored, but multiplied
 //     with their features, which are computed at the same time.
 // dz[0] gets the inner products of dx with drawn_features (zeros without them), dz[1..] in mode (c) those of the
 // gradient of the undrawn rows with their features. In modes (b) and (c) output group g reads input group g and, if
@@ -152,7 +152,7 @@ void keep_statistics(const T* mean, const T* var, const int64_t* assignment, int
 
 // The tensors that describe a draw. sfg_fast/groups.py has them by the same names.
 struct Drawn {
-    int64_t *assignment, *order, *offsets, *ids, *inverse, *undrawn;
+    int64_t *assignment, *order, *offsets, *ids, *inverse, *undrawn_groups;
 };
 // Fills the tensors of a draw: the group of each kernel, argmax of log_p + noise [kernels][groups] (noise may be null),
 // and the kernels sorted by it, stably.

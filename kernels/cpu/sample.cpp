@@ -25,7 +25,7 @@ void sample(const T* log_p, const T* noise, const Drawn& to, int64_t kernels, in
             to.order[row] = k, to.inverse[k] = row, to.ids[row] = g;
             int64_t nth = 0;
             for (int64_t other = 1; other <= groups; other++)  // the order is: the tasks, then shared
-                if (other % groups != g) to.undrawn[nth++ * kernels + row] = other % groups;
+                if (other % groups != g) to.undrawn_groups[nth++ * kernels + row] = other % groups;
             row++;
         }
 }

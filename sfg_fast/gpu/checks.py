@@ -203,8 +203,9 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw),
              "db": (gradients[2], db)}  # fmt: skip
     if undrawn is not None:
-        pairs["dundrawn"] = (gradients[3], dx[:, (columns.undrawn * c + columns.order).flatten()])
-        u = everything.detach()[:, (rows.undrawn * k + rows.order).flatten()].unflatten(1, rows.undrawn.shape)
+        pairs["dundrawn"] = (gradients[3], dx[:, (columns.undrawn_groups * c + columns.order).flatten()])
+        of_rows = rows.undrawn_groups * k + rows.order
+        u = everything.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape)
         df = random(2, (groups - 1) * k, *u.shape[3:])
         scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
         if scale is not None and shift is not None:
@@ -212,7 +213,7 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         features = undrawn.features(scale, shift, "relu")
         dz, dz_again = (load("triton").gate_gradient(features, df) for _ in range(2))
         _same_bits([dz], [dz_again])
-        pairs["gates"] = (dz, (df.double().unflatten(1, rows.undrawn.shape) * u.relu()).sum((0, 3, 4)))
+        pairs["gates"] = (dz, (df.double().unflatten(1, of_rows.shape) * u.relu()).sum((0, 3, 4)))
     return _errors(pairs)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import undrawn
+from .. import undrawn_features
 from ..features import SFGFeatures
 from ..norm import KernelNorm
 from ..reference import DenseFeatures
@@ -43,7 +43,7 @@ class FeatureNorm(nn.Module):
         packed, scale, _ = norm(x.packed, groups)
         behind = None
         if x.undrawn is not None:
-            behind = undrawn.scaled(x.undrawn, scale[groups.undrawn, groups.order].reshape(-1, 1, 1))
+            behind = undrawn_features.scaled(x.undrawn, scale[groups.undrawn_groups, groups.order].reshape(-1, 1, 1))
         return SFGFeatures(packed, groups, x.routing, behind)
 
     def _affine(self, rows: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:

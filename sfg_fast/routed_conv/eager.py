@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import undrawn
+from .. import undrawn_features
 from ..groups import FilterGroups
 from ..kernels.contract import Normalises, reads_normalised
 from ..kernels.spec import BatchNorm, ShortcutGradient
@@ -41,9 +41,9 @@ def routed_conv(
         return _RoutedConv.apply(x, undrawn, None, *parameters, None)
     rows = deferred.rows
     tensors: tuple[Tensor | None, ...] = ()
-    if rows.undrawn is not None:
-        tensors, run = rows.undrawn.split()
-        rows = rows._replace(undrawn=UndrawnRows(None, None, None, None, run))  # type: ignore[arg-type]
+    if rows.undrawn_rows is not None:
+        tensors, run = rows.undrawn_rows.split()
+        rows = rows._replace(undrawn_rows=UndrawnRows(None, None, None, None, run))  # type: ignore[arg-type]
     return _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors)
 
 
@@ -62,7 +62,7 @@ class _RoutedConv(torch.autograd.Function):
         *of_undrawn: Tensor,
     ) -> Any:
         """`gates` and `rows`: of the features x, if this convolution computes the gradient of their gates;
-        `of_undrawn`: the tensors of `rows.undrawn`."""
+        `of_undrawn`: the tensors of `rows.undrawn_rows`."""
         ctx.set_materialize_grads(False)  # no zeros for the kept product
         run = call.run
         ctx.parameters = run.pack(weight, bias, x.dtype)
@@ -77,9 +77,9 @@ class _RoutedConv(torch.autograd.Function):
         if not call.shortcut:
             return u, kept_product
         passed_on = None if undrawn_x is None else undrawn_x.view_as(undrawn_x)
-        if rows is not None and rows.undrawn is not None:
+        if rows is not None and rows.undrawn_rows is not None:
             n, columns, height, width = x.shape
-            passed_on = undrawn.zeros(x, n, (len(run.spec.columns.names) - 1) * columns, height, width)
+            passed_on = undrawn_features.zeros(x, n, (len(run.spec.columns.names) - 1) * columns, height, width)
         return u, kept_product, x.view_as(x), passed_on
 
     @staticmethod
@@ -96,8 +96,8 @@ class _RoutedConv(torch.autograd.Function):
         shortcut = ShortcutGradient(*of_shortcut)
         dx: Tensor | None
         if rows is not None and wants_gates:
-            if rows.undrawn is not None:
-                rows = rows._replace(undrawn=UndrawnRows.joined(of_undrawn, rows.undrawn.run))
+            if rows.undrawn_rows is not None:
+                rows = rows._replace(undrawn_rows=UndrawnRows.joined(of_undrawn, rows.undrawn_rows.run))
             arguments = run, dy, x, ctx.parameters, rows, gates
             dx, dz = gate_gradient.with_input_gradient(*arguments, shortcut=shortcut, **how)
             _, dundrawn, dw, db = run.backward(dy, x, ctx.parameters, [False, *wants], **how)
@@ -122,16 +122,16 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, gates: Tensor, rows: GatedRows) -> tuple[Tensor, Tensor | None]:
         tensors: tuple[Tensor | None, ...] = ()
-        if rows.undrawn is not None:
-            tensors, ctx.run = rows.undrawn.split()
+        if rows.undrawn_rows is not None:
+            tensors, ctx.run = rows.undrawn_rows.split()
         ctx.save_for_backward(h if rows.wants_drawn else None, gates, rows.scale, rows.shift, *tensors)
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.activation = rows.groups, rows.activation
         features = h.view_as(h)
-        if rows.undrawn is None:
+        if rows.undrawn_rows is None:
             return features, None
         n, channels, height, width = h.shape
-        return features, undrawn.zeros(h, n, (len(rows.groups.names) - 1) * channels, height, width)
+        return features, undrawn_features.zeros(h, n, (len(rows.groups.names) - 1) * channels, height, width)
 
     @staticmethod
     @once_differentiable

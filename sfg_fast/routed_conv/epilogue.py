@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import undrawn
+from .. import undrawn_features
 from ..activations import Activation, activate
 from ..features import SFGFeatures
 from ..groups import FilterGroups
@@ -70,7 +70,7 @@ def _in_one_go(
     rows = GatedRows(groups, found.undrawn_rows, scale, shift, activation, wants_drawn=False)
     packed, behind = eager.gate(h, rows)
     if residual is not None:
-        return SFGFeatures(packed, groups, undrawn=undrawn.of_sum(behind, of_residual))
+        return SFGFeatures(packed, groups, undrawn=undrawn_features.of_sum(behind, of_residual))
     return SFGFeatures(packed, groups, undrawn=behind, deferred=_deferred(packed, h, rows, found.run))
 
 
@@ -89,7 +89,7 @@ def _step_by_step(found: Convolved, epilogue: Epilogue) -> SFGFeatures:
     if not gates.requires_grad:
         return SFGFeatures(h, groups)  # the gates of drawn rows are one
     if rows is not None and scale is not None and shift is not None:
-        scale, shift = (values[groups.undrawn, groups.order] for values in (scale, shift))
+        scale, shift = (values[groups.undrawn_groups, groups.order] for values in (scale, shift))
     gated = GatedRows(groups, rows, scale, shift, activation, wants_drawn=True)
     packed, behind = eager.gate(h, gated)
     return SFGFeatures(packed, groups, undrawn=behind, deferred=_deferred(packed, h, gated, found.run))

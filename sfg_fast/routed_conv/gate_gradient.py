@@ -102,7 +102,7 @@ class GatedRows(NamedTuple):
     """How features are made, F = z * act(scale * u + shift): what the gradient of their gates z is computed from."""
 
     groups: FilterGroups  # the draw, whose `gates` z are [K, T+1]
-    undrawn: UndrawnRows | None  # None: the undrawn gates want no gradient
+    undrawn_rows: UndrawnRows | None  # None: the undrawn gates want no gradient
     scale: Tensor | None  # [T, rows] of the undrawn rows, or [1, rows], alike for all
     shift: Tensor | None  # like `scale`
     activation: Activation
@@ -126,7 +126,7 @@ def can_defer(deferred: DeferredGates, x: Tensor, run: Run) -> bool:
     # `_backward_hooks`: torch has no public way to ask whether a tensor has hooks.
     if deferred.features is not x or x._backward_hooks or x.retains_grad or deferred.h.dtype != x.dtype:
         return False
-    undrawn = deferred.rows.undrawn
+    undrawn = deferred.rows.undrawn_rows
     return undrawn is None or undrawn.run.kernels is run.kernels
 
 
@@ -144,9 +144,9 @@ def with_input_gradient(
     """dx like x, and dz [K, T+1] of the gates of the features x that the convolution `run` reads."""
     assert computes_gate_gradients(run.kernels)
     undrawn = None
-    if rows.undrawn is not None:
+    if rows.undrawn_rows is not None:
         assert rows.activation is None or isinstance(rows.activation, str)
-        undrawn = rows.undrawn.features(rows.scale, rows.shift, rows.activation)
+        undrawn = rows.undrawn_rows.features(rows.scale, rows.shift, rows.activation)
     how: dict[str, Any] = {"relu_output": relu_output, "drawn": rows.wants_drawn, "shortcut": shortcut}
     dx, dz = run.kernels.input_and_gate_gradient(dy, parameters.packed, run.spec, x, undrawn, **how)
     of_drawn, of_undrawn = dz[0] if rows.wants_drawn else None, None if undrawn is None else dz[1:]

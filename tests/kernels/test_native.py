@@ -282,7 +282,9 @@ def check_gates(p):
 
     def other(tensors):
         """[T, N, k, H, W] of the undrawn rows."""
-        return torch.stack([torch.stack([tensors[int(g)][:, row] for row, g in enumerate(n)], 1) for n in made.undrawn])
+        return torch.stack(
+            [torch.stack([tensors[int(g)][:, row] for row, g in enumerate(n)], 1) for n in made.undrawn_groups]
+        )
 
     learning = second._replace(columns=dataclasses.replace(made, all_gates=True))
     dx, dundrawn = cpu.input_gradient(dy, packed_two, learning, tuple(u.shape[2:]), relu_output=relu_output)
@@ -328,7 +330,7 @@ def check_pooled_gates(p, x, weight, spec, random):
         return
     exact = torch.zeros(tasks, k, dtype=torch.float64)
     for n, row in itertools.product(range(tasks), range(k)):
-        read = torch.tensor([bool(spec.reads()[spec.rows.undrawn[n, row]][g]) for g in spec.columns.ids])
+        read = torch.tensor([bool(spec.reads()[spec.rows.undrawn_groups[n, row]][g]) for g in spec.columns.ids])
         kernel = weight[row : row + 1].double() * read[:, None, None]
         h = F.conv2d(x.double(), kernel, None if bias is None else bias[row : row + 1].double(), *spec.geometry)
         h = h if scale is None else h * scale[n, row] + shift[n, row]
@@ -743,7 +745,7 @@ def test_sample_is_what_torch_draws(shape, noise, dtype):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     groups = FilterGroups.from_assignment(expected[0], shape[1] - 1)
     assert kept.pop("ends") == groups.ends
-    assert {"ids", "inverse", "undrawn"} == set(kept)
+    assert {"ids", "inverse", "undrawn_groups"} == set(kept)
     assert all(torch.equal(values, getattr(groups, name)) for name, values in kept.items())
 
 

@@ -180,7 +180,7 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
 
     def undrawn(tensors, groups):
         """[N, T, channels, H, W]"""
-        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn]
+        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn_groups]
         return torch.stack(found, 1)
 
     px, terms = x[:, columns.order].to(dtype), sum(p.columns) * p.kernel[0] * p.kernel[1] + 2
