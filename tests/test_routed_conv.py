@@ -22,7 +22,7 @@ from tests.problems import ConvProblem
 
 def check_undrawn(rows, u, random):
     """u of the undrawn rows, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
-    for n, found in enumerate(masked.undrawn_rows(rows.features(None, None, None, masked))):
+    for n, found in enumerate(masked.undrawn_rows(rows.formula(None, None, None, masked))):
         assert_close(found, u[:, n], what="undrawn rows")
     scale, shift = (random(*u.shape[1:3]) for _ in range(2))
     for affine in ((None, None), (scale, shift)):
@@ -34,7 +34,7 @@ def check_undrawn(rows, u, random):
                     continue
                 h = h.unfold(3, 2, 2).unfold(4, 2, 2).amax((5, 6))
             df = random(*h.shape)
-            dz = rows.run.kernels.gate_gradient(rows.features(*affine, activation), df.flatten(1, 2))
+            dz = rows.run.kernels.gate_gradient(rows.formula(*affine, activation), df.flatten(1, 2))
             assert_close(dz, (df * h).sum((0, 3, 4)), what="gates")
 
 

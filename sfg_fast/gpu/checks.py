@@ -210,8 +210,8 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
         if scale is not None and shift is not None:
             u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
-        features = undrawn.features(scale, shift, "relu")
-        dz, dz_again = (load("triton").gate_gradient(features, df) for _ in range(2))
+        formula = undrawn.formula(scale, shift, "relu")
+        dz, dz_again = (load("triton").gate_gradient(formula, df) for _ in range(2))
         _same_bits([dz], [dz_again])
         pairs["gates"] = (dz, (df.double().unflatten(1, of_rows.shape) * u.relu()).sum((0, 3, 4)))
     return _errors(pairs)

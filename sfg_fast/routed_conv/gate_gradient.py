@@ -55,7 +55,7 @@ class UndrawnRows(NamedTuple):
     bias: Tensor | None  # [K]
     run: Run  # of the convolution
 
-    def features(
+    def formula(
         self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
     ) -> UndrawnFormula:
         """The formula of their features; scale and shift [T, rows], or [1, rows] for all alike. `kernels`: other
@@ -74,7 +74,7 @@ class UndrawnRows(NamedTuple):
             if self.run.by_operators:
                 of_operator = dundrawn, *self[:4], scale, shift, activation, self.run
                 return graph.gate_gradient(*of_operator)
-            return kernels.gate_gradient(self.features(scale, shift, activation), dundrawn)
+            return kernels.gate_gradient(self.formula(scale, shift, activation), dundrawn)
         u = self.u()
         dz = []
         for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
@@ -85,7 +85,7 @@ class UndrawnRows(NamedTuple):
         """u of the undrawn rows: T tensors [N, rows, H', W']."""
         if self.run.by_operators:
             return graph.undrawn_rows(*self[:4], self.run.spec).chunk(len(self.run.spec.rows.names) - 1, 1)
-        return masked.undrawn_rows(self.features(None, None, None, masked))
+        return masked.undrawn_rows(self.formula(None, None, None, masked))
 
     def split(self) -> tuple[tuple[Tensor | None, ...], Run]:
         """The tensors, for autograd to keep, and the rest; `joined` is the way back."""
@@ -143,11 +143,11 @@ def with_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dx like x, and dz [K, T+1] of the gates of the features x that the convolution `run` reads."""
     assert computes_gate_gradients(run.kernels)
-    undrawn = None
+    formula = None
     if rows.undrawn_rows is not None:
         assert rows.activation is None or isinstance(rows.activation, str)
-        undrawn = rows.undrawn_rows.features(rows.scale, rows.shift, rows.activation)
+        formula = rows.undrawn_rows.formula(rows.scale, rows.shift, rows.activation)
     how: dict[str, Any] = {"relu_output": relu_output, "drawn": rows.wants_drawn, "shortcut": shortcut}
-    dx, dz = run.kernels.input_and_gate_gradient(dy, parameters.packed, run.spec, x, undrawn, **how)
-    of_drawn, of_undrawn = dz[0] if rows.wants_drawn else None, None if undrawn is None else dz[1:]
-    return dx, rows.groups.by_kernel(of_drawn, of_undrawn, gates)
+    dx, dz = run.kernels.input_and_gate_gradient(dy, parameters.packed, run.spec, x, formula, **how)
+    drawn, undrawn = dz[0] if rows.wants_drawn else None, None if formula is None else dz[1:]
+    return dx, rows.groups.by_kernel(drawn, undrawn, gates)
