@@ -74,7 +74,7 @@ def test_layers(name, estimator, float64):
     "estimator",
     [
         "straight_through",
-        "gumbel_softmax",
+        pytest.param("gumbel_softmax", marks=pytest.mark.slow),  # its operators on Triton: test_operators.py, relaxed
         pytest.param("selected", marks=pytest.mark.slow),  # what differs are gates, and these don't know the backend
         pytest.param("none", marks=pytest.mark.slow),
     ],

@@ -41,6 +41,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow  # it collects all benchmarks twice
 def test_every_case_is_there_once_and_full_adds_to_them():
     quick, full = (
         [line for line in run("benchmarks", "--collect-only", *options).stdout.splitlines() if "::" in line]
