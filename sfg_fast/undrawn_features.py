@@ -20,6 +20,12 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
     return like.new_zeros(()).expand(*shape)
 
 
+def of_drawn(drawn: Tensor, groups: int) -> Tensor:
+    """The undrawn features [N, (groups - 1) * rows, H, W] beside drawn rows [N, rows, H, W]."""
+    n, rows, height, width = drawn.shape
+    return zeros(drawn, n, (groups - 1) * rows, height, width)
+
+
 def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
     """Zeros that take no memory, whose gradient goes to all `inputs`, which have the same shape."""
     return _NoMemory.apply(tuple(shape), dtype, device, *inputs)

@@ -78,8 +78,7 @@ class _RoutedConv(torch.autograd.Function):
             return u, kept_product
         passed_on = None if undrawn_x is None else undrawn_x.view_as(undrawn_x)
         if rows is not None and rows.undrawn_rows is not None:
-            n, columns, height, width = x.shape
-            passed_on = undrawn_features.zeros(x, n, (len(run.spec.columns.names) - 1) * columns, height, width)
+            passed_on = undrawn_features.of_drawn(x, len(run.spec.columns.names))
         return u, kept_product, x.view_as(x), passed_on
 
     @staticmethod
@@ -130,8 +129,7 @@ class _Gate(torch.autograd.Function):
         features = h.view_as(h)
         if rows.undrawn_rows is None:
             return features, None
-        n, channels, height, width = h.shape
-        return features, undrawn_features.zeros(h, n, (len(rows.groups.names) - 1) * channels, height, width)
+        return features, undrawn_features.of_drawn(h, len(rows.groups.names))
 
     @staticmethod
     @once_differentiable
