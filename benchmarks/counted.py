@@ -82,11 +82,11 @@ def layer_configurations(
     precision = PRECISIONS[DTYPES[dtype]].dtype
     bits, device, size = precision.itemsize * 8, architecture.device, (height, width)
 
-    def one(direction: str, p: Pass, bias: bool, kernel: str = "", **constants: Any) -> Configuration:
-        with products(DTYPES[dtype]):
-            launch = config.plan(p, bits, batch, size, device, bias, False, bias)  # a bias, and the ReLU behind it
+    def one(direction: str, p: Pass, bias: bool, gates: bool = False, **constants: Any) -> Configuration:
+        with products(DTYPES[dtype]):  # a bias, and the ReLU behind it
+            launch = config.plan(p, bits, batch, size, device, bias, False, bias, gates=gates)
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
-        return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
+        return Configuration(direction, c, k, dtype, architecture, launch.kernel, p, launch, constants)
 
     forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), precision, device)
     yield one("forward", forward, True)
@@ -103,11 +103,11 @@ def layer_configurations(
             yield one(f"forward, {kind}", other_forward, True)
             yield one(f"input gradient, {kind}", other_adjoint, False)
             if kind == "undrawn":
-                yield one(f"gates' gradient, {kind}", other_forward, True, "gate_gradient", KEPT=True, AFFINE=True)
+                yield one(f"gates' gradient, {kind}", other_forward, True, gates=True, KEPT=True, AFFINE=True)
     sizes = {"G": gradient, "K": k, "C": c, "BIAS": True}
     small = {
-        "pack": {"F": forward, "B": adjoint, **sizes, "GATES": False, "BLOCK": 1024, "PLACES": 64},
-        "reduce": {**sizes, "ACC": tl.float32, "BLOCK": 256},
+        "pack": {"F": forward, "B": adjoint, **sizes, "BLOCK": 1024, "PLACES": 64},
+        "reduce": {**sizes, "ACC": tl.float32, **dict(zip(("BLOCK", "SPLITS"), config.reduction(launch.second)))},
         "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     if c == 1:  # the normalisation behind any layer of k kernels

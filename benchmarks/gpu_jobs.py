@@ -145,7 +145,6 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     plain = (weight / (3 * k**0.5)).contiguous(memory_format=LAST)
     packed = kernels.pack(plain.contiguous(), bias, spec, HALF)
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
-    gates = kernels.pack(plain.contiguous(), bias, all_specs, HALF, gates=True)
     kept_product = kernels.forward(x, everything, all_specs, relu=True, keep_product=True)[1]
     dundrawn = torch.cat([dy, dy], 1)
     scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)

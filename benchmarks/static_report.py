@@ -97,8 +97,10 @@ def configurations(
 
 FLOATS = {"tf32": "fp32", "ieee": "fp32"}
 TYPES = {
-    **dict.fromkeys(("x", "w", "residual", "added", "added_undrawn", "y", "kept_product", "undrawn", "dy", "df"), None),
-    **dict.fromkeys(("weight", "forward", "backward"), None),
+    **dict.fromkeys(
+        ("x", "w", "residual", "added", "added_undrawn", "y", "second", "kept_product", "undrawn", "dy", "df"), None
+    ),
+    **dict.fromkeys(("weight", "forward", "every", "backward"), None),
     **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),
     **dict.fromkeys(("u", "du", "add"), None),

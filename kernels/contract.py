@@ -91,11 +91,10 @@ class Kernels(Protocol):
         order int64 [K] and offsets int64 [G+1] (`FilterGroups`); and what else of the `FilterGroups` the backend has
         computed on the way, by the names of its properties."""
 
-    def pack(
-        self, weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False
-    ) -> Packed:
-        """weight [K, C, kH, kW] and bias [K] as the passes want them, in `dtype`. `gates`: for `UndrawnFormula`, which
-        want all products of kernels and channels, not only those that a drawn row reads."""
+    def pack(self, weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
+        """weight [K, C, kH, kW] and bias [K] as all passes want them, in `dtype`; where spec.rows.all_gates also as
+        `UndrawnFormula` wants them: with all products of kernels and channels, not only those that a drawn row
+        reads."""
 
     def forward(
         self,

@@ -65,7 +65,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor,
     return assignment, *sort_by_group(assignment, log_p.shape[1]), {}
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
     return pack_parameters(weight, bias, spec, dtype, zero_unread=True)
 
 

@@ -83,7 +83,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor,
     return assignment, order, offsets, {"ends": ends, "ids": known[0], "inverse": known[1], "undrawn_groups": known[2:]}
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Parameters:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Parameters:
     return Parameters(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
 
 

@@ -35,8 +35,8 @@ from .normalise import (
     statistics_kernel,
 )
 from .pack import pack_kernel, sample_kernel
-from .rowwalk import rowwalk_kernel
-from .wgrad import reduce_kernel, weight_gradient_kernel
+from .rowwalk import rowwalk_gates_kernel, rowwalk_kernel
+from .wgrad import reduce_kernel, rowwalk_weights_kernel, weight_gradient_kernel
 
 SHARES_PRODUCTS = NORMALISES = True
 OF_TORCH = MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = READS_NORMALISED = False
@@ -49,7 +49,8 @@ class Packed(NamedTuple):
     """A layer's parameters as the passes want them, and where each kernel went."""
 
     kernel: tuple[int, int]
-    forward: Tensor  # [taps, channels, kernels], padded
+    forward: Tensor  # [taps, channels, kernels], padded; zero where a kernel's row does not read a channel
+    every: Tensor | None  # the same without these zeros: what undrawn rows want
     backward: Tensor  # [taps, kernels, channels], padded
     bias: Tensor | None  # [rows], float32
     row_places: Tensor  # int32 [groups, K]: the row of kernel k in group g, or -1
@@ -100,7 +101,7 @@ def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor,
     return assignment, order, offsets, {}
 
 
-def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype, gates: bool = False) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:
     kernels, channels = weight.shape[:2]
     kernel = (weight.shape[2], weight.shape[3])
     forward_pass, backward_pass, gradient = config.passes(spec, kernel, dtype, config.device_of(weight.device))
@@ -115,6 +116,7 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     forward_weight, backward_weight = (
         torch.empty(size, dtype=dtype, device=weight.device) for size in (forward_pass.size, backward_pass.size)
     )
+    every = torch.empty_like(forward_weight) if forward_pass.undrawn else None
     row_places = torch.empty(gradient.row_groups, kernels, dtype=torch.int32, device=weight.device)
     column_places = torch.empty(gradient.column_groups, channels, dtype=torch.int32, device=weight.device)
     packed_bias = None
@@ -123,19 +125,20 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
     orders = [tensor for groups in (spec.rows, spec.columns) for tensor in (groups.order, groups.offsets)]
     block, places = 1024, 64
     programs = sum(config.cdiv(p, block) for p in (forward_pass.size, backward_pass.size, forward_pass.out_channels))
+    programs += 0 if every is None else config.cdiv(forward_pass.size, block)
     programs += sum(config.cdiv(p.numel(), places) for p in (row_places, column_places))
     _launch(
         pack_kernel, programs,
-        weight, weight if bias is None else bias, forward_weight, backward_weight,
-        weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
+        weight, weight if bias is None else bias, forward_weight, forward_weight if every is None else every,
+        backward_weight, weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
         weight.stride(0), weight.stride(1), stride_tap, forward_pass, backward_pass, gradient, kernels, channels,
-        bias is not None, gates, block, places,
+        bias is not None, block, places,
     )  # fmt: skip
     folded = None
-    if not gates and same_kernels_for_every_group(spec):
+    if same_kernels_for_every_group(spec):
         one = plain(spec, kernels, channels)
         folded = one, pack(weight, None, one, dtype)
-    return Packed(kernel, forward_weight, backward_weight, packed_bias, row_places, column_places, folded)
+    return Packed(kernel, forward_weight, every, backward_weight, packed_bias, row_places, column_places, folded)
 
 
 def forward(
@@ -197,15 +200,19 @@ def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
         for values in (scale, shift)
     )
     fused = activation == "relu", False, packed.bias is not None, _wide(x, df)
-    launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
-    tiles = launch.programs // (p.columns // p.block_n)
-    partial = torch.empty(tiles, channels, dtype=torch_sum, device=x.device)
-    bias = packed.forward if packed.bias is None else packed.bias
-    arrays = x, packed.forward, bias, df if kept_product is None else _nhwc(kept_product), df, scale, shift, partial
-    if tiles:
-        offsets, sizes = (spec.rows.offsets, spec.columns.offsets), (x.shape[2], x.shape[3], *size)
-        options = kept_product is not None, affine, sum_type
-        _launch(gate_gradient_kernel, launch, *arrays, *offsets, *sizes, p, launch.tiles, *options)
+    bits, device = x.element_size() * 8, config.device_of(x.device)
+    launch = config.plan(p, bits, x.shape[0], size, device, *fused, gates=True)
+    partial = torch.empty(launch.programs // (p.columns // p.block_n), channels, dtype=torch_sum, device=x.device)
+    weight = packed.forward if packed.every is None else packed.every
+    bias = weight if packed.bias is None else packed.bias
+    arrays = x, weight, bias, df if kept_product is None else _nhwc(kept_product), df, scale, shift, partial
+    if len(partial):
+        sizes = spec.rows.offsets, spec.columns.offsets, x.shape[2], x.shape[3], *size
+        options = p, launch.tiles, kept_product is not None, affine, sum_type
+        if launch.kernel == "rowwalk_gates":
+            _launch(rowwalk_gates_kernel, launch, *arrays, *sizes, launch.steps, *options)
+        else:
+            _launch(gate_gradient_kernel, launch, *arrays, *sizes, *options)
     return partial.sum(0).view(p.out_groups - 1, p.out_channels)
 
 
@@ -232,17 +239,21 @@ def weight_gradient(
     dw = torch.empty(kernels, channels, *packed.kernel, **new)
     db = torch.empty(kernels, **new) if bias else None
     offsets = spec.rows.offsets, spec.columns.offsets
-    pixel_tiles = (
-        dy.shape[0] * config.cdiv(size[0], launch.tiles.pixels_h) * config.cdiv(size[1], launch.tiles.pixels_w)
-    )
+    arrays = x, dy, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size
+    constants = g, launch.tiles, sum_type
+    if launch.kernel == "rowwalk_weights":
+        rows = config.cdiv(size[0], g.dilation_h) + 2
+        units = dy.shape[0] * g.dilation_h * config.cdiv(size[1], launch.tiles.pixels_w)
+        units *= config.cdiv(rows, launch.steps)
+        per_split = config.cdiv(units, splits)
+        _launch(rowwalk_weights_kernel, launch, *arrays, units, per_split, launch.steps, *constants)
+    else:
+        pixel_tiles = config.cdiv(size[0], launch.tiles.pixels_h) * config.cdiv(size[1], launch.tiles.pixels_w)
+        _launch(weight_gradient_kernel, launch, *arrays, dy.shape[0] * pixel_tiles, launch.steps, *constants)
+    blocks = config.reduction(splits)
     _launch(
-        weight_gradient_kernel, launch, x, dy, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size,
-        pixel_tiles, launch.steps, g, launch.tiles, sum_type,
-    )  # fmt: skip
-    block = 256
-    _launch(
-        reduce_kernel, config.cdiv(dw.numel(), block), partial, partial_bias, dw, dw if db is None else db,
-        packed.row_places, packed.column_places, splits, g, kernels, channels, bias, sum_type, block,
+        reduce_kernel, config.cdiv(dw.numel(), blocks[0]), partial, partial_bias, dw, dw if db is None else db,
+        packed.row_places, packed.column_places, splits, g, kernels, channels, bias, sum_type, *blocks,
     )  # fmt: skip
     return dw, db
 
@@ -356,7 +367,8 @@ def _convolve(
     grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
-        _launch(rowwalk_kernel, launch, x, weight, bias, first_added, y, *sizes, launch.steps, *constants)
+        tensors = x, weight, bias, first_added, second_added, y, y if second is None else second
+        _launch(rowwalk_kernel, launch, *tensors, *offsets, *sizes, launch.steps, *constants)
     elif launch.kernel == "convolve_undrawn":
         tensors = x, weight, first_added, second_added, y, second
         _launch(convolve_undrawn_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)

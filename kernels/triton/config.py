@@ -36,6 +36,7 @@ class Pass:
     shares_products: bool  # every group on the output side has all out_channels
     own_rows: bool  # and so has every group on the input side
     undrawn: bool  # a one-hot draw on the written side, whose undrawn rows count, too
+    products: int  # of a walk (rowwalk.py): more than one where undrawn rows count
     taps_h: int
     taps_w: int
     stride_h: int
@@ -93,10 +94,13 @@ class Pass:
             rows = max(_up(width, 8) + block_k, _power_of_two(width) if width <= WALKED else 0)
             size = taps * rows * columns
         in_steps, out_steps = ((1, 1), strides) if adjoint else (strides, (1, 1))
+        products = 1
+        if undrawn and (adjoint or routing == "arrow"):
+            products = out_groups if adjoint else 2
         return Pass(
             adjoint=adjoint, channels=channels, out_channels=out_channels, in_groups=in_groups, out_groups=out_groups,
             routing=routing, shares_products=shares_products, own_rows=own_rows, undrawn=undrawn,
-            taps_h=kernel[0], taps_w=kernel[1], stride_h=strides[0], stride_w=strides[1],
+            products=products, taps_h=kernel[0], taps_w=kernel[1], stride_h=strides[0], stride_w=strides[1],
             padding_h=paddings[0], padding_w=paddings[1], dilation_h=dilations[0], dilation_w=dilations[1],
             in_step_h=in_steps[0], in_step_w=in_steps[1], out_step_h=out_steps[0], out_step_w=out_steps[1],
             tap_step_h=steps[0], tap_step_w=steps[1], tap_offset_h=offsets[0], tap_offset_w=offsets[1],
@@ -138,6 +142,7 @@ class Gradient:
     block_c: int
     block_k: int
     taps: int  # of one program: dy is read once for all of them
+    walks: bool  # is rowwalk_weights_kernel the way, with all taps?
 
     @staticmethod
     def of(
@@ -146,9 +151,12 @@ class Gradient:
     ) -> Gradient:  # fmt: skip
         """`largest`: tile of rows or columns that fits. Tiles of 64 x 64 skip little, but load far less."""
         flat = channels < FEW_CHANNELS
+        walks = not flat and gradient_walks(geometry, kernel, largest)
         columns = kernel[0] * kernel[1] * channels if flat else channels
         block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
-        if block_c == 32:  # both factors come from registers: the sums of a wider tile don't fit beside them
+        if (
+            block_c == 32 and not walks
+        ):  # both factors come from registers: the sums of a wider tile don't fit beside them
             block_k = min(block_k, 32)
         if not flat and largest < 64 and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
@@ -156,7 +164,7 @@ class Gradient:
         (stride, padding, dilation) = geometry
         return Gradient(
             channels, out_channels, row_groups, column_groups, routing, *kernel, *stride, *padding, *dilation, flat,
-            block_c, block_k, taps,
+            block_c, block_k, 9 if walks else taps, walks,
         )  # fmt: skip
 
     @property
@@ -274,28 +282,30 @@ def _large(bits: int, device: Device) -> bool:
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
-    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_undrawn or weight_gradient
+    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_undrawn; rowwalk_gates, gate_gradient;
+    # rowwalk_weights, weight_gradient
     tiles: Tiles
     programs: int
     second: int  # second dimension of the grid of programs: phases of the stride, or splits of the pixels
-    steps: int  # rowwalk: output rows of a program; weight_gradient: pixel tiles of a split
+    steps: int  # of a walk: rows; weight_gradient: pixel tiles of a split
     options: dict[str, int]
 
 
 def plan(
     p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, residual: bool = False,
-    bias: bool = False, wide: bool = False,
+    bias: bool = False, wide: bool = False, gates: bool = False,
 ) -> Launch:  # fmt: skip
-    """Of a forward pass or an input gradient that writes images of `size`."""
-    return _plan(p, bits, images, size, device, relu, residual, bias, precision(bits), wide)
+    """Of a forward pass or an input gradient that writes images of `size`; with `gates` of the undrawn gates' gradient
+    behind this forward pass."""
+    return _plan(p, bits, images, size, device, gates, relu, residual, bias, precision(bits), wide)
 
 
 @functools.cache
-def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, gates: bool, *fused: Any) -> Launch:
     """`fused`: the last fields of Tiles."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
-    if walks(p, bits, device):
-        strip = min(_power_of_two(size[1]), 64)
+    if walks(p, bits, device, gates):
+        strip = min(_power_of_two(size[1]), _strip(p, gates))
         tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
         strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
@@ -303,7 +313,7 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         options = launch_options(strip, p.block_n, 2048, device)
         if device.hopper:
             options = {"num_warps": 2, "num_stages": 3}
-        return Launch("rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
+        return Launch("rowwalk_gates" if gates else "rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)
     if p.undrawn:  # four sums of 128 x 64 don't fit into the registers
@@ -317,7 +327,9 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
     options = launch_options(pixels, p.block_n, p.block_k * p.block_n, device)
     name = "convolve"
-    if p.shares_products:
+    if gates:
+        name = "gate_gradient"
+    elif p.shares_products:
         name = "convolve_all"
     elif p.undrawn and p.adjoint:
         name = "convolve_undrawn"
@@ -336,6 +348,8 @@ def plan_gradient(
 
 @functools.cache
 def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+    if g.walks:
+        return _plan_gradient_walk(g, images, size, device, *fused)
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
     options, programs = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device), 4
     if _large(bits, device) and not g.flat:
@@ -349,24 +363,51 @@ def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], d
     return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
 
 
+def gradient_walks(geometry: Geometry, kernel: tuple[int, int], largest: int) -> bool:
+    """Is rowwalk_weights_kernel the way? Where matrix instructions read from shared memory: three sums for all taps and
+    64 x 64 channels fill the registers, and nothing is left for the factors."""
+    return kernel == (3, 3) and geometry.stride == (1, 1) and largest == 64
+
+
+def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+    """As many units of the pixels as programs fit on the multiprocessors, by their registers and shared memory; where
+    there are more strips than that, several units for each split."""
+    largest, rows = g.block_c * g.block_k == 64 * 64, cdiv(size[0], g.dilation_h) + 2
+    tiles = Tiles(1, min(_power_of_two(size[1]), 32 if largest else 64), *fused)
+    strips = images * g.dilation_h * cdiv(size[1], tiles.pixels_w)
+    splits = cdiv(64 // g.block_c * device.multiprocessors, g.programs)
+    walks = max(1, min(splits // strips, rows // 8))
+    splits = cdiv(strips * walks, cdiv(strips * walks, splits))
+    options = {"num_warps": 4 if g.block_c * g.block_k <= 512 else 8, "num_stages": 4 if largest else 3}
+    return Launch("rowwalk_weights", tiles, g.programs, splits, cdiv(rows, walks), options)
+
+
+def reduction(splits: int) -> tuple[int, int]:
+    """Of the sum over the splits of a weight gradient: numbers of a program, and splits that it loads together. (Loaded
+    one after the other, twice the splits took 1.56 times as long, with 16 channels on an H200.)"""
+    together = min(64, _power_of_two(splits, 1))
+    return 2048 // together, together
+
+
 def forget() -> None:
     """Make everything anew: after a formula was replaced, to force or to try another path."""
     for cached in (_passes, _plan, _plan_gradient):
         cached.cache_clear()
 
 
-def walks(p: Pass, bits: int, device: Device) -> bool:
+def walks(p: Pass, bits: int, device: Device, gates: bool = False) -> bool:
     """Is rowwalk.py the way? Where matrix instructions read from shared memory, those of a wider output would wait for
     each other (ptxas' C7514)."""
-    fits = (
-        p.taps_h == p.taps_w == 3
-        and p.stride_h == p.stride_w == 1
-        and not p.flat
-        and not p.shares_products
-        and not p.undrawn
-    )
-    narrow = p.out_channels <= WALKED or not _large(bits, device)
-    return fits and bits == 16 and p.channels <= WALKED and narrow
+    fits = p.taps_h == p.taps_w == 3 and p.stride_h == p.stride_w == 1 and not p.flat and not p.shares_products
+    narrow = p.out_channels <= WALKED or not (_large(bits, device) or p.undrawn)
+    return fits and bits == 16 and p.channels <= WALKED and narrow and _strip(p, gates) >= 16
+
+
+def _strip(p: Pass, gates: bool) -> int:
+    """Columns of a walk: its sums have to fit into the registers of 64 threads, 128 numbers each. They are three for
+    each product; and for the gates' gradient the gates themselves, and the kept product."""
+    sums = 4 * (p.out_groups - 1) + 1 if gates else 3 * p.products
+    return 64 if sums == 3 else min(64, 1 << (128 * 64 // (sums * p.block_n)).bit_length() - 1)
 
 
 def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:

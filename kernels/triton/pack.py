@@ -70,31 +70,37 @@ def find_places(
 
 @triton.jit
 def pack_kernel(
-    weight, bias, forward, backward, packed_bias, row_places, column_places,
+    weight, bias, forward, every, backward, packed_bias, row_places, column_places,
     row_order, row_offsets, column_order, column_offsets, stride_k, stride_c, stride_tap,
     F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
-    GATES: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the forward pass F, its adjoint B and the weight gradient G want, in one launch: both weights,
-    the bias, and where each kernel and input channel went. A program does BLOCK elements, or PLACES places.
-    GATES: what the gates' gradient wants, the forward weight of all groups."""
+    """Everything that the forward pass F, its adjoint B, the weight gradient G and, where undrawn rows count, the gates'
+    gradient want, in one launch: the weights, the bias, and where each kernel and input channel went. A program does
+    BLOCK elements, or PLACES places."""
     ROW_GROUPS: tl.constexpr = G.row_groups
     COLUMN_GROUPS: tl.constexpr = G.column_groups
     ROWS: tl.constexpr = G.out_channels
     COLUMNS: tl.constexpr = G.channels
     forward_end: tl.constexpr = (F.size + BLOCK - 1) // BLOCK
-    backward_end: tl.constexpr = forward_end + (B.size + BLOCK - 1) // BLOCK
+    every_end: tl.constexpr = forward_end + (forward_end if F.undrawn else 0)
+    backward_end: tl.constexpr = every_end + (B.size + BLOCK - 1) // BLOCK
     rows_end: tl.constexpr = backward_end + (G.row_groups * K + PLACES - 1) // PLACES
     columns_end: tl.constexpr = rows_end + (G.column_groups * C + PLACES - 1) // PLACES
     block = tl.program_id(0)
     if block < forward_end:
         pack_weight(
             block, weight, forward, row_order, row_offsets, column_order, column_offsets, stride_k, stride_c,
-            stride_tap, F, GATES, BLOCK,
+            stride_tap, F, False, BLOCK,
+        )  # fmt: skip
+    elif block < every_end:
+        pack_weight(
+            block - forward_end, weight, every, row_order, row_offsets, column_order, column_offsets, stride_k,
+            stride_c, stride_tap, F, True, BLOCK,
         )  # fmt: skip
     elif block < backward_end:
         pack_weight(
-            block - forward_end, weight, backward, column_order, column_offsets, row_order, row_offsets,
+            block - every_end, weight, backward, column_order, column_offsets, row_order, row_offsets,
             stride_c, stride_k, stride_tap, B, B.undrawn, BLOCK,
         )  # fmt: skip
     elif block < rows_end:

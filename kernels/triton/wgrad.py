@@ -95,10 +95,103 @@ def weight_gradient_kernel(
         tl.store(partial_bias + split * G.out_channels + k, bias, mask=(k < G.out_channels) & with_bias)
 
 
+@triton.jit
+def shifted_tile(x, h, v, q, c0, H, W, G: tl.constexpr):
+    """Pixels (h, v + s * dilation), h one row and v [strip], channels c0 + c, for the pairs of tap and channel
+    q = s * block_c + c, s < 3."""
+    s = q // G.block_c
+    c = c0 + q % G.block_c
+    v = v[:, None] + s[None, :] * G.dilation_w
+    mask = (h >= 0) & (h < H) & (v >= 0) & (v < W) & ((c < G.channels) & (s < 3))[None, :]
+    return tl.load(x + (h * W + v) * G.channels + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def gradient_tile(dy, row, j, k, OH, OW, G: tl.constexpr):
+    """Pixels (row, j) of dy, j [strip], kernels k."""
+    mask = ((row >= 0) & (row < OH) & (j < OW))[:, None] & (k < G.out_channels)[None, :]
+    return tl.load(dy + ((row * OW + j) * G.out_channels)[:, None] + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["units", "units_per_split", "steps"])
+def rowwalk_weights_kernel(
+    x, dy, partial, partial_bias, rows, columns, H, W, OH, OW, units, units_per_split, steps,
+    G: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `weight_gradient_kernel`, for 3x3 kernels and stride 1: all nine taps, one split of the pixels. A unit of the
+    pixels is a strip of `steps` rows of the input, walked down as in rowwalk.py.
+
+    Each row of the input meets three rows of dy. Its three shifted copies lie one beside the other, so that one product
+    of matrices, tall enough for Hopper's instructions, serves three taps.
+    """
+    STRIP: tl.constexpr = T.pixels_w
+    BLOCK_C: tl.constexpr = G.block_c
+    BLOCK_K: tl.constexpr = G.block_k
+    TILES_C: tl.constexpr = (G.channels + G.block_c - 1) // G.block_c
+    SHIFTED: tl.constexpr = 4 * G.block_c  # three, and a power of two
+    split = tl.program_id(1)
+    c0 = tl.program_id(0) % TILES_C * BLOCK_C
+    k0 = tl.program_id(0) // TILES_C * BLOCK_K
+    live = reads_any(rows, columns, k0, c0, G)
+    if T.bias:
+        live = live | (c0 == 0)
+    if not live:
+        return
+    k = k0 + tl.arange(0, BLOCK_K)
+    q = tl.arange(0, SHIFTED)
+    strips = tl.cdiv(OW, STRIP)
+    walks = tl.cdiv(tl.cdiv(OH, G.dilation_h) + 2, steps)
+    bias = tl.zeros((STRIP, BLOCK_K), ACC)
+    sums = (tl.zeros((SHIFTED, BLOCK_K), ACC),) * 3
+    for unit in range(split * units_per_split, tl.minimum((split + 1) * units_per_split, units)):
+        j = unit % strips * STRIP + tl.arange(0, STRIP)
+        m0 = unit // strips % walks * steps
+        residue = unit // strips // walks % G.dilation_h
+        image = (unit // strips // walks // G.dilation_h).to(tl.int64)
+        if T.wide:
+            j = j.to(tl.int64)
+            residue = residue.to(tl.int64)
+        in_x = x + image * H * W * G.channels
+        in_dy = dy + image * OH * OW * G.out_channels
+        for m in range(m0, m0 + steps):
+            a = shifted_tile(in_x, residue + m * G.dilation_h - G.padding_h, j - G.padding_w, q, c0, H, W, G)
+            new = ()
+            for t in tl.static_range(3):
+                d = gradient_tile(in_dy, residue + (m - t) * G.dilation_h, j, k, OH, OW, G)
+                if T.bias and t == 0:
+                    bias += d.to(ACC)
+                new = new + (  # noqa: RUF005
+                    tl.dot(tl.trans(a), d, sums[t], input_precision=T.precision, out_dtype=ACC),
+                )
+            sums = new
+    s = q // G.block_c
+    c = c0 + q % G.block_c
+    mask = ((c < G.channels) & (s < 3))[:, None] & (k < G.out_channels)[None, :]
+    for t in tl.static_range(3):
+        at = (split * 9 + 3 * t + s).to(tl.int64) * G.channels + c
+        tl.store(partial + at[:, None] * G.out_channels + k[None, :], sums[t], mask=mask)
+    if T.bias:
+        at = partial_bias + split * G.out_channels + k
+        tl.store(at, tl.sum(bias, 0), mask=(k < G.out_channels) & (c0 == 0))
+
+
+@triton.jit
+def sum_of_splits(partial, at, stride, mask, splits, SPLITS: tl.constexpr, ACC: tl.constexpr):
+    """The sum over all splits of partial[split * stride + at], `at` [BLOCK]; SPLITS of them are loaded at a time."""
+    total = tl.zeros(at.shape, ACC)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        here = (split < splits)[:, None] & mask[None, :]
+        where = split.to(tl.int64)[:, None] * stride + at[None, :]
+        total += tl.sum(tl.load(partial + where, mask=here, other=0.0), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
     partial, partial_bias, dw, db, row_places, column_places, splits,
     G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Sum the splits in order -> dw [K, C, taps], db [K] in the layer's order.
 
@@ -119,15 +212,13 @@ def reduce_kernel(
             if G.routing == "all" or gi == go or (G.routing == "arrow" and gi == 0):
                 column = tl.load(column_places + gi * C + c)
                 live = valid & (row >= 0) & (column >= 0)
-                for split in range(0, splits):
-                    at = ((split * TAPS + tap) * G.channels + column).to(tl.int64) * G.out_channels + row
-                    total += tl.load(partial + at, mask=live, other=0.0)
+                at = (tap * G.channels + column) * G.out_channels + row
+                total += sum_of_splits(partial, at, TAPS * G.channels * G.out_channels, live, splits, SPLITS, ACC)
     tl.store(dw + (k * C + c) * TAPS + tap, total, mask=valid)
     if BIAS:
         sums = tl.zeros((BLOCK,), ACC)
         for go in tl.static_range(ROW_GROUPS):
             row = tl.load(row_places + go * K + k)
-            for split in range(0, splits):
-                at = split * G.out_channels + row
-                sums += tl.load(partial_bias + at, mask=(index < K) & (row >= 0), other=0.0)
+            live = (index < K) & (row >= 0)
+            sums += sum_of_splits(partial_bias, row, G.out_channels, live, splits, SPLITS, ACC)
         tl.store(db + k, sums, mask=index < K)

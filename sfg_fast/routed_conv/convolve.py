@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..groups import Routing
+from ..kernels.contract import Packed
 from ..kernels.packing import fold, plain, unfold_rows
 from ..kernels.spec import RoutedConv
 from . import eager, graph
@@ -78,14 +79,14 @@ def convolve(
     run = decide(x, weight, spec) if run is None else run
     given, x = (x, undrawn), x.to(run.dtype)
     sizes = weight.shape[0], weight.shape[1]
-    kept_product = None
+    kept_product = packed = None
     passed_on: Sequence[Any] = ()
     if run.way is Way.ONCE:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = _convolve(x, None, weight, bias, None, one)[0].repeat(1, len(spec.rows.names), 1, 1)
+        u = _convolve(x, None, weight, bias, None, one)[0][0].repeat(1, len(spec.rows.names), 1, 1)
     elif run.way is Way.FOLDED:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0], spec)
+        u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0][0], spec)
     elif run.way is Way.GROUPED:
         stride, padding, dilation = spec.geometry
         groups = len(spec.columns.names)
@@ -95,14 +96,14 @@ def convolve(
     else:
         passes_on = shortcut and x is given[0] and not run.by_operators
         call = Call(run, relu, keep_product and spec.routing is Routing.ARROW, passes_on)
-        u, kept_product, *passed_on = _convolve(x, undrawn, weight, bias, residual, call, deferred)
+        (u, kept_product, *passed_on), packed = _convolve(x, undrawn, weight, bias, residual, call, deferred)
         residual = None
     u = u if residual is None else u + residual.to(u.dtype)
     rows = None
     if keep_product:
         kept_product = u.detach() if spec.routing is Routing.ALL else kept_product
         parameters = weight.detach(), None if bias is None else bias.detach()
-        rows = UndrawnRows(x.detach().to(u.dtype), kept_product, *parameters, run)
+        rows = UndrawnRows(x.detach().to(u.dtype), kept_product, *parameters, run, packed)
     x, undrawn = passed_on or given
     return Convolved(u, rows, x, undrawn, run)
 
@@ -115,8 +116,9 @@ def _convolve(
     residual: Tensor | None,
     call: Call,
     deferred: DeferredGates | None = None,
-) -> tuple[Any, ...]:
-    """u, the kept product or None, and with `call.shortcut` x and its undrawn features."""
+) -> tuple[tuple[Any, ...], Packed | None]:
+    """u, the kept product or None, and with `call.shortcut` x and its undrawn features; and what the kernels have packed
+    (None: they are called through operators, each of which packs for itself)."""
     residual = None if residual is None else residual.to(x.dtype)
     if deferred is not None and not can_defer(deferred, x, call.run):
         deferred = None
@@ -127,5 +129,5 @@ def _convolve(
         call = call._replace(run=call.run._replace(spec=spec))
     if call.run.by_operators:
         u, kept_product = graph.routed_conv(x, undrawn, weight, bias, residual, call)
-        return u, kept_product if call.keep_product else None
+        return (u, kept_product if call.keep_product else None), None
     return eager.routed_conv(x, undrawn, weight, bias, residual, call, deferred)

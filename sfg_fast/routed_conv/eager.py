@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import undrawn_features
 from ..groups import FilterGroups
-from ..kernels.contract import Normalises, reads_normalised
+from ..kernels.contract import Normalises, Packed, reads_normalised
 from ..kernels.spec import BatchNorm, ShortcutGradient
 from ..once import once_differentiable
 from . import gate_gradient
 from .gate_gradient import DeferredGates, GatedRows, UndrawnRows
-from .run import Call, Run
+from .run import Call, PackedParameters, Run
 
 
 def routed_conv(
@@ -30,21 +30,24 @@ def routed_conv(
     residual: Tensor | None,
     call: Call,
     deferred: DeferredGates | None = None,
-) -> tuple[Any, ...]:
-    """u [N, rows, H', W'], the kept product, and with `call.shortcut` x and its undrawn features.
+) -> tuple[tuple[Any, ...], Packed]:
+    """u [N, rows, H', W'], the kept product, and with `call.shortcut` x and its undrawn features; and what the kernels
+    have packed.
 
     x [N, columns, H, W]; undrawn [N, (G-1) * columns, H, W], zeros that get the gradient dundrawn; weight [K, C, kH,
     kW], bias [K]; residual like u, which is added. `deferred`: gates of x whose gradient this convolution computes.
     """
-    parameters = weight, bias, residual, call
+    with torch.no_grad():
+        packed = call.run.pack(weight, bias, x.dtype)
+    parameters = weight, bias, residual, call, packed
     if deferred is None:
-        return _RoutedConv.apply(x, undrawn, None, *parameters, None)
+        return _RoutedConv.apply(x, undrawn, None, *parameters, None), packed.packed
     rows = deferred.rows
     tensors: tuple[Tensor | None, ...] = ()
     if rows.undrawn_rows is not None:
-        tensors, run = rows.undrawn_rows.split()
-        rows = rows._replace(undrawn_rows=UndrawnRows(None, None, None, None, run))  # type: ignore[arg-type]
-    return _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors)
+        tensors, rest = rows.undrawn_rows.split()
+        rows = rows._replace(undrawn_rows=UndrawnRows(None, None, None, None, *rest))  # type: ignore[arg-type]
+    return _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors), packed.packed
 
 
 class _RoutedConv(torch.autograd.Function):
@@ -58,6 +61,7 @@ class _RoutedConv(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         call: Call,
+        parameters: PackedParameters,
         rows: GatedRows | None,
         *of_undrawn: Tensor,
     ) -> Any:
@@ -65,7 +69,7 @@ class _RoutedConv(torch.autograd.Function):
         `of_undrawn`: the tensors of `rows.undrawn_rows`."""
         ctx.set_materialize_grads(False)  # no zeros for the kept product
         run = call.run
-        ctx.parameters = run.pack(weight, bias, x.dtype)
+        ctx.parameters = parameters
         how = {"relu": call.relu, "residual": residual, "keep_product": call.keep_product}
         u, kept_product = run.forward(x, ctx.parameters, **how)  # type: ignore[arg-type]
         # `parameters` may hold the weight itself, no copy. As it is saved, torch raises if somebody changes it in
@@ -96,7 +100,7 @@ class _RoutedConv(torch.autograd.Function):
         dx: Tensor | None
         if rows is not None and wants_gates:
             if rows.undrawn_rows is not None:
-                rows = rows._replace(undrawn_rows=UndrawnRows.joined(of_undrawn, rows.undrawn_rows.run))
+                rows = rows._replace(undrawn_rows=UndrawnRows.joined(of_undrawn, rows.undrawn_rows.split()[1]))
             arguments = run, dy, x, ctx.parameters, rows, gates
             dx, dz = gate_gradient.with_input_gradient(*arguments, shortcut=shortcut, **how)
             _, dundrawn, dw, db = run.backward(dy, x, ctx.parameters, [False, *wants], **how)
@@ -122,7 +126,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, gates: Tensor, rows: GatedRows) -> tuple[Tensor, Tensor | None]:
         tensors: tuple[Tensor | None, ...] = ()
         if rows.undrawn_rows is not None:
-            tensors, ctx.run = rows.undrawn_rows.split()
+            tensors, ctx.rest = rows.undrawn_rows.split()
         ctx.save_for_backward(h if rows.wants_drawn else None, gates, rows.scale, rows.shift, *tensors)
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.activation = rows.groups, rows.activation
@@ -138,7 +142,7 @@ class _Gate(torch.autograd.Function):
         drawn = None if df is None or h is None else gate_gradient.of_drawn(df, h)
         dz = None
         if dundrawn is not None:
-            dz = UndrawnRows.joined(tensors, ctx.run).gate_gradient(dundrawn, scale, shift, ctx.activation)
+            dz = UndrawnRows.joined(tensors, ctx.rest).gate_gradient(dundrawn, scale, shift, ctx.activation)
         return df, ctx.groups.by_kernel(drawn, dz, gates), None
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..activations import Activation, activate
 from ..groups import FilterGroups
 from ..kernels import masked
-from ..kernels.contract import Kernels, computes_gate_gradients
+from ..kernels.contract import Kernels, Packed, computes_gate_gradients
 from ..kernels.formulas import channel_dots
 from ..kernels.spec import ShortcutGradient, UndrawnFormula
 from . import graph
@@ -54,14 +54,16 @@ class UndrawnRows(NamedTuple):
     weight: Tensor  # [K, C, kH, kW]
     bias: Tensor | None  # [K]
     run: Run  # of the convolution
+    packed: Packed | None  # weight and bias as the kernels of `run` want them; None: they are packed anew
 
     def formula(
         self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
     ) -> UndrawnFormula:
         """The formula of their features; scale and shift [T, rows], or [1, rows] for all alike. `kernels`: other
         kernels than those that computed u."""
-        spec = self.run.spec
-        packed = (kernels or self.run.kernels).pack(self.weight, self.bias, spec, self.x.dtype, gates=True)
+        spec, packed = self.run.spec, self.packed
+        if kernels is not None or packed is None:
+            packed = (kernels or self.run.kernels).pack(self.weight, self.bias, spec, self.x.dtype)
         return UndrawnFormula(self.x, self.kept_product, packed, spec, scale, shift, activation)
 
     def gate_gradient(
@@ -87,15 +89,15 @@ class UndrawnRows(NamedTuple):
             return graph.undrawn_rows(*self[:4], self.run.spec).chunk(len(self.run.spec.rows.names) - 1, 1)
         return masked.undrawn_rows(self.formula(None, None, None, masked))
 
-    def split(self) -> tuple[tuple[Tensor | None, ...], Run]:
+    def split(self) -> tuple[tuple[Tensor | None, ...], tuple[Run, Packed | None]]:
         """The tensors, for autograd to keep, and the rest; `joined` is the way back."""
-        return self[:4], self.run
+        return self[:4], self[4:]
 
     @staticmethod
-    def joined(tensors: Sequence[Any], run: Run) -> UndrawnRows:
+    def joined(tensors: Sequence[Any], rest: tuple[Run, Packed | None]) -> UndrawnRows:
         """The inverse of `split`."""
         x, kept_product, weight, bias = tensors
-        return UndrawnRows(x, kept_product, weight, bias, run)
+        return UndrawnRows(x, kept_product, weight, bias, *rest)
 
 
 class GatedRows(NamedTuple):

@@ -203,7 +203,7 @@ def _gate_gradient(
     kernels: str,
 ) -> Tensor:
     run = _run(kernels, x, sides, sizes, geometry, routing, all_gates=(True, False))
-    packed = run.kernels.pack(weight, bias, run.spec, x.dtype, gates=True)
+    packed = run.kernels.pack(weight, bias, run.spec, x.dtype)
     undrawn = UndrawnFormula(x, kept_product, packed, run.spec, scale, shift, activation)
     return run.kernels.gate_gradient(undrawn, dundrawn)
 
@@ -237,7 +237,7 @@ def _undrawn_rows(
     routing: str,
 ) -> Tensor:
     run = _run("masked", x, sides, sizes, geometry, routing, all_gates=(True, False))
-    packed = masked.pack(weight, bias, run.spec, x.dtype, gates=True)
+    packed = masked.pack(weight, bias, run.spec, x.dtype)
     undrawn = UndrawnFormula(x, kept_product, packed, run.spec, None, None, None)
     return torch.cat(masked.undrawn_rows(undrawn), 1)
 

@@ -72,9 +72,9 @@ def main() -> None:
     x = torch.randn(2, 32, 16, 16).half().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(32, 32, 3, 3), torch.randn(32)
     relaxed, streams = FilterGroups.relaxed(torch.zeros(32, 3), 2), FilterGroups.streams(32, 2)
-    names = ("sample", "pack", "rowwalk", "convolve", "convolve_kept", "convolve_undrawn", "convolve_all",
-             "gate_gradient", "weight_gradient", "reduce", "moments", "statistics", "affine", "gradient_sums", "slopes",
-             "affine_gradient", "keep_statistics")  # fmt: skip
+    names = ("sample", "pack", "rowwalk", "rowwalk_gates", "rowwalk_weights", "convolve", "convolve_kept",
+             "convolve_undrawn", "convolve_all", "gate_gradient", "weight_gradient", "reduce", "moments", "statistics",
+             "affine", "gradient_sums", "slopes", "affine_gradient", "keep_statistics")  # fmt: skip
     affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
         norm = BatchNorm(*affine, torch.randperm(32), 1e-5, "relu")
@@ -98,7 +98,6 @@ def main() -> None:
                     kernels.input_gradient(y, packed, spec, (16, 16))
                     kernels.weight_gradient(read, y, packed, spec)
                     if rows.all_gates:
-                        packed = kernels.pack(weight, bias, spec, torch.float16, gates=True)
                         df = y.new_empty(2, 64, *y.shape[2:])
                         undrawn = UndrawnFormula(read, kept_product, packed, spec, None, None, "relu")
                         kernels.gate_gradient(undrawn, df)

@@ -757,7 +757,7 @@ def test_scale_and_shift_of_all_undrawn_rows_at_once(name):
     groups = FilterGroups.from_assignment(torch.arange(12) % 3, all_gates=True)
     spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
     x, dy, weight = torch.randn(2, 12, 9, 20), torch.randn(2, 12, 9, 20), torch.randn(12, 12, 3, 3)
-    packed = kernels.pack(weight, None, spec, x.dtype, gates=True)
+    packed = kernels.pack(weight, None, spec, x.dtype)
     u, kept_product = kernels.forward(x, packed, spec, keep_product=True)
     affine = torch.randn(2, 1, 12)
     found = []

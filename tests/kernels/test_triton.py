@@ -48,9 +48,12 @@ def path(request, monkeypatch):
     """Both ways to convolve, whatever the dtype and the number of channels."""
     if request.param == "rowwalk":
         monkeypatch.setattr(config, "FEW_CHANNELS", 0)
-        monkeypatch.setattr(config, "walks", lambda p, bits, device, walks=config.walks: walks(p, 16, device))
+        monkeypatch.setattr(config, "walks", lambda p, bits, *more, walks=config.walks: walks(p, 16, *more))
+        walks = config.gradient_walks
+        monkeypatch.setattr(config, "gradient_walks", lambda geometry, kernel, _: walks(geometry, kernel, 64))
     else:
-        monkeypatch.setattr(config, "walks", lambda *_: False)
+        for name in ("walks", "gradient_walks"):
+            monkeypatch.setattr(config, name, lambda *_: False)
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(3, 90, 227 << 10))  # several walks and splits
     config.forget()
     yield request.param
@@ -204,8 +207,7 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
     df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
     h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
     exact = (df * h).sum((0, 3, 4))
-    packed = kernels.pack(weight.to(dtype), bias, spec, dtype, gates=True)
-    features = UndrawnFormula(px, kept_product, packed, spec, scale, shift, "relu")
+    features = UndrawnFormula(px, kept_product, given, spec, scale, shift, "relu")
     dz = kernels.gate_gradient(features, df.flatten(1, 2).to(dtype))
     # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5

@@ -22,16 +22,18 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
     # streams to a relaxed draw. What is compiled for one layer serves another of the same sizes.
     assert found["compiled"] == {
         "sample": 1,
-        "pack": 10,  # and for the gates' gradient, and for the weight gradient of relaxed draws
-        "rowwalk": 2,  # forward and back, stride 1
+        "pack": 8,  # and for the weight gradient of relaxed draws
+        "rowwalk": 4,  # stride 1: forward and back, with undrawn rows and without
+        "rowwalk_gates": 1,
+        "rowwalk_weights": 2,
         "convolve": 2,  # forward and back, stride 2
-        "convolve_kept": 2,
-        "convolve_undrawn": 2,
+        "convolve_kept": 1,
+        "convolve_undrawn": 1,
         "convolve_all": 4,
-        "gate_gradient": 2,
-        "weight_gradient": 4,
+        "gate_gradient": 1,
+        "weight_gradient": 2,
         "reduce": 4,
         **dict.fromkeys(("moments", "statistics", "affine", "gradient_sums", "slopes", "affine_gradient"), 1),
         "keep_statistics": 1,
     }
-    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 2) + 50 * 7
+    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 1) + 50 * 7
