@@ -48,6 +48,13 @@ class Configuration(NamedTuple):
     what: Pass | Gradient
     launch: config.Launch | None  # None: a small launch around the convolutions, with Triton's defaults
     constants: dict[str, Any]  # what the kernel is compiled for
+    image: tuple[int, int, int]  # batch, height and width of the tensors that the layer reads and writes
+
+    @property
+    def pixels(self) -> int:
+        """Of all images of the batch."""
+        batch, height, width = self.image
+        return batch * height * width
 
     @property
     def warps(self) -> int:
@@ -86,7 +93,7 @@ def layer_configurations(
         with products(DTYPES[dtype]):
             launch = config.plan(p, bits, batch, size, device, bias, False, bias)  # a bias, and the ReLU behind it
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
-        return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants)
+        return Configuration(direction, c, k, dtype, architecture, kernel or launch.kernel, p, launch, constants, image)
 
     forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), precision, device)
     yield one("forward", forward, True)
@@ -94,9 +101,7 @@ def layer_configurations(
     with products(DTYPES[dtype]):
         launch = config.plan_gradient(gradient, bits, batch, size, device, True)
     constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
-    yield Configuration(
-        "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
-    )  # fmt: skip
+    yield Configuration("weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants, image)
     if c > 1:
         for kind in ("undrawn", "soft"):
             other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
@@ -111,15 +116,24 @@ def layer_configurations(
         "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     if c == 1:  # the normalisation behind any layer of k kernels
-        norm = config.norm(batch * height * width, k, device)
-        usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
-        usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": True, "ADD": True}
-        few = {**usual, "BLOCK_C": norm.block_few}
-        small |= dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
-        small |= dict.fromkeys(("statistics", "slopes"), few)
+        small |= norm_constants(k, architecture, image)
         small["keep_statistics"] = {"MOMENTUM": 0.1, "K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k)}
     for kernel, constants in small.items():
-        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants)
+        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants, image)
+
+
+def norm_constants(
+    k: int, architecture: Architecture, image: tuple[int, int, int], shortcut: bool = True
+) -> dict[str, dict[str, Any]]:
+    """What the kernels of a normalisation of k channels are compiled for. `shortcut`: a residual is added to what the
+    normalisation returns, and a gradient to its gradient."""
+    batch, height, width = image
+    norm = config.norm(batch * height * width, k, architecture.device)
+    usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
+    usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": shortcut, "ADD": shortcut}
+    few = {**usual, "BLOCK_C": norm.block_few}
+    constants = dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
+    return constants | dict.fromkeys(("statistics", "slopes"), few)
 
 
 class Work(NamedTuple):
