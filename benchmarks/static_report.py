@@ -171,6 +171,8 @@ class Binary(NamedTuple):
     """One compiled kernel: its resources (`stack` and `shared` in bytes), how many programs fit on one multiprocessor,
     and its code."""
 
+    warps: int
+    stages: int  # of the software pipeline
     registers: int
     stack: int
     shared: int
@@ -181,10 +183,14 @@ class Binary(NamedTuple):
 
 def binary(one: Configuration) -> Binary:
     """What the compilers make of a configuration."""
-    architecture, options = one.architecture, {} if one.launch is None else one.launch.options
-    compiled = triton.compile(source(one), target=architecture.target, options=options)
-    threads = one.warps * (64 if architecture.target.backend == "hip" else 32)
-    shared = compiled.metadata.shared
+    options = {} if one.launch is None else one.launch.options
+    return binary_of(triton.compile(source(one), target=one.architecture.target, options=options), one.architecture)
+
+
+def binary_of(compiled: Any, architecture: Architecture) -> Binary:
+    """The same of what `triton.compile` returned."""
+    warps, stages, shared = compiled.metadata.num_warps, compiled.metadata.num_stages, compiled.metadata.shared
+    threads = warps * (64 if architecture.target.backend == "hip" else 32)
     if architecture.target.backend == "hip":
         text, ptx = compiled.asm["amdgcn"], ""
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -202,7 +208,7 @@ def binary(one: Configuration) -> Binary:
         architecture.shared // (shared + 1024),
         32,
     )
-    return Binary(registers, stack, shared, min(fits), code, ptx)
+    return Binary(warps, stages, registers, stack, shared, min(fits), code, ptx)
 
 
 def compile_one(one: Configuration) -> Code:
