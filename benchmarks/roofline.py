@@ -48,9 +48,9 @@ class Gpu(NamedTuple):
 # issue    Four instructions per clock and multiprocessor.
 # tensor   HGMMA: as fast as a large matrix product, measured on the H200. HMMA: .63 of the peak (Luo et al. 2024,
 #          "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499).
-# latency  The turns of a program follow one another: an instruction 4 clocks after the last one (Luo et al.), and after
-#          the loads that a turn waits for: 263 clocks from L2, 479 from memory (Luo et al.). A pipeline of n stages has
-#          the loads of n - 1 turns under way.
+# latency  What a program does, one after the other: an instruction 4 clocks after the last one, and each turn after the
+#          loads that it waits for: 263 clocks from L2, 479 from memory (all three from Luo et al.). A pipeline of n
+#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once.
 # launch   A kernel with nothing to do: packing at 16 channels, measured on the H200.
 LIMITS = ("memory", "L2", "shared", "issue", "tensor", "latency", "launch")
 HMMA_SHARE = 0.63
@@ -275,7 +275,8 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
 
     hgmma_share = gpu.half / (2 * PEAK * gpu.multiprocessors * 1.83e9)
     depth = max(1, made.stages - 1) if code.piped else 1
-    serial = turns * (code.per_turn(lambda _: ISSUE_CLOCKS) + LOAD_CLOCKS[demand.waits_for] / depth)
+    waiting = LOAD_CLOCKS["memory"] + turns * LOAD_CLOCKS[demand.waits_for] / depth
+    serial = code.total(lambda _: ISSUE_CLOCKS, turns) + waiting
 
     def multiply(here: Instruction) -> float:
         half = 1 if "TF32" not in here.op else 2  # TF32 at half the rate
