@@ -48,6 +48,13 @@ class Configuration(NamedTuple):
     what: Pass | Gradient
     launch: config.Launch | None  # None: a small launch around the convolutions, with Triton's defaults
     constants: dict[str, Any]  # what the kernel is compiled for
+    image: tuple[int, int, int]  # batch, height and width of the tensors that the layer reads and writes
+
+    @property
+    def pixels(self) -> int:
+        """Of all images of the batch."""
+        batch, height, width = self.image
+        return batch * height * width
 
     @property
     def warps(self) -> int:
@@ -86,7 +93,7 @@ def layer_configurations(
         with products(DTYPES[dtype]):  # a bias, and the ReLU behind it
             launch = config.plan(p, bits, batch, size, device, bias, False, bias, gates=gates)
         constants |= {"P": p, "T": launch.tiles, "ACC": tl.float32}
-        return Configuration(direction, c, k, dtype, architecture, launch.kernel, p, launch, constants)
+        return Configuration(direction, c, k, dtype, architecture, launch.kernel, p, launch, constants, image)
 
     forward, adjoint, gradient = config.passes(spec or layer(c, k), (3, 3), precision, device)
     yield one("forward", forward, True)
@@ -94,9 +101,7 @@ def layer_configurations(
     with products(DTYPES[dtype]):
         launch = config.plan_gradient(gradient, bits, batch, size, device, True)
     constants = {"G": gradient, "T": launch.tiles, "ACC": tl.float32}
-    yield Configuration(
-        "weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants
-    )  # fmt: skip
+    yield Configuration("weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants, image)
     if c > 1:
         for kind in ("undrawn", "soft"):
             other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
@@ -111,15 +116,24 @@ def layer_configurations(
         "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     if c == 1:  # the normalisation behind any layer of k kernels
-        norm = config.norm(batch * height * width, k, device)
-        usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
-        usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": True, "ADD": True}
-        few = {**usual, "BLOCK_C": norm.block_few}
-        small |= dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
-        small |= dict.fromkeys(("statistics", "slopes"), few)
+        small |= norm_constants(k, architecture, image)
         small["keep_statistics"] = {"MOMENTUM": 0.1, "K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k)}
     for kernel, constants in small.items():
-        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants)
+        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants, image)
+
+
+def norm_constants(
+    k: int, architecture: Architecture, image: tuple[int, int, int], shortcut: bool = True
+) -> dict[str, dict[str, Any]]:
+    """What the kernels of a normalisation of k channels are compiled for. `shortcut`: a residual is added to what the
+    normalisation returns, and a gradient to its gradient."""
+    batch, height, width = image
+    norm = config.norm(batch * height * width, k, architecture.device)
+    usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
+    usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": shortcut, "ADD": shortcut}
+    few = {**usual, "BLOCK_C": norm.block_few}
+    constants = dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
+    return constants | dict.fromkeys(("statistics", "slopes"), few)
 
 
 class Work(NamedTuple):
@@ -170,33 +184,41 @@ def work(one: Configuration) -> Work | None:
             part = None if columns is None else columns[c : c + g.block_c]
             live += part is None or bool(((part == 0) | (part == rows[k : k + g.block_k, None])).any())
         executed = live * g.block_c * g.block_k
+        if g.walks:  # a row of the input in four copies, one of them empty, and three rows of dy; at least one unit
+            rows = config.cdiv(one.image[1], g.dilation_h)
+            halo = (rows + 2) / rows
+            loaded = halo * live * 3 * (g.block_c + g.block_k) * itemsize
+            return Work(round(halo * executed * 4 / 3), necessary, masked, loaded, once)
         loaded = live * (9 / g.taps) * (g.taps * g.block_c + g.block_k) * itemsize
         return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once)
     p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)
     pixels = one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
-    if one.launch.kernel == "rowwalk":
-        chunk = 16 if p.channels <= 16 else 32
-        tiles_n, steps = p.columns // p.block_n, one.launch.steps
-        halo = (steps + 2) / steps
-        loaded = tiles_n * (halo * 3 * chunk + 9 * chunk * p.block_n / pixels / steps)
-        return Work(round(halo * p.columns * chunk), necessary, masked, (loaded + p.out_channels) * itemsize, once)
     if p.flat:
         depth = config.cdiv(9 * p.channels, p.block_k) * p.block_k
         loaded = p.columns // p.block_n * depth * (1 + p.block_n / pixels)
         return Work(p.columns * depth // 9, necessary, masked, (loaded + p.out_channels) * itemsize, once)
-    written = p.out_channels
+    written, made = p.out_channels, p.products
     if one.direction.endswith("undrawn"):
-        chunks = other_chunks(one, p, out, read)
         if p.adjoint:
             necessary, written = masked, 3 * p.out_channels
             once += 2 * p.out_channels * itemsize
-        elif one.kernel == "gate_gradient":
+        elif one.kernel in ("rowwalk_gates", "gate_gradient"):
+            made = p.out_groups - 1
             necessary = int(((columns > 0) & (columns != rows[:, None])).sum())
             written = 3 * p.out_channels  # or read: the kept product, and dundrawn
             once += 2 * p.out_channels * itemsize
         else:
             written = 2 * p.out_channels
             once += p.out_channels * itemsize
+    if one.kernel.startswith("rowwalk"):
+        chunk = 16 if p.channels <= 16 else 32
+        tiles_n, steps = p.columns // p.block_n, one.launch.steps
+        halo = (steps + 2) / steps
+        loaded = tiles_n * (halo * 3 * chunk + made * 9 * chunk * p.block_n / pixels / steps)
+        executed = round(halo * p.columns * chunk * made)
+        return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
+    if one.direction.endswith("undrawn"):
+        chunks = other_chunks(one, p, out, read)
     else:
         chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
     executed = sum(chunks) * p.block_k * p.block_n

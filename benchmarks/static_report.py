@@ -140,6 +140,15 @@ KNOWN: dict[tuple[str, str], str] = {
 }
 
 
+class Instruction(NamedTuple):
+    """One machine instruction; `target`: the address to which a branch jumps."""
+
+    address: int
+    op: str
+    target: int | None
+    operands: str
+
+
 class Code(NamedTuple):
     """The figures of one compiled kernel. Sizes are in bytes; `width_*` are the bytes of the narrowest access to global
     memory in the main loop."""
@@ -160,35 +169,62 @@ class Code(NamedTuple):
         return self.loop_matrix / self.loop if self.loop else 0.0
 
 
-def compile_one(one: Configuration) -> Code:
-    architecture, options = one.architecture, {} if one.launch is None else one.launch.options
-    compiled = triton.compile(source(one), target=architecture.target, options=options)
-    threads = one.warps * (64 if architecture.target.backend == "hip" else 32)
-    shared = compiled.metadata.shared
+class Binary(NamedTuple):
+    """One compiled kernel: its resources (`stack` and `shared` in bytes), how many programs fit on one multiprocessor,
+    and its code."""
+
+    warps: int
+    stages: int  # of the software pipeline
+    registers: int
+    stack: int
+    shared: int
+    programs: int
+    code: list[Instruction]
+    ptx: str  # empty for AMD's GPUs
+
+
+def binary(one: Configuration) -> Binary:
+    """What the compilers make of a configuration."""
+    options = {} if one.launch is None else one.launch.options
+    return binary_of(triton.compile(source(one), target=one.architecture.target, options=options), one.architecture)
+
+
+def binary_of(compiled: Any, architecture: Architecture) -> Binary:
+    """The same of what `triton.compile` returned."""
+    warps, stages, shared = compiled.metadata.num_warps, compiled.metadata.num_stages, compiled.metadata.shared
+    threads = warps * (64 if architecture.target.backend == "hip" else 32)
     if architecture.target.backend == "hip":
-        text = compiled.asm["amdgcn"]
+        text, ptx = compiled.asm["amdgcn"], ""
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         code = amd_instructions(text)
     else:
+        ptx = compiled.asm["ptx"]
         usage, text = disassemble(compiled.asm["cubin"])
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         stack += local
         code = nvidia_instructions(text)
-    matrix = re.compile(architecture.matrix)
-    loop = main_loop(code, matrix)
     fits = (
         architecture.threads // threads,
         architecture.registers // (threads * max(registers, 1)),
         architecture.shared // (shared + 1024),
         32,
     )
+    return Binary(warps, stages, registers, stack, shared, min(fits), code, ptx)
+
+
+def compile_one(one: Configuration) -> Code:
+    """The figures of a configuration."""
+    found, matrix = binary(one), re.compile(one.architecture.matrix)
+    loop = main_loop(found.code, matrix)
     loads, stores = ([width(op) for op in loop if re.match(kind, op)] for kind in (LOADS, STORES))
-    every = [op for _, op, _ in code if matrix.match(op)]
+    every = [here.op for here in found.code if matrix.match(here.op)]
     inside = [op for op in loop if matrix.match(op)]
     narrowest = (min(widths, default=16) for widths in (loads, stores))
-    said = () if architecture.target.backend == "hip" else warnings(compiled.asm["ptx"], architecture.target.arch)
-    return Code(registers, stack, shared, min(fits), len(every), len(loop), len(inside), *narrowest, said)
+    said = warnings(found.ptx, one.architecture.target.arch) if found.ptx else ()
+    return Code(
+        found.registers, found.stack, found.shared, found.programs, len(every), len(loop), len(inside), *narrowest, said
+    )
 
 
 def warnings(ptx: str, capability: int) -> tuple[str, ...]:
@@ -206,7 +242,6 @@ def warnings(ptx: str, capability: int) -> tuple[str, ...]:
 
 LOADS = r"LDG\.|LDGSTS|UTMALDG|global_load|buffer_load"
 STORES = r"STG\.|global_store|buffer_store"
-Instruction = tuple[int, str, int | None]  # address, operation, where it jumps to
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -223,11 +258,16 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def nvidia_instructions(text: str) -> list[Instruction]:
-    found = re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s?(.*?);", text, re.MULTILINE)
+    """Of what cuobjdump prints, without the padding behind the end. An instruction that is never executed (ptxas
+    writes some, under the predicate !PT) is a NOP."""
+    found = re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s?(.*?);", text, re.MULTILINE)
     code: list[Instruction] = []
     for match in found:
-        target = re.search(r"0x([0-9a-f]+)\s*$", match[3]) if match[2].startswith("BRA") else None
-        code.append((int(match[1], 16), match[2], int(target[1], 16) if target else None))
+        op = "NOP" if (match[2] or "").startswith("@!PT") else match[3]
+        target = re.search(r"0x([0-9a-f]+)\s*$", match[4]) if op.startswith("BRA") else None
+        code.append(Instruction(int(match[1], 16), op, int(target[1], 16) if target else None, match[4]))
+    while code and code[-1].op == "NOP":
+        code.pop()
     return code
 
 
@@ -239,17 +279,22 @@ def amd_instructions(text: str) -> list[Instruction]:
             labels[match[1]] = len(code)
         elif match := re.match(r"^\s+([a-z]\w+)\s*(.*)", line):
             code.append((len(code), match[1], match[2]))
-    return [(at, op, labels.get(rest.strip()) if "branch" in op else None) for at, op, rest in code]
+    return [Instruction(at, op, labels.get(rest.strip()) if "branch" in op else None, rest) for at, op, rest in code]
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The instructions of every loop: of all that lie between a branch backwards and where it jumps to."""
+    return [
+        [here for here in code if end.target <= here.address <= end.address]
+        for end in code
+        if end.target is not None and end.target < end.address
+    ]
 
 
 def main_loop(code: list[Instruction], matrix: re.Pattern[str]) -> list[str]:
     """The operations of the innermost loop with the most matrix instructions; of any loop, if none has any."""
-    loops = []
-    for at, _, target in code:
-        if target is not None and target < at:
-            loops.append([op for address, op, _ in code if target <= address <= at])
-    count = {id(loop): sum(bool(matrix.match(op)) for op in loop) for loop in loops}
-    return max(loops, key=lambda loop: (count[id(loop)] / len(loop), len(loop)), default=[])
+    found = [[here.op for here in loop] for loop in loops(code)]
+    return max(found, key=lambda ops: (sum(bool(matrix.match(op)) for op in ops) / len(ops), len(ops)), default=[])
 
 
 def width(op: str) -> int:
