@@ -117,7 +117,6 @@ def layer_configurations(
     }
     if c == 1:  # the normalisation behind any layer of k kernels
         small |= norm_constants(k, architecture, image)
-        small["keep_statistics"] = {"MOMENTUM": 0.1, "K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k)}
     for kernel, constants in small.items():
         yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants, image)
 
@@ -130,7 +129,8 @@ def norm_constants(
     batch, height, width = image
     norm = config.norm(batch * height * width, k, architecture.device)
     usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
-    usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.parts_2, "RESIDUAL": shortcut, "ADD": shortcut}
+    usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.together, "RESIDUAL": shortcut, "ADD": shortcut}
+    usual |= {"GROUPS": 3, "MOMENTUM": 0.1}
     few = {**usual, "BLOCK_C": norm.block_few}
     constants = dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
     return constants | dict.fromkeys(("statistics", "slopes"), few)

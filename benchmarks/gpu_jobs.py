@@ -148,7 +148,7 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     kept_product = kernels.forward(x, everything, all_specs, relu=True, keep_product=True)[1]
     dundrawn = torch.cat([dy, dy], 1)
     scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)
-    undrawn = UndrawnFormula(x, kept_product, gates, all_specs, scale, shift, "relu")
+    undrawn = UndrawnFormula(x, kept_product, everything, all_specs, scale, shift, "relu")
     affine = torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)
     norm = BatchNorm(*affine, drawn.order, 1e-5, "relu")
     _, mean, var, _ = kernels.normalise(x, norm, None)

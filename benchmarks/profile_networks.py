@@ -38,7 +38,6 @@ OPERATIONS = (
     "statistics",
     "normalise_gradient",
     "normalise_gradient_again",
-    "keep_statistics",
     "sample",
 )
 ESTIMATORS = ("straight_through", "selected")

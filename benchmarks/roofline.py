@@ -132,28 +132,29 @@ def per_channel(one: Configuration) -> Demand:
 
 
 def reduced(one: Configuration) -> Demand:
-    """The sum over the splits of a weight gradient. A program's loads are masked where a row does not read a column, but
-    it goes through all splits for every pair of groups that is routed, and for every group of the bias."""
+    """The sum over the splits of a weight gradient, SPLITS at a time, and of the bias."""
     gradient = one.what
     assert isinstance(gradient, config.Gradient)
     bits = PRECISIONS[DTYPES[one.dtype]].dtype.itemsize * 8
     device = one.architecture.device
     splits = config.plan_gradient(gradient, bits, one.image[0], one.image[1:], device, True).second
     elements = one.kernels * one.channels * gradient.taps_h * gradient.taps_w
-    programs, pairs = config.cdiv(elements, one.constants["BLOCK"]), 0
-    for row in range(gradient.row_groups):
-        for column in range(gradient.column_groups):
-            pairs += gradient.routing == "all" or row == column or (gradient.routing == "arrow" and column == 0)
-    turns = (pairs + gradient.row_groups) * splits
+    programs = config.cdiv(elements, one.constants["BLOCK"])
+    together = one.constants["SPLITS"]
+    turns = 2 * config.cdiv(splits, together)
     size = splits * elements * 4
-    return Demand(programs, size, size, 0, 0, turns * programs * one.constants["BLOCK"] * 4)
+    return Demand(programs, size, size, 0, 0, turns * programs * one.constants["BLOCK"] * together * 4)
 
 
 def packed(one: Configuration) -> Demand:
     """Both weights of a layer are read once and written twice; a program finds where 64 kernels or channels went by
     looking at all of them, 16 at a time."""
     forward, backward, gradient = (one.constants[name] for name in "FBG")
-    itemsize, block, places = PRECISIONS[DTYPES[one.dtype]].dtype.itemsize, one.constants["BLOCK"], one.constants["PLACES"]
+    itemsize, block, places = (
+        PRECISIONS[DTYPES[one.dtype]].dtype.itemsize,
+        one.constants["BLOCK"],
+        one.constants["PLACES"],
+    )
     programs = sum(config.cdiv(size, block) for size in (forward.size, backward.size, forward.out_channels))
     groups = (gradient.row_groups, one.kernels), (gradient.column_groups, one.channels)
     programs += sum(config.cdiv(count * width, places) for count, width in groups)

@@ -43,8 +43,8 @@ def _changed(change: Callable[[Launch], Launch], plan: Callable[..., Launch] = _
     the identity of Tiles."""
 
     @functools.cache
-    def changed(*arguments: Any) -> Launch:
-        return change(plan(*arguments))
+    def changed(*arguments: Any, **options: Any) -> Launch:
+        return change(plan(*arguments, **options))
 
     return changed
 

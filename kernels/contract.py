@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from .spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
+from .spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
 
 Packed: TypeAlias = Any
 """A layer's weight and bias as a backend wants them. Its `pack` makes it; only the same backend reads it."""
@@ -165,28 +165,16 @@ class Normalises(Kernels, Protocol):
     """The backend does batch normalisation with the statistics of the batch, activation and a sum in one go."""
 
     def normalise(
-        self, u: Tensor, norm: BatchNorm, residual: Tensor | None, *, return_affine: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u [N, rows, H, W] -> y = act(norm(u)) + residual (no residual where the activation pools); mean and biased
-        variance [K], at least float32; and with `return_affine` scale and shift [2, rows] of the normalisation."""
+        variance [K], at least float32; and scale and shift [2, rows] of the normalisation. `moves`: the running
+        statistics, which are changed in place."""
 
     def normalise_gradient(
         self, dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dy like y -> du [N, rows, H, W], to which the gradient `shortcut` is added; dweight [K], dbias [K]."""
-
-    def keep_statistics(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        assignment: Tensor,
-        count: int,
-        momentum: float,
-        running: RunningStatistics,
-    ) -> None:
-        """Moves the running statistics of the pairs (assignment[k], k), in place, towards mean [K] and var [K] of a
-        batch, var the biased one of `count` values, at a rate of max(1/n, momentum); n counts the batches of the pair,
-        this one too. The pooled statistics move in the same way."""
 
 
 class ReadsNormalised(Normalises, Protocol):

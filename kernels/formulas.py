@@ -24,7 +24,8 @@ def channel_dots(a: Tensor, b: Tensor) -> Tensor:
 def keep_statistics(
     mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
-    """As the contract says (`contract.Normalises.keep_statistics`)."""
+    """Moves the running statistics (`spec.MovingStatistics`) towards mean and biased variance [K] of a batch of `count`
+    values."""
     index = assignment * assignment.numel() + torch.arange(assignment.numel(), device=assignment.device)
     draws = running.draws.view(-1)
     draws.index_copy_(0, index, draws[index] + 1)  # counted first, so that max(1/n, momentum) is 1 for a first draw

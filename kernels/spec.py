@@ -79,6 +79,16 @@ class RunningStatistics(NamedTuple):
     pooled_var: Tensor  # [K]
 
 
+class MovingStatistics(NamedTuple):
+    """What a normalisation moves besides its result: the running statistics of the pairs (assignment[k], k), towards
+    those of the batch. A pair moves at a rate of max(1/n, momentum), where n counts its batches, this one too; the
+    pooled statistics move in the same way."""
+
+    running: RunningStatistics
+    assignment: Tensor  # int64 [K]: the drawn groups
+    momentum: float
+
+
 class ShortcutGradient(NamedTuple):
     """Gradients that came by a shortcut around a convolution, and are added to its own; None where none came."""
 

@@ -69,7 +69,7 @@ class KernelNorm(nn.Module):
 
     @property
     def running(self) -> RunningStatistics:
-        """The running statistics, which `keep_statistics` changes in place."""
+        """The running statistics, which kernels change in place."""
         return RunningStatistics(self.running_mean, self.running_var, self.draws, self.pooled_mean, self.pooled_var)
 
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,15 @@ from ...groups import Routing
 from .. import formulas
 from ..masked import missing
 from ..packing import unpack, unpack_dim
-from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
+from ..spec import (
+    NO_SHORTCUT,
+    BatchNorm,
+    MovingStatistics,
+    RoutedConv,
+    RunningStatistics,
+    ShortcutGradient,
+    UndrawnFormula,
+)
 from . import _native
 
 __all__ = [
@@ -33,7 +41,6 @@ __all__ = [
     "gate_gradient",
     "input_and_gate_gradient",
     "input_gradient",
-    "keep_statistics",
     "missing",
     "normalise",
     "normalise_gradient",
@@ -207,8 +214,8 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, return_affine: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     relu, pool = _flags(norm.activation)
     weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
     n, channels, height, width = u.shape
@@ -216,8 +223,10 @@ def normalise(
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(norm.order), _plain_or_none(residual)
     found = to_dlpack(y), to_dlpack(mean), to_dlpack(var)
-    affine = u.new_empty(2, channels) if return_affine else None
-    _native.normalise(*arrays, norm.eps, relu, pool, *found, torch.get_num_threads(), _plain_or_none(affine))
+    affine = u.new_empty(2, channels)
+    _native.normalise(*arrays, norm.eps, relu, pool, *found, torch.get_num_threads(), to_dlpack(affine))
+    if moves is not None:
+        keep_statistics(mean, var, moves.assignment, n * height * width, moves.momentum, moves.running)
     return y, mean, var, affine
 
 
@@ -280,6 +289,7 @@ def _normalise_gradient(
 def keep_statistics(
     mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
 ) -> None:
+    """As `formulas.keep_statistics`."""
     if mean.dtype != running.mean.dtype:
         return formulas.keep_statistics(mean, var, assignment, count, momentum, running)
     _native.keep_statistics(_plain(mean), _plain(var), _plain(assignment), count, momentum, *map(to_dlpack, running))

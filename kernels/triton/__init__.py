@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formulas import affine_of
 from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
-from ..spec import NO_SHORTCUT, BatchNorm, RoutedConv, RunningStatistics, ShortcutGradient, UndrawnFormula
+from ..spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
 from . import config
 from .config import Launch, Pass
 from .convolve import convolve_kernel
@@ -29,7 +28,6 @@ from .normalise import (
     affine_gradient_kernel,
     affine_kernel,
     gradient_sums_kernel,
-    keep_statistics_kernel,
     moments_kernel,
     slopes_kernel,
     statistics_kernel,
@@ -259,31 +257,33 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, return_affine: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(residual, "the residual", tuple(u.shape))
     weight, bias, order, eps, activation = norm
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
     channels, launch = u.shape[1], _norm(u)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
     partial = torch.empty(launch.parts, 2, channels, **new)
-    mean, var = (torch.empty(channels, **new) for _ in range(2))
+    mean, var, affine = (torch.empty(*size, channels, **new) for size in ((), (), (2,)))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
-    places, ordered, blocks = _order(order, weight), order is not None, (launch.block_p, launch.block_c)
+    blocks = launch.block_p, launch.block_c
     _launch(moments_kernel, launch.sums, u, partial, launch.pixels, launch.parts, channels, sum_type, *blocks)
+    moving: tuple[Tensor, ...] = (mean,) * 6
+    momentum, groups = 0.0, 0
+    if moves is not None:
+        moving, momentum, groups = (moves.assignment, *moves.running), moves.momentum, len(moves.running.mean)
     _launch(
-        statistics_kernel, launch.columns, partial, places, mean, var, launch.pixels, launch.parts,
-        channels, ordered, sum_type, launch.parts_2, launch.block_p, launch.block_few,
+        statistics_kernel, launch.columns, partial, _order(order, weight), weight, bias, mean, var, affine, *moving,
+        launch.pixels, launch.parts, eps, channels, order is not None, groups, momentum, sum_type, launch.together,
+        launch.block_p, launch.block_few,
     )  # fmt: skip
     added = u if residual is None else _nhwc(residual)
     _launch(
-        affine_kernel, launch.all, u, added, places, weight, bias, mean, var, y, launch.pixels, eps,
-        channels, ordered, activation == "relu", residual is not None, *blocks,
+        affine_kernel, launch.all, u, added, affine, y, launch.pixels,
+        channels, activation == "relu", residual is not None, *blocks,
     )  # fmt: skip
-    if not return_affine:
-        return y, mean, var, None
-    affine = torch.stack(affine_of(weight, bias, mean, var, eps))
-    return y, mean, var, affine if order is None else affine[:, order]
+    return y, mean, var, affine
 
 
 def normalise_gradient(
@@ -306,7 +306,7 @@ def normalise_gradient(
     )  # fmt: skip
     _launch(
         slopes_kernel, launch.columns, partial, *known, dweight, dbias, slope, offset, launch.pixels, launch.parts, eps,
-        channels, ordered, launch.parts_2, launch.block_few,
+        channels, ordered, launch.together, launch.block_few,
     )  # fmt: skip
     added = u if shortcut is None else _nhwc(shortcut)
     _launch(
@@ -314,14 +314,6 @@ def normalise_gradient(
         channels, ordered, relu, shortcut is not None, *blocks,
     )  # fmt: skip
     return du, dweight, dbias
-
-
-def keep_statistics(
-    mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: RunningStatistics
-) -> None:
-    groups, kernels = running.mean.shape
-    sizes = momentum, kernels, groups, triton.next_power_of_2(kernels)
-    _launch(keep_statistics_kernel, 1, mean, var, assignment, *running, count, *sizes)
 
 
 def _norm(u: Tensor) -> config.Norm:

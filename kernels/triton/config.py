@@ -439,7 +439,7 @@ class Norm(NamedTuple):
 
     pixels: int
     parts: int  # of the pixels, summed by a program each
-    parts_2: int  # the next power of two
+    together: int  # parts that are added up together
     block_p: int  # pixels and channels that are looked at together
     block_c: int
     block_few: int  # channels whose parts are added up together
@@ -449,13 +449,14 @@ class Norm(NamedTuple):
 
 
 def norm(pixels: int, channels: int, device: Device) -> Norm:
-    """The launches of a batch normalisation of so many pixels (of all images) and channels."""
+    """The launches of a batch normalisation of so many pixels (of all images) and channels: about eight programs for
+    each multiprocessor read the image, so that enough of it is under way."""
     block_c = min(_power_of_two(channels, 1), 64)
     block_p, columns = 4096 // block_c, cdiv(channels, block_c)
-    parts = min(max(1, 2 * device.multiprocessors // columns), 256, max(1, cdiv(pixels, block_p)))
+    parts = min(max(1, 8 * device.multiprocessors // columns), max(1, cdiv(pixels, block_p)))
     few = min(16, block_c)
     grids = (parts, columns), cdiv(channels, few), (cdiv(pixels, block_p), columns)
-    return Norm(pixels, parts, _power_of_two(parts, 1), block_p, block_c, few, *grids)
+    return Norm(pixels, parts, min(_power_of_two(parts, 1), 128), block_p, block_c, few, *grids)
 
 
 def cdiv(size: int, by: int) -> int:

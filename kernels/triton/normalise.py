@@ -55,43 +55,87 @@ def moments_kernel(
 
 
 @triton.jit
-def statistics_kernel(
-    partial, order, mean, var, P, parts,
-    C: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+def moved(table, at, valid, rate, new):
+    """Moves table[at] towards `new` at this rate."""
+    old = tl.load(table + at, mask=valid, other=0.0)
+    tl.store(table + at, old + rate.to(old.dtype) * (new.to(old.dtype) - old), mask=valid)
+
+
+@triton.jit
+def move_statistics(
+    mean, var, kernel, valid, count, assignment, running_mean, running_var, draws, pooled_mean, pooled_var,
+    MOMENTUM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Of all parts: mean and variance [K] of each channel's kernel."""
+    """Moves the running statistics of these kernels in the groups that they are drawn into: see kernels/contract.py."""
+    at = tl.load(assignment + kernel, mask=valid, other=0) * K + kernel
+    times = tl.load(draws + at, mask=valid, other=0) + 1
+    of_all = tl.full(kernel.shape, 1, draws.dtype.element_ty)
+    for g in tl.static_range(GROUPS):
+        of_all += tl.load(draws + g * K + kernel, mask=valid, other=0)
+    tl.store(draws + at, times, mask=valid)
+    unbiased = var * (count / tl.maximum(count - 1, 1))
+    rate = tl.maximum(1 / times, MOMENTUM)
+    moved(running_mean, at, valid, rate, mean)
+    moved(running_var, at, valid, rate, unbiased)
+    rate = tl.maximum(1 / of_all, MOMENTUM)
+    moved(pooled_mean, kernel, valid, rate, mean)
+    moved(pooled_var, kernel, valid, rate, unbiased)
+
+
+@triton.jit
+def statistics_kernel(
+    partial, order, weight, bias, mean, var, affine, assignment, running_mean, running_var, draws, pooled_mean,
+    pooled_var, P, parts, eps,
+    C: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, MOMENTUM: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Of all parts: mean and variance [C] of each channel's kernel, and scale and shift [2, C] of each channel. Where
+    there are GROUPS the running statistics move, too."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    part = tl.arange(0, PARTS)
     valid = c < C
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
-    count = tl.minimum(tl.maximum(P - part * per_part, 0), per_part)
-    count = tl.where(part < parts, count, 0).to(ACC)[:, None]
-    mask = (count > 0) & valid[None, :]
-    at = partial + part[:, None] * 2 * C + c[None, :]
-    means = tl.load(at, mask=mask, other=0.0)
+    pivot = tl.load(partial + c, mask=valid, other=0.0)  # the first part's mean: see `moments_kernel`
+    sums = tl.zeros((BLOCK_C,), ACC)
+    squares = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        count = tl.minimum(tl.maximum(P - part * per_part, 0), per_part)
+        count = tl.where(part < parts, count, 0).to(ACC)[:, None]
+        mask = (count > 0) & valid[None, :]
+        at = partial + part[:, None] * 2 * C + c[None, :]
+        off = tl.where(mask, tl.load(at, mask=mask, other=0.0) - pivot[None, :], 0.0)
+        sums += tl.sum(off * count, 0)
+        squares += tl.sum(tl.load(at + C, mask=mask, other=0.0) + count * off * off, 0)
     total = P.to(ACC)
-    average = tl.sum(means * count, 0) / total
-    off = tl.where(mask, means - average[None, :], 0.0)
-    squares = tl.load(at + C, mask=mask, other=0.0) + count * off * off
-    variance = tl.sum(squares, 0) / total
+    off = sums / total
+    average = pivot + off
+    variance = squares / total - off * off
     kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
     tl.store(mean + kernel, average, mask=valid)
     tl.store(var + kernel, variance, mask=valid)
+    scale = tl.load(weight + kernel, mask=valid, other=0.0).to(ACC) / tl.sqrt(variance + eps)
+    shift = tl.load(bias + kernel, mask=valid, other=0.0).to(ACC) - average * scale
+    tl.store(affine + c, scale, mask=valid)
+    tl.store(affine + C + c, shift, mask=valid)
+    if GROUPS > 0:
+        move_statistics(
+            average, variance, kernel, valid, total, assignment, running_mean, running_var, draws, pooled_mean,
+            pooled_var, MOMENTUM, C, GROUPS,
+        )  # fmt: skip
 
 
 @triton.jit
 def affine_kernel(
-    u, residual, order, weight, bias, mean, var, y, P, eps,
-    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    u, residual, affine, y, P,
+    C: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * u + shift) + residual."""
+    """y = act(scale * u + shift) + residual, where affine [2, C] are scale and shift."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (p < P)[:, None] & (c < C)[None, :]
     at = p.to(tl.int64)[:, None] * C + c[None, :]
-    _, scale, shift, _ = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
+    scale = tl.load(affine + c, mask=c < C, other=0.0)
+    shift = tl.load(affine + C + c, mask=c < C, other=0.0)
     value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype) * scale[None, :] + shift[None, :]
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # a NaN passes, as in torch
@@ -141,11 +185,14 @@ def slopes_kernel(
     """dweight and dbias [K], and what makes du = scale * g + slope * u + offset."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     kernel, scale, _, average = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
-    part = tl.arange(0, PARTS)
-    mask = (part < parts)[:, None] & (c < C)[None, :]
-    at = partial + part[:, None] * 2 * C + c[None, :]
-    plain = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-    moment = tl.sum(tl.load(at + C, mask=mask, other=0.0), 0)
+    plain = tl.zeros((BLOCK_C,), scale.dtype)
+    moment = tl.zeros((BLOCK_C,), scale.dtype)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (c < C)[None, :]
+        at = partial + part[:, None] * 2 * C + c[None, :]
+        plain += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        moment += tl.sum(tl.load(at + C, mask=mask, other=0.0), 0)
     variance = tl.load(var + kernel, mask=c < C, other=1.0) + eps
     total = P.to(plain.dtype)
     a = -scale * moment / variance / total
@@ -173,33 +220,3 @@ def affine_gradient_kernel(
     if ADD:
         gradient += tl.load(add + at, mask=mask, other=0.0).to(gradient.dtype)
     tl.store(du + at, gradient.to(du.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def keep_statistics_kernel(
-    mean, var, assignment, running_mean, running_var, draws, pooled_mean, pooled_var, count,
-    MOMENTUM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """See kernels/contract.py. One program."""
-    k = tl.arange(0, BLOCK)
-    valid = k < K
-    at = tl.load(assignment + k, mask=valid, other=0) * K + k
-    times = tl.load(draws + at, mask=valid, other=0) + 1
-    of_all = tl.full((BLOCK,), 1, draws.dtype.element_ty)
-    for g in tl.static_range(GROUPS):
-        of_all += tl.load(draws + g * K + k, mask=valid, other=0)
-    tl.store(draws + at, times, mask=valid)
-    new_mean = tl.load(mean + k, mask=valid, other=0.0)
-    new_var = tl.load(var + k, mask=valid, other=0.0)
-    new_var *= count.to(new_var.dtype) / (count - 1)
-    one = tl.full((BLOCK,), 1, new_var.dtype)
-    rate = tl.maximum(one / times.to(one.dtype), one * MOMENTUM)
-    rate_of_all = tl.maximum(one / of_all.to(one.dtype), one * MOMENTUM)
-    old = tl.load(running_mean + at, mask=valid, other=0.0)
-    tl.store(running_mean + at, old + rate * (new_mean - old), mask=valid)
-    old = tl.load(running_var + at, mask=valid, other=0.0)
-    tl.store(running_var + at, old + rate * (new_var - old), mask=valid)
-    old = tl.load(pooled_mean + k, mask=valid, other=0.0)
-    tl.store(pooled_mean + k, old + rate_of_all * (new_mean - old), mask=valid)
-    old = tl.load(pooled_var + k, mask=valid, other=0.0)
-    tl.store(pooled_var + k, old + rate_of_all * (new_var - old), mask=valid)

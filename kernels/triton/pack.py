@@ -75,9 +75,9 @@ def pack_kernel(
     F: tl.constexpr, B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
     BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the forward pass F, its adjoint B, the weight gradient G and, where undrawn rows count, the gates'
-    gradient want, in one launch: the weights, the bias, and where each kernel and input channel went. A program does
-    BLOCK elements, or PLACES places."""
+    """Everything that the forward pass F, its adjoint B, the weight gradient G and, where undrawn rows count, the
+    gates' gradient want, in one launch: the weights, the bias, and where each kernel and input channel went. A program
+    does BLOCK elements, or PLACES places."""
     ROW_GROUPS: tl.constexpr = G.row_groups
     COLUMN_GROUPS: tl.constexpr = G.column_groups
     ROWS: tl.constexpr = G.out_channels

@@ -134,8 +134,8 @@ def rowwalk_kernel(
     x, w, bias, added, added_undrawn, y, second, out_offsets, in_offsets, H, W, OH, OW, steps,
     P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One strip, `steps` output rows, one tile of output channels: u into y; and where undrawn rows count, into `second`
-    the kept product, or going back dundrawn."""
+    """One strip, `steps` output rows, one tile of output channels: u into y; and where undrawn rows count, into
+    `second` the kept product, or going back dundrawn."""
     BLOCK_N: tl.constexpr = P.block_n
     STRIP: tl.constexpr = T.pixels_w
     CHUNK: tl.constexpr = 16 if P.channels <= 16 else 32

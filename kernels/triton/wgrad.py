@@ -200,25 +200,41 @@ def reduce_kernel(
     TAPS: tl.constexpr = G.taps_h * G.taps_w
     ROW_GROUPS: tl.constexpr = G.row_groups
     COLUMN_GROUPS: tl.constexpr = G.column_groups
+    ONE_PLACE: tl.constexpr = (G.out_channels == K) & (G.channels == C)  # each kernel and channel is in one group
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = index % K  # fastest: partial sums are read in (nearly) the order they lie in
     c = index // K % C
     tap = index // (K * C)
     valid = tap < TAPS
+    stride: tl.constexpr = TAPS * G.channels * G.out_channels
     total = tl.zeros((BLOCK,), ACC)
+    row = index * 0 - 1
+    column = index * 0 - 1
+    live = index < 0
     for go in tl.static_range(ROW_GROUPS):
-        row = tl.load(row_places + go * K + k)
+        row_here = tl.load(row_places + go * K + k)
+        row = tl.maximum(row, row_here)
         for gi in tl.static_range(COLUMN_GROUPS):
             if G.routing == "all" or gi == go or (G.routing == "arrow" and gi == 0):
-                column = tl.load(column_places + gi * C + c)
-                live = valid & (row >= 0) & (column >= 0)
-                at = (tap * G.channels + column) * G.out_channels + row
-                total += sum_of_splits(partial, at, TAPS * G.channels * G.out_channels, live, splits, SPLITS, ACC)
+                column_here = tl.load(column_places + gi * C + c)
+                column = tl.maximum(column, column_here)
+                here = valid & (row_here >= 0) & (column_here >= 0)
+                live = live | here
+                if not ONE_PLACE:
+                    at = (tap * G.channels + column_here) * G.out_channels + row_here
+                    total += sum_of_splits(partial, at, stride, here, splits, SPLITS, ACC)
+    if ONE_PLACE:
+        at = (tap * G.channels + column) * G.out_channels + row
+        total = sum_of_splits(partial, at, stride, live, splits, SPLITS, ACC)
     tl.store(dw + (k * C + c) * TAPS + tap, total, mask=valid)
     if BIAS:
         sums = tl.zeros((BLOCK,), ACC)
-        for go in tl.static_range(ROW_GROUPS):
-            row = tl.load(row_places + go * K + k)
-            live = (index < K) & (row >= 0)
-            sums += sum_of_splits(partial_bias, row, G.out_channels, live, splits, SPLITS, ACC)
+        if ONE_PLACE:
+            here = (index < K) & (row >= 0)
+            sums = sum_of_splits(partial_bias, row, G.out_channels, here, splits, SPLITS, ACC)
+        else:
+            for go in tl.static_range(ROW_GROUPS):
+                row_here = tl.load(row_places + go * K + k)
+                here = (index < K) & (row_here >= 0)
+                sums += sum_of_splits(partial_bias, row_here, G.out_channels, here, splits, SPLITS, ACC)
         tl.store(db + k, sums, mask=index < K)

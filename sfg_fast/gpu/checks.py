@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import backend, load
 from ..groups import FilterGroups, Routing
 from ..kernels.contract import normalises
-from ..kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics
+from ..kernels.spec import BatchNorm, Geometry, MovingStatistics, RoutedConv, RunningStatistics
 from ..routed_conv import convolve, routed_conv
 from ..routed_conv.gate_gradient import UndrawnRows
 
@@ -263,16 +263,19 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     _right(torch.equal(order, torch.argsort(expected, stable=True)), "the kernels are not sorted by group")
     counts = [0, *torch.bincount(expected.cpu(), minlength=groups).cumsum(0).tolist()]
     _right(offsets.tolist() == counts, "the groups' offsets are not their sizes added up")
-    mean, var = torch.randn(kernels, device=device), torch.rand(kernels, device=device)
+    u = torch.randn(2, kernels, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    var, mean = torch.var_mean(u.double().cpu(), (0, 2, 3), correction=0)
     running = (torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device))
     draws = torch.randint(5, (groups, kernels), device=device).float()
     pooled = (torch.zeros(kernels, device=device), torch.ones(kernels, device=device))
     exact = [t.double().cpu().clone() for t in (*running, *pooled)]
     counted = draws.cpu().clone()
-    triton.keep_statistics(mean, var, assignment, 50, 0.1, RunningStatistics(*running, draws, *pooled))
+    norm = BatchNorm(torch.ones(kernels, device=device), torch.zeros(kernels, device=device), None, 1e-5, None)
+    moves = MovingStatistics(RunningStatistics(*running, draws, *pooled), assignment, 0.1)
+    triton.normalise(u, norm, None, moves=moves)
     for kernel, group in enumerate(expected.tolist()):
         counted[group, kernel] += 1
-        values = mean[kernel].double().cpu(), var[kernel].double().cpu() * 50 / 49
+        values = mean[kernel], var[kernel] * 50 / 49
         for value, own, all_groups in zip(values, exact[:2], exact[2:], strict=True):
             own[group, kernel] += max(1 / int(counted[group, kernel]), 0.1) * (value - own[group, kernel])
             all_groups[kernel] += max(1 / int(counted[:, kernel].sum()), 0.1) * (value - all_groups[kernel])

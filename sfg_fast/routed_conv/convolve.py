@@ -117,8 +117,8 @@ def _convolve(
     call: Call,
     deferred: DeferredGates | None = None,
 ) -> tuple[tuple[Any, ...], Packed | None]:
-    """u, the kept product or None, and with `call.shortcut` x and its undrawn features; and what the kernels have packed
-    (None: they are called through operators, each of which packs for itself)."""
+    """u, the kept product or None, and with `call.shortcut` x and its undrawn features; and what the kernels have
+    packed (None: they are called through operators, each of which packs for itself)."""
     residual = None if residual is None else residual.to(x.dtype)
     if deferred is not None and not can_defer(deferred, x, call.run):
         deferred = None

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import undrawn_features
-from ..groups import FilterGroups
 from ..kernels.contract import Normalises, Packed, reads_normalised
-from ..kernels.spec import BatchNorm, ShortcutGradient
+from ..kernels.spec import BatchNorm, MovingStatistics, ShortcutGradient
 from ..once import once_differentiable
 from . import gate_gradient
 from .gate_gradient import DeferredGates, GatedRows, UndrawnRows
@@ -152,14 +151,14 @@ def batch_norm(
     residual: Tensor | None,
     kernels: Normalises,
     gates: Tensor | None = None,
-    groups: FilterGroups | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    moves: MovingStatistics | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gates * act(norm(u)) + residual; u [N, rows, H, W] once more, for a shortcut around the normalisation; mean and
-    (biased) variance [K] of the batch; and scale and shift [2, rows], if undrawn gates of `groups` learn.
+    (biased) variance [K] of the batch; and scale and shift [2, rows].
 
-    `groups`: the draw of u, or None. `gates` [K, T+1]: its one-hot gates, or None if they want no gradient. The
-    backward pass also makes the gradient of the drawn gates."""
-    return _BatchNorm.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, groups)
+    `gates` [K, T+1]: the one-hot gates of u, or None if they want no gradient. The backward pass also makes the
+    gradient of the drawn gates. `moves`: the running statistics, which are changed in place."""
+    return _BatchNorm.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, moves)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -173,14 +172,13 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         norm: BatchNorm,
         kernels: Normalises,
-        groups: FilterGroups | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        return_affine = groups is not None and groups.all_gates
+        moves: MovingStatistics | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         norm = norm._replace(weight=weight, bias=bias)
-        out, mean, var, affine = kernels.normalise(u, norm, residual, return_affine=return_affine)
+        out, mean, var, affine = kernels.normalise(u, norm, residual, moves=moves)
         ctx.save_for_backward(u, weight, bias, norm.order, mean, var, gates)
         ctx.eps, ctx.activation, ctx.kernels = norm.eps, norm.activation, kernels
-        ctx.mark_non_differentiable(mean, var, *([affine] if return_affine else []))
+        ctx.mark_non_differentiable(mean, var, affine)
         ctx.set_materialize_grads(False)
         return out, u.view_as(u), mean, var, affine
 

@@ -14,8 +14,8 @@ from ..activations import Activation, activate
 from ..features import SFGFeatures
 from ..groups import FilterGroups
 from ..kernels.contract import Normalises
-from ..kernels.spec import BatchNorm
-from ..norm import KernelNorm, values_of_each_channel
+from ..kernels.spec import BatchNorm, MovingStatistics
+from ..norm import KernelNorm
 from . import eager
 from .convolve import Convolved
 from .gate_gradient import DeferredGates, GatedRows
@@ -60,14 +60,12 @@ def _in_one_go(
     assert activation is None or isinstance(activation, str)
     how = BatchNorm(norm.weight, norm.bias, groups.order, norm.eps, activation)
     gates, add = groups.gates if groups.learns else None, None if residual is None else residual.packed
-    h, _, mean, var, affine = eager.batch_norm(found.u, how, add, kernels, gates, groups)
-    count = values_of_each_channel(found.u)
-    kernels.keep_statistics(mean, var, groups.assignment, count, norm.momentum, norm.running)
+    moves = MovingStatistics(norm.running, groups.assignment, norm.momentum)
+    h, _, _, _, affine = eager.batch_norm(found.u, how, add, kernels, gates, moves)
     of_residual = None if residual is None else residual.undrawn
     if found.undrawn_rows is None:
         return SFGFeatures(h, groups, undrawn=of_residual)
-    scale, shift = (None, None) if affine is None else (affine[:1], affine[1:])
-    rows = GatedRows(groups, found.undrawn_rows, scale, shift, activation, wants_drawn=False)
+    rows = GatedRows(groups, found.undrawn_rows, affine[:1], affine[1:], activation, wants_drawn=False)
     packed, behind = eager.gate(h, rows)
     if residual is not None:
         return SFGFeatures(packed, groups, undrawn=undrawn_features.of_sum(behind, of_residual))

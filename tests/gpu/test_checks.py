@@ -56,7 +56,7 @@ NOISY = off(lambda t: t * (1 + 1e-6 * torch.rand(())))
         (NORM, "normalise_gradient", SLIGHTLY, "relative errors {'dx'"),
         (PACKED, "_convolve", NOISY, "a second run gave other bits"),
         (NORM, "normalise", NOISY, "a second run gave other bits"),
-        (DRAW, "keep_statistics", lambda f: lambda *a: f(a[0] * 1.01, *a[1:]), "relative errors"),
+        (DRAW, "normalise", lambda f: lambda u, *a, **o: f(u * 1.01, *a, **o), "relative errors"),
         (DRAW, "sample", lambda f: lambda p, noise: f(p, None), "the draw is not argmax"),
         (DRAW, "sample", lambda f: lambda *a: (f(*a)[0], f(*a)[1].flip(0), *f(*a)[2:]), "not sorted by group"),
     ],

@@ -12,7 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, RunningStatistics, UndrawnFormula
+from sfg_fast.kernels.spec import BatchNorm, Geometry, MovingStatistics, RoutedConv, RunningStatistics, UndrawnFormula
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -74,14 +74,14 @@ def main() -> None:
     relaxed, streams = FilterGroups.relaxed(torch.zeros(32, 3), 2), FilterGroups.streams(32, 2)
     names = ("sample", "pack", "rowwalk", "rowwalk_gates", "rowwalk_weights", "convolve", "convolve_kept",
              "convolve_undrawn", "convolve_all", "gate_gradient", "weight_gradient", "reduce", "moments", "statistics",
-             "affine", "gradient_sums", "slopes", "affine_gradient", "keep_statistics")  # fmt: skip
+             "affine", "gradient_sums", "slopes", "affine_gradient")  # fmt: skip
     affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
         norm = BatchNorm(*affine, torch.randperm(32), 1e-5, "relu")
-        y, mean, var, _ = kernels.normalise(x, norm, x)
-        kernels.normalise_gradient(y, x, norm, mean, var, x)
         running = RunningStatistics(torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine)
-        kernels.keep_statistics(mean, var, torch.zeros(32, dtype=torch.int64), 512, 0.1, running)
+        moves = MovingStatistics(running, torch.zeros(32, dtype=torch.int64), 0.1)
+        y, mean, var, _ = kernels.normalise(x, norm, x, moves=moves)
+        kernels.normalise_gradient(y, x, norm, mean, var, x)
     for stride in (1, 2):
         for _ in range(50):
             kernels.sample(torch.randn(32, 3), torch.randn(32, 3))

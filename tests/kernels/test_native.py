@@ -14,7 +14,7 @@ from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFormul
 
 from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
-from tests.oracle import check_statistics
+from tests.oracle import check_statistics, through
 from tests.problems import ConvProblem
 
 if not available("native"):
@@ -704,6 +704,7 @@ def test_results_go_from_process_to_process():
 
 def test_running_statistics():
     check_statistics(cpu.keep_statistics)
+    check_statistics(through(cpu.normalise))
     check_statistics(formulas.keep_statistics)
     with pytest.raises(ValueError, match="there is no such group"):
         check_statistics(lambda mean, var, assignment, *rest: cpu.keep_statistics(mean, var, assignment - 3, *rest))

@@ -34,6 +34,5 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
         "weight_gradient": 2,
         "reduce": 4,
         **dict.fromkeys(("moments", "statistics", "affine", "gradient_sums", "slopes", "affine_gradient"), 1),
-        "keep_statistics": 1,
     }
-    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 1) + 50 * 7
+    assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 1) + 50 * 6
