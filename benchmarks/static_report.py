@@ -115,7 +115,7 @@ def source(one: Configuration) -> ASTSource:
     kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment")
+        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "found")
         if name in one.constants:
             signature[name] = "constexpr"
         elif name == "eps":

@@ -18,7 +18,7 @@ one product) that costs less than reading the input nine times.
 import triton
 import triton.language as tl
 
-from .pack import group_of
+from .pack import group_of, undrawn_group
 
 
 @triton.jit
@@ -36,14 +36,6 @@ def weight_tiles(w, c, n, read, P: tl.constexpr):
         for s in tl.static_range(3):
             tiles = tiles + (weight_tile(w, t, s, c, n, read, P),)  # noqa: RUF005
     return tiles
-
-
-@triton.jit
-def undrawn_group(drawn, index: tl.constexpr, GROUPS: tl.constexpr):
-    """The group of the undrawn row `index` of channels that are drawn into the groups `drawn`: the order is tasks, then
-    shared, without the drawn one."""
-    place = tl.where(drawn == 0, GROUPS - 1, drawn - 1)
-    return (tl.where(place > index, index, index + 1) + 1) % GROUPS
 
 
 @triton.jit

@@ -257,12 +257,15 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     triton, groups = load("triton"), 3
     assert normalises(triton)
     log_p, noise = (torch.randn(kernels, groups, device=device) for _ in range(2))
-    assignment, order, offsets, _ = triton.sample(log_p, noise)
+    assignment, order, offsets, known = triton.sample(log_p, noise)
     expected = (log_p + noise).argmax(1)
     _right(torch.equal(assignment, expected), "the draw is not argmax(log p + noise)")
     _right(torch.equal(order, torch.argsort(expected, stable=True)), "the kernels are not sorted by group")
     counts = [0, *torch.bincount(expected.cpu(), minlength=groups).cumsum(0).tolist()]
     _right(offsets.tolist() == counts, "the groups' offsets are not their sizes added up")
+    plain = FilterGroups.from_assignment(expected.cpu(), groups - 1)
+    for name, value in known.items():
+        _right(torch.equal(value.cpu(), getattr(plain, name)), f"the draw's {name} are not those of its groups")
     u = torch.randn(2, kernels, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     var, mean = torch.var_mean(u.double().cpu(), (0, 2, 3), correction=0)
     running = (torch.zeros(groups, kernels, device=device), torch.ones(groups, kernels, device=device))

@@ -13,10 +13,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from sfg_fast.kernels import triton as kernels
 from sfg_fast.kernels.spec import BatchNorm, Geometry, MovingStatistics, RoutedConv, RunningStatistics, UndrawnFormula
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sfg_fast import SFGConv2d, backend, gates
 from sfg_fast.groups import FilterGroups, Routing
+from sfg_fast.routed_conv import run
 
 
 class Utils:
@@ -66,6 +69,66 @@ class Driver:
         return 0
 
 
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that compute. Views and new memory start nothing on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Counts the operation, and does it."""
+        views = [result.alias_info for result in operation._schema.returns if result.alias_info is not None]
+        allocates = "empty" in operation.__name__ or operation.__name__.startswith("promote_types")
+        self.count += not allocates and all(alias.is_write for alias in views)
+        return operation(*arguments, **options or {})
+
+
+def sampled(log_p: torch.Tensor, noise: torch.Tensor | None) -> Any:
+    """As `kernels.sample`. Its launch is pretended, so the draw is made on the host, where nobody counts."""
+    launch(log_p, noise)
+    with _disable_current_modes():
+        groups = FilterGroups.from_assignment((log_p if noise is None else log_p + noise).argmax(1), log_p.shape[1] - 1)
+        known = {name: getattr(groups, name) for name in ("ids", "inverse", "undrawn_groups")}
+    return groups.assignment, groups.order, groups.offsets, known
+
+
+launch = kernels.sample
+
+
+def step(layers: list[SFGConv2d]) -> dict[str, int]:
+    """What the forward and the backward pass of these layers launch, and how many operations of torch there are."""
+    x, counts = torch.randn(2, 1, 16, 16).contiguous(memory_format=torch.channels_last), {}
+    for layer in layers:
+        layer.zero_grad(set_to_none=True)
+    with backend("triton"):
+        groups = gates.draw_together(layers)
+        before = len(Launcher.launched)
+        with Operations() as operations:
+            for layer, drawn in zip(layers, groups, strict=True):
+                x = layer(x, groups=drawn)
+        counts["launches, forward"] = len(Launcher.launched) - before
+        counts["operations, forward"] = operations.count
+        features = x.packed
+        with Operations() as operations:
+            inputs = [p for layer in layers for p in layer.parameters()]
+            torch.autograd.grad(features, inputs, torch.ones_like(features))
+        counts["launches, backward"] = len(Launcher.launched) - before - counts["launches, forward"]
+        counts["operations, backward"] = operations.count
+    return counts
+
+
+def of_a_layer(estimator: str) -> dict[str, int]:
+    """The same for one layer more, behind a normalisation, amid others; its groups are drawn already."""
+    kernels.missing, kernels.cannot, kernels.sample = lambda: None, lambda x: None, sampled
+    run.through_operators = lambda kernels: False  # a count is no graph
+    options = {"padding": 1, "tasks": 2, "norm": "batch", "activation": "relu", "bias": False, "estimator": estimator}
+    layers = [SFGConv2d(1 if i == 0 else 32, 32, 3, **options) for i in range(4)]
+    step(layers)  # what is made once
+    few, more = step(layers[:3]), step(layers)
+    return {name: more[name] - few[name] for name in few}
+
+
 def main() -> None:
     """Launches every kernel for 50 drawn groupings, and prints how many were compiled and launched."""
     driver.set_active(Driver())
@@ -105,7 +168,9 @@ def main() -> None:
     for name in names:
         function = getattr(kernels, name + "_kernel")
         found[name] = sum(len(caches[0]) for caches in function.device_caches.values())
-    print(json.dumps({"compiled": found, "launched": len(Launcher.launched)}))
+    launched = len(Launcher.launched)
+    layers = {estimator: of_a_layer(estimator) for estimator in ("straight_through", "selected")}
+    print(json.dumps({"compiled": found, "launched": launched, "of a layer": layers}))
 
 
 if __name__ == "__main__":

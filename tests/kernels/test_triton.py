@@ -380,8 +380,13 @@ def test_weights_that_are_not_read_may_hold_anything(poisoned):
 def test_sample_is_what_torch_draws(shape, noise):
     log_p = torch.randn(shape).round()  # ties
     arguments = log_p, torch.randn(shape).round() if noise else None
-    for a, b in zip(kernels.sample(*arguments)[:3], masked.sample(*arguments)[:3], strict=True):
+    *found, known = kernels.sample(*arguments)
+    for a, b in zip(found, masked.sample(*arguments)[:3], strict=True):
         assert torch.equal(a, b)
+    plain = FilterGroups.from_assignment(found[0], shape[1] - 1)
+    assert {"ids", "inverse", "undrawn_groups"} == set(known)
+    for name, value in known.items():
+        assert torch.equal(value, getattr(plain, name)), name
 
 
 def test_one_compiled_kernel_for_all_draws():

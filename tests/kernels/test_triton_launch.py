@@ -10,14 +10,20 @@ import pytest
 from sfg_fast.backends import available
 
 
-@pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
-def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
+pytestmark = pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def found():
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.pretend_gpu"],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_fifty_drawn_groupings_take_one_compiled_kernel_each(found):
     # 6 layers: stride 1 or 2; 32 drawn channels to 32 drawn kernels, whose other groups count or don't, or 96 of
     # streams to a relaxed draw. What is compiled for one layer serves another of the same sizes.
     assert found["compiled"] == {
@@ -36,3 +42,22 @@ def test_fifty_drawn_groupings_take_one_compiled_kernel_each():
         **dict.fromkeys(("moments", "statistics", "affine", "gradient_sums", "slopes", "affine_gradient"), 1),
     }
     assert found["launched"] == 50 * 2 * (1 + 4 * 5 + 2 + 1) + 50 * 6
+
+
+def test_launches_and_operations_of_a_layer(found):
+    """Of one layer 32 -> 32 with batch norm and ReLU amid others, whose groups are drawn already."""
+    assert found["of a layer"] == {
+        # pack, convolve, moments, statistics, affine; gates, sums, slopes, affine, input, weight, the sum of its splits
+        "straight_through": {
+            "launches, forward": 5,
+            "operations, forward": 1,  # the zero that stands for all undrawn features
+            "launches, backward": 7,
+            "operations, backward": 10,
+        },
+        "selected": {
+            "launches, forward": 5,
+            "operations, forward": 0,
+            "launches, backward": 6,
+            "operations, backward": 3,  # the drawn gates' gradient
+        },
+    }
