@@ -191,7 +191,8 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def _deterministic(call: Callable[[], Any]) -> Any:
-    with torch.backends.cudnn.flags(benchmark=torch.backends.cudnn.benchmark, deterministic=True):
+    # (`enabled` is false by default: then torch's own convolution would be timed.)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, deterministic=True):
         return call()
 
 

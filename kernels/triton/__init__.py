@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
 from ..spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
-from . import config
+from . import config, library
 from .config import Launch, Pass
 from .convolve import convolve_kernel
 from .every_group import convolve_all_kernel, convolve_kept_kernel, convolve_undrawn_kernel, gate_gradient_kernel
@@ -150,6 +150,9 @@ def forward(
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     offsets = spec.rows.offsets, spec.columns.offsets
+    if not relu and residual is None and packed.bias is None and _by_library(x, p, size):
+        _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
+        return library.forward(_nhwc(x), packed.forward, p, spec, keep_product)
     convolve = functools.partial(
         _convolve, x, packed.forward, p, offsets, size, relu=relu, bias=packed.bias, two=keep_product
     )
@@ -171,6 +174,9 @@ def input_gradient(
     assert relu_output is None, "dy has gone back through the ReLU already"
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.offsets
+    if all(gradient is None for gradient in shortcut) and _by_library(dy, p, size):
+        _check(dy, "the input", (dy.shape[0], p.channels, *dy.shape[2:]))
+        return library.input_gradient(_nhwc(dy), packed.backward, p, spec)
     # A kernel adds to all that it writes, or to nothing.
     adds = not p.shares_products and shortcut.dx is not None and (shortcut.dundrawn is not None) == p.undrawn
     found = _convolve(dy, packed.backward, p, offsets, size, added=shortcut if adds else NO_SHORTCUT, two=p.undrawn)
@@ -321,6 +327,12 @@ def _norm(u: Tensor) -> config.Norm:
 
 def _order(order: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if order is None else order
+
+
+def _by_library(x: Tensor, p: Pass, size: tuple[int, int]) -> bool:
+    """Does library.py do the pass, which writes images of `size` and nothing is fused with?"""
+    largest = max(x.shape[1] * x.shape[2] * x.shape[3], p.products * p.out_channels * size[0] * size[1])
+    return largest < 2**31 and config.by_library(p, x.element_size() * 8, config.device_of(x.device))
 
 
 def _convolve(

@@ -410,6 +410,18 @@ def _strip(p: Pass, gates: bool) -> int:
     return 64 if sums == 3 else min(64, 1 << (128 * 64 // (sums * p.block_n)).bit_length() - 1)
 
 
+def by_library(p: Pass, bits: int, device: Device) -> bool:
+    """Is library.py the way, if nothing is fused with this pass? Measured on an H200, for 3x3 kernels. Only from 128
+    channels on it pays for the gradients of undrawn rows, too."""
+    width = min(p.channels, p.out_channels)
+    fits = p.taps_h == p.taps_w == 3 and not p.shares_products and p.routing != "own"
+    if p.adjoint:
+        needed = 2 * p.dilation_h >= p.padding_h and 2 * p.dilation_w >= p.padding_w
+        fits = fits and p.stride_h == p.stride_w == 1 and needed
+    wide = width >= (128 if p.undrawn and p.adjoint else 64)
+    return fits and wide and bits == 16 and device.hopper
+
+
 def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:
     """Warps and the depth of the software pipeline. `loaded`: elements of the smallest tile that the loop loads; a
     thread should get 8 of them, 16 bytes."""

@@ -131,8 +131,8 @@ def sample_kernel(
     log_p, noise, found, offsets, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
     GROUPS_2: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """found [GROUPS + 3, K]: each kernel's group, argmax(log_p + noise); the kernels sorted by group, stably; each row's
-    group; each kernel's row; and the groups of each row's undrawn rows (`FilterGroups`). One program."""
+    """found [GROUPS + 3, K]: each kernel's group, argmax(log_p + noise); the kernels sorted by group, stably; each
+    row's group; each kernel's row; and the groups of each row's undrawn rows (`FilterGroups`). One program."""
     k = tl.arange(0, BLOCK)
     g = tl.arange(0, GROUPS_2)
     at = k[:, None] * GROUPS + g[None, :]

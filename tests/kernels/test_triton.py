@@ -247,6 +247,21 @@ OF_EACH_KIND = {  # of path and problem; `test_against_float64_at_length` has ra
     ("tiles", "several tiles and chunks, half"): HALF | {
         "rows": [70, 31, 40], "columns": [50, 0, 30], "image": (2, 3), "kernel": (1, 2), "padding": (0, 1), "batch": 1,
     },
+    ("tiles", "wide, by the library, half"): PLAIN | HALF | {
+        "rows": [24, 20, 22], "columns": [30, 0, 35], "image": (4, 5), "dilation": (1, 2), "padding": (2, 1), "batch": 1,
+    },
+    ("tiles", "strides, wide, by the library, half"): PLAIN | HALF | {
+        "rows": [24, 20, 22], "columns": [30, 20, 15], "image": (6, 5), "stride": (2, 1), "batch": 1,
+    },
+    ("tiles", "undrawn rows by the library, half"): PLAIN | HALF | {
+        "rows": [50, 40, 38], "columns": [60, 30, 40], "image": (3, 4), "batch": 1,
+    },
+    ("rowwalk", "several strips and walks, half"): HALF | {
+        "rows": [5, 4, 3], "columns": [6, 0, 7], "image": (40, 70), "batch": 1, "residual": False,
+    },
+    ("rowwalk", "several tiles of the weight gradient, own groups, half"): HALF | {
+        "rows": [40, 10, 30], "columns": [50, 0, 30], "image": (4, 5), "routing": "own", "batch": 1,
+    },
     ("rowwalk", "few channels"): {"dilation": (1, 2), "padding": (2, 1), "image": (9, 4)},
     ("rowwalk", "own groups, several tiles, half"): PLAIN | HALF | {
         "routing": "own", "rows": [12, 8, 5], "columns": [5, 6, 4], "image": (9, 4),
@@ -296,6 +311,27 @@ def test_many_channels(path, poisoned, problem):
     check(problem)
 
 
+@pytest.mark.parametrize("width", [63, 64, 128])
+@pytest.mark.parametrize("fused", [{}, {"bias": True}, {"relu": True}, {"residual": True}])
+def test_wide_layers_are_convolved_by_the_library(monkeypatch, width, fused):
+    """Where cuDNN was measured to be faster: nothing is fused, and undrawn rows' gradients only from 128 channels on."""
+    used = []
+    for name in ("forward", "input_gradient"):
+        monkeypatch.setattr(kernels.library, name, lambda *_, name=name: used.append(name) or (None, None))
+    monkeypatch.setattr(kernels, "_convolve", lambda x, *_, **__: (x, x))
+    groups = FilterGroups.from_assignment(torch.arange(width) % 3, all_gates=True)
+    spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+    x, weight = torch.zeros(1, width, 2, 2, dtype=torch.float16), torch.zeros(width, width, 3, 3)
+    packed = kernels.pack(weight, torch.zeros(width) if fused.get("bias") else None, spec, x.dtype)
+    more = x if fused.get("residual") else None
+    kernels.forward(x, packed, spec, keep_product=True, relu="relu" in fused, residual=more)
+    for one in (spec, spec._replace(columns=groups.without_undrawn())):
+        packed = kernels.pack(weight, None, one, x.dtype)
+        kernels.input_gradient(x, packed, one, (2, 2), shortcut=ShortcutGradient(more, None))
+    backward = 0 if more is not None or width < 64 else 1 if width < 128 else 2
+    assert used == ["forward"] * (width >= 64 and not fused) + ["input_gradient"] * backward
+
+
 def small_problem(dtype=torch.float32):
     into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
     spec = RoutedConv(
@@ -330,7 +366,7 @@ def test_offsets_have_64_bits_where_any_tensor_needs_them(monkeypatch):
     for size, wide in ((4095, False), (4096, True)):
         spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
         x = torch.empty(1, 64, size, size, dtype=torch.float16, device="meta")
-        packed = kernels.pack(torch.empty(64, 64, 3, 3, device="meta"), None, spec, x.dtype)
+        packed = kernels.pack(torch.empty(64, 64, 3, 3, device="meta"), torch.empty(64, device="meta"), spec, x.dtype)
         _, kept_product = kernels.forward(x, packed, spec, keep_product=True)
         _, dundrawn = kernels.input_gradient(x, packed, spec, (size, size))
         kernels.gate_gradient(UndrawnFormula(x, kept_product, packed, spec, None, None, None), dundrawn)

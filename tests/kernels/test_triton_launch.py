@@ -9,7 +9,6 @@ import pytest
 
 from sfg_fast.backends import available
 
-
 pytestmark = pytest.mark.skipif(not available("triton"), reason="Triton is not installed")
 
 
