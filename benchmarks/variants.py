@@ -53,16 +53,18 @@ def _options(warps: int, stages: int) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": stages}
 
 
-def walk(warps: int, stages: int, rows: int | None = None) -> dict[str, Any]:
-    """A change of the launches of rowwalk.py: other options, and `rows` output rows for each program."""
+def walk(warps: int, stages: int, strip: int, rows: int | None = None) -> dict[str, Any]:
+    """A change of the launches of rowwalk.py: other options, strips of another width, and `rows` output rows for each
+    program."""
 
     def change(launch: Launch) -> Launch:
-        if launch.kernel != "rowwalk":
+        if launch.kernel not in ("rowwalk", "rowwalk_gates"):
             return launch
         steps = launch.steps if rows is None else rows
-        strips = launch.programs // config.cdiv(SIDE, launch.steps)
-        programs = strips * config.cdiv(SIDE, steps)
-        return launch._replace(options=_options(warps, stages), steps=steps, programs=programs)
+        rest = launch.programs // config.cdiv(SIDE, launch.steps) // config.cdiv(SIDE, launch.tiles.pixels_w)
+        programs = rest * config.cdiv(SIDE, steps) * config.cdiv(SIDE, strip)
+        new = dataclasses.replace(launch.tiles, pixels_w=strip)
+        return launch._replace(tiles=new, options=_options(warps, stages), steps=steps, programs=programs)
 
     return {"plan": _changed(change)}
 
@@ -84,7 +86,8 @@ def tiles(n: int, k: int, pixels: int, warps: int, stages: int) -> dict[str, Any
 
 
 def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
-    """A change of weight gradients: tiles of c x k channels and so many pixels, in `times` as many parts."""
+    """A change of weight gradients: no walks, but tiles of c x k channels and so many pixels, in `times` as many
+    parts."""
 
     def change(launch: Launch) -> Launch:
         old = launch.tiles
@@ -98,28 +101,44 @@ def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float 
         found = _of(*arguments)
         return dataclasses.replace(found, block_c=min(c, found.channels), block_k=min(k, found.out_channels))
 
-    return {"of": of, "plan_gradient": _changed(change, _plan_gradient)}
+    return {"of": of, "plan_gradient": _changed(change, _plan_gradient), "gradient_walks": lambda *_: False}
 
 
-# The variants that are measured, by width: attributes of config.py, or of config.Gradient, and what replaces them.
+def gradient_walk(strip: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
+    """A change of weight gradients that walk: strips of another width, other options, and `times` as many parts."""
+
+    def change(launch: Launch) -> Launch:
+        new = dataclasses.replace(launch.tiles, pixels_w=strip)
+        parts = max(1, int(launch.second * times))
+        steps = config.cdiv(launch.steps, max(1, int(times)))
+        return launch._replace(tiles=new, options=_options(warps, stages), second=parts, steps=steps)
+
+    return {"plan_gradient": _changed(change, _plan_gradient)}
+
+
+# The variants that are measured, by width: attributes of config.py, or of config.Gradient, and what replaces them. The
+# tiles at 16 and 32 channels, and those of the weight gradient, are what walks took the place of.
 CONVOLUTIONS: dict[int, dict[str, dict[str, Any]]] = {
     16: {
-        **{f"walk {a}": walk(*a) for a in ((2, 2), (2, 4), (1, 3), (2, 3, 16))},
-        **{f"tiles {a}": tiles(*a) for a in ((16, 16, 256, 4, 3), (16, 16, 128, 2, 4))},
+        **{f"walk {a}": walk(*a) for a in ((2, 3, 64), (2, 3, 32), (2, 2, 32), (1, 3, 32), (2, 3, 32, 64))},
+        **{f"tiles {a}": tiles(*a) for a in ((16, 16, 64, 1, 3), (16, 16, 128, 2, 4))},
     },
     32: {
-        **{f"walk {a}": walk(*a) for a in ((2, 2), (2, 4), (2, 3, 16))},
-        **{f"tiles {a}": tiles(*a) for a in ((32, 32, 128, 2, 4), (32, 16, 128, 4, 4))},
+        **{f"walk {a}": walk(*a) for a in ((2, 3, 16), (2, 3, 32), (2, 2, 16), (1, 3, 16), (2, 3, 16, 32))},
+        **{f"tiles {a}": tiles(*a) for a in ((32, 32, 128, 4, 3), (32, 16, 128, 4, 4))},
     },
-    64: {f"tiles {a}": tiles(*a) for a in ((64, 64, 128, 4, 2), (64, 32, 128, 4, 3), (64, 64, 256, 8, 3))},
-    128: {f"tiles {a}": tiles(*a) for a in ((128, 64, 128, 8, 4), (128, 128, 128, 8, 2), (128, 32, 128, 8, 4))},
+    64: {f"tiles {a}": tiles(*a) for a in ((64, 64, 128, 4, 2), (64, 32, 128, 4, 3), (64, 32, 256, 8, 3))},
+    128: {f"tiles {a}": tiles(*a) for a in ((128, 64, 128, 8, 4), (128, 32, 64, 4, 4), (128, 32, 128, 8, 4))},
 }
 GRADIENTS: dict[int, dict[str, dict[str, Any]]] = {
-    width: {f"gradient {a}": gradient(*a) for a in some}
-    for width, some in {
-        16: [(16, 16, 128, 2, 2), (16, 16, 128, 1, 3), (16, 16, 256, 2, 3), (16, 16, 128, 2, 3, 2)],
-        32: [(32, 32, 128, 4, 1), (32, 32, 128, 2, 2), (32, 32, 256, 4, 1)],
-        64: [(64, 64, 64, 4, 3, 0.5), (64, 64, 64, 4, 3, 2), (64, 64, 64, 4, 4)],
-        128: [(128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 4)],
-    }.items()
+    width: {
+        **{f"gradient_walk {a}": gradient_walk(*a) for a in walks},
+        **{f"gradient {a}": gradient(*a) for a in parts},
+    }
+    for width, walks, parts in (
+        (16, [(64, 4, 2), (128, 4, 2), (64, 2, 3), (64, 4, 3, 2)], [(16, 16, 128, 2, 3)]),
+        (32, [(64, 4, 3), (32, 8, 4), (64, 8, 2), (64, 8, 3, 2)], [(32, 32, 128, 2, 1)]),
+        (64, [(64, 8, 3), (32, 8, 3), (32, 8, 4, 2)], [(64, 64, 64, 4, 3)]),
+        (128, [(64, 8, 2), (32, 8, 3), (32, 8, 4, 2)], [(64, 64, 64, 4, 3)]),
+    )
 }

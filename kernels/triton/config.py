@@ -311,8 +311,8 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
         options = launch_options(strip, p.block_n, 2048, device)
-        if device.hopper:
-            options = {"num_warps": 2, "num_stages": 3}
+        if device.hopper or gates or p.products > 1:  # more warps would do the same products twice: a strip is low
+            options["num_warps"] = 2
         return Launch("rowwalk_gates" if gates else "rowwalk", tiles, strips * cdiv(rows, steps), 1, steps, options)
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)

@@ -14,7 +14,7 @@ from sfg_fast.kernels.triton import config
 from benchmarks import counted, variants
 from benchmarks.static_report import ARCHITECTURES
 
-FORMULAS = ("plan", "plan_gradient", "walks", "_blocks", "_large_blocks")
+FORMULAS = ("plan", "plan_gradient", "gradient_walks", "walks", "_blocks", "_large_blocks")
 
 
 def launches(k):
@@ -38,14 +38,21 @@ def test_variants(table, k):
             tiles = one.what.block_c, one.what.block_k, one.launch.tiles.pixels_h * one.launch.tiles.pixels_w
             assert tiles == numbers[:3]
             assert tuple(one.launch.options.values()) == numbers[3:5]
-            steps, old = one.launch.second * one.launch.steps, usual["weight gradient"].launch
-            pixels = old.second * old.steps * old.tiles.pixels_h * old.tiles.pixels_w
-            assert steps * tiles[2] >= pixels  # all of the image
+            assert one.launch.kernel == "weight_gradient"
+            assert one.launch.second * one.launch.steps * tiles[2] >= 16 * variants.SIDE**2  # all of the images
             assert found["forward"].launch.options == usual["forward"].launch.options
+        elif kind == "gradient_walk":
+            one, old = found["weight gradient"].launch, usual["weight gradient"].launch
+            assert one.kernel == "rowwalk_weights"
+            assert (one.tiles.pixels_w, *one.options.values()) == numbers[:3]
+            assert one.second == old.second * (numbers[3] if len(numbers) > 3 else 1)
         elif kind == "walk":
-            assert found["forward"].launch.kernel == "rowwalk"
-            assert tuple(found["forward"].launch.options.values()) == numbers[:2]
-            assert found["forward"].launch.programs == usual["forward"].launch.programs or len(numbers) == 3
+            for name in ("forward", "input gradient, undrawn", "gates' gradient, undrawn"):
+                one = found[name].launch
+                assert one.kernel == ("rowwalk_gates" if "gates" in name else "rowwalk")
+                assert (*one.options.values(), one.tiles.pixels_w) == numbers[:3]
+                rows = one.steps if len(numbers) == 3 else numbers[3]
+                assert one.programs == 16 * -(-variants.SIDE // numbers[2]) * -(-variants.SIDE // rows)
         else:
             one = found["forward"]
             assert (one.what.block_n, one.what.block_k) == (min(numbers[0], k), min(numbers[1], k))
