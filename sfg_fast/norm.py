@@ -21,6 +21,7 @@ from .groups import FilterGroups
 from .kernels import formulas
 from .kernels.formulas import affine_of
 from .kernels.spec import RunningStatistics
+from .tracing import in_backward
 
 
 class KernelNorm(nn.Module):
@@ -117,8 +118,9 @@ class KernelNorm(nn.Module):
             mean, var, count = _over_processes(mean, var, count)
         if count < 2:
             raise ValueError("batch normalisation in training needs more than one value per channel, got one")
-        with torch.no_grad():
-            formulas.keep_statistics(mean.detach(), var.detach(), assignment, count, self.momentum, self.running)
+        if not in_backward():  # activation checkpointing repeats a forward pass: the batch counts once
+            with torch.no_grad():
+                formulas.keep_statistics(mean.detach(), var.detach(), assignment, count, self.momentum, self.running)
         return affine_of(self.weight, self.bias, mean, var, self.eps)
 
     def running_affine(self) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..groups import FilterGroups
 from ..kernels.contract import Normalises
 from ..kernels.spec import BatchNorm, MovingStatistics
 from ..norm import KernelNorm
+from ..tracing import in_backward
 from . import eager
 from .convolve import Convolved
 from .gate_gradient import DeferredGates, GatedRows
@@ -60,7 +61,9 @@ def _in_one_go(
     assert activation is None or isinstance(activation, str)
     how = BatchNorm(norm.weight, norm.bias, groups.order, norm.eps, activation)
     gates, add = groups.gates if groups.learns else None, None if residual is None else residual.packed
-    moves = MovingStatistics(norm.running, groups.assignment, norm.momentum)
+    moves = None  # in a repeated forward pass of activation checkpointing: the batch counts once
+    if not in_backward():
+        moves = MovingStatistics(norm.running, groups.assignment, norm.momentum)
     h, _, _, _, affine = eager.batch_norm(found.u, how, add, kernels, gates, moves)
     of_residual = None if residual is None else residual.undrawn
     if found.undrawn_rows is None:
