@@ -1,6 +1,6 @@
 """A model of how long a kernel takes: what it asks of each part of a GPU, and which part takes longest. It needs no GPU.
 
-    python benchmarks/roofline.py [--markdown FILE] [--dtype bf16] [--channels N ..]
+    predict(configuration, H200)  # a Prediction; gpu_model.py has tables of all passes
 
 counted.py counts bytes and products of a launch; static_report.py compiles the kernel. The machine code says what one
 turn of the main loop issues, and the products (or the bytes that are loaded) say how many turns there are. So a kernel
@@ -85,6 +85,7 @@ class Prediction(NamedTuple):
     instructions: float  # issued by all warps
     matrix: str  # HGMMA, HMMA or nothing
     matrix_instructions: float
+    cached: float  # share of what the loops load that may hit L1 (LDG); the other loads skip it (LDGSTS.BYPASS)
     turns: float  # of the main loop (as it was compiled), per program
     registers: int
     fits: int  # programs on one multiprocessor
@@ -219,6 +220,12 @@ class Parts(NamedTuple):
         """Do the loops load for later turns, asynchronously?"""
         return any(here.op.startswith("LDGSTS") for turn in self.turns for here in turn)
 
+    @property
+    def cached(self) -> float:
+        """The share of what the loops load that may hit L1."""
+        every = self.per_turn(loaded)
+        return self.per_turn(lambda here: loaded(here) * ("BYPASS" not in here.op)) / every if every else 0.0
+
     def per_turn(self, amount: Callable[[Instruction], float]) -> float:
         """Of one turn of one warp."""
         return sum(amount(here) for turn in self.turns for here in turn) / max(1, len(self.turns))
@@ -297,5 +304,5 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
     return Prediction(
         times, floor, demand.necessary, demand.requested, launched * code.total(path_bytes, turns),
         launched * code.total(lambda _: 1, turns), " ".join(sorted(kinds)),
-        launched * code.total(lambda here: bool(multiplied(here)), turns), turns, made.registers, made.programs,
+        launched * code.total(lambda here: bool(multiplied(here)), turns), code.cached, turns, made.registers, made.programs,
     )  # fmt: skip
