@@ -61,10 +61,20 @@ class Configuration(NamedTuple):
         return 4 if self.launch is None else self.launch.options["num_warps"]
 
     @property
+    def tile_rows(self) -> int:
+        """The rows of the matrix that a program's products fill: pixels, or channels in a weight gradient."""
+        if self.launch is None:
+            return 0
+        tiles = self.launch.tiles
+        return self.what.block_c if isinstance(self.what, Gradient) else tiles.pixels_h * tiles.pixels_w
+
+    @property
     def chosen(self) -> str:
         """What the formulas chose: the kernel, its tiles, warps and stages."""
         if self.launch is None:
-            blocks = [f"{name} {value}" for name, value in self.constants.items() if name.startswith(("BLOCK", "PARTS"))]
+            blocks = [
+                f"{name} {value}" for name, value in self.constants.items() if name.startswith(("BLOCK", "PARTS"))
+            ]
             return ", ".join([self.kernel, *blocks])
         (_, tiles, programs, second, _, options), what = self.launch, self.what
         blocks = (what.block_c, what.block_k) if isinstance(what, Gradient) else (what.block_k, what.block_n)

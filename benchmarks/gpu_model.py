@@ -1,14 +1,16 @@
 """What the model of roofline.py says of every pass of a layer, beside what an H200 measured. It needs no GPU.
 
-    python benchmarks/gpu_model.py [--markdown FILE] [--dtype bf16] [--channels N ..]
+    python benchmarks/gpu_model.py [--markdown FILE] [--json FILE] [--beside FILE] [--dtype bf16] [--channels N ..]
 
 Times called predicted come from the model, times called measured from results/gpu/h200_confirmed.jsonl. A measured time
 stands beside the prediction only if the launch is still the one that was measured (h200_confirmed_launches.json).
+`--beside` takes what `--json` wrote under another version of Triton, and tells what that one compiled otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -28,8 +30,8 @@ import triton
 from benchmarks import counted, variants
 from benchmarks.counted import Architecture, Configuration
 from benchmarks.gpu_tables import table
-from benchmarks.roofline import DEMANDS, H100, H200, LIMITS, Demand, Gpu, Prediction, convolution, estimate
-from benchmarks.static_report import ARCHITECTURES, Binary, binary
+from benchmarks.roofline import DEMANDS, H100, H200, LAUNCH, LIMITS, Demand, Gpu, Prediction, convolution, estimate
+from benchmarks.static_report import ARCHITECTURES, Binary, binary, warnings
 
 HOPPER = ARCHITECTURES[1]
 IMAGE, SMALL_IMAGE = (16, 256, 256), (10, 128, 128)
@@ -51,7 +53,7 @@ STEPS = {  # of one layer without norm
     "`selected`": ("forward + ReLU", "input gradient", "weight gradient"),
 }
 PLAIN = ("forward + ReLU", "input gradient", "weight gradient")
-# The published time of cuDNN on an H100 (shared/reviews/gpu.md): seconds, channels and image.
+# A published time of cuDNN on an H100 (channels_last, 3x3, bf16): seconds, channels and image.
 PUBLISHED = 31e-6, 64, (32, 56, 56)
 
 
@@ -197,6 +199,27 @@ def spread(some: list[Fit]) -> str:
     )
 
 
+def fit_of(compared: list[Fit]) -> list[str]:
+    """Lines on how well the model fits what was measured."""
+    chosen = [one for one in compared if one.variant == "as chosen"]
+    return [
+        f"- Passes as chosen: {spread(chosen)}.",
+        f"- Variants of these choices: {spread([one for one in compared if one not in chosen])}.",
+        f"- {ordered(compared)}",
+    ]
+
+
+def ordered(compared: list[Fit], apart: float = 1.1) -> str:
+    """How often the model knows which of two choices for a pass is faster, where they differ by a tenth or more."""
+    pairs = [
+        (one.predicted - two.predicted) * (one.measured - two.measured) > 0
+        for one, two in itertools.combinations(compared, 2)
+        if (one.width, one.name) == (two.width, two.name)
+        and max(one.measured, two.measured) > apart * min(one.measured, two.measured)
+    ]
+    return f"Of {len(pairs)} pairs of choices for a pass that differ by a tenth, {sum(pairs)} are ordered rightly."
+
+
 def time_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str], float]) -> list[str]:
     """Microseconds on the H200 by each limit, and what was measured."""
     rows: list[list[Any]] = []
@@ -208,9 +231,9 @@ def time_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str], 
             bound = longest.bound + (f" of {launch_of(one, some)}" if len(some) > 1 else "")
             time, lowest = known.get((k, name)), floor(some)
             predicted = seconds(some)
-            rows.append([f"{k}", name, *limits, bound, us(predicted), us(lowest), lowest / predicted, us(time),
+            rows.append([k, name, *limits, bound, us(predicted), us(lowest), lowest / predicted, us(time),
                          time and time / predicted])  # fmt: skip
-    head = ["kernels", "pass", *(limit for limit in LIMITS if limit != "launch"), "bound by", "predicted", "floor"]
+    head = ["C = K", "pass", *(limit for limit in LIMITS if limit != "launch"), "bound by", "predicted", "floor"]
     return table([*head, "floor / predicted", "measured", "measured / predicted"], rows)
 
 
@@ -220,18 +243,20 @@ def launch_of(one: Pass, some: list[Prediction]) -> str:
 
 
 def count_table(passes: dict[int, dict[str, Pass]]) -> list[str]:
-    """What each convolution's launch asks for."""
+    """What each launch asks for, where it has more to do than to start."""
     rows: list[list[Any]] = []
     for k, layer in passes.items():
-        for one in layer.values():
+        for name, one in layer.items():
             for launch, part in zip(one.launches, one.on(H200), strict=True):
+                if part.seconds < 2 * LAUNCH:
+                    continue
                 pixels = launch.one.pixels
-                bytes_each = [part.memory_bytes / pixels, part.cache_bytes / pixels, part.shared_bytes / pixels]
+                moved = [part.memory_bytes / pixels, part.cache_bytes / pixels, part.shared_bytes / pixels]
                 issued = [part.instructions / pixels, part.matrix, part.matrix_instructions / pixels]
-                rows.append([f"{k}", launch.one.kernel + (", undrawn" if "undrawn" in launch.one.direction else ""),
-                             *bytes_each, f"{part.cached:.0%}", *issued, f"{part.turns:.0f}", part.registers, part.fits])  # fmt: skip
-    head = ["kernels", "kernel", "DRAM", "L2", "shared path", "may hit L1", "instructions", "of these", "matrix"]
-    return table([*head, "turns", "registers", "CTAs"], rows)
+                rest = [f"{part.turns:.0f}", part.registers, part.fits]
+                rows.append([k, name, launch.one.kernel, *moved, f"{part.cached:.0%}", *issued, *rest])
+    head = ["C = K", "pass", "launch", "DRAM", "L2", "shared path", "may hit L1", "instructions", "matrix"]
+    return table([*head, "matrix instructions", "turns", "registers", "CTAs"], rows)
 
 
 def predicted_table(channels: tuple[int, ...], dtype: str) -> list[str]:
@@ -270,14 +295,15 @@ def cudnn_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str],
         for name in PLAIN:
             lowest = plain_floor(k, IMAGE, H200)
             ours = seconds(layer[name].on(H200))
-            rows.append(["H200", "16 x 256 x 256", f"{k}", name, us(lowest), us(others[k, name]), lowest / others[k, name],
-                         us(ours), us(known.get((k, name)))])  # fmt: skip
+            plain = others[k, name]
+            rows.append(["H200", "16 x 256 x 256", k, name, us(lowest), us(plain), lowest / plain, us(ours),
+                         us(known.get((k, name)))])  # fmt: skip
     time, k, image = PUBLISHED
     ours = seconds(layer_passes(k, image=image, names=("forward + ReLU",))["forward + ReLU"].on(H100))
     lowest = plain_floor(k, image, H100)
-    rows.append(["H100", " x ".join(map(str, image)), f"{k}", "forward (published)", us(lowest), us(time), lowest / time,
-                 us(ours), None])  # fmt: skip
-    head = ["GPU", "image", "kernels", "pass", "cuDNN's floor", "cuDNN measured", "floor / measured", "ours predicted"]
+    where = " x ".join(map(str, image))
+    rows.append(["H100", where, k, "forward (published)", us(lowest), us(time), lowest / time, us(ours), None])
+    head = ["GPU", "image", "C = K", "pass", "cuDNN's floor", "cuDNN measured", "floor / measured", "ours predicted"]
     return table([*head, "ours measured"], rows)
 
 
@@ -286,34 +312,74 @@ def step_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str], 
     others, rows = best_others(), []
     for k, layer in passes.items():
         plain = sum(others[k, name] for name in PLAIN)
-        rows.append([f"{k}", "plain, cuDNN", 3 * us(plain_floor(k, IMAGE, H200)), None, us(plain), 1.0, None])
+        rows.append([k, "plain, cuDNN", 3 * us(plain_floor(k, IMAGE, H200)), None, us(plain), 1.0, None])
         for step, names in STEPS.items():
             some = [one for name in names for one in layer[name].on(H200)]
             on_h100 = seconds([one for name in names for one in layer[name].on(H100)])
             times = [known.get((k, name)) for name in names]
             time = None if None in times else sum(filter(None, times))
-            rows.append([f"{k}", step, us(floor(some)), us(seconds(some)), us(time), time and time / plain, us(on_h100)])
-    head = ["kernels", "step", "floor", "predicted", "measured", "measured / cuDNN's", "predicted on an H100"]
+            rows.append(
+                [f"{k}", step, us(floor(some)), us(seconds(some)), us(time), time and time / plain, us(on_h100)]
+            )
+    head = ["C = K", "step", "floor", "predicted", "measured", "measured / cuDNN's", "predicted on an H100"]
     return table(head, rows)
 
 
-def report(channels: tuple[int, ...], dtype: str) -> str:
-    """All tables, as Markdown."""
-    passes = {k: layer_passes(k, dtype) for k in channels}
-    compared = fits(passes) if dtype == "bf16" else []
-    chosen = [one for one in compared if one.variant == "as chosen"]
-    known = {(one.width, one.name): one.measured for one in chosen}
+def figures(passes: dict[int, dict[str, Pass]], fit: list[str]) -> dict[str, Any]:
+    """What this Triton compiled: registers, stack (bytes), CTAs, instructions, remarks of ptxas, and predicted
+    microseconds; and how the model fits."""
+    found = {}
+    for k, layer in passes.items():
+        for one in layer.values():
+            for launch, part in zip(one.launches, one.on(H200), strict=True):
+                made = launch.made
+                found[f"{k} {launch.one.direction}"] = {
+                    "registers": made.registers, "stack": made.stack, "CTAs": made.programs,
+                    "instructions": len(made.code), "matrix": part.matrix,
+                    "remarks": list(warnings(made.ptx, HOPPER.target.arch)), "predicted": round(part.seconds * 1e6, 1),
+                }  # fmt: skip
+    return {"triton": triton.__version__, "launches": found, "fit": fit}
+
+
+def differences(here: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Lines on what another Triton compiled otherwise: remarks, stack, kind of matrix instruction; and by how much its
+    registers and predicted times differ."""
+    lines, ratios, registers = [], [], []
+    for name, mine in here["launches"].items():
+        theirs = other["launches"][name]
+        ratios.append(theirs["predicted"] / mine["predicted"])
+        registers.append(theirs["registers"] - mine["registers"])
+        for what in ("remarks", "stack", "matrix", "CTAs"):
+            if mine[what] != theirs[what]:
+                lines.append(f"- {name}: {what} {theirs[what] or 'none'}, here {mine[what] or 'none'}")
+    return [
+        f"Triton {other['triton']} compiles the same {len(ratios)} kernels: registers differ by {min(registers)} to "
+        f"{max(registers):+}, predicted times are {min(ratios):.2f} to {max(ratios):.2f} of those here. With its code:",
+        "",
+        *other["fit"], *(lines or ["- Remarks of ptxas, stack, kinds of matrix instructions and CTAs are the same."]),
+    ]  # fmt: skip
+
+
+def report(
+    passes: dict[int, dict[str, Pass]], dtype: str, compared: list[Fit], beside: dict[str, Any] | None = None
+) -> str:
+    """All tables, as Markdown. `compared`: what was measured of these passes. `beside`: the figures of another
+    Triton."""
+    known = {(one.width, one.name): one.measured for one in compared if one.variant == "as chosen"}
+    other = [] if beside is None else [*differences(figures(passes, []), beside), ""]
     lines = [
         "# What the model says of the Triton kernels", "",
-        f"`python benchmarks/gpu_model.py`, triton {triton.__version__}, torch {torch.__version__}, {dtype}, even split "
-        "into shared and two tasks. *Predicted* is arithmetic (benchmarks/roofline.py); *measured* is one H200, with "
-        "Triton 3.6 (h200_confirmed.md).", "",
-        f"Of the passes as chosen {spread(chosen)}; of the variants {spread([one for one in compared if one not in chosen])}.",
-        "", "## Microseconds on an H200, 16 x 256 x 256", "", *time_table(passes, known),
+        f"`python benchmarks/gpu_model.py`, triton {triton.__version__}, torch {torch.__version__}, {dtype}, even "
+        "splits into shared and two tasks. *Predicted* is arithmetic (`benchmarks/roofline.py` says with which "
+        "constants); *measured* is one H200, with Triton 3.6 (`gpu/h200_confirmed.md`).", "",
+        *fit_of(compared), "", *other,
+        "## Microseconds on an H200, 16 x 256 x 256", "",
+        "The floor is the bytes that must move through DRAM, or the necessary products, whichever takes longer. The "
+        "times of several launches are added up.", "", *time_table(passes, known),
         "", "## What a launch asks for, per pixel", "",
-        "Bytes; those between a multiprocessor and L2 count twice on the shared path. Instructions are of a warp.", "",
-        *count_table(passes),
-        "", "## Predicted microseconds (share of it that the floor is)", "", *predicted_table(channels, dtype),
+        "Bytes; on the shared path those from and to L2 count twice. Instructions are those of a warp, turns those of "
+        "the main loop.", "", *count_table(passes),
+        "", "## Predicted microseconds (share of it that the floor is)", "", *predicted_table(tuple(passes), dtype),
         "", "## One convolution of cuDNN", "", "Microseconds; cuDNN with all weights, ours with the routed ones.", "",
         *cudnn_table(passes, known),
         "", "## A step of a layer without norm", "", "Microseconds on an H200.", "", *step_table(passes, known), "",
@@ -324,10 +390,18 @@ def report(channels: tuple[int, ...], dtype: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--markdown", type=Path, help="write the tables here instead of printing them")
+    parser.add_argument("--json", type=Path, help="write here what this Triton compiled, and no tables")
+    parser.add_argument("--beside", type=Path, help="what --json wrote under another Triton")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128], choices=(16, 32, 64, 128))
     arguments = parser.parse_args()
-    text = report(tuple(arguments.channels), arguments.dtype)
+    passes = {k: layer_passes(k, arguments.dtype) for k in arguments.channels}
+    compared = fits(passes) if arguments.dtype == "bf16" else []
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures(passes, fit_of(compared)), indent=1))
+        return
+    beside = json.loads(arguments.beside.read_text()) if arguments.beside else None
+    text = report(passes, arguments.dtype, compared, beside)
     if arguments.markdown:
         arguments.markdown.write_text(text)
     else:

@@ -1,4 +1,4 @@
-"""A model of how long a kernel takes: what it asks of each part of a GPU, and which part takes longest. It needs no GPU.
+"""A model of how long a kernel takes: what it asks of each part of a GPU, and which part takes longest.
 
     predict(configuration, H200)  # a Prediction; gpu_model.py has tables of all passes
 
@@ -6,7 +6,7 @@ counted.py counts bytes and products of a launch; static_report.py compiles the 
 turn of the main loop issues, and the products (or the bytes that are loaded) say how many turns there are. So a kernel
 of a convolution needs no more than its entry in `counted.work`, and any other kernel one entry in DEMANDS.
 
-Every time is predicted, unless a table calls it measured. No constant is fitted to a pass: see LIMITS.
+Every time is predicted. It needs no GPU, and no constant is fitted to a pass: see LIMITS.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Gpu(NamedTuple):
 
 # What bounds a kernel, and with which constants:
 #
-# memory   Bytes that must move through DRAM. H200: copies of 1 GiB, measured (results/gpu/h200_confirmed.md). H100: the
-#          lower end of published copies (shared/reviews/gpu.md).
-# L2       Bytes that global loads and stores request; none of them hits L1, since LDGSTS.BYPASS skips it. The rate is
-#          A100's published 5,120 bytes per clock, at this clock. (The roof measured on the H200, 3.75 TB/s, is of copies
-#          of 16 MiB, starts of kernels included; forward passes at 64 and 128 channels request 9 TB/s there.)
+# memory   Bytes that must move through DRAM. H200: copies of 1 GiB, measured (results/gpu/h200_confirmed.md). H100:
+#          nine tenths of the 3.35 TB/s that NVIDIA states.
+# L2       Bytes that global loads and stores request, as if none hit L1 (LDGSTS.BYPASS skips it, LDG may hit it). The
+#          rate is A100's published 5,120 bytes per clock, at Hopper's clock. (The roof that the suite measured on the
+#          H200, 3.75 TB/s, is of copies of 8 MiB, starts of kernels included: forward passes at 64 and 128 channels
+#          request 9 TB/s there.)
 # shared   The path between a multiprocessor's L1 / shared memory, its registers and L2: 128 bytes per clock, of which a
 #          transfer from or to L2 takes twice as long (64 bytes per clock; both from NVIDIA's descriptions of Volta and
 #          later). HGMMA reads its second factor from shared memory, and its first, if that is not in registers.
@@ -107,7 +108,8 @@ class Prediction(NamedTuple):
 def convolution(one: Configuration) -> Demand:
     """A forward pass or a gradient: what `counted.work` says, of all pixels and taps."""
     done, launch = work(one), one.launch
-    assert done is not None and launch is not None
+    assert done is not None
+    assert launch is not None
     products, needed = (9.0 * n * one.pixels for n in (done.executed, done.necessary))
     necessary, requested = (n * one.pixels for n in (done.bytes_necessary, done.bytes_executed))
     return Demand(launch.programs * launch.second, necessary, requested, products, needed)
@@ -126,15 +128,15 @@ def streamed(tensors: int, looped: int) -> Callable[[Configuration], Demand]:
 
 
 def per_channel(one: Configuration) -> Demand:
-    """A kernel of the normalisation that adds up the parts: two sums of each part and channel."""
+    """A kernel of the normalisation that adds up the parts: two sums of each part and channel, which lie in L2."""
     norm = _norm(one)
-    size = norm.parts * 2 * one.kernels * 4
-    return Demand(norm.columns, size, size, 0, 0)
+    return Demand(norm.columns, 2 * one.kernels * 4, norm.parts * 2 * one.kernels * 4, 0, 0)
 
 
 def reduced(one: Configuration) -> Demand:
-    """The sum over the splits of a weight gradient. A program's loads are masked where a row does not read a column, but
-    it goes through all splits for every pair of groups that is routed, and for every group of the bias."""
+    """The sum over the splits of a weight gradient, which lie in L2. A program's loads are masked where a row does not
+    read a column, but it goes through all splits for every pair of groups that is routed, and for every group of the
+    bias."""
     gradient = one.what
     assert isinstance(gradient, config.Gradient)
     bits = PRECISIONS[DTYPES[one.dtype]].dtype.itemsize * 8
@@ -146,15 +148,19 @@ def reduced(one: Configuration) -> Demand:
         for column in range(gradient.column_groups):
             pairs += gradient.routing == "all" or row == column or (gradient.routing == "arrow" and column == 0)
     turns = (pairs + gradient.row_groups) * splits
-    size = splits * elements * 4
-    return Demand(programs, size, size, 0, 0, turns * programs * one.constants["BLOCK"] * 4)
+    loads = turns * programs * one.constants["BLOCK"] * 4
+    return Demand(programs, elements * 4, splits * elements * 4, 0, 0, loads)
 
 
 def packed(one: Configuration) -> Demand:
     """Both weights of a layer are read once and written twice; a program finds where 64 kernels or channels went by
     looking at all of them, 16 at a time."""
     forward, backward, gradient = (one.constants[name] for name in "FBG")
-    itemsize, block, places = PRECISIONS[DTYPES[one.dtype]].dtype.itemsize, one.constants["BLOCK"], one.constants["PLACES"]
+    itemsize, block, places = (
+        PRECISIONS[DTYPES[one.dtype]].dtype.itemsize,
+        one.constants["BLOCK"],
+        one.constants["PLACES"],
+    )
     programs = sum(config.cdiv(size, block) for size in (forward.size, backward.size, forward.out_channels))
     groups = (gradient.row_groups, one.kernels), (gradient.column_groups, one.channels)
     programs += sum(config.cdiv(count * width, places) for count, width in groups)
@@ -304,5 +310,6 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
     return Prediction(
         times, floor, demand.necessary, demand.requested, launched * code.total(path_bytes, turns),
         launched * code.total(lambda _: 1, turns), " ".join(sorted(kinds)),
-        launched * code.total(lambda here: bool(multiplied(here)), turns), code.cached, turns, made.registers, made.programs,
+        launched * code.total(lambda here: bool(multiplied(here)), turns), code.cached, turns,
+        made.registers, made.programs,
     )  # fmt: skip
