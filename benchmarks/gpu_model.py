@@ -145,7 +145,7 @@ def varied_passes(k: int, variant: str, names: tuple[str, ...]) -> dict[str, Pas
         return layer_passes(k, names=names)
 
 
-def same(chosen: str, recorded: str, version: str) -> bool:
+def still_chosen(chosen: str, recorded: str, version: str) -> bool:
     """Is this the launch that was measured? Lengths of code are compared only if the same Triton compiled both."""
 
     def launches(text: str) -> list[str]:
@@ -176,7 +176,9 @@ def fits(passes: dict[int, dict[str, Pass]]) -> list[Fit]:
         here = passes[k] if variant == "as chosen" else varied_passes(k, variant, tuple(times))
         for name, time in times.items():
             as_usual = variant != "as chosen" and here[name].chosen == passes[k][name].chosen
-            if not as_usual and same(here[name].chosen, recorded[f"{k}, {variant}, {name}"], recorded["triton"]):
+            if not as_usual and still_chosen(
+                here[name].chosen, recorded[f"{k}, {variant}, {name}"], recorded["triton"]
+            ):
                 found.append(Fit(k, variant, name, time, seconds(here[name].on(H200))))
     return found
 
@@ -209,15 +211,22 @@ def fit_of(compared: list[Fit]) -> list[str]:
     ]
 
 
-def ordered(compared: list[Fit], apart: float = 1.1) -> str:
-    """How often the model knows which of two choices for a pass is faster, where they differ by a tenth or more."""
-    pairs = [
-        (one.predicted - two.predicted) * (one.measured - two.measured) > 0
-        for one, two in itertools.combinations(compared, 2)
-        if (one.width, one.name) == (two.width, two.name)
-        and max(one.measured, two.measured) > apart * min(one.measured, two.measured)
-    ]
-    return f"Of {len(pairs)} pairs of choices for a pass that differ by a tenth, {sum(pairs)} are ordered rightly."
+def ordered(compared: list[Fit]) -> str:
+    """How often the model knows which of two choices for a pass is faster, where a tenth or more was measured."""
+    right = wrong = same = 0
+    for one, two in itertools.combinations(compared, 2):
+        measured, predicted = one.measured / two.measured, one.predicted / two.predicted
+        if (one.width, one.name) == (two.width, two.name) and max(measured, 1 / measured) > 1.1:
+            if max(predicted, 1 / predicted) < 1.03:
+                same += 1
+            elif (measured > 1) == (predicted > 1):
+                right += 1
+            else:
+                wrong += 1
+    return (
+        f"Of {right + wrong + same} pairs of choices for a pass that differ by a tenth, the model orders {right} "
+        f"rightly and {wrong} wrongly, and sees no difference (less than .03) in {same}."
+    )
 
 
 def time_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str], float]) -> list[str]:

@@ -51,7 +51,8 @@ class Gpu(NamedTuple):
 #          "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499).
 # latency  What a program does, one after the other: an instruction 4 clocks after the last one, and each turn after the
 #          loads that it waits for: 263 clocks from L2, 479 from memory (all three from Luo et al.). A pipeline of n
-#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once.
+#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once. The products
+#          of a turn are waited for, too, as long as they take on a multiprocessor that does nothing else.
 # launch   A kernel with nothing to do: packing at 16 channels, measured on the H200.
 LIMITS = ("memory", "L2", "shared", "issue", "tensor", "latency", "launch")
 HMMA_SHARE = 0.63
@@ -286,14 +287,16 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
     def clocks(amount: Callable[[Instruction], float], rate: float) -> float:
         return busiest * made.warps * code.total(amount, turns) / rate / gpu.clock
 
-    hgmma_share = gpu.half / (2 * PEAK * gpu.multiprocessors * 1.83e9)
-    depth = max(1, made.stages - 1) if code.piped else 1
-    waiting = LOAD_CLOCKS["memory"] + turns * LOAD_CLOCKS[demand.waits_for] / depth
-    serial = code.total(lambda _: ISSUE_CLOCKS, turns) + waiting
+    hgmma_share = gpu.half / (2 * PEAK * gpu.multiprocessors * gpu.clock)
 
     def multiply(here: Instruction) -> float:
         half = 1 if "TF32" not in here.op else 2  # TF32 at half the rate
         return half * multiplied(here) / (hgmma_share if here.op.startswith("HGMMA") else HMMA_SHARE)
+
+    depth = max(1, made.stages - 1) if code.piped else 1
+    waiting = LOAD_CLOCKS["memory"] + turns * LOAD_CLOCKS[demand.waits_for] / depth
+    multiplying = made.warps * code.total(multiply, turns) / PEAK
+    serial = code.total(lambda _: ISSUE_CLOCKS, turns) + waiting + multiplying
 
     times = {
         "memory": demand.necessary / gpu.memory,

@@ -170,7 +170,9 @@ def test_each_limit_is_plain_arithmetic():
     assert found.times["L2"] == pytest.approx(2e-6)
     assert found.times["shared"] == pytest.approx(3 * 4 * shared / 128 / 1e9)
     assert found.times["issue"] == pytest.approx(3 * instructions / 1e9)
-    assert found.times["latency"] == pytest.approx(2 * (4 * instructions + 479 + 10 * 263 / 2) / 1e9)
+    products = 10 * per_turn / 2048  # clocks, at the peak: the GPU's half precision reaches it
+    assert found.times["tensor"] == pytest.approx(3 * products / 1e9)
+    assert found.times["latency"] == pytest.approx(2 * (4 * instructions + 479 + 10 * 263 / 2 + products) / 1e9)
     assert found.floor == pytest.approx(5e-6)
     assert found.seconds == max(found.times.values())
     assert found.times[found.bound] == found.seconds
@@ -185,10 +187,10 @@ def test_a_measured_time_belongs_to_its_launch():
     recorded = "convolve, 4 warps, 9 x 1 programs, 912 instructions; reduce, BLOCK 256, 80 instructions"
     longer, fewer = recorded.replace("912", "913"), recorded.replace("4 warps", "2 warps")
     here = gpu_model.triton.__version__
-    assert gpu_model.same(recorded, recorded, here)
-    assert not gpu_model.same(longer, recorded, here)
-    assert gpu_model.same(longer, recorded, "another version")
-    assert not gpu_model.same(fewer, recorded, "another version")
+    assert gpu_model.still_chosen(recorded, recorded, here)
+    assert not gpu_model.still_chosen(longer, recorded, here)
+    assert gpu_model.still_chosen(longer, recorded, "another version")
+    assert not gpu_model.still_chosen(fewer, recorded, "another version")
 
 
 def test_every_measured_pass_has_its_launch_recorded():
@@ -204,12 +206,12 @@ def test_the_fit_is_of_measured_over_predicted():
     some = [gpu_model.Fit(64, str(n), "forward + ReLU", time, 1e-6) for n, time in enumerate((1e-6, 2e-6, 3e-6))]
     assert "median 2.00" in gpu_model.spread(some)
     assert "1.00 and 3.00 (3 times)" in gpu_model.spread(some)
-    worse = gpu_model.Fit(64, "another", "forward + ReLU", 5e-6, 0.5e-6)
-    assert gpu_model.ordered([some[0], worse]) == (
-        "Of 1 pairs of choices for a pass that differ by a tenth, 0 are ordered rightly."
-    )
-    better = worse._replace(predicted=2e-6)
-    assert ", 1 are" in gpu_model.ordered([some[0], better])
+    pair = "Of 1 pairs of choices for a pass that differ by a tenth, the model orders "
+    for predicted, right, wrong, none in ((0.5e-6, 0, 1, 0), (2e-6, 1, 0, 0), (1.01e-6, 0, 0, 1)):
+        other = gpu_model.Fit(64, "another", "forward + ReLU", 5e-6, predicted)
+        found = gpu_model.ordered([some[0], other])
+        assert found == f"{pair}{right} rightly and {wrong} wrongly, and sees no difference (less than .03) in {none}."
+    assert gpu_model.ordered([some[0], other._replace(width=32)]).startswith("Of 0 pairs")
 
 
 def test_what_another_triton_compiled_otherwise_is_told():
