@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: docs install demo quick test test-all test-cpp test-sanitize lint bench static-report clean
+.PHONY: docs install demo quick test test-all test-cpp test-sanitize lint bench static-report gpu-model clean
 
 install: $(STAMP)
 
@@ -73,6 +73,10 @@ docs: $(STAMP)
 # What the compilers make of the Triton kernels, for GPUs that need not be there: about 20 minutes.
 static-report: $(STAMP)
 	$(BIN)/python benchmarks/static_report.py --markdown benchmarks/results/triton_static.md
+
+# What the model of benchmarks/roofline.py predicts for every pass, beside what an H200 measured: about 3 minutes.
+gpu-model: $(STAMP)
+	$(BIN)/python benchmarks/gpu_model.py --markdown benchmarks/results/gpu_model.md
 
 clean:
 	rm -rf build $(VENV)

@@ -60,6 +60,29 @@ class Configuration(NamedTuple):
     def warps(self) -> int:
         return 4 if self.launch is None else self.launch.options["num_warps"]
 
+    @property
+    def tile_rows(self) -> int:
+        """The rows of the matrix that a program's products fill: pixels, or channels in a weight gradient."""
+        if self.launch is None:
+            return 0
+        tiles = self.launch.tiles
+        return self.what.block_c if isinstance(self.what, Gradient) else tiles.pixels_h * tiles.pixels_w
+
+    @property
+    def chosen(self) -> str:
+        """What the formulas chose: the kernel, its tiles, warps and stages."""
+        if self.launch is None:
+            blocks = [
+                f"{name} {value}" for name, value in self.constants.items() if name.startswith(("BLOCK", "PARTS"))
+            ]
+            return ", ".join([self.kernel, *blocks])
+        (_, tiles, programs, second, _, options), what = self.launch, self.what
+        blocks = (what.block_c, what.block_k) if isinstance(what, Gradient) else (what.block_k, what.block_n)
+        return (
+            f"{self.kernel}, {tiles.pixels_h} x {tiles.pixels_w} pixels, {blocks[0]} x {blocks[1]} channels, "
+            f"{options['num_warps']} warps, {options['num_stages']} stages, {programs} x {second} programs"
+        )
+
 
 def even_split(width: int, groups: int = 3) -> FilterGroups:
     """`width` channels, as evenly as can be over shared and two tasks."""

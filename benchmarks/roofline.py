@@ -1,12 +1,12 @@
-"""A model of how long a kernel takes: what it asks of each part of a GPU, and which part takes longest. It needs no GPU.
+"""A model of how long a kernel takes: what it asks of each part of a GPU, and which part takes longest.
 
-    python benchmarks/roofline.py [--markdown FILE] [--dtype bf16] [--channels N ..]
+    predict(configuration, H200)  # a Prediction; gpu_model.py has tables of all passes
 
 counted.py counts bytes and products of a launch; static_report.py compiles the kernel. The machine code says what one
 turn of the main loop issues, and the products (or the bytes that are loaded) say how many turns there are. So a kernel
 of a convolution needs no more than its entry in `counted.work`, and any other kernel one entry in DEMANDS.
 
-Every time is predicted, unless a table calls it measured. No constant is fitted to a pass: see LIMITS.
+Every time is predicted. It needs no GPU, and no constant is fitted to a pass: see LIMITS.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Gpu(NamedTuple):
 
 # What bounds a kernel, and with which constants:
 #
-# memory   Bytes that must move through DRAM. H200: copies of 1 GiB, measured (results/gpu/h200_confirmed.md). H100: the
-#          lower end of published copies (shared/reviews/gpu.md).
-# L2       Bytes that global loads and stores request; none of them hits L1, since LDGSTS.BYPASS skips it. The rate is
-#          A100's published 5,120 bytes per clock, at this clock. (The roof measured on the H200, 3.75 TB/s, is of copies
-#          of 16 MiB, starts of kernels included; forward passes at 64 and 128 channels request 9 TB/s there.)
+# memory   Bytes that must move through DRAM. H200: copies of 1 GiB, measured (results/gpu/h200_confirmed.md). H100:
+#          nine tenths of the 3.35 TB/s that NVIDIA states.
+# L2       Bytes that global loads and stores request, as if none hit L1 (LDGSTS.BYPASS skips it, LDG may hit it). The
+#          rate is A100's published 5,120 bytes per clock, at Hopper's clock. (The roof that the suite measured on the
+#          H200, 3.75 TB/s, is of copies of 8 MiB, starts of kernels included: forward passes at 64 and 128 channels
+#          request 9 TB/s there.)
 # shared   The path between a multiprocessor's L1 / shared memory, its registers and L2: 128 bytes per clock, of which a
 #          transfer from or to L2 takes twice as long (64 bytes per clock; both from NVIDIA's descriptions of Volta and
 #          later). HGMMA reads its second factor from shared memory, and its first, if that is not in registers.
@@ -50,7 +51,8 @@ class Gpu(NamedTuple):
 #          "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499).
 # latency  What a program does, one after the other: an instruction 4 clocks after the last one, and each turn after the
 #          loads that it waits for: 263 clocks from L2, 479 from memory (all three from Luo et al.). A pipeline of n
-#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once.
+#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once. The products
+#          of a turn are waited for, too, as long as they take on a multiprocessor that does nothing else.
 # launch   A kernel with nothing to do: packing at 16 channels, measured on the H200.
 LIMITS = ("memory", "L2", "shared", "issue", "tensor", "latency", "launch")
 HMMA_SHARE = 0.63
@@ -85,6 +87,7 @@ class Prediction(NamedTuple):
     instructions: float  # issued by all warps
     matrix: str  # HGMMA, HMMA or nothing
     matrix_instructions: float
+    cached: float  # share of what the loops load that may hit L1 (LDG); the other loads skip it (LDGSTS.BYPASS)
     turns: float  # of the main loop (as it was compiled), per program
     registers: int
     fits: int  # programs on one multiprocessor
@@ -106,7 +109,8 @@ class Prediction(NamedTuple):
 def convolution(one: Configuration) -> Demand:
     """A forward pass or a gradient: what `counted.work` says, of all pixels and taps."""
     done, launch = work(one), one.launch
-    assert done is not None and launch is not None
+    assert done is not None
+    assert launch is not None
     products, needed = (9.0 * n * one.pixels for n in (done.executed, done.necessary))
     necessary, requested = (n * one.pixels for n in (done.bytes_necessary, done.bytes_executed))
     return Demand(launch.programs * launch.second, necessary, requested, products, needed)
@@ -125,25 +129,22 @@ def streamed(tensors: int, looped: int) -> Callable[[Configuration], Demand]:
 
 
 def per_channel(one: Configuration) -> Demand:
-    """A kernel of the normalisation that adds up the parts: two sums of each part and channel."""
+    """A kernel of the normalisation that adds up the parts: two sums of each part and channel, which lie in L2."""
     norm = _norm(one)
-    size = norm.parts * 2 * one.kernels * 4
-    return Demand(norm.columns, size, size, 0, 0)
+    return Demand(norm.columns, 2 * one.kernels * 4, norm.parts * 2 * one.kernels * 4, 0, 0)
 
 
 def reduced(one: Configuration) -> Demand:
-    """The sum over the splits of a weight gradient, SPLITS at a time, and of the bias."""
+    """The sum over the splits of a weight gradient, which lie in L2, SPLITS at a time, and of the bias."""
     gradient = one.what
     assert isinstance(gradient, config.Gradient)
     bits = PRECISIONS[DTYPES[one.dtype]].dtype.itemsize * 8
     device = one.architecture.device
     splits = config.plan_gradient(gradient, bits, one.image[0], one.image[1:], device, True).second
     elements = one.kernels * one.channels * gradient.taps_h * gradient.taps_w
-    programs = config.cdiv(elements, one.constants["BLOCK"])
-    together = one.constants["SPLITS"]
-    turns = 2 * config.cdiv(splits, together)
-    size = splits * elements * 4
-    return Demand(programs, size, size, 0, 0, turns * programs * one.constants["BLOCK"] * together * 4)
+    programs, together = config.cdiv(elements, one.constants["BLOCK"]), one.constants["SPLITS"]
+    loads = 2 * config.cdiv(splits, together) * programs * one.constants["BLOCK"] * together * 4
+    return Demand(programs, elements * 4, splits * elements * 4, 0, 0, loads)
 
 
 def packed(one: Configuration) -> Demand:
@@ -220,6 +221,12 @@ class Parts(NamedTuple):
         """Do the loops load for later turns, asynchronously?"""
         return any(here.op.startswith("LDGSTS") for turn in self.turns for here in turn)
 
+    @property
+    def cached(self) -> float:
+        """The share of what the loops load that may hit L1."""
+        every = self.per_turn(loaded)
+        return self.per_turn(lambda here: loaded(here) * ("BYPASS" not in here.op)) / every if every else 0.0
+
     def per_turn(self, amount: Callable[[Instruction], float]) -> float:
         """Of one turn of one warp."""
         return sum(amount(here) for turn in self.turns for here in turn) / max(1, len(self.turns))
@@ -274,14 +281,16 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
     def clocks(amount: Callable[[Instruction], float], rate: float) -> float:
         return busiest * made.warps * code.total(amount, turns) / rate / gpu.clock
 
-    hgmma_share = gpu.half / (2 * PEAK * gpu.multiprocessors * 1.83e9)
-    depth = max(1, made.stages - 1) if code.piped else 1
-    waiting = LOAD_CLOCKS["memory"] + turns * LOAD_CLOCKS[demand.waits_for] / depth
-    serial = code.total(lambda _: ISSUE_CLOCKS, turns) + waiting
+    hgmma_share = gpu.half / (2 * PEAK * gpu.multiprocessors * gpu.clock)
 
     def multiply(here: Instruction) -> float:
         half = 1 if "TF32" not in here.op else 2  # TF32 at half the rate
         return half * multiplied(here) / (hgmma_share if here.op.startswith("HGMMA") else HMMA_SHARE)
+
+    depth = max(1, made.stages - 1) if code.piped else 1
+    waiting = LOAD_CLOCKS["memory"] + turns * LOAD_CLOCKS[demand.waits_for] / depth
+    multiplying = made.warps * code.total(multiply, turns) / PEAK
+    serial = code.total(lambda _: ISSUE_CLOCKS, turns) + waiting + multiplying
 
     times = {
         "memory": demand.necessary / gpu.memory,
@@ -298,5 +307,6 @@ def estimate(made: Binary, demand: Demand, gpu: Gpu) -> Prediction:
     return Prediction(
         times, floor, demand.necessary, demand.requested, launched * code.total(path_bytes, turns),
         launched * code.total(lambda _: 1, turns), " ".join(sorted(kinds)),
-        launched * code.total(lambda here: bool(multiplied(here)), turns), turns, made.registers, made.programs,
+        launched * code.total(lambda here: bool(multiplied(here)), turns), code.cached, turns,
+        made.registers, made.programs,
     )  # fmt: skip

@@ -8,8 +8,9 @@ dtypes, for sm_80, sm_90, sm_100 and gfx942. A table has for each: registers, st
 ratio), and the narrowest access to global memory. For every pass it has executed / necessary products and bytes, from
 the real ranges of the tiles.
 
-The exit code is 1, with the reasons, if a guarantee is broken, or if ptxas remarks something that is not KNOWN
-(`problems`). The report needs triton, but no GPU and no driver.
+The exit code is 1, with the reasons, if a guarantee is broken, if ptxas remarks something that is not KNOWN, or if a
+tile that could multiply from shared memory does not, and KNOWN does not say why (`problems`). The report needs triton,
+but no GPU and no driver.
 """
 
 from __future__ import annotations
@@ -132,8 +133,19 @@ def source(one: Configuration) -> ASTSource:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-# (kernel, what ptxas says): why it stays.
+FEW_WARPS = (
+    "4 warps with HGMMA took 1.08 to 1.71 times as long in tiles of 64 and 128 pixels (h200_variants.md), .94 to \
+1.02 times in tiles of 256 (h200_confirmed.md)"
+)
+# (kernel, what ptxas says, or HMMA where wgmma or tcgen05 is possible): why it stays.
 KNOWN: dict[tuple[str, str], str] = {
+    ("rowwalk", "HMMA"): "2 warps with HMMA took .84 and .96 of the time of 4 warps with HGMMA at 16 and 32 channels "
+    "(h200_variants.md)",
+    ("convolve_kept", "HMMA"): FEW_WARPS,
+    ("convolve_undrawn", "HMMA"): FEW_WARPS,
+    ("gate_gradient", "HMMA"): FEW_WARPS,
+    ("convolve", "HMMA"): "the first layer alone, which gathers its factor in registers: not measured with 4 warps yet",
+    ("convolve_all", "HMMA"): "relaxed draws at 16 channels alone: not measured with 4 warps yet",
     ("convolve", "C7517"): "the first layer gathers its factor in registers: one wait, not one for each product",
     ("convolve", "C7519"): "the first layer gathers its factor in registers",
     ("weight_gradient", "C7515"): "64 -> 32 kernels alone, where the layer changes its width: not measured yet",
@@ -163,6 +175,7 @@ class Code(NamedTuple):
     load: int
     store: int
     warnings: tuple[str, ...] = ()  # of ptxas: codes like C7514
+    hmma: int = 0  # those of the matrix instructions that read both factors from registers
 
     @property
     def issue_ratio(self) -> float:
@@ -222,9 +235,11 @@ def compile_one(one: Configuration) -> Code:
     inside = [op for op in loop if matrix.match(op)]
     narrowest = (min(widths, default=16) for widths in (loads, stores))
     said = warnings(found.ptx, one.architecture.target.arch) if found.ptx else ()
+    hmma = sum(op.startswith("HMMA") for op in every)
     return Code(
-        found.registers, found.stack, found.shared, found.programs, len(every), len(loop), len(inside), *narrowest, said
-    )
+        found.registers, found.stack, found.shared, found.programs, len(every), len(loop), len(inside), *narrowest,
+        said, hmma,
+    )  # fmt: skip
 
 
 def warnings(ptx: str, capability: int) -> tuple[str, ...]:
@@ -332,6 +347,12 @@ def problems(one: Configuration, code: Code, done: Work | None) -> list[str]:
         for remark in code.warnings
         if (one.kernel, remark) not in KNOWN
     ]
+    shared_factors = nvidia and one.architecture.device.multiplies_from_shared_memory
+    if half and shared_factors and code.hmma and one.tile_rows >= 64 and (one.kernel, "HMMA") not in KNOWN:
+        found.append(
+            f"{name}: HMMA in a tile of {one.tile_rows} rows and {one.warps} warps, which KNOWN does not explain "
+            "(64 rows and 4 warps suffice for factors from shared memory)"
+        )
     counted_only = one.architecture.name in ("sm_80", "gfx942")
     if half and counted_only and done is not None and min(one.channels, one.kernels) >= 128:
         ratio = done.executed / done.necessary

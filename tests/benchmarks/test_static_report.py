@@ -101,6 +101,25 @@ def test_a_broken_guarantee_is_found(change, message):
     assert found == [] if message is None else len(found) == 1 and message in found[0]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "pixels", "found"),
+    [("sm_90", 128, True), ("sm_100", 64, True), ("sm_90", 32, False), ("sm_80", 128, False)],
+)
+def test_hmma_where_factors_could_come_from_shared_memory_is_found(monkeypatch, architecture, pixels, found):
+    """And it is no problem where KNOWN says why."""
+    here = next(one for one in static_report.ARCHITECTURES if one.name == architecture)
+    one = next(counted.layer_configurations(64, 64, "bf16", here, (1, 64, 64)))
+    tiles = dataclasses.replace(one.launch.tiles, pixels_h=1, pixels_w=pixels)
+    one = one._replace(launch=one.launch._replace(tiles=tiles), kernel="another")
+    code = GOOD._replace(hmma=8)
+    problems = static_report.problems(one, code, None)
+    assert len(problems) == found
+    assert all(f"HMMA in a tile of {pixels} rows" in problem for problem in problems)
+    assert static_report.problems(one, GOOD, None) == []
+    monkeypatch.setitem(static_report.KNOWN, ("another", "HMMA"), "because")
+    assert static_report.problems(one, code, None) == []
+
+
 def test_a_warning_that_is_explained_is_no_problem(monkeypatch):
     one = next(counted.layer_configurations(128, 128, "fp16", static_report.ARCHITECTURES[1], (1, 64, 64)))
     monkeypatch.setitem(static_report.KNOWN, (one.kernel, "C7514"), "because")
