@@ -47,10 +47,10 @@ class Gpu(NamedTuple):
 #          later). HGMMA reads its second factor from shared memory, and its first, if that is not in registers.
 #          Conflicts of banks are not seen.
 # issue    Four instructions per clock and multiprocessor.
-# tensor   HGMMA: as fast as a large matrix product, measured on the H200. HMMA: .63 of the peak (Luo et al. 2024,
-#          "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499).
+# tensor   HGMMA: as fast as a large matrix product, measured on the H200. HMMA: .63 of the peak: assumed, from memory of
+#          Luo et al. 2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499).
 # latency  What a program does, one after the other: an instruction 4 clocks after the last one, and each turn after the
-#          loads that it waits for: 263 clocks from L2, 479 from memory (all three from Luo et al.). A pipeline of n
+#          loads that it waits for: 263 clocks from L2, 479 from memory (all three assumed, from the same source). A pipeline of n
 #          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once. The products
 #          of a turn are waited for, too, as long as they take on a multiprocessor that does nothing else.
 # launch   A kernel with nothing to do: packing at 16 channels, measured on the H200.
@@ -148,18 +148,19 @@ def reduced(one: Configuration) -> Demand:
 
 
 def packed(one: Configuration) -> Demand:
-    """Both weights of a layer are read once and written twice; a program finds where 64 kernels or channels went by
-    looking at all of them, 16 at a time."""
+    """Both weights of a layer are read once and written once, the forward one twice where undrawn rows count; a program
+    finds where 64 kernels or channels went by looking at all of them, 16 at a time."""
     forward, backward, gradient = (one.constants[name] for name in "FBG")
     itemsize, block, places = (
         PRECISIONS[DTYPES[one.dtype]].dtype.itemsize,
         one.constants["BLOCK"],
         one.constants["PLACES"],
     )
-    programs = sum(config.cdiv(size, block) for size in (forward.size, backward.size, forward.out_channels))
+    weights = forward.size * (1 + forward.undrawn), backward.size
+    programs = sum(config.cdiv(size, block) for size in (*weights, forward.out_channels))
     groups = (gradient.row_groups, one.kernels), (gradient.column_groups, one.channels)
     programs += sum(config.cdiv(count * width, places) for count, width in groups)
-    size = 2 * (forward.size + backward.size) * itemsize
+    size = 2 * sum(weights) * itemsize
     return Demand(programs, size, size, 0, 0)
 
 

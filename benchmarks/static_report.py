@@ -102,7 +102,7 @@ TYPES = {
         ("x", "w", "residual", "added", "added_undrawn", "y", "second", "kept_product", "undrawn", "dy", "df"), None
     ),
     **dict.fromkeys(("weight", "forward", "every", "backward"), None),
-    **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "dw", "db"), "fp32"),
+    **dict.fromkeys(("bias", "packed_bias", "partial", "partial_bias", "scale", "shift", "affine", "dw", "db"), "fp32"),
     **dict.fromkeys(("log_p", "noise"), "fp32"),
     **dict.fromkeys(("u", "du", "add"), None),
     **dict.fromkeys(("mean", "var", "slope", "offset", "dweight", "dbias"), "fp32"),
@@ -140,7 +140,7 @@ FEW_WARPS = (
 # (kernel, what ptxas says, or HMMA where wgmma or tcgen05 is possible): why it stays.
 KNOWN: dict[tuple[str, str], str] = {
     ("rowwalk", "HMMA"): "2 warps with HMMA took .84 and .96 of the time of 4 warps with HGMMA at 16 and 32 channels "
-    "(h200_variants.md)",
+    "(h200_variants.md); walks of several products would spill with the 64 rows that HGMMA takes",
     ("convolve_kept", "HMMA"): FEW_WARPS,
     ("convolve_undrawn", "HMMA"): FEW_WARPS,
     ("gate_gradient", "HMMA"): FEW_WARPS,

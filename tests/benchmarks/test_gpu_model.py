@@ -60,9 +60,10 @@ def test_a_pass_counts_what_a_walk_over_its_tiles_counts():
 
 TURNS = {  # of the source
     (64, "forward"): 9,  # nine taps of one chunk
+    (16, "forward, undrawn"): 18,
     (64, "forward, undrawn"): 27,  # of one chunk of shared channels, and of two of all that a tile's kernels read
     (16, "forward"): 18,  # 16 rows and the two around them
-    (16, "reduce"): (5 + 3) * 176 / 4,  # all splits, for pairs of groups and the bias; ptxas unrolls it four times
+    (16, "reduce"): 2 * 512 / 64,  # all splits, 64 at a time, of the weight and of the bias
 }
 PREDICTED = """
 import json
@@ -91,13 +92,12 @@ def test_the_machine_code_takes_as_many_turns_as_the_source():
         assert floor <= seconds == longest
 
 
-def test_a_reduction_goes_through_all_splits_of_all_pairs_of_groups():
+def test_a_reduction_goes_through_all_splits():
     one = configuration("reduce", 16, (16, 256, 256))
-    pairs, bias = 5, 3  # each group with itself, and the shared channels with both tasks
-    splits = 176  # four programs for each of 132 multiprocessors, three of them for three taps each
+    splits = 16 * 4 * 8  # images, strips, and walks: not more than four programs for each of 132 multiprocessors
     demand = roofline.DEMANDS["reduce"](one)
-    assert demand.programs == 9
-    assert demand.loaded == (pairs + bias) * splits * 9 * 256 * 4
+    assert demand.programs == 9 * 16 * 16 // 32
+    assert demand.loaded == 2 * splits * 9 * 16 * 16 * 4  # of the weight and, as often, of the bias
 
 
 def test_a_normalisation_reads_its_image_once_in_a_loop():
