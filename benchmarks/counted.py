@@ -132,10 +132,10 @@ def layer_configurations(
             yield one(f"input gradient, {kind}", other_adjoint, False)
             if kind == "undrawn":
                 yield one(f"gates' gradient, {kind}", other_forward, True, gates=True, KEPT=True, AFFINE=True)
-    sizes = {"G": gradient, "K": k, "C": c, "BIAS": True}
+    sizes, together = {"G": gradient, "K": k, "C": c, "BIAS": True}, config.reduction(launch.second)
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "BLOCK": 1024, "PLACES": 64},
-        "reduce": {**sizes, "ACC": tl.float32, **dict(zip(("BLOCK", "SPLITS"), config.reduction(launch.second)))},
+        "reduce": {**sizes, "ACC": tl.float32, **dict(zip(("BLOCK", "SPLITS"), together, strict=True))},
         "sample": {"K": k, "GROUPS": 3, "BLOCK": triton.next_power_of_2(k), "GROUPS_2": 4, "NOISE": True},
     }
     if c == 1:  # the normalisation behind any layer of k kernels

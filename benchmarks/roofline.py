@@ -47,12 +47,13 @@ class Gpu(NamedTuple):
 #          later). HGMMA reads its second factor from shared memory, and its first, if that is not in registers.
 #          Conflicts of banks are not seen.
 # issue    Four instructions per clock and multiprocessor.
-# tensor   HGMMA: as fast as a large matrix product, measured on the H200. HMMA: .63 of the peak: assumed, from memory of
-#          Luo et al. 2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499).
+# tensor   HGMMA: as fast as a large matrix product, measured on the H200. HMMA: .63 of the peak; this is assumed, from
+#          memory of Luo et al. 2024, Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv:2402.13499
 # latency  What a program does, one after the other: an instruction 4 clocks after the last one, and each turn after the
-#          loads that it waits for: 263 clocks from L2, 479 from memory (all three assumed, from the same source). A pipeline of n
-#          stages has the loads of n - 1 turns under way. Before its loops a program waits for memory once. The products
-#          of a turn are waited for, too, as long as they take on a multiprocessor that does nothing else.
+#          loads that it waits for: 263 clocks from L2, 479 from memory (all three are assumed, from the same source).
+#          A pipeline of n stages has the loads of n - 1 turns under way. Before its loops a program waits for memory
+#          once. The products of a turn are waited for, too, as long as they take on a multiprocessor that does nothing
+#          else.
 # launch   A kernel with nothing to do: packing at 16 channels, measured on the H200.
 LIMITS = ("memory", "L2", "shared", "issue", "tensor", "latency", "launch")
 HMMA_SHARE = 0.63

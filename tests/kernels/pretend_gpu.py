@@ -98,7 +98,8 @@ launch = kernels.sample
 
 def step(layers: list[SFGConv2d]) -> dict[str, int]:
     """What the forward and the backward pass of these layers launch, and how many operations of torch there are."""
-    x, counts = torch.randn(2, 1, 16, 16).contiguous(memory_format=torch.channels_last), {}
+    x: Any = torch.randn(2, 1, 16, 16).contiguous(memory_format=torch.channels_last)
+    counts = {}
     for layer in layers:
         layer.zero_grad(set_to_none=True)
     with backend("triton"):
@@ -122,7 +123,14 @@ def of_a_layer(estimator: str) -> dict[str, int]:
     """The same for one layer more, behind a normalisation, amid others; its groups are drawn already."""
     kernels.missing, kernels.cannot, kernels.sample = lambda: None, lambda x: None, sampled
     run.through_operators = lambda kernels: False  # a count is no graph
-    options = {"padding": 1, "tasks": 2, "norm": "batch", "activation": "relu", "bias": False, "estimator": estimator}
+    options: dict[str, Any] = {
+        "padding": 1,
+        "tasks": 2,
+        "norm": "batch",
+        "activation": "relu",
+        "bias": False,
+        "estimator": estimator,
+    }
     layers = [SFGConv2d(1 if i == 0 else 32, 32, 3, **options) for i in range(4)]
     step(layers)  # what is made once
     few, more = step(layers[:3]), step(layers)

@@ -248,7 +248,8 @@ OF_EACH_KIND = {  # of path and problem; `test_against_float64_at_length` has ra
         "rows": [70, 31, 40], "columns": [50, 0, 30], "image": (2, 3), "kernel": (1, 2), "padding": (0, 1), "batch": 1,
     },
     ("tiles", "wide, by the library, half"): PLAIN | HALF | {
-        "rows": [24, 20, 22], "columns": [30, 0, 35], "image": (4, 5), "dilation": (1, 2), "padding": (2, 1), "batch": 1,
+        "rows": [24, 20, 22], "columns": [30, 0, 35], "image": (4, 5), "dilation": (1, 2), "padding": (2, 1),
+        "batch": 1,
     },
     ("tiles", "strides, wide, by the library, half"): PLAIN | HALF | {
         "rows": [24, 20, 22], "columns": [30, 20, 15], "image": (6, 5), "stride": (2, 1), "batch": 1,
@@ -314,7 +315,7 @@ def test_many_channels(path, poisoned, problem):
 @pytest.mark.parametrize("width", [63, 64, 128])
 @pytest.mark.parametrize("fused", [{}, {"bias": True}, {"relu": True}, {"residual": True}])
 def test_wide_layers_are_convolved_by_the_library(monkeypatch, width, fused):
-    """Where cuDNN was measured to be faster: nothing is fused, and undrawn rows' gradients only from 128 channels on."""
+    """Where cuDNN was measured to be faster: if nothing is fused; undrawn rows' gradients only from 128 channels on."""
     used = []
     for name in ("forward", "input_gradient"):
         monkeypatch.setattr(kernels.library, name, lambda *_, name=name: used.append(name) or (None, None))
