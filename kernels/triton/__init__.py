@@ -370,21 +370,8 @@ def _convolve(
     grid = config.cdiv(size[0], p.out_step_h), config.cdiv(size[1], p.out_step_w)
     constants = p, launch.tiles, _sums(x.dtype)[1]
     if launch.kernel == "rowwalk":
-        outputs = y, y if second is None else second
-        _launch(
-            rowwalk_kernel,
-            launch,
-            x,
-            weight,
-            bias,
-            first_added,
-            second_added,
-            *outputs,
-            *offsets,
-            *sizes,
-            launch.steps,
-            *constants,
-        )
+        walked = x, weight, bias, first_added, second_added, y, y if second is None else second
+        _launch(rowwalk_kernel, launch, *walked, *offsets, *sizes, launch.steps, *constants)
     elif launch.kernel == "convolve_undrawn":
         tensors = x, weight, first_added, second_added, y, second
         _launch(convolve_undrawn_kernel, launch, *tensors, *offsets, *sizes, *grid, *constants)
