@@ -154,7 +154,9 @@ class CapturedSteps:
             return True
         if not self._told:
             self._told = True
-            tell(f"training has more than {MOST_GRAPHS} kinds of steps; other kinds are not captured, which is slower")
+            tell(
+                f"\ntraining has more than {MOST_GRAPHS} kinds of steps; other kinds are not captured, which is slower"
+            )
         return False
 
     def _try_to_capture(self, kind: _Kind) -> None:
@@ -166,7 +168,7 @@ class CapturedSteps:
             reason = f"{type(error).__name__}: {one_line(error)[:200]}"
             if self._required:
                 raise InputError(f"graph='on': the step can't be captured ({reason}), expected auto or off") from error
-            tell(f"the step can't be captured in a CUDA graph ({reason}); training goes on without, which is slower")
+            tell(f"\nthe step can't be captured in a CUDA graph ({reason}); training goes on without, which is slower")
             # Graphs that there are would draw random numbers of their own from now on (`gpu.timing.capture`).
             self._kinds.clear()
             self._most, self._told = 0, True
