@@ -26,6 +26,12 @@ def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
     return rate
 
 
+def temperature_of(schedule: ScheduleConfig, step: int) -> float:
+    """The temperature of the relaxation in this step."""
+    start, end, until = schedule.temperature_start, schedule.temperature_end, schedule.temperature_until
+    return temperature_at(step / schedule.steps, start, end, until)
+
+
 def build_optimiser(
     schedule: ScheduleConfig, model: nn.Module, objective: nn.Module, waits: bool = True
 ) -> torch.optim.Optimizer:
@@ -79,9 +85,7 @@ def apply_schedule(schedule: ScheduleConfig, step: int, model: nn.Module, optimi
     layers = sfg_layers(model).values()
     if not drawing and not all(layer.assigned or layer.estimator == "none" for layer in layers):
         assign(model, map_assignment(model))
-    set_temperature(
-        model, temperature_at(share, schedule.temperature_start, schedule.temperature_end, schedule.temperature_until)
-    )
+    set_temperature(model, temperature_of(schedule, step))
     rate = learning_rate_at(schedule, step)
     warm = min(1.0, (step + 1) / max(schedule.warmup, 1))
     for group in optimiser.param_groups:

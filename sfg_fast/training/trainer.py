@@ -23,7 +23,7 @@ from .graphs import CapturedSteps, CudaCapture
 from .history import record
 from .onlookers import Onlooker, quiet_writers, tell
 from .parallel import own_random_numbers
-from .schedule import apply_schedule, learning_rate_at
+from .schedule import apply_schedule, learning_rate_at, temperature_of
 from .state import TrainingState, seed_of
 from .step import Batch, Loss, Step, Unread, on_device
 from .validation import scores, tally, validate
@@ -219,8 +219,9 @@ class Trainer(TrainingState):
                 values = curves["scores"][f"{name}/{score.name}"]
                 if values and values[-1] is not None:
                     text[f"{name} {score.name}"] = f"{values[-1]:.{score.digits}f}{score.unit}"
-        text["temp"] = f"{self._layers()[0].temperature.item():.2f}" if self._layers() else "-"
         rate, schedule = timing.get("rate") or 0.0, self.config.schedule
+        # (The layers' own temperature is on the device, which the host would have to wait for.)
+        text["temp"] = f"{temperature_of(schedule, self.step - 1):.2f}" if self._layers() else "-"
         text[f"{self.sampler.examples}/s"] = f"{rate * schedule.batch * schedule.accumulate * self.processes.count:.0f}"
         text["waited"] = f"{self._waited_share():.0%}"
         return text
