@@ -50,6 +50,18 @@ def refuse(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         raise HostRead(f"{func} inside a step")
 
 
+class OneDevice(TorchDispatchMode):
+    """Inside the `with` an operation raises HostRead if its tensors, or its results, are on several devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the operation, unless it is refused."""
+        found = func(*args, **(kwargs or {}))
+        tensors = [one for one in pytree.tree_leaves((args, kwargs, found)) if isinstance(one, Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            raise HostRead(f"{func} of tensors on several devices inside a step")
+        return found
+
+
 class Tape(TorchDispatchMode):
     """Stands for `CudaCapture`. It writes down which operations the device is told to do with which memory. A replay
     does these again, without Python: what the host has decided stays decided."""

@@ -1,6 +1,7 @@
 """The step of training: what it may not do on a GPU, and that captured steps train as eager ones do, to the bit. A tape
 stands for a CUDA graph here; `benchmarks/gpu_jobs.py` does the same on a GPU."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -13,16 +14,18 @@ from sfg_fast.data import SliceSampler, preprocess, read_cohort
 from sfg_fast.errors import InputError, Preempted
 from sfg_fast.estimators import ESTIMATORS
 from sfg_fast.gates import GroupGates
-from sfg_fast.networks.controls import set_estimator, set_explore, set_noise_on, sfg_layers
+from sfg_fast.networks.controls import pool_gradients, set_estimator, set_explore, set_noise_on, sfg_layers
+from sfg_fast.networks.transfer import _mask_gradient
 from sfg_fast.training import checkpoint, graphs, state
+from sfg_fast.training import trainer as trainer_module
 from sfg_fast.training.run import load_run
 from sfg_fast.training.schedule import build_optimiser, load_optimiser, optimiser_state
-from sfg_fast.training.step import Statistics, on_device
+from sfg_fast.training.step import Statistics, Step, Unread, on_device
 from sfg_fast.training.trainer import Trainer
 
 from ..data.small_cohort import small_images
 from .small_run import config, make_cache
-from .tape import HostRead, NoHostReads, Tape, as_on_a_gpu, pretend_one_gpu
+from .tape import HostRead, NoHostReads, OneDevice, Tape, as_on_a_gpu, pretend_one_gpu
 from .test_trainer import spoilt
 
 
@@ -75,6 +78,34 @@ def test_a_step_reads_nothing_from_the_device(cache, tmp_path, tapes, network, f
     trainer.model.train()
     for step in range(2):  # with every=2 both kinds of steps
         without_host_reads(trainer, trainer.sampler[step])
+
+
+def on_the_meta_device(trainer, monkeypatch):
+    """The step of a trainer whose tensors are on the meta device, and a mini-batch there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know that device
+    monkeypatch.setattr(Step, "_change_weights_if", lambda step, good: pool_gradients(step.model))  # nor does Adam
+    trainer.loss.to("meta").train()
+    optimiser = build_optimiser(trainer.config.schedule, trainer.model, trainer.objective, waits=False)
+    step = Step(trainer.loss, trainer.model, optimiser, trainer.config.schedule, trainer._step.targets, waits=False)
+    return step, on_device(trainer.sampler[0], torch.device("meta"))
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_a_step_has_no_tensor_in_memory(cache, tmp_path, tapes, monkeypatch, network):
+    """On the CPU nobody would notice a tensor that is made there and copied to the device."""
+    tasks = ["organs"] if network.get("method") == "one_task" else {"ct": {"noise": "learned"}, "organs": {}}
+    trainer = Trainer(config(cache, tmp_path / "run", tasks=tasks, network=network, graph="off"))
+    step, batch = on_the_meta_device(trainer, monkeypatch)
+    with OneDevice():
+        assert step([batch]).good.is_meta
+
+
+def test_the_mask_of_frozen_filters_is_copied_to_the_device_once():
+    parameter = torch.nn.Parameter(torch.ones(2, device="meta"))
+    _mask_gradient(parameter, torch.tensor([0.0, 1.0]))
+    (parameter * 2).sum().backward()
+    with OneDevice():
+        (parameter * 2).sum().backward()
 
 
 @pytest.mark.parametrize("loss", ["gaussian", "rmse"])
@@ -253,9 +284,50 @@ def test_a_slow_host_reads_what_its_step_has_told(cache, tmp_path, tapes):
     assert trainer._unread.read().losses[0].tolist() != told
 
 
+class BetweenLogs(NoHostReads):
+    """Refuses reads of the host, except inside the functions that `allows` has seen."""
+
+    inside = 0
+
+    def allows(self, function):
+        def watched(*arguments):
+            self.inside += 1
+            try:
+                return function(*arguments)
+            finally:
+                self.inside -= 1
+
+        return watched
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if self.inside else super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_the_loop_waits_for_nothing_but_the_outcome_of_the_step_before(cache, tmp_path, tapes, monkeypatch, capsys):
+    trainer, mode = Trainer(config(cache, tmp_path / "run", 8, log_every=4, checkpoint_every=4)), BetweenLogs()
+    for name in ("begin", "_log", "_save", "_validate", "_finish", "_next_batch"):
+        setattr(trainer, name, mode.allows(getattr(trainer, name)))
+    monkeypatch.setattr(Unread, "read", mode.allows(Unread.read))
+    # It fixes the assignment once, and checks temperatures that are in memory on a GPU, too.
+    monkeypatch.setattr(trainer_module, "apply_schedule", mode.allows(trainer_module.apply_schedule))
+    monkeypatch.setattr(trainer_module.Trainer, "_read", mode.allows(trainer_module.Trainer._read))
+    with mode:
+        trainer.run()
+    assert trainer.history["curves"]["step"] == [4, 8]
+    assert "failed" not in capsys.readouterr().err  # neither did the progress bar, of which this is told
+
+
+@pytest.fixture(scope="module")
+def whole(bad_cache, tmp_path_factory):
+    """A captured run."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretend_one_gpu(monkeypatch)
+        torch.manual_seed(0)
+        return ran(hard(bad_cache, tmp_path_factory.mktemp("whole") / "run"))
+
+
 @pytest.mark.parametrize("stop", [4, 8, 12])
-def test_a_captured_run_resumes_to_the_bit(bad_cache, tmp_path, tapes, stop):
-    whole = ran(hard(bad_cache, tmp_path / "whole"))
+def test_a_captured_run_resumes_to_the_bit(bad_cache, tmp_path, tapes, whole, stop):
     first = Trainer(hard(bad_cache, tmp_path / "cut"))
     save = first._save
 
@@ -272,8 +344,7 @@ def test_a_captured_run_resumes_to_the_bit(bad_cache, tmp_path, tapes, stop):
     assert_same(content(second), content(whole))
 
 
-def test_sigterm_saves_what_was_not_read_yet_and_goes_on_to_the_bit(bad_cache, tmp_path, tapes):
-    whole = ran(hard(bad_cache, tmp_path / "whole"))
+def test_sigterm_saves_what_was_not_read_yet_and_goes_on_to_the_bit(bad_cache, tmp_path, tapes, whole):
     stop = whole.history["bad_steps"][2]["step"]
     assert (stop + 1) % 3 != 0  # no log would read it
     assert (stop + 1) % 4 != 0
