@@ -22,7 +22,7 @@ from ..networks.controls import sfg_layers
 from .onlookers import tell
 from .step import Batch, Outcome, Step, on_device
 
-MOST_GRAPHS = 8  # a graph keeps the memory of a step's tensors that no other graph can use
+MOST_GRAPHS = 8  # each takes the time of a capture, and memory for its operations and its mini-batches
 
 
 class Capture(Protocol):
