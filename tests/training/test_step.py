@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -585,3 +586,63 @@ def test_images_on_a_gpu_are_channels_last():
     assert moved["labels"].is_contiguous()
     assert moved["case"] == ["a", "b"]
     assert on_device(batch, torch.device("cpu"))["inputs"] is batch["inputs"]
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+class PretendedCuda:
+    """Notes what is asked of torch.cuda. A graph is what `call` did between the begin and the end of its capture."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.told, self.now, self.fails = [], "default", fails
+        generator = SimpleNamespace(
+            clone_state=lambda: "state", graphsafe_set_state=lambda state: self.told.append("generator repaired")
+        )
+        pretended = {
+            "Stream": lambda device=None: self.stream("side"),
+            "current_stream": lambda device=None: self.stream(self.now),
+            "stream": lambda stream: self.on(stream.name),
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.told.append(f"replayed on {self.now}")),
+            "graph": self.graph,
+            "current_device": lambda: 0,
+            "default_generators": [generator],
+        }
+        for name, value in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def stream(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.told.append(f"{name} waits for {other.name}"))
+
+    @contextlib.contextmanager
+    def on(self, name):
+        before, self.now = self.now, name
+        yield
+        self.now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert (pool, stream.name, capture_error_mode) == ("pool", "side", "thread_local")
+        self.told.append("capture")
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_steps_are_captured_on_a_stream_of_their_own_that_waits_and_is_waited_for(monkeypatch):
+    cuda = PretendedCuda(monkeypatch)
+    capture = graphs.CudaCapture(torch.device("cuda", 0))
+    with capture.beside():
+        replay = capture(lambda: cuda.told.append(f"call on {cuda.now}") or "outcome")
+        assert replay() == "outcome"
+    assert cuda.told == [
+        "side waits for default", "capture", "call on side", "replayed on side", "default waits for side",
+    ]  # fmt: skip
+
+
+def test_after_a_failed_capture_the_generator_is_repaired(monkeypatch):
+    cuda = PretendedCuda(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.CudaCapture(torch.device("cuda", 0))(lambda: None)
+    assert cuda.told == ["capture", "generator repaired"]
