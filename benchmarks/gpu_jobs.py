@@ -25,7 +25,7 @@ from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFormul
 from sfg_fast.kernels.triton import config
 from torch import Tensor
 
-from benchmarks import counted, networks, variants
+from benchmarks import counted, networks, training_steps, variants
 from sfg_fast import SFGHighResNet, assign, backend, kernel_choice
 from sfg_fast.gpu import checks
 from sfg_fast.gpu.isolated import Job
@@ -66,6 +66,7 @@ def checking(variants_too: bool = True) -> dict[str, Job]:
         for work in kernel_choice.WORKS
     }
     compiling["graph equals eager"] = Job(graph_equals_eager, 60)
+    compiling["graph of training steps"] = Job(captured_equals_eager, 60)
     jobs = {name: found[name] for name in first} | compiling | {name: found[name] for name in order}
     if not DRY:
         for name in found:
@@ -403,6 +404,30 @@ def graph_equals_eager() -> str:
     return f"{len(eager)} tensors equal to the bit"
 
 
+# --- steps as `sfg-fast train` does them ------------------------------------------------------------------------------
+
+
+def captured_equals_eager() -> str:
+    """Steps of a training with drawn groupings end with the same bits, captured in CUDA graphs and eagerly."""
+    sizes: dict[str, Any] = (
+        {"width": (4, 4, 4), "batch": 2, "side": 8} if DRY else {"width": 16, "batch": 4, "side": 64}
+    )
+    with backend("masked" if DRY else "triton"):  # cuDNN's weight gradients have other bits every time
+        return training_steps.captured_equals_eager(DEVICE, blocks=1, **sizes)
+
+
+def measured_training() -> dict[str, dict[str, list[float]]]:
+    """Milliseconds (quartiles) of a step, captured and eagerly, for each size of the slices."""
+    sizes: dict[str, dict[str, Any]] = {
+        "10 slices of 128x128": {"batch": 10, "side": 128},
+        "16 slices of 256x256": {"batch": 16, "side": 256},
+    }
+    if DRY:
+        sizes = {"2 slices of 8x8": {"width": (4, 4, 4), "blocks": 1, "batch": 2, "side": 8}}
+    with backend("masked" if DRY else "triton"):
+        return {name: training_steps.measured(DEVICE, 1 if DRY else 3, **size) for name, size in sizes.items()}
+
+
 # --- the host ---------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +490,7 @@ def parts(compiled: bool) -> list[Part]:
     for case in network_cases():
         jobs[f"network {case}"] = Job(functools.partial(measured_network, case, names), 60)
         jobs[f"inference {case}"] = Job(functools.partial(measured_inference, case), 60)
+    jobs["training steps"] = Job(measured_training, 60)
     found.append(Part("networks", jobs, 1, 0.8))
     if compiled:
         names = ["straight_through", *(f"{n} compiled, channels_last" for n in ("one plain", "dense"))]

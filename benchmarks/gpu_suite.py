@@ -9,7 +9,7 @@ Every job runs in a process apart from this one: a crash, a hang or an illegal a
     layers     every pass of a layer of 16 to 128 kernels, and cuDNN's channels_last convolution (`cudnn.benchmark`):
                device time in a CUDA graph, beside the floor and what was predicted by count from the measured roofs
     networks   training steps and inference of whole networks, in a graph and eager, against one plain network, one
-               masked convolution a layer, and dense masking; memory
+               masked convolution a layer, and dense masking; memory; steps as `sfg-fast train` does them on one GPU
     variants   the passes under other tiles, stages and kernels (variants.py), and what a call costs the host
     compiled   with --compiled instead of variants: what torch.compile makes of the baselines
 

@@ -21,6 +21,10 @@ def report(outcomes: list[Outcome]) -> str:
     for what in ("network", "inference"):
         cases = {name: value for name, value in found.items() if name.startswith(what + " ")}
         lines += networks(cases) if cases else []
+    if "training steps" in found:
+        rows = [[size, *(ms[1] for ms in times.values())] for size, times in found["training steps"].items()]
+        head = ["milliseconds of a step", *next(iter(found["training steps"].values()))]
+        lines += ["", "## Steps as `sfg-fast train` does them on one GPU", "", *table(head, rows)]
     varied = {name: value for name, value in found.items() if name.startswith("variants of ")}
     lines += variants(varied) if varied else []
     if "host" in found:

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class GroupGates(FixedAssignment):
         explore: share of the draws that ignore p: groups are drawn with probability (1 - explore) p + explore / (T+1),
             in training and while `sampling`. Even when p has become certain, drawing then still acts as a dropout,
             which helps small cohorts. Under a fixed assignment the p in this formula is one-hot. 0: no draw ignores p.
+        phase: `learning_steps` modulo `every`, which the host knows without waiting for a device. A draw counts both.
+            A replayed CUDA graph counts `learning_steps` alone, so who replays it counts `phase`.
     """
 
     _version = 2  # of the state_dict; 1 had `fixed_assignment` [K], -1: sampled
@@ -87,7 +89,7 @@ class GroupGates(FixedAssignment):
         self._temperature.fill_(1)
         self.forget_assignment()
         self.learning_steps.zero_()
-        self._phase = 0  # learning_steps % every, known to the host
+        self.phase = 0
 
     @property
     def estimator(self) -> str | Estimator:
@@ -113,7 +115,7 @@ class GroupGates(FixedAssignment):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"every={steps!r}: expected a number of steps, at least 1")
         self.rule = dataclasses.replace(self.rule, every=steps)
-        self._phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % steps
+        self.phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % steps
 
     @property
     def noise_on(self) -> str:
@@ -233,8 +235,8 @@ class GroupGates(FixedAssignment):
         """Can this layer and the other one be drawn in one go?"""
         mine, its = self.logits, other.logits
         return (
-            (self.rule, self._phase, mine.dtype, mine.device, mine.requires_grad)
-            == (other.rule, other._phase, its.dtype, its.device, its.requires_grad)
+            (self.rule, self.phase, mine.dtype, mine.device, mine.requires_grad)
+            == (other.rule, other.phase, its.dtype, its.device, its.requires_grad)
             and self._draws_by_formula()
             and not self.shares_grouping
         )
@@ -257,13 +259,19 @@ class GroupGates(FixedAssignment):
         if self.every == 1 or not self.logits.requires_grad:
             return True
         if learns and in_backward() and not self._foreseen:
-            return self._phase == 0
-        phase = (self._phase + 1) % self.every
+            return self.phase == 0
+        phase = (self.phase + 1) % self.every
         self._foreseen = not learns
         if learns:
-            self._phase = phase
+            self.phase = phase
             self.learning_steps += 1
         return phase == 0
+
+    def host_decides(self, draws: int) -> Hashable:
+        """What the host decides for this layer in the next `draws` draws of a training. Where it is the same, the draws
+        are the same operations on a device, so that one CUDA graph does them."""
+        looks = tuple((self.phase + draw) % self.every == 0 for draw in range(1, draws + 1))
+        return self.rule, self.assigned, self.logits.requires_grad, self.sampling, looks
 
     def weight_of(self, groups: FilterGroups) -> Tensor:
         """The layer's `weight` for a step with these groups. If their gates don't want a gradient, the logits get zeros
@@ -284,7 +292,7 @@ class GroupGates(FixedAssignment):
             old = state.pop(f"{prefix}fixed_assignment")
             state[f"{prefix}fixed_gates"] = one_hot(old, len(self.group_names), torch.float32)
         super()._load_from_state_dict(state, prefix, metadata, *args)
-        self._phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % self.every
+        self.phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % self.every
         if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
 

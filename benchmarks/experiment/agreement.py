@@ -23,6 +23,7 @@ from torch import Tensor
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.tables import Table, markdown
 from sfg_fast.training.config import read_config
+from sfg_fast.training.step import on_device
 from sfg_fast.training.trainer import Trainer
 
 EVERY = 10
@@ -64,7 +65,7 @@ def measure(run: Path, out: Path, steps: int) -> Table:
     sums: list[dict[str, float]] = [{} for _ in layers]
     for step in range(steps):
         if step >= steps // 2 and step % EVERY == 0:
-            a, b = (gradients(trainer, trainer._on_device(trainer.sampler[step + steps * n])) for n in (1, 2))
+            a, b = (gradients(trainer, on_device(trainer.sampler[step + steps * n], trainer.device)) for n in (1, 2))
             for layer, so_far in enumerate(sums):
                 for name, value in products(a, b, layer).items():
                     so_far[name] = so_far.get(name, 0.0) + value

@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads
 
 Call = Callable[[], object]
+Result = TypeVar("Result")
 
 
 def layers_at_work(
@@ -85,9 +86,24 @@ def captured(call: Call, device: torch.device) -> Call:
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    return capture(call, stream)
+
+
+def capture(call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None) -> Callable[[], Result]:
+    """A call that replays `call` as a CUDA graph on the current stream, and returns the tensors that `call` returned
+    while it was captured: each replay writes to them anew. `call` must have run on `stream` before.
+
+    pool: of `torch.cuda.graph_pool_handle`: the graphs that are given it share memory. What one of them returns is then
+    lost when another one is replayed.
+
+    Raises RuntimeError if `call` can't be captured. The random generator is as it was before, but a graph that was
+    captured earlier no longer draws from it: don't replay such a graph any more.
+    """
     graph = torch.cuda.CUDAGraph()
+    # "thread_local", because threads of a DataLoader pin memory meanwhile, which "global" would refuse.
+    context = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
     try:
-        with warnings.catch_warnings(), torch.cuda.graph(graph, stream=stream):
+        with warnings.catch_warnings(), context:
             warnings.filterwarnings("error", "The CUDA Graph is empty")  # the call went to another device
             results = call()
     except Exception:
@@ -96,7 +112,7 @@ def captured(call: Call, device: torch.device) -> Call:
         generator.graphsafe_set_state(generator.clone_state())
         raise
 
-    def replay(call: Call = call) -> object:  # the default argument keeps the memory that the graph reads
+    def replay(call: Callable[[], Result] = call) -> Result:  # the default argument keeps the memory that is read
         graph.replay()
         return results
 

@@ -252,4 +252,10 @@ def _copy(part: _Part, groups: Mapping[int, int]) -> None:
 
 def _mask_gradient(parameter: Tensor, keep: Tensor) -> None:
     """Multiply every gradient that the parameter gets by `keep` (1 or 0, broadcast)."""
-    parameter.register_hook(lambda gradient: gradient * keep.to(gradient.device, gradient.dtype))
+
+    def masked(gradient: Tensor) -> Tensor:
+        nonlocal keep
+        keep = keep.to(gradient.device, gradient.dtype)  # once: a copy to a device can't be captured in a CUDA graph
+        return gradient * keep
+
+    parameter.register_hook(masked)

@@ -13,10 +13,12 @@ from ..networks.build import NETWORKS
 from ..networks.methods import METHODS
 from ..tasks import USUAL, of_images, read_tasks
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
+GRAPHS = ("auto", "on", "off")
 DECAYS = ("cosine", "polynomial", "constant")
-# These options may differ in a run that is resumed: they change files and time, but no result.
-OPERATIONAL = {"out", "data", "device", "gpu_check", "workers", "keep", "max_bad_steps"}
+# These options may differ in a run that is resumed: they change files and time, but no result. (`graph`: a step on one
+# GPU is the same operations in a CUDA graph and eagerly, with the same optimiser and the same random numbers.)
+OPERATIONAL = {"out", "data", "device", "gpu_check", "graph", "workers", "keep", "max_bad_steps"}
 
 
 @dataclasses.dataclass
@@ -159,7 +161,10 @@ class TrainConfig:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         gpu_check: "on": if this GPU was never checked, `sfg-fast gpu-check` runs before the first step (a minute), so
             that the fastest kernels that are right are taken; "off": it does not, and such a GPU takes `masked`.
-        precision: "float32", or "bfloat16" where autocast allows it.
+        graph: "auto": in a single process on a GPU steps are captured in CUDA graphs, or a line says why they can't be;
+            "on": they are, or an error says why not; "off": they are done eagerly, with the same results.
+        precision: "float32"; "bfloat16" where autocast allows it; or "auto", bfloat16 on GPUs that multiply it, else
+            float32. A run that is resumed keeps the precision that it began with.
         workers: processes that read ahead; 0: none.
         same_assignment: one draw for all processes, and batch statistics over all of them (as one process with the
             whole batch). Otherwise each process draws its own.
@@ -183,7 +188,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     gpu_check: str = "on"
-    precision: str = "float32"
+    graph: str = "auto"
+    precision: str = "auto"
     workers: int = 0
     same_assignment: bool = False
     log_every: int = 50
@@ -228,8 +234,10 @@ def from_saved(saved: Any, path: Path) -> TrainConfig:
 
 def difference(now: dict[str, Any], before: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first option that makes two configurations (`dataclasses.asdict`) train differently, and its values now and
-    before; None if both train alike."""
+    before; None if both train alike. The precision `auto` is now whatever it was before."""
     here, there = _flat(now), _flat(before)
+    if here.get("precision") == "auto":
+        here["precision"] = there.get("precision")
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key) and key not in OPERATIONAL:
             return key, here.get(key), there.get(key)
@@ -303,6 +311,7 @@ def check(config: TrainConfig) -> None:
         if not 0 <= share <= 1:
             refuse(key, share, "a share, 0 to 1")
     for key, value, choices in (
+        ("graph", config.graph, GRAPHS),
         ("precision", config.precision, PRECISIONS),
         ("gpu_check", config.gpu_check, ("on", "off")),
         ("schedule.decay", schedule.decay, DECAYS),

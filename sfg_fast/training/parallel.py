@@ -32,6 +32,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Is it a GPU that multiplies bfloat16 itself (not one that only knows the dtype)?"""
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def launched() -> tuple[int, int]:
     """The rank of this process, and how often torchrun has restarted it; (0, 0) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -62,6 +69,11 @@ class Processes:
     def main(self) -> bool:
         """Is this the process that writes files and shows progress?"""
         return self.rank == 0
+
+    @property
+    def one_gpu(self) -> bool:
+        """Is this a single process, on a GPU? Then the host need not wait for the end of a step."""
+        return self.count == 1 and self.device.type == "cuda"
 
     def any(self, here: bool) -> bool:
         """Is `here` true in any process?"""

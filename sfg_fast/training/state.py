@@ -29,9 +29,17 @@ from .folds import last_look, make_splits, read_fold, splits_path
 from .history import empty_history
 from .objective import Objective
 from .onlookers import Onlooker, tell
-from .parallel import Processes, choose_device, merged_statistics, random_state, set_random_state, statistics_of
+from .parallel import (
+    Processes,
+    choose_device,
+    has_bfloat16,
+    merged_statistics,
+    random_state,
+    set_random_state,
+    statistics_of,
+)
 from .run import check_data, check_size, starting_network
-from .schedule import build_optimiser
+from .schedule import build_optimiser, load_optimiser, optimiser_state
 from .validation import held_out, titles
 
 
@@ -63,6 +71,10 @@ class TrainingState:
         cache = Cache(Path(config.data))
         self.processes = Processes(device)
         self.device = self.processes.device
+        if config.graph == "on" and not self.processes.one_gpu:
+            raise InputError(
+                "graph='on': expected auto or off, because steps are captured in one process on a GPU alone"
+            )
         self._whole = cache  # `make_splits` needs the cases of all folds
         if config.folds is not None:
             if config.fold is None:
@@ -82,8 +94,10 @@ class TrainingState:
         if config.same_assignment and self.processes.count > 1:
             synchronise(self.model)
         self.model.to(self.device)
+        if self.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = Objective(self.tasks, config.objective).to(self.device)
-        self.optimiser = build_optimiser(config.schedule, self.model, self.objective)
+        self.optimiser = build_optimiser(config.schedule, self.model, self.objective, waits=not self.processes.one_gpu)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.stale = 0
@@ -101,6 +115,7 @@ class TrainingState:
         if resume and any(self.checkpoints.glob("*.pt")):
             self._resume()
         else:
+            self._choose_precision()
             self._draw_apart(0)
             self.processes.main_does(self._check_free)
 
@@ -155,6 +170,12 @@ class TrainingState:
                 f"schedule.patience={config.schedule.patience!r}: {config.data} has no case of split val, expected one"
             )
 
+    def _choose_precision(self) -> None:
+        """Put the precision that `auto` stands for into the configuration, the same in all processes."""
+        if self.config.precision == "auto":
+            lacking = self.processes.any(not has_bfloat16(self.device))
+            self.config = dataclasses.replace(self.config, precision="float32" if lacking else "bfloat16")
+
     def _choose_kernels(self) -> None:
         """Choose the kernels for CUDA tensors, the same in all processes. The main process checks its GPU, if it was
         never checked."""
@@ -199,12 +220,6 @@ class TrainingState:
         """The folder of the run's checkpoints."""
         return self.out / "checkpoints"
 
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-
     def _state(self, drawn_statistics: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """The content of a checkpoint.
 
@@ -220,7 +235,7 @@ class TrainingState:
         return {
             "model": model,
             "objective": self.objective.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": optimiser_state(self.optimiser),
             "step": self.step,
             "finished": drawn_statistics is not None,
             "drawn_statistics": drawn_statistics,
@@ -282,6 +297,7 @@ class TrainingState:
                 raise InputError(f"{self.out}: this run is finished ({step} steps), there is nothing to resume")
         path, state = checkpoint.newest(self.checkpoints)
         _check_same(self.config, state, self.about_data["fingerprint"])
+        self.config = dataclasses.replace(self.config, precision=state["config"]["precision"])
         self._resumed_kernels = state.get("kernels", [])
         self._restore(path, state)
         self.best, self.stale, self.history = state["best"], state["stale"], state["history"]
@@ -301,7 +317,7 @@ class TrainingState:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         checkpoint.load_weights(self.model, state["model"], path)
         self.objective.load_state_dict(state["objective"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        load_optimiser(self.optimiser, state["optimiser"])
         self.step = state["step"]
 
 

@@ -7,53 +7,28 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError, Preempted
 from ..files import write_json
-from ..networks.controls import assign, draws_from_constant_p, norm_buffers, pool_gradients, recalibrate, sfg_layers
-from ..tasks import Task
+from ..networks.controls import assign, draws_from_constant_p, norm_buffers, recalibrate, sfg_layers
 from . import checkpoint
 from .config import TrainConfig
+from .graphs import CapturedSteps, CudaCapture
 from .history import record
-from .objective import Objective
 from .onlookers import Onlooker, quiet_writers, tell
 from .parallel import own_random_numbers
-from .schedule import apply_schedule
+from .schedule import apply_schedule, learning_rate_at, temperature_of
 from .state import TrainingState, seed_of
+from .step import Batch, Loss, Step, Unread, on_device
 from .validation import scores, tally, validate
 
 RECALIBRATION_BATCHES = 16
-
-
-class _Loss(nn.Module):
-    """Network and objective as one module, so that DistributedDataParallel averages the gradients of both."""
-
-    def __init__(
-        self, model: nn.Module, objective: Objective, tasks: Mapping[str, Task], total: int, precision: str
-    ) -> None:
-        super().__init__()
-        self.model, self.objective, self.tasks = model, objective, tasks
-        self.total, self.precision = total, precision
-
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns L of eq. 2 divided by N, the mean negative log-likelihood of each task, and the outputs of each task.
-
-        L is divided so that the learning rate doesn't depend on the cohort's size.
-        """
-        inputs = batch["inputs"]
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            outputs = self.model(inputs)
-        outputs = {task: y.to(torch.promote_types(y.dtype, torch.float32)) for task, y in outputs.items()}
-        targets = {name: batch[task.target] for name, task in self.tasks.items()}
-        present = {name: batch[f"has_{task.target}"] for name, task in self.tasks.items()}
-        value, nll = self.objective(self.model, outputs, targets, self.total, present)
-        return value / self.total, nll, outputs
 
 
 class Trainer(TrainingState):
@@ -79,10 +54,18 @@ class Trainer(TrainingState):
         observe: Callable[[dict[str, Any], Path], None] = lambda history, folder: None,
     ) -> None:
         super().__init__(config, resume, observe)
-        loss = _Loss(self.model, self.objective, self.tasks, len(self.sampler), config.precision).to(self.device)
+        loss = Loss(self.model, self.objective, self.tasks, len(self.sampler), self.config.precision).to(self.device)
         self.loss = self.processes.averaged(loss)
-        self._statistics = [self.model.get_buffer(name) for name in norm_buffers(self.model)]
-        self._batches: Iterator[dict[str, Any]] | None = None
+        targets = [task.target for task in self.tasks.values()]
+        self._waits = not self.processes.one_gpu
+        self._step = Step(self.loss, self.model, self.optimiser, config.schedule, targets, self._waits)
+        self._graphs: CapturedSteps | None = None
+        if self.processes.one_gpu and config.graph != "off":
+            capture = CudaCapture(self.device)
+            self._graphs = CapturedSteps(self._step, capture, self.device, required=config.graph == "on")
+        self._unread: Unread | None = None
+        self._terms: dict[str, float] = {}  # of the newest step whose outcome was read
+        self._batches: Iterator[Batch] | None = None
         self._waited, self._worked = 0.0, 0.0
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -106,12 +89,13 @@ class Trainer(TrainingState):
                 bar(lambda it: it.update())
                 bar(lambda it: it.set_postfix(self._postfix(terms, it.format_dict), refresh=False))  # noqa: B023
                 if self.step % config.log_every == 0 or self.step == schedule.steps:
-                    self._log(terms, board)
+                    self._log(self._read(), board)
                 stop = self.processes.any(bool(asked))
-                if self.step % config.checkpoint_every == 0 and self.step < schedule.steps:
-                    self._validate()
-                    self._save()
-                elif stop:
+                look = self.step % config.checkpoint_every == 0 and self.step < schedule.steps
+                if look or stop:
+                    self._read()  # a checkpoint names all bad steps before it
+                    if look:
+                        self._validate()
                     self._save()
                 if stop:
                     raise Preempted(f"{self.out}: stopped by SIGTERM, saved at step {self.step}; --resume goes on")
@@ -134,8 +118,8 @@ class Trainer(TrainingState):
 
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
 
-    def _next_batch(self) -> dict[str, Any]:
-        """The next mini-batch on the device. The time that the loop waits for it is added to `_waited`."""
+    def _next_batch(self) -> Batch:
+        """The next mini-batch, in memory. The time that the loop waits for it is added to `_waited`."""
         if self._batches is None:
             accumulate = self.config.schedule.accumulate
             positions = range(self.step * accumulate, self.config.schedule.steps * accumulate)
@@ -161,53 +145,59 @@ class Trainer(TrainingState):
                 raise ChildProcessError(f"a worker that reads ahead died ({error}); --resume goes on") from error
             raise
         self._waited += time.perf_counter() - before
-        return self._on_device(batch)
+        return batch
 
     def _train_step(self) -> dict[str, float]:
+        """Do a step. Returns the terms of eq. 2 of the newest step that the host knows of: on one GPU it reads those of
+        the step before, while the device does this one, and has none after the first step."""
         started, schedule = time.perf_counter(), self.config.schedule
         apply_schedule(schedule, self.step, self.model, self.optimiser)
         self.model.train()
-        before = [statistic.clone() for statistic in self._statistics]
-        self.optimiser.zero_grad(set_to_none=True)
-        terms: list[dict[str, float]] = []
-        suspects: list[str] = []
-        for last in [False] * (schedule.accumulate - 1) + [True]:
-            batch = self._next_batch()
-            wait = contextlib.nullcontext() if last or self.processes.count == 1 else self.loss.no_sync()  # type: ignore
-            with wait:
-                value, nll, outputs = self.loss(batch)
-                (value / schedule.accumulate).backward()
-            objective = float(value.detach()) * len(self.sampler)
-            terms.append({"objective": objective, **{f"nll/{task}": float(one) for task, one in nll.items()}})
-            if not math.isfinite(objective):
-                suspects += _not_finite(batch, outputs, [task.target for task in self.tasks.values()])
-        norm = nn.utils.clip_grad_norm_(self.optimiser.param_groups[0]["params"], schedule.clip)
-        good = torch.isfinite(norm)
-        for logits in (p for group in self.optimiser.param_groups[1:] for p in group["params"]):
-            good = good & torch.isfinite(logits.grad).all()
-        if good:
-            if schedule.pooled:
-                pool_gradients(self.model, schedule.pooled)
-            self.optimiser.step()
+        cases: list[list[str]] = []
+        batches = self._batches_of_step(cases)
+        if self._graphs is not None:
+            outcome = self._graphs(batches)
         else:
-            for statistic, value in zip(self._statistics, before, strict=True):
-                statistic.copy_(value)
-            self._bad_step(suspects, batch["case"])
+            outcome = self._step(on_device(batch, self.device) for batch in batches)
+        unread = Unread(self.step, cases, outcome)
+        self._read()
+        self._unread = unread
+        if self._waits:
+            self._read()
         self._worked += time.perf_counter() - started
-        return {name: _mean([one[name] for one in terms]) for name in terms[0]}
+        return self._terms
 
-    def _bad_step(self, suspects: list[str], batch: list[str]) -> None:
+    def _batches_of_step(self, cases: list[list[str]]) -> Iterator[Batch]:
+        """The mini-batches of the next step. The names of their cases are appended to `cases`."""
+        for _ in range(self.config.schedule.accumulate):
+            batch = self._next_batch()
+            cases.append(batch["case"])
+            yield batch
+
+    def _read(self) -> dict[str, float]:
+        """Read the outcome of the last step, if that was not done yet. Returns the terms of eq. 2 in the newest step
+        that was read, each the mean over its mini-batches. Raises what `_bad_step` raises."""
+        if self._unread is not None:
+            unread, self._unread = self._unread, None
+            outcome = unread.read()
+            rows = [[losses[0] * len(self.sampler), *losses[1:]] for losses in outcome.losses.tolist()]
+            names = ["objective", *(f"nll/{task}" for task in self.tasks)]
+            self._terms = {name: _mean(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+            if not outcome.good:
+                self._bad_step(unread)
+        return self._terms
+
+    def _bad_step(self, unread: Unread) -> None:
         """Record and report a step that was left out because its gradient isn't finite. The gradient is the mean over
-        processes, so all of them leave the step out.
+        processes, so all of them leave the step out. Without a case to blame, all cases of the step are named.
 
-        suspects: the cases whose loss isn't finite; without any, all cases of `batch` are named. Raises
-        FloatingPointError if there were too many such steps, or if the weights aren't finite any more.
+        Raises FloatingPointError if there were too many such steps, or if the weights aren't finite any more.
         """
-        every = self.processes.gathered((suspects, batch))
+        every = self.processes.gathered((unread.suspects(), [name for names in unread.cases for name in names]))
         cases = sorted({name for one, _ in every for name in one} or {name for _, all_ in every for name in all_})
         bad = self.history["bad_steps"]
-        bad.append({"step": self.step, "cases": cases})
-        what = f"step {self.step}: the gradient is not finite (cases {', '.join(cases)})"
+        bad.append({"step": unread.step, "cases": cases})
+        what = f"step {unread.step}: the gradient is not finite (cases {', '.join(cases)})"
         lost = not all(torch.isfinite(p).all() for p in self.model.parameters())
         if lost or len(bad) > self.config.max_bad_steps:
             raise FloatingPointError(f"{what}, {len(bad)} such steps; lower schedule.learning_rate")
@@ -229,8 +219,9 @@ class Trainer(TrainingState):
                 values = curves["scores"][f"{name}/{score.name}"]
                 if values and values[-1] is not None:
                     text[f"{name} {score.name}"] = f"{values[-1]:.{score.digits}f}{score.unit}"
-        text["temp"] = f"{self._layers()[0].temperature.item():.2f}" if self._layers() else "-"
         rate, schedule = timing.get("rate") or 0.0, self.config.schedule
+        # (The layers' own temperature is on the device, which the host would have to wait for.)
+        text["temp"] = f"{temperature_of(schedule, self.step - 1):.2f}" if self._layers() else "-"
         text[f"{self.sampler.examples}/s"] = f"{rate * schedule.batch * schedule.accumulate * self.processes.count:.0f}"
         text["waited"] = f"{self._waited_share():.0%}"
         return text
@@ -251,7 +242,7 @@ class Trainer(TrainingState):
             "objective": terms["objective"],
             "scores": self._look(),
             "temperature": self._layers()[0].temperature.item() if self._layers() else None,
-            "learning_rate": self.optimiser.param_groups[0]["lr"],
+            "learning_rate": learning_rate_at(self.config.schedule, self.step - 1),  # that of the weights, in this step
         }
         nll = {task: terms[f"nll/{task}"] for task in self.tasks}
         for name, value in record(self.history, self.model, row, nll).items():
@@ -260,7 +251,7 @@ class Trainer(TrainingState):
     @torch.no_grad()
     def _look(self) -> dict[str, float | None]:
         """The scores of the held-out batch `monitored`."""
-        batch = self._on_device(self.monitored)
+        batch = on_device(self.monitored, self.device)
         self.model.eval()
         with own_random_numbers(self.device):  # a network with constant p draws in this pass
             outputs = self.model(batch["inputs"])
@@ -274,7 +265,7 @@ class Trainer(TrainingState):
         config, schedule = self.config, self.config.schedule
         together = schedule.batch * self.processes.count
         wanted = min(config.validation_slices, len(self.validation))
-        batches = (self._on_device(self.validation[i]) for i in range(math.ceil(wanted / together)))
+        batches = (on_device(self.validation[i], self.device) for i in range(math.ceil(wanted / together)))
         with own_random_numbers(self.device, seed_of(config.seed, self.step)):
             here = validate(self.model, self.objective, self.tasks, self._calibration(), batches)
         every = self.processes.gathered({name: value.cpu() for name, value in here.items()})
@@ -296,8 +287,9 @@ class Trainer(TrainingState):
     def _calibration(self) -> Iterator[Tensor]:
         """Batches of images to re-estimate running statistics from, the same in all processes. Batches that hold a
         value which isn't finite are left out."""
-        batches = (self.calibration[i]["inputs"] for i in range(RECALIBRATION_BATCHES))
-        return (inputs.to(self.device) for inputs in batches if torch.isfinite(inputs).all())
+        batches = ({"inputs": self.calibration[i]["inputs"]} for i in range(RECALIBRATION_BATCHES))
+        finite = (batch for batch in batches if torch.isfinite(batch["inputs"]).all())
+        return (on_device(batch, self.device)["inputs"] for batch in finite)
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 
@@ -307,6 +299,8 @@ class Trainer(TrainingState):
         A run that is killed in between comes here again when it is resumed, with the same results. final.pt is written
         last: it tells that the run is finished.
         """
+        if self._graphs is not None:
+            self._graphs.forget()  # no step comes any more, and `_restore` brings other tensors
         if self.history["validation"]["step"][-1:] != [self.step]:
             self._validate()
         self._save()
@@ -369,18 +363,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _not_finite(batch: dict[str, Any], outputs: dict[str, Tensor], targets: list[str]) -> list[str]:
-    """The cases of a batch with values that aren't finite in their arrays; if there are none, those with such values in
-    the outputs; else all cases of the batch."""
-    given = [batch["inputs"], *(batch[name] for name in targets)]
-    for tensors in (given, list(outputs.values())):
-        bad = torch.stack([~torch.isfinite(tensor).reshape(len(tensor), -1).all(1) for tensor in tensors]).any(0)
-        if bad.any():
-            return [name for name, is_bad in zip(batch["case"], bad.tolist(), strict=True) if is_bad]
-    return list(batch["case"])
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     """The mean of the values that aren't NaN (a value is NaN where no example had the target); NaN if all are."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan

@@ -58,11 +58,20 @@ def check_dry_run(out, printed):
     assert set(ended) - {"where"} == {line["begin"] for line in lines if "begin" in line}
     assert ended["layer 16"]["value"]["passes"]["forward + ReLU"].keys() >= {"ours", "cuDNN", "floor", "predicted"}
     assert ended["network routed, 6x6"]["value"]["graph_us"]["straight_through"][1] > 0
+    assert ended["graph of training steps"]["value"].endswith("tensors equal to the bit after 12 steps")
+    assert ended["training steps"]["value"]["2 slices of 8x8"].keys() == {"captured", "eager"}
     assert "frozen" in ended["inference routed, 6x6"]["value"]["graph_us"]
     assert len(ended["variants of the convolutions, 16 kernels"]["value"]) == 2
     table = (out / "gpu_suite.md").read_text()
     assert table in printed
-    for title in ("## Checks", "## Passes of a layer", "## Network routed", "## Variants", "## The host"):
+    for title in (
+        "## Checks",
+        "## Passes of a layer",
+        "## Network routed",
+        "## Steps as",
+        "## Variants",
+        "## The host",
+    ):
         assert title in table
     return ended
 

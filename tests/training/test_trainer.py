@@ -41,7 +41,7 @@ def test_a_run_leaves_everything_behind(cache, tmp_path):
     trainer = Trainer(run)
     trainer.run()
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved == dataclasses.asdict(run)
+    assert saved == dataclasses.asdict(dataclasses.replace(run, precision="float32"))  # it was auto
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["groups"] == ["shared", "ct", "organs"]
     assert history["curves"]["step"] == history["allocation"]["step"] == [2, 4, 6]
@@ -717,7 +717,9 @@ def test_without_torchrun_there_is_one_process(cache, tmp_path):
         ({"bias": -0.1}, "bias=-0.1"),
         ({"foreground": 1.5}, "foreground=1.5"),
         ({"gpu_check": "maybe"}, "gpu_check='maybe'"),
-        ({"precision": "float16"}, "precision='float16'"),
+        ({"precision": "float16"}, "precision='float16': expected one of auto, float32, bfloat16"),
+        ({"graph": "maybe"}, "graph='maybe': expected one of auto, on, off"),
+        ({"graph": "on"}, "graph='on': expected auto or off, because steps are captured in one process on a GPU alone"),
         ({"workers": -1}, "workers=-1"),
         ({"keep": 0}, "keep=0"),
         ({"max_bad_steps": -1}, "max_bad_steps=-1"),
