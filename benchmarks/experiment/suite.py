@@ -144,6 +144,7 @@ def experiment(problem: str, cohort: Path, out: Path, seeds: Sequence[int], proc
         data=str(out / "cache"),
         out="",
         tasks=about.tasks,
+        precision="float32",  # as all rows were trained, on a GPU, too
         validation_slices=5000,
         log_every=500,
         checkpoint_every=about.steps,
