@@ -207,11 +207,12 @@ def work(one: Configuration) -> Work | None:
             part = None if columns is None else columns[c : c + g.block_c]
             live += part is None or bool(((part == 0) | (part == rows[k : k + g.block_k, None])).any())
         executed = live * g.block_c * g.block_k
-        if g.walks:  # a row of the input in four copies, one of them empty, and three rows of dy; at least one unit
+        if g.walks:  # a row of the input three times, with an empty copy to narrow ones, and three rows of dy
+            executed = executed * 4 // 3 if g.block_c < 64 else executed
             rows = config.cdiv(one.image[1], g.dilation_h)
             halo = (rows + 2) / rows
             loaded = halo * live * 3 * (g.block_c + g.block_k) * itemsize
-            return Work(round(halo * executed * 4 / 3), necessary, masked, loaded, once)
+            return Work(round(halo * executed), necessary, masked, loaded, once)
         loaded = live * (9 / g.taps) * (g.taps * g.block_c + g.block_k) * itemsize
         return Work(executed // (9 if g.flat else 1), necessary, masked, loaded, once)
     p, (out, read) = one.what, (spec.columns, spec.rows) if one.what.adjoint else (spec.rows, spec.columns)

@@ -85,6 +85,15 @@ def tiles(n: int, k: int, pixels: int, warps: int, stages: int) -> dict[str, Any
     return {"walks": lambda *_: False, "_blocks": blocks, "_large_blocks": blocks, "plan": _changed(change)}
 
 
+def taps(together: int) -> dict[str, Any]:
+    """A change of the passes with undrawn rows: so many taps in a turn of the loop."""
+
+    def change(launch: Launch) -> Launch:
+        return launch._replace(tiles=dataclasses.replace(launch.tiles, together=together))
+
+    return {"plan": _changed(change)}
+
+
 def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
     """A change of weight gradients: no walks, but tiles of c x k channels and so many pixels, in `times` as many
     parts."""
@@ -127,8 +136,14 @@ CONVOLUTIONS: dict[int, dict[str, dict[str, Any]]] = {
         **{f"walk {a}": walk(*a) for a in ((2, 3, 16), (2, 3, 32), (2, 2, 16), (1, 3, 16), (2, 3, 16, 32))},
         **{f"tiles {a}": tiles(*a) for a in ((32, 32, 128, 4, 3), (32, 16, 128, 4, 4))},
     },
-    64: {f"tiles {a}": tiles(*a) for a in ((64, 64, 128, 4, 2), (64, 32, 128, 4, 3), (64, 32, 256, 8, 3))},
-    128: {f"tiles {a}": tiles(*a) for a in ((128, 64, 128, 8, 4), (128, 32, 64, 4, 4), (128, 32, 128, 8, 4))},
+    64: {
+        "taps (1,)": taps(1),
+        **{f"tiles {a}": tiles(*a) for a in ((64, 16, 128, 4, 3), (64, 16, 128, 8, 3), (64, 32, 64, 4, 3))},
+    },
+    128: {
+        "taps (1,)": taps(1),
+        **{f"tiles {a}": tiles(*a) for a in ((128, 64, 128, 8, 4), (64, 32, 128, 4, 3), (128, 16, 128, 8, 3))},
+    },
 }
 GRADIENTS: dict[int, dict[str, dict[str, Any]]] = {
     width: {
@@ -138,7 +153,7 @@ GRADIENTS: dict[int, dict[str, dict[str, Any]]] = {
     for width, walks, parts in (
         (16, [(64, 4, 2), (128, 4, 2), (64, 2, 3), (64, 4, 3, 2)], [(16, 16, 128, 2, 3)]),
         (32, [(64, 4, 3), (32, 8, 4), (64, 8, 2), (64, 8, 3, 2)], [(32, 32, 128, 2, 1)]),
-        (64, [(64, 8, 3), (32, 8, 3), (32, 8, 4, 2)], [(64, 64, 64, 4, 3)]),
-        (128, [(64, 8, 2), (32, 8, 3), (32, 8, 4, 2)], [(64, 64, 64, 4, 3)]),
+        (64, [(64, 8, 2), (32, 8, 4), (64, 8, 3, 2)], [(64, 64, 64, 4, 3)]),
+        (128, [(64, 8, 2), (32, 8, 4), (64, 8, 3, 2)], [(64, 64, 64, 4, 3)]),
     )
 }

@@ -150,9 +150,6 @@ def forward(
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     offsets = spec.rows.offsets, spec.columns.offsets
-    if not relu and residual is None and packed.bias is None and _by_library(x, p, size):
-        _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
-        return library.forward(_nhwc(x), packed.forward, p, spec, keep_product)
     convolve = functools.partial(
         _convolve, x, packed.forward, p, offsets, size, relu=relu, bias=packed.bias, two=keep_product
     )
@@ -174,9 +171,6 @@ def input_gradient(
     assert relu_output is None, "dy has gone back through the ReLU already"
     p = config.passes(spec, packed.kernel, dy.dtype, config.device_of(dy.device))[1]
     offsets = spec.columns.offsets, spec.rows.offsets
-    if all(gradient is None for gradient in shortcut) and _by_library(dy, p, size):
-        _check(dy, "the input", (dy.shape[0], p.channels, *dy.shape[2:]))
-        return library.input_gradient(_nhwc(dy), packed.backward, p, spec)
     # A kernel adds to all that it writes, or to nothing.
     adds = not p.shares_products and shortcut.dx is not None and (shortcut.dundrawn is not None) == p.undrawn
     found = _convolve(dy, packed.backward, p, offsets, size, added=shortcut if adds else NO_SHORTCUT, two=p.undrawn)
@@ -329,12 +323,6 @@ def _order(order: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if order is None else order
 
 
-def _by_library(x: Tensor, p: Pass, size: tuple[int, int]) -> bool:
-    """Does library.py do the pass, which writes images of `size` and nothing is fused with?"""
-    largest = max(x.shape[1] * x.shape[2] * x.shape[3], p.products * p.out_channels * size[0] * size[1])
-    return largest < 2**31 and config.by_library(p, x.element_size() * 8, config.device_of(x.device))
-
-
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -354,7 +342,10 @@ def _convolve(
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
     _check(added[0], "the shortcut's gradient" if p.adjoint else "the residual", (x.shape[0], channels, *size))
     _check(added[1], "what is added to dundrawn", (x.shape[0], channels * (p.out_groups - 1), *size))
-    x = _nhwc(x)
+    x, bits, device = _nhwc(x), x.element_size() * 8, config.device_of(x.device)
+    small = max(x[:1].numel(), channels * size[0] * size[1]) < 2**31
+    if small and not relu and added[0] is None and bias is None and config.by_library(p, bits, device):
+        return library.convolve(x, weight, p), None
     y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     second = None
     if two:
@@ -363,7 +354,7 @@ def _convolve(
     if not y.numel():
         return y, second
     fused = relu, added[0] is not None, bias is not None, _wide(x, y, second)
-    launch = config.plan(p, x.element_size() * 8, x.shape[0], size, config.device_of(x.device), *fused)
+    launch = config.plan(p, bits, x.shape[0], size, device, *fused)
     bias = weight if bias is None else bias
     first_added, second_added = (y if tensor is None else _nhwc(tensor) for tensor in added)
     sizes = x.shape[2], x.shape[3], *size

@@ -83,7 +83,7 @@ class Pass:
         else:
             everything = shares_products or (undrawn and (adjoint or large))
             block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
-        if undrawn and adjoint and width >= 128:  # a chunk holds one group's channels only: small ones waste less
+        if undrawn and block_n >= 64 and width >= (64 if adjoint else 128):  # a chunk holds one group's channels: small ones waste less
             block_k = 16
         columns = _up(out_channels, block_n)
         if flat:
@@ -114,6 +114,7 @@ class Tiles:
 
     pixels_h: int
     pixels_w: int
+    together: int  # taps of a turn of the loop: 1, or a row of the kernel
     relu: bool
     residual: bool
     bias: bool
@@ -306,7 +307,7 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
     if walks(p, bits, device, gates):
         strip = min(_power_of_two(size[1]), _strip(p, gates))
-        tiles, rows = Tiles(1, strip, *fused), cdiv(size[0], p.dilation_h)
+        tiles, rows = Tiles(1, strip, 1, *fused), cdiv(size[0], p.dilation_h)
         strips = tiles_n * images * p.dilation_h * cdiv(size[1], strip)
         # At least 8, since each walk reads two more rows; else about eight programs for each multiprocessor.
         steps = min(rows, max(8, cdiv(rows * strips, 8 * device.multiprocessors)))
@@ -317,13 +318,15 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
     grid = cdiv(size[0], p.out_step_h), cdiv(size[1], p.out_step_w)
     large = _large(bits, device)
     if p.undrawn:  # four sums of 128 x 64 don't fit into the registers
-        many = device.hopper and p.block_k == 32 and (p.block_n == 32 or (p.block_n == 64 and not p.adjoint))
+        many = device.hopper and min(p.channels, p.block_n) >= 32 and (p.block_n == 32 or not p.adjoint)
     else:
         many = (large or p.block_n < 64) and not p.shares_products
     pixels = 128 if bits == 16 and many else 64
     if p.own_rows:  # a sum for each group: they have to fit into the registers
         pixels = 16 if p.in_groups > 4 else 64 if bits == 16 else 32
-    tiles = Tiles(*_pixel_tile(grid[1], pixels), *fused)
+    # For undrawn rows a turn has little to multiply: a row of taps together, where no stride leaves any out.
+    together = p.taps_w if p.undrawn and large and p.taps_w <= 3 and phases == 1 else 1
+    tiles = Tiles(*_pixel_tile(grid[1], pixels), together, *fused)
     programs = tiles_n * images * cdiv(grid[0], tiles.pixels_h) * cdiv(grid[1], tiles.pixels_w)
     options = launch_options(pixels, p.block_n, p.block_k * p.block_n, device)
     name = "convolve"
@@ -357,7 +360,7 @@ def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], d
             programs = 2
         elif device.hopper and g.block_c == g.block_k == g.channels == g.out_channels:  # one tile, of 16 or 32
             pixels, options = 128, {"num_warps": 2, "num_stages": 3 if g.block_c == 16 else 1}
-    tiles = Tiles(*_pixel_tile(size[1], pixels), *fused)
+    tiles = Tiles(*_pixel_tile(size[1], pixels), 1, *fused)
     pixel_tiles = images * cdiv(size[0], tiles.pixels_h) * cdiv(size[1], tiles.pixels_w)
     splits = max(1, min(pixel_tiles, cdiv(programs * device.multiprocessors, g.programs)))
     return Launch("weight_gradient", tiles, g.programs, splits, cdiv(pixel_tiles, splits), options)
@@ -372,13 +375,13 @@ def gradient_walks(geometry: Geometry, kernel: tuple[int, int], largest: int) ->
 def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
     """As many units of the pixels as programs fit on the multiprocessors, by their registers and shared memory; where
     there are more strips than that, several units for each split."""
-    largest, rows = g.block_c * g.block_k == 64 * 64, cdiv(size[0], g.dilation_h) + 2
-    tiles = Tiles(1, min(_power_of_two(size[1]), 32 if largest else 64), *fused)
+    rows = cdiv(size[0], g.dilation_h) + 2
+    tiles = Tiles(1, min(_power_of_two(size[1]), 64), 1, *fused)
     strips = images * g.dilation_h * cdiv(size[1], tiles.pixels_w)
-    splits = cdiv(64 // g.block_c * device.multiprocessors, g.programs)
+    splits = cdiv(64 // max(g.block_c, g.block_k) * device.multiprocessors, g.programs)
     walks = max(1, min(splits // strips, rows // 8))
     splits = cdiv(strips * walks, cdiv(strips * walks, splits))
-    options = {"num_warps": 4 if g.block_c * g.block_k <= 512 else 8, "num_stages": 4 if largest else 3}
+    options = {"num_warps": 4 if g.block_c * g.block_k <= 512 else 8, "num_stages": 3}
     return Launch("rowwalk_weights", tiles, g.programs, splits, cdiv(rows, walks), options)
 
 
@@ -411,15 +414,12 @@ def _strip(p: Pass, gates: bool) -> int:
 
 
 def by_library(p: Pass, bits: int, device: Device) -> bool:
-    """Is library.py the way, if nothing is fused with this pass? Measured on an H200, for 3x3 kernels. Only from 128
-    channels on it pays for the gradients of undrawn rows, too."""
-    width = min(p.channels, p.out_channels)
-    fits = p.taps_h == p.taps_w == 3 and not p.shares_products and p.routing != "own"
+    """Is library.py the way, if nothing is fused with this pass? Measured on an H200, for 3x3 kernels."""
+    fits = p.taps_h == p.taps_w == 3 and not p.shares_products and not p.undrawn and p.routing != "own"
     if p.adjoint:
-        needed = 2 * p.dilation_h >= p.padding_h and 2 * p.dilation_w >= p.padding_w
-        fits = fits and p.stride_h == p.stride_w == 1 and needed
-    wide = width >= (128 if p.undrawn and p.adjoint else 64)
-    return fits and wide and bits == 16 and device.hopper
+        padded = 2 * p.dilation_h >= p.padding_h and 2 * p.dilation_w >= p.padding_w
+        fits = fits and p.stride_h == p.stride_w == 1 and padded
+    return fits and min(p.channels, p.out_channels) >= 64 and bits == 16 and device.hopper
 
 
 def launch_options(block_m: int, block_n: int, loaded: int, device: Device) -> dict[str, int]:

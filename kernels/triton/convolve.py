@@ -107,32 +107,35 @@ def accumulate(
     reads follow one another and hit the cache.
 
     EXACT: only channels low .. high count (every_group.py). Otherwise the weight is zero where it is not read.
+    A turn of the loop does T.together taps, one or a row of the kernel: what it computes besides is done once for them.
     """
     BLOCK_K: tl.constexpr = P.block_k
+    TOGETHER: tl.constexpr = T.together
     first_r, count_r, offset_h, first_s, count_s, offset_w = taps_of(phase, P)
     h_base = i * P.in_step_h + offset_h
     w_base = j * P.in_step_w + offset_w
-    taps = count_r * count_s
-    for it in range(0, taps * chunks):
-        chunk = it // taps
-        tap = it % taps
-        r = tap // count_s
-        s = tap % count_s
+    turns = count_r * count_s if TOGETHER == 1 else count_r
+    for it in range(0, turns * chunks):
+        chunk = it // turns
+        turn = it % turns
         c0 = tl.where(chunk < prefix, chunk * P.block_k, start + (chunk - prefix) * P.block_k)
         c = tl.multiple_of(c0, 8) + tl.arange(0, BLOCK_K)
+        r = turn // count_s if TOGETHER == 1 else turn
         h = h_base + r * P.tap_offset_h
-        v = w_base + s * P.tap_offset_w
-        inside = (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        at = ((h * W + v) * P.channels)[:, None] + c[None, :]
-        mask = inside[:, None] & (c < P.channels)[None, :]
-        a = tl.load(x + at, mask=mask, other=0.0)  # [BM, BK]
-        row = ((first_r + r * P.tap_step_h) * P.taps_w + first_s + s * P.tap_step_w) * P.rows + c
-        if EXACT:
-            wanted = (c >= low) & (c < high)
-            b = tl.load(w + row[:, None] * P.columns + n[None, :], mask=wanted[:, None], other=0.0)
-        else:
-            b = tl.load(w + row[:, None] * P.columns + n[None, :])  # [BK, BN]
-        acc = tl.dot(a, b, acc, input_precision=T.precision, out_dtype=acc.dtype)
+        for following in tl.static_range(TOGETHER):
+            s = turn % count_s if TOGETHER == 1 else following
+            v = w_base + s * P.tap_offset_w
+            inside = (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            at = ((h * W + v) * P.channels)[:, None] + c[None, :]
+            mask = inside[:, None] & (c < P.channels)[None, :]
+            a = tl.load(x + at, mask=mask, other=0.0)  # [BM, BK]
+            row = ((first_r + r * P.tap_step_h) * P.taps_w + first_s + s * P.tap_step_w) * P.rows + c
+            if EXACT:
+                wanted = (c >= low) & (c < high)
+                b = tl.load(w + row[:, None] * P.columns + n[None, :], mask=wanted[:, None], other=0.0)
+            else:
+                b = tl.load(w + row[:, None] * P.columns + n[None, :])  # [BK, BN]
+            acc = tl.dot(a, b, acc, input_precision=T.precision, out_dtype=acc.dtype)
     return acc
 
 

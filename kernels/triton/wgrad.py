@@ -121,14 +121,14 @@ def rowwalk_weights_kernel(
     """As `weight_gradient_kernel`, for 3x3 kernels and stride 1: all nine taps, one split of the pixels. A unit of the
     pixels is a strip of `steps` rows of the input, walked down as in rowwalk.py.
 
-    Each row of the input meets three rows of dy. Its three shifted copies lie one beside the other, so that one product
-    of matrices, tall enough for Hopper's instructions, serves three taps.
+    Each row of the input meets three rows of dy. Up to 32 channels its three shifted copies lie one beside the other,
+    so that one product of matrices, tall enough for Hopper's instructions, serves three taps.
     """
     STRIP: tl.constexpr = T.pixels_w
     BLOCK_C: tl.constexpr = G.block_c
     BLOCK_K: tl.constexpr = G.block_k
     TILES_C: tl.constexpr = (G.channels + G.block_c - 1) // G.block_c
-    SHIFTED: tl.constexpr = 4 * G.block_c  # three, and a power of two
+    COPIES: tl.constexpr = 4 if G.block_c < 64 else 1  # three, and a power of two
     split = tl.program_id(1)
     c0 = tl.program_id(0) % TILES_C * BLOCK_C
     k0 = tl.program_id(0) // TILES_C * BLOCK_K
@@ -138,11 +138,12 @@ def rowwalk_weights_kernel(
     if not live:
         return
     k = k0 + tl.arange(0, BLOCK_K)
-    q = tl.arange(0, SHIFTED)
+    q = tl.arange(0, COPIES * BLOCK_C)
     strips = tl.cdiv(OW, STRIP)
     walks = tl.cdiv(tl.cdiv(OH, G.dilation_h) + 2, steps)
     bias = tl.zeros((STRIP, BLOCK_K), ACC)
-    sums = (tl.zeros((SHIFTED, BLOCK_K), ACC),) * 3
+    TILES: tl.constexpr = 1 if COPIES == 4 else 3
+    sums = (tl.zeros((COPIES * BLOCK_C, BLOCK_K), ACC),) * (3 * TILES)
     for unit in range(split * units_per_split, tl.minimum((split + 1) * units_per_split, units)):
         j = unit % strips * STRIP + tl.arange(0, STRIP)
         m0 = unit // strips % walks * steps
@@ -154,22 +155,25 @@ def rowwalk_weights_kernel(
         in_x = x + image * H * W * G.channels
         in_dy = dy + image * OH * OW * G.out_channels
         for m in range(m0, m0 + steps):
-            a = shifted_tile(in_x, residue + m * G.dilation_h - G.padding_h, j - G.padding_w, q, c0, H, W, G)
+            h = residue + m * G.dilation_h - G.padding_h
             new = ()
-            for t in tl.static_range(3):
-                d = gradient_tile(in_dy, residue + (m - t) * G.dilation_h, j, k, OH, OW, G)
-                if T.bias and t == 0:
-                    bias += d.to(ACC)
-                new = new + (  # noqa: RUF005
-                    tl.dot(tl.trans(a), d, sums[t], input_precision=T.precision, out_dtype=ACC),
-                )
+            for s in tl.static_range(TILES):
+                a = shifted_tile(in_x, h, j - G.padding_w + s * G.dilation_w, q, c0, H, W, G)
+                for t in tl.static_range(3):
+                    d = gradient_tile(in_dy, residue + (m - t) * G.dilation_h, j, k, OH, OW, G)
+                    if T.bias and s + t == 0:
+                        bias += d.to(ACC)
+                    new = new + (  # noqa: RUF005
+                        tl.dot(tl.trans(a), d, sums[3 * s + t], input_precision=T.precision, out_dtype=ACC),
+                    )
             sums = new
-    s = q // G.block_c
-    c = c0 + q % G.block_c
-    mask = ((c < G.channels) & (s < 3))[:, None] & (k < G.out_channels)[None, :]
-    for t in tl.static_range(3):
-        at = (split * 9 + 3 * t + s).to(tl.int64) * G.channels + c
-        tl.store(partial + at[:, None] * G.out_channels + k[None, :], sums[t], mask=mask)
+    c = c0 + q % BLOCK_C
+    for s in tl.static_range(TILES):
+        shift = s + q // BLOCK_C
+        mask = ((c < G.channels) & (shift < 3))[:, None] & (k < G.out_channels)[None, :]
+        for t in tl.static_range(3):
+            at = (split * 9 + 3 * t + shift).to(tl.int64) * G.channels + c
+            tl.store(partial + at[:, None] * G.out_channels + k[None, :], sums[3 * s + t], mask=mask)
     if T.bias:
         at = partial_bias + split * G.out_channels + k
         tl.store(at, tl.sum(bias, 0), mask=(k < G.out_channels) & (c0 == 0))

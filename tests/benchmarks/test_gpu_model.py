@@ -61,7 +61,7 @@ def test_a_pass_counts_what_a_walk_over_its_tiles_counts():
 TURNS = {  # of the source
     (64, "forward"): 9,  # nine taps of one chunk
     (16, "forward, undrawn"): 18,
-    (64, "forward, undrawn"): 27,  # of one chunk of shared channels, and of two of all that a tile's kernels read
+    (64, "forward, undrawn"): 9,  # rows of taps: of one chunk of shared channels, and of two that a tile's kernels read
     (16, "forward"): 18,  # 16 rows and the two around them
     (16, "reduce"): 2 * 512 / 64,  # all splits, 64 at a time, of the weight and of the bias
 }

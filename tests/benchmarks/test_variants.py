@@ -46,6 +46,10 @@ def test_variants(table, k):
             assert one.kernel == "rowwalk_weights"
             assert (one.tiles.pixels_w, *one.options.values()) == numbers[:3]
             assert one.second == old.second * (numbers[3] if len(numbers) > 3 else 1)
+        elif kind == "taps":
+            undrawn = [name for name, one in usual.items() if one.launch.tiles.together != numbers[0]]
+            assert undrawn == [name for name in usual if name.endswith("undrawn")]
+            assert {found[name].launch.tiles.together for name in undrawn} == set(numbers)
         elif kind == "walk":
             for name in ("forward", "input gradient, undrawn", "gates' gradient, undrawn"):
                 one = found[name].launch
