@@ -83,8 +83,8 @@ class Pass:
         else:
             everything = shares_products or (undrawn and (adjoint or large))
             block_n, block_k = _blocks(width, out_channels, min(in_groups, out_groups), adjoint, everything, bits)
-        if undrawn and block_n >= 64 and width >= (64 if adjoint else 128):  # a chunk holds one group's channels: small ones waste less
-            block_k = 16
+        if undrawn and block_n >= 64 and width >= (64 if adjoint else 128):
+            block_k = 16  # a chunk holds one group's channels only: small ones waste less
         columns = _up(out_channels, block_n)
         if flat:
             block_k = 16 if taps * channels <= 16 else 32
