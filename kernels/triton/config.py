@@ -373,13 +373,18 @@ def gradient_walks(geometry: Geometry, kernel: tuple[int, int], largest: int) ->
 
 
 def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
-    """As many units of the pixels as programs fit on the multiprocessors, by their registers and shared memory; where
-    there are more strips than that, several units for each split."""
+    """A unit of the pixels is a strip, or a part of its rows: so that all programs together take the fewest rows, if as
+    many run at a time as fit. (Each begins with what takes as long as eight rows.) Many strips are shared out."""
     rows = cdiv(size[0], g.dilation_h) + 2
     tiles = Tiles(1, min(_power_of_two(size[1]), 64), 1, *fused)
     strips = images * g.dilation_h * cdiv(size[1], tiles.pixels_w)
-    splits = cdiv(64 // max(g.block_c, g.block_k) * device.multiprocessors, g.programs)
-    walks = max(1, min(splits // strips, rows // 8))
+    at_a_time = 64 // max(g.block_c, g.block_k) * device.multiprocessors
+
+    def taken(walks: int) -> int:
+        return cdiv(strips * walks * g.programs, at_a_time) * (cdiv(rows, walks) + 8)
+
+    walks = min(range(1, max(1, min(rows // 8, 16)) + 1), key=taken)
+    splits = strips * walks if walks > 1 else min(strips, cdiv(at_a_time, g.programs))
     splits = cdiv(strips * walks, cdiv(strips * walks, splits))
     options = {"num_warps": 4 if g.block_c * g.block_k <= 512 else 8, "num_stages": 3}
     return Launch("rowwalk_weights", tiles, g.programs, splits, cdiv(rows, walks), options)
