@@ -153,7 +153,7 @@ def norm_constants(
     norm = config.norm(batch * height * width, k, architecture.device)
     usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
     usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.together, "RESIDUAL": shortcut, "ADD": shortcut}
-    usual |= {"GROUPS": 3, "MOMENTUM": 0.1}
+    usual |= {"GROUPS": 3}
     few = {**usual, "BLOCK_C": norm.block_few}
     constants = dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
     return constants | dict.fromkeys(("statistics", "slopes"), few)

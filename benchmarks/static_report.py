@@ -119,7 +119,7 @@ def source(one: Configuration) -> ASTSource:
         indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "found")
         if name in one.constants:
             signature[name] = "constexpr"
-        elif name == "eps":
+        elif name in ("eps", "momentum"):
             signature[name] = "fp32"
         elif name in TYPES or indices:
             signature[name] = "*" + ("i64" if indices else TYPES[name] or FLOATS.get(one.dtype, one.dtype))

@@ -274,7 +274,7 @@ def normalise(
         moving, momentum, groups = (moves.assignment, *moves.running), moves.momentum, len(moves.running.mean)
     _launch(
         statistics_kernel, launch.columns, partial, _order(order, weight), weight, bias, mean, var, affine, *moving,
-        launch.pixels, launch.parts, eps, channels, order is not None, groups, momentum, sum_type, launch.together,
+        launch.pixels, launch.parts, eps, momentum, channels, order is not None, groups, sum_type, launch.together,
         launch.block_p, launch.block_few,
     )  # fmt: skip
     added = u if residual is None else _nhwc(residual)

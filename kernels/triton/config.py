@@ -377,7 +377,7 @@ def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device:
     many run at a time as fit. (Each begins with what takes as long as eight rows.) Many strips are shared out."""
     rows = cdiv(size[0], g.dilation_h) + 2
     tiles = Tiles(1, min(_power_of_two(size[1]), 64), 1, *fused)
-    strips = images * g.dilation_h * cdiv(size[1], tiles.pixels_w)
+    strips = max(1, images * g.dilation_h * cdiv(size[1], tiles.pixels_w))  # without images one split writes zeros
     at_a_time = 64 // max(g.block_c, g.block_k) * device.multiprocessors
 
     def taken(walks: int) -> int:
@@ -415,7 +415,8 @@ def _strip(p: Pass, gates: bool) -> int:
     """Columns of a walk: its sums have to fit into the registers of 64 threads, 128 numbers each. They are three for
     each product; and for the gates' gradient the gates themselves, and the kept product."""
     sums = 4 * (p.out_groups - 1) + 1 if gates else 3 * p.products
-    return 64 if sums == 3 else min(64, 1 << (128 * 64 // (sums * p.block_n)).bit_length() - 1)
+    fit = 128 * 64 // (sums * p.block_n)  # 0 with very many groups
+    return 64 if sums == 3 else min(64, 1 << fit.bit_length() >> 1)
 
 
 def by_library(p: Pass, bits: int, device: Device) -> bool:

@@ -495,15 +495,40 @@ def test_weights_and_biases_with_strange_strides(kernel, order):
     assert torch.equal(a, b)
 
 
-def test_an_empty_batch():
-    x, weight, spec = small_problem()
-    packed = kernels.pack(weight, torch.zeros(4), spec, x.dtype)
-    y = kernels.forward(x[:0], packed, spec)[0]
-    assert y.shape == (0, 4, 6, 5)
-    assert kernels.input_gradient(y, packed, spec, (6, 5))[0].shape == (0, 5, 6, 5)
-    dw, db = kernels.weight_gradient(x[:0], y, packed, spec)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [5, 16, 64])
+def test_an_empty_batch(channels, dtype):
+    groups = FilterGroups.from_assignment(torch.arange(channels) % 3, all_gates=True)
+    spec = RoutedConv(groups, groups, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+    x, packed = torch.zeros(0, channels, 6, 5, dtype=dtype), None
+    for bias in (torch.zeros(channels), None):  # without a bias wide layers are convolved by the library
+        packed = kernels.pack(torch.randn(channels, channels, 3, 3), bias, spec, dtype)
+        y, kept_product = kernels.forward(x, packed, spec, keep_product=True)
+        assert y.shape == kept_product.shape == x.shape
+    dx, dundrawn = kernels.input_gradient(y, packed, spec, (6, 5))
+    assert dx.shape == x.shape
+    assert dundrawn.shape == (0, 2 * channels, 6, 5)
+    dw, db = kernels.weight_gradient(x, y, packed, spec)
     assert not dw.any()
     assert not db.any()
+    assert not kernels.gate_gradient(UndrawnFormula(x, kept_product, packed, spec, None, None, None), dundrawn).any()
+
+
+@pytest.mark.parametrize("device", [config.Device(132, 90, 227 << 10), config.Device(108, 80, 163 << 10)])
+@pytest.mark.parametrize("tasks", [32, 64, 128])
+def test_sums_of_many_tasks_are_no_walk(tasks, device):
+    """Not one column of a walk would have room in the registers."""
+    for width in (16, 32, 64):
+        rows = FilterGroups.from_assignment(torch.zeros(width, dtype=torch.int64), tasks, all_gates=True)
+        columns = FilterGroups.from_assignment(torch.zeros(32, dtype=torch.int64), tasks, all_gates=True)
+        for spec in (
+            RoutedConv(rows, columns, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1))),
+            RoutedConv(rows, FilterGroups.blocks([32], ("image",)), Routing.ALL, Geometry((1, 1), (1, 1), (1, 1))),
+        ):
+            forward, adjoint, _ = config.passes(spec, (3, 3), torch.float16, device)
+            assert config.plan(forward, 16, 1, (32, 32), device, gates=True).kernel == "gate_gradient"
+            if adjoint.undrawn:
+                assert config.plan(adjoint, 16, 1, (32, 32), device).kernel == "convolve_undrawn"
 
 
 @settings(max_examples=30, deadline=None, **FORCED)
@@ -569,6 +594,17 @@ def test_normalise_lets_nan_through():
     du, _, _ = kernels.normalise_gradient(torch.ones_like(u), u, norm, mean, var, None)
     assert du[0, 0].isfinite().all()
     assert du[0, 1].isnan().all()
+
+
+def test_a_first_part_that_is_far_from_the_others_costs_no_precision(monkeypatch):
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(132, 90, 227 << 10))
+    u = torch.randn(1, 8, 320, 320, generator=torch.Generator().manual_seed(0))
+    u.permute(0, 2, 3, 1).view(-1, 8)[:512] += 1000  # 512 pixels are a part
+    norm = BatchNorm(torch.ones(8), torch.zeros(8), None, 1e-5, None)
+    _, mean, var, _ = kernels.normalise(u.contiguous(memory_format=torch.channels_last), norm, None)
+    exact_var, exact_mean = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+    assert ((mean - exact_mean) / exact_mean).abs().max() < 1e-5
+    assert ((var - exact_var) / exact_var).abs().max() < 2e-6
 
 
 def test_running_statistics(poisoned):
