@@ -63,8 +63,8 @@ def moved(table, at, valid, rate, new):
 
 @triton.jit
 def move_statistics(
-    mean, var, kernel, valid, count, assignment, running_mean, running_var, draws, pooled_mean, pooled_var,
-    MOMENTUM: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
+    mean, var, kernel, valid, count, assignment, running_mean, running_var, draws, pooled_mean, pooled_var, momentum,
+    K: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Moves the running statistics of these kernels in the groups that they are drawn into: see kernels/contract.py."""
     at = tl.load(assignment + kernel, mask=valid, other=0) * K + kernel
@@ -74,19 +74,28 @@ def move_statistics(
         of_all += tl.load(draws + g * K + kernel, mask=valid, other=0)
     tl.store(draws + at, times, mask=valid)
     unbiased = var * (count / tl.maximum(count - 1, 1))
-    rate = tl.maximum(1 / times, MOMENTUM)
+    rate = tl.maximum(1 / times, momentum)
     moved(running_mean, at, valid, rate, mean)
     moved(running_var, at, valid, rate, unbiased)
-    rate = tl.maximum(1 / of_all, MOMENTUM)
+    rate = tl.maximum(1 / of_all, momentum)
     moved(pooled_mean, kernel, valid, rate, mean)
     moved(pooled_var, kernel, valid, rate, unbiased)
 
 
 @triton.jit
+def part_at(partial, first, parts, per_part, P, c, C: tl.constexpr, PARTS: tl.constexpr):
+    """Of PARTS parts: their numbers of pixels [PARTS, 1], where their means lie, and which of these there are."""
+    part = first + tl.arange(0, PARTS)
+    count = tl.minimum(tl.maximum(P - part * per_part, 0), per_part)
+    count = tl.where(part < parts, count, 0)[:, None]
+    return count, partial + part[:, None] * 2 * C + c[None, :], (count > 0) & (c < C)[None, :]
+
+
+@triton.jit
 def statistics_kernel(
     partial, order, weight, bias, mean, var, affine, assignment, running_mean, running_var, draws, pooled_mean,
-    pooled_var, P, parts, eps,
-    C: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, MOMENTUM: tl.constexpr, ACC: tl.constexpr,
+    pooled_var, P, parts, eps, momentum,
+    C: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Of all parts: mean and variance [C] of each channel's kernel, and scale and shift [2, C] of each channel. Where
@@ -94,22 +103,17 @@ def statistics_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = c < C
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
-    pivot = tl.load(partial + c, mask=valid, other=0.0)  # the first part's mean: see `moments_kernel`
     sums = tl.zeros((BLOCK_C,), ACC)
-    squares = tl.zeros((BLOCK_C,), ACC)
     for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        count = tl.minimum(tl.maximum(P - part * per_part, 0), per_part)
-        count = tl.where(part < parts, count, 0).to(ACC)[:, None]
-        mask = (count > 0) & valid[None, :]
-        at = partial + part[:, None] * 2 * C + c[None, :]
-        off = tl.where(mask, tl.load(at, mask=mask, other=0.0) - pivot[None, :], 0.0)
-        sums += tl.sum(off * count, 0)
-        squares += tl.sum(tl.load(at + C, mask=mask, other=0.0) + count * off * off, 0)
-    total = P.to(ACC)
-    off = sums / total
-    average = pivot + off
-    variance = squares / total - off * off
+        count, at, mask = part_at(partial, first, parts, per_part, P, c, C, PARTS)
+        sums += tl.sum(tl.load(at, mask=mask, other=0.0) * count.to(ACC), 0)
+    average = sums / P.to(ACC)
+    squares = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, parts, PARTS):  # once more, about the mean: about any other value they could cancel
+        count, at, mask = part_at(partial, first, parts, per_part, P, c, C, PARTS)
+        off = tl.where(mask, tl.load(at, mask=mask, other=0.0) - average[None, :], 0.0)
+        squares += tl.sum(tl.load(at + C, mask=mask, other=0.0) + count.to(ACC) * off * off, 0)
+    variance = squares / P.to(ACC)
     kernel = tl.load(order + c, mask=valid, other=0) if ORDER else c
     tl.store(mean + kernel, average, mask=valid)
     tl.store(var + kernel, variance, mask=valid)
@@ -119,8 +123,8 @@ def statistics_kernel(
     tl.store(affine + C + c, shift, mask=valid)
     if GROUPS > 0:
         move_statistics(
-            average, variance, kernel, valid, total, assignment, running_mean, running_var, draws, pooled_mean,
-            pooled_var, MOMENTUM, C, GROUPS,
+            average, variance, kernel, valid, P.to(ACC), assignment, running_mean, running_var, draws, pooled_mean,
+            pooled_var, momentum, C, GROUPS,
         )  # fmt: skip
 
 
