@@ -207,7 +207,7 @@ def work(one: Configuration) -> Work | None:
             part = None if columns is None else columns[c : c + g.block_c]
             live += part is None or bool(((part == 0) | (part == rows[k : k + g.block_k, None])).any())
         executed = live * g.block_c * g.block_k
-        if g.walks:  # a row of the input three times, with an empty copy to narrow ones, and three rows of dy
+        if g.by_walk:  # a row of the input three times, with an empty copy to narrow ones, and three rows of dy
             executed = executed * 4 // 3 if g.block_c < 64 else executed
             rows = config.cdiv(one.image[1], g.dilation_h)
             halo = (rows + 2) / rows

@@ -145,6 +145,7 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     weight, bias = torch.randn(k, k, 3, 3, device=DEVICE).to(HALF), torch.randn(k, device=DEVICE).to(HALF)
     plain = (weight / (3 * k**0.5)).contiguous(memory_format=LAST)
     packed = kernels.pack(plain.contiguous(), bias, spec, HALF)
+    unbiased = kernels.pack(plain.contiguous(), None, spec, HALF)
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
     kept_product = kernels.forward(x, everything, all_specs, relu=True, keep_product=True)[1]
     dundrawn = torch.cat([dy, dy], 1)
@@ -167,6 +168,10 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
             "ours": lambda: kernels.forward(x, packed, spec, relu=True),
             "cuDNN": lambda: F.conv2d(x, plain, bias, 1, 1).relu_(),
             **fused,
+        },
+        "forward": {  # as before a norm, where nothing is fused
+            "ours": lambda: kernels.forward(x, unbiased, spec),
+            "cuDNN": lambda: F.conv2d(x, plain, None, 1, 1),
         },
         "input gradient": {
             "ours": lambda: kernels.input_gradient(dy, packed, spec, shape[2:]),

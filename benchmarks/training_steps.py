@@ -36,6 +36,12 @@ class NothingCaptured:
     def beside(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def eagerly(self, call: Callable[[], Outcome]) -> Outcome:
+        return call()
+
+    def has_room(self) -> bool:
+        return True
+
     def __call__(self, call: Callable[[], Outcome]) -> Callable[[], Outcome]:
         return call
 

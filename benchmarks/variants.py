@@ -94,6 +94,11 @@ def taps(together: int) -> dict[str, Any]:
     return {"plan": _changed(change)}
 
 
+def no_cudnn() -> dict[str, Any]:
+    """Wide passes with nothing fused by the kernels, too."""
+    return {"by_cudnn": lambda *_: False}
+
+
 def gradient(c: int, k: int, pixels: int, warps: int, stages: int, times: float = 1) -> dict[str, Any]:
     """A change of weight gradients: no walks, but tiles of c x k channels and so many pixels, in `times` as many
     parts."""
@@ -138,10 +143,12 @@ CONVOLUTIONS: dict[int, dict[str, dict[str, Any]]] = {
     },
     64: {
         "taps (1,)": taps(1),
+        "no_cudnn ()": no_cudnn(),
         **{f"tiles {a}": tiles(*a) for a in ((64, 16, 128, 4, 3), (64, 16, 128, 8, 3), (64, 32, 64, 4, 3))},
     },
     128: {
         "taps (1,)": taps(1),
+        "no_cudnn ()": no_cudnn(),
         **{f"tiles {a}": tiles(*a) for a in ((128, 64, 128, 8, 4), (64, 32, 128, 4, 3), (128, 16, 128, 8, 3))},
     },
 }

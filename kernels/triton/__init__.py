@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
 from ..spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
-from . import config, library
+from . import config, cudnn
 from .config import Launch, Pass
 from .convolve import convolve_kernel
 from .every_group import convolve_all_kernel, convolve_kept_kernel, convolve_undrawn_kernel, gate_gradient_kernel
@@ -47,6 +47,7 @@ class Packed(NamedTuple):
     """A layer's parameters as the passes want them, and where each kernel went."""
 
     kernel: tuple[int, int]
+    format: torch.memory_format  # of the weight, and so of its gradient: autograd would copy another one
     forward: Tensor  # [taps, channels, kernels], padded; zero where a kernel's row does not read a channel
     every: Tensor | None  # the same without these zeros: what undrawn rows want
     backward: Tensor  # [taps, kernels, channels], padded
@@ -108,7 +109,6 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         )
     if min(kernel) > 1 and weight.stride(2) != weight.stride(3) * kernel[1]:
         weight = weight.contiguous()
-    stride_tap = weight.stride(2) if kernel[1] == 1 else weight.stride(3)
     bias = None if bias is None else bias.contiguous()
     forward_weight, backward_weight = (
         torch.empty(size, dtype=dtype, device=weight.device) for size in (forward_pass.size, backward_pass.size)
@@ -128,14 +128,18 @@ def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dty
         pack_kernel, programs,
         weight, weight if bias is None else bias, forward_weight, forward_weight if every is None else every,
         backward_weight, weight if packed_bias is None else packed_bias, row_places, column_places, *orders,
-        weight.stride(0), weight.stride(1), stride_tap, forward_pass, backward_pass, gradient, kernels, channels,
+        *_strides(weight), forward_pass, backward_pass, gradient, kernels, channels,
         bias is not None, block, places,
     )  # fmt: skip
     folded = None
     if same_kernels_for_every_group(spec):
         one = plain(spec, kernels, channels)
         folded = one, pack(weight, None, one, dtype)
-    return Packed(kernel, forward_weight, every, backward_weight, packed_bias, row_places, column_places, folded)
+    last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return Packed(
+        kernel, memory_format, forward_weight, every, backward_weight, packed_bias, row_places, column_places, folded
+    )
 
 
 def forward(
@@ -233,7 +237,7 @@ def weight_gradient(
     # Products that no row reads stay undefined here; `reduce_kernel` writes zeros for them.
     partial = torch.empty(splits * g.taps_h * g.taps_w * g.channels * g.out_channels, **new)
     partial_bias = torch.empty(splits * g.out_channels if bias else 0, **new)
-    dw = torch.empty(kernels, channels, *packed.kernel, **new)
+    dw = torch.empty(kernels, channels, *packed.kernel, **new, memory_format=packed.format)
     db = torch.empty(kernels, **new) if bias else None
     offsets = spec.rows.offsets, spec.columns.offsets
     arrays = x, dy, partial, partial_bias, *offsets, x.shape[2], x.shape[3], *size
@@ -250,7 +254,7 @@ def weight_gradient(
     blocks = config.reduction(splits)
     _launch(
         reduce_kernel, config.cdiv(dw.numel(), blocks[0]), partial, partial_bias, dw, dw if db is None else db,
-        packed.row_places, packed.column_places, splits, g, kernels, channels, bias, sum_type, *blocks,
+        packed.row_places, packed.column_places, splits, *_strides(dw), g, kernels, channels, bias, sum_type, *blocks,
     )  # fmt: skip
     return dw, db
 
@@ -319,6 +323,11 @@ def _norm(u: Tensor) -> config.Norm:
     return config.norm(u.shape[0] * u.shape[2] * u.shape[3], u.shape[1], config.device_of(u.device))
 
 
+def _strides(weight: Tensor) -> tuple[int, int, int]:
+    """Of kernels, channels and taps, which lie one after the other in both memory formats."""
+    return weight.stride(0), weight.stride(1), weight.stride(2) if weight.shape[3] == 1 else weight.stride(3)
+
+
 def _order(order: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if order is None else order
 
@@ -342,19 +351,23 @@ def _convolve(
     _check(x, "the input", (x.shape[0], p.channels, *x.shape[2:]))
     _check(added[0], "the shortcut's gradient" if p.adjoint else "the residual", (x.shape[0], channels, *size))
     _check(added[1], "what is added to dundrawn", (x.shape[0], channels * (p.out_groups - 1), *size))
-    x, bits, device = _nhwc(x), x.element_size() * 8, config.device_of(x.device)
-    small = max(x[:1].numel(), channels * size[0] * size[1]) < 2**31
-    if small and not relu and added[0] is None and bias is None and config.by_library(p, bits, device):
-        return library.convolve(x, weight, p), None
-    y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    second = None
-    if two:
-        shape = x.shape[0], channels * (p.out_groups - 1 if p.adjoint else 1), *size
-        second = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    x, more = _nhwc(x), channels * (p.out_groups - 1 if p.adjoint else 1)
+    wide = max(x[:1].numel(), max(channels, more if two else 0) * size[0] * size[1]) >= 2**31
+    fused = relu, added[0] is not None, bias is not None, wide
+    bits, device = x.element_size() * 8, config.device_of(x.device)
+    may = torch.backends.cudnn.enabled and x.numel() > 0
+    launch = config.plan(p, bits, x.shape[0], size, device, *fused, cudnn=may)
+    if launch.kernel == "cudnn":
+        return cudnn.convolve(x, weight, p), None
+    y, second = (
+        torch.empty((x.shape[0], c, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if wanted
+        else None
+        for c, wanted in ((channels, True), (more, two))
+    )
+    assert y is not None
     if not y.numel():
         return y, second
-    fused = relu, added[0] is not None, bias is not None, _wide(x, y, second)
-    launch = config.plan(p, bits, x.shape[0], size, device, *fused)
     bias = weight if bias is None else bias
     first_added, second_added = (y if tensor is None else _nhwc(tensor) for tensor in added)
     sizes = x.shape[2], x.shape[3], *size

@@ -1,8 +1,10 @@
 """Which tiles, by formula: from sizes, dtype and the device, never by timing and never from a drawn grouping.
 
 So there is one compiled kernel for each combination of sizes and dtype, and the same bits on every run.
-The formulas for half precision on Hopper were measured on an H200 (benchmarks/results/gpu/); those for other GPUs and
-for float32 are counted only.
+Of those for half precision on Hopper the tiles of forward passes and input gradients, and walks of one product, were
+measured on an H200 (benchmarks/results/gpu/). Walks of several products, those of the weight gradient, rows of taps in
+one turn, the sum of splits and the parts of a norm's sums are predicted by a model (benchmarks/results/gpu_model.md);
+all that is for other GPUs and for float32 is counted.
 
 The dataclasses are what the kernels are compiled for. They are made once for each combination (the functions that make
 them are cached) and compared by identity: Triton looks its compiled kernels up by them at every launch.
@@ -143,7 +145,7 @@ class Gradient:
     block_c: int
     block_k: int
     taps: int  # of one program: dy is read once for all of them
-    walks: bool  # is rowwalk_weights_kernel the way, with all taps?
+    by_walk: bool  # is rowwalk_weights_kernel the way, with all taps?
 
     @staticmethod
     def of(
@@ -152,12 +154,11 @@ class Gradient:
     ) -> Gradient:  # fmt: skip
         """`largest`: tile of rows or columns that fits. Tiles of 64 x 64 skip little, but load far less."""
         flat = channels < FEW_CHANNELS
-        walks = not flat and gradient_walks(geometry, kernel, largest)
+        by_walk = not flat and gradient_walks(geometry, kernel, largest)
         columns = kernel[0] * kernel[1] * channels if flat else channels
         block_c, block_k = (min(_power_of_two(size), largest) for size in (columns, out_channels))
-        if (
-            block_c == 32 and not walks
-        ):  # both factors come from registers: the sums of a wider tile don't fit beside them
+        # Both factors come from registers: the sums of a wider tile don't fit beside them.
+        if block_c == 32 and not by_walk:
             block_k = min(block_k, 32)
         if not flat and largest < 64 and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
@@ -165,7 +166,7 @@ class Gradient:
         (stride, padding, dilation) = geometry
         return Gradient(
             channels, out_channels, row_groups, column_groups, routing, *kernel, *stride, *padding, *dilation, flat,
-            block_c, block_k, 9 if walks else taps, walks,
+            block_c, block_k, 9 if by_walk else taps, by_walk,
         )  # fmt: skip
 
     @property
@@ -283,8 +284,9 @@ def _large(bits: int, device: Device) -> bool:
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
-    kernel: str  # rowwalk, convolve, convolve_all, convolve_kept, convolve_undrawn; rowwalk_gates, gate_gradient;
-    # rowwalk_weights, weight_gradient
+    # cudnn, or without "_kernel" the name of rowwalk, convolve, convolve_all, convolve_kept, convolve_undrawn;
+    # rowwalk_gates, gate_gradient; rowwalk_weights, weight_gradient
+    kernel: str
     tiles: Tiles
     programs: int
     second: int  # second dimension of the grid of programs: phases of the stride, or splits of the pixels
@@ -292,12 +294,17 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
+BY_CUDNN = Launch("cudnn", Tiles(0, 0, 0, False, False, False, "", False), 0, 0, 0, {})  # it chooses for itself
+
+
 def plan(
     p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, residual: bool = False,
-    bias: bool = False, wide: bool = False, gates: bool = False,
+    bias: bool = False, wide: bool = False, gates: bool = False, cudnn: bool = False,
 ) -> Launch:  # fmt: skip
     """Of a forward pass or an input gradient that writes images of `size`; with `gates` of the undrawn gates' gradient
-    behind this forward pass."""
+    behind this forward pass. `cudnn`: may cuDNN do it?"""
+    if cudnn and not (relu or residual or bias or wide) and by_cudnn(p, bits, device):
+        return BY_CUDNN
     return _plan(p, bits, images, size, device, gates, relu, residual, bias, precision(bits), wide)
 
 
@@ -344,14 +351,14 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
 def plan_gradient(
     g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, bias: bool = False, wide: bool = False
 ) -> Launch:  # fmt: skip
-    """Of a weight gradient; `size` is that of dy. The pixels are split so that there are about four programs for each
-    multiprocessor, or two of the largest."""
+    """Of a weight gradient; `size` is that of dy. The pixels are split so that one to four programs run on each
+    multiprocessor at a time, the larger the fewer."""
     return _plan_gradient(g, bits, images, size, device, False, False, bias, precision(bits), wide)
 
 
 @functools.cache
 def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
-    if g.walks:
+    if g.by_walk:
         return _plan_gradient_walk(g, images, size, device, *fused)
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
     options, programs = launch_options(g.block_c, g.block_k, pixels * min(g.block_c, g.block_k), device), 4
@@ -373,21 +380,20 @@ def gradient_walks(geometry: Geometry, kernel: tuple[int, int], largest: int) ->
 
 
 def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
-    """A unit of the pixels is a strip, or a part of its rows: so that all programs together take the fewest rows, if as
-    many run at a time as fit. (Each begins with what takes as long as eight rows.) Many strips are shared out."""
+    """Cuts the walk down each strip into 1 to 16 pieces, and shares them out over as many splits as run at a time: the
+    number of pieces with which each split walks the fewest rows. (The start of a piece costs as much as eight rows.)"""
     rows = cdiv(size[0], g.dilation_h) + 2
     tiles = Tiles(1, min(_power_of_two(size[1]), 64), 1, *fused)
     strips = max(1, images * g.dilation_h * cdiv(size[1], tiles.pixels_w))  # without images one split writes zeros
-    at_a_time = 64 // max(g.block_c, g.block_k) * device.multiprocessors
+    most = cdiv(64 // max(g.block_c, g.block_k) * device.multiprocessors, g.programs)
 
-    def taken(walks: int) -> int:
-        return cdiv(strips * walks * g.programs, at_a_time) * (cdiv(rows, walks) + 8)
+    def walked(pieces: int) -> int:
+        return cdiv(strips * pieces, most) * (cdiv(rows, pieces) + 8)
 
-    walks = min(range(1, max(1, min(rows // 8, 16)) + 1), key=taken)
-    splits = strips * walks if walks > 1 else min(strips, cdiv(at_a_time, g.programs))
-    splits = cdiv(strips * walks, cdiv(strips * walks, splits))
+    pieces = min(range(1, max(1, min(rows // 8, 16)) + 1), key=walked)
+    splits = cdiv(strips * pieces, cdiv(strips * pieces, most))
     options = {"num_warps": 4 if g.block_c * g.block_k <= 512 else 8, "num_stages": 3}
-    return Launch("rowwalk_weights", tiles, g.programs, splits, cdiv(rows, walks), options)
+    return Launch("rowwalk_weights", tiles, g.programs, splits, cdiv(rows, pieces), options)
 
 
 def reduction(splits: int) -> tuple[int, int]:
@@ -419,12 +425,11 @@ def _strip(p: Pass, gates: bool) -> int:
     return 64 if sums == 3 else min(64, 1 << fit.bit_length() >> 1)
 
 
-def by_library(p: Pass, bits: int, device: Device) -> bool:
-    """Is library.py the way, if nothing is fused with this pass? Measured on an H200, for 3x3 kernels."""
-    fits = p.taps_h == p.taps_w == 3 and not p.shares_products and not p.undrawn and p.routing != "own"
-    if p.adjoint:
-        padded = 2 * p.dilation_h >= p.padding_h and 2 * p.dilation_w >= p.padding_w
-        fits = fits and p.stride_h == p.stride_w == 1 and padded
+def by_cudnn(p: Pass, bits: int, device: Device) -> bool:
+    """Is cudnn.py the way, if nothing is fused with this pass? Its own passes were measured on an H200, for 3x3 kernels
+    without stride and dilation."""
+    usual = p.stride_h == p.stride_w == p.dilation_h == p.dilation_w == 1 and max(p.padding_h, p.padding_w) <= 2
+    fits = p.taps_h == p.taps_w == 3 and usual and not p.shares_products and not p.undrawn and p.routing != "own"
     return fits and min(p.channels, p.out_channels) >= 64 and bits == 16 and device.hopper
 
 

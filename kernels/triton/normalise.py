@@ -55,10 +55,9 @@ def moments_kernel(
 
 
 @triton.jit
-def moved(table, at, valid, rate, new):
-    """Moves table[at] towards `new` at this rate."""
-    old = tl.load(table + at, mask=valid, other=0.0)
-    tl.store(table + at, old + rate.to(old.dtype) * (new.to(old.dtype) - old), mask=valid)
+def moved(old, rate, new):
+    """`old`, moved towards `new` at this rate."""
+    return old + rate.to(old.dtype) * (new.to(old.dtype) - old)
 
 
 @triton.jit
@@ -66,20 +65,25 @@ def move_statistics(
     mean, var, kernel, valid, count, assignment, running_mean, running_var, draws, pooled_mean, pooled_var, momentum,
     K: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Moves the running statistics of these kernels in the groups that they are drawn into: see kernels/contract.py."""
+    """Moves the running statistics of these kernels in the groups that they are drawn into: see kernels/spec.py."""
     at = tl.load(assignment + kernel, mask=valid, other=0) * K + kernel
     times = tl.load(draws + at, mask=valid, other=0) + 1
     of_all = tl.full(kernel.shape, 1, draws.dtype.element_ty)
     for g in tl.static_range(GROUPS):
         of_all += tl.load(draws + g * K + kernel, mask=valid, other=0)
-    tl.store(draws + at, times, mask=valid)
     unbiased = var * (count / tl.maximum(count - 1, 1))
     rate = tl.maximum(1 / times, momentum)
-    moved(running_mean, at, valid, rate, mean)
-    moved(running_var, at, valid, rate, unbiased)
+    new_mean = moved(tl.load(running_mean + at, mask=valid, other=0.0), rate, mean)
+    new_var = moved(tl.load(running_var + at, mask=valid, other=0.0), rate, unbiased)
     rate = tl.maximum(1 / of_all, momentum)
-    moved(pooled_mean, kernel, valid, rate, mean)
-    moved(pooled_var, kernel, valid, rate, unbiased)
+    new_pooled_mean = moved(tl.load(pooled_mean + kernel, mask=valid, other=0.0), rate, mean)
+    new_pooled_var = moved(tl.load(pooled_var + kernel, mask=valid, other=0.0), rate, unbiased)
+    tl.debug_barrier()  # several threads may hold the same number: all have read it before one of them writes
+    tl.store(draws + at, times, mask=valid)
+    tl.store(running_mean + at, new_mean, mask=valid)
+    tl.store(running_var + at, new_var, mask=valid)
+    tl.store(pooled_mean + kernel, new_pooled_mean, mask=valid)
+    tl.store(pooled_var + kernel, new_pooled_var, mask=valid)
 
 
 @triton.jit

@@ -193,11 +193,11 @@ def sum_of_splits(partial, at, stride, mask, splits, SPLITS: tl.constexpr, ACC: 
 
 @triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
-    partial, partial_bias, dw, db, row_places, column_places, splits,
+    partial, partial_bias, dw, db, row_places, column_places, splits, stride_k, stride_c, stride_tap,
     G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the splits in order -> dw [K, C, taps], db [K] in the layer's order.
+    """Sum the splits in order -> dw [K, C, taps] of these strides, db [K] in the layer's order.
 
     A kernel's entry is the sum over all places that its row and column have in the packed tensors and that are read.
     """
@@ -230,7 +230,7 @@ def reduce_kernel(
     if ONE_PLACE:
         at = (tap * G.channels + column) * G.out_channels + row
         total = sum_of_splits(partial, at, stride, live, splits, SPLITS, ACC)
-    tl.store(dw + (k * C + c) * TAPS + tap, total, mask=valid)
+    tl.store(dw + k * stride_k + c * stride_c + tap * stride_tap, total, mask=valid)
     if BIAS:
         sums = tl.zeros((BLOCK,), ACC)
         if ONE_PLACE:

@@ -63,12 +63,14 @@ class Case(NamedTuple):
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     image: tuple[int, int] = (37, 70)
+    bias: bool = True
 
     def __str__(self) -> str:
         sides = [str(sum(self.columns)), str(sum(self.rows))]
         more = [self.kind, self.routing, "{}x{}".format(*self.kernel)]
         more += [f"stride {self.stride[0]}"] * (self.stride != (1, 1))
         more += [f"dilation {self.dilation[0]}"] * (self.dilation != (1, 1))
+        more += ["no bias"] * (not self.bias)
         return f"{'->'.join(sides)} in {len(self.rows)} groups, {', '.join(more)}"
 
 
@@ -86,6 +88,7 @@ CASES = [
     Case((11, 10, 11), (11, 10, 11)),
     Case((21, 22, 21), (21, 22, 21), dilation=(4, 4), padding=(4, 4)),
     Case((43, 42, 43), (43, 42, 43)),
+    Case((43, 42, 43), (22, 21, 22), bias=False),  # wide and nothing fused: cuDNN does it in half precision
     Case((43, 42, 43), (11, 10, 11), stride=(2, 2)),
     Case((3, 4, 5, 6), (6, 0, 7, 4), kernel=(1, 1), padding=(0, 0)),
     Case((64, 64, 64), (64, 64, 64), routing="own"),
@@ -161,8 +164,9 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         return torch.randn(*shape, device=device).to(dtype)
 
     x = random(2, len(columns.order), *case.image).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight, bias = random(k, c, *case.kernel).requires_grad_(), random(k).requires_grad_()
-    leaves = [x, weight, bias]
+    weight = random(k, c, *case.kernel).requires_grad_()
+    bias = random(k).requires_grad_() if case.bias else None
+    leaves = [x, weight] if bias is None else [x, weight, bias]
     if learns:  # this leaf gets the gradient of the undrawn rows of the input
         leaves.append(x.new_zeros(()).expand(2, (groups - 1) * c, *case.image).requires_grad_())
 
@@ -181,7 +185,8 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     _same_bits((y, *gradients), (again[0], *again[2]))
 
     # The exact layer has every channel in every group: as it is in its own group, zero elsewhere.
-    exact_weight, exact_bias = (leaf.detach().double().requires_grad_() for leaf in (weight, bias))
+    exact_weight = weight.detach().double().requires_grad_()
+    exact_bias = (weight.new_zeros(k) if bias is None else bias.detach()).double().requires_grad_()
     exact_x = x.detach().double()
     if case.routing != "all":
         exact_x = exact_x.new_zeros(2, groups * c, *case.image).index_copy(1, columns.rows_in_streams, exact_x)
@@ -200,10 +205,11 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     exact_leaves = [exact_x, exact_weight, exact_bias]
     dx, dw, db = torch.autograd.grad(own, exact_leaves, exact_dy * (y > 0) if relu else exact_dy)
     live_dx = dx if case.routing == "all" else dx[:, columns.rows_in_streams]
-    pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw),
-             "db": (gradients[2], db)}  # fmt: skip
+    pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw)}
+    if case.bias:
+        pairs["db"] = (gradients[2], db)
     if undrawn is not None:
-        pairs["dundrawn"] = (gradients[3], dx[:, (columns.undrawn_groups * c + columns.order).flatten()])
+        pairs["dundrawn"] = (gradients[-1], dx[:, (columns.undrawn_groups * c + columns.order).flatten()])
         of_rows = rows.undrawn_groups * k + rows.order
         u = everything.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape)
         df = random(2, (groups - 1) * k, *u.shape[3:])

@@ -93,13 +93,13 @@ def capture(call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = N
     """A call that replays `call` as a CUDA graph on the current stream, and returns the tensors that `call` returned
     while it was captured: each replay writes to them anew. `call` must have run on `stream` before.
 
-    pool: of `torch.cuda.graph_pool_handle`: the graphs that are given it share memory. What one of them returns is then
-    lost when another one is replayed.
+    pool: of `torch.cuda.graph_pool_handle`: the graphs that are given it share memory. What one of them returns may
+    then be overwritten when another one is replayed.
 
     Raises RuntimeError if `call` can't be captured. The random generator is as it was before, but a graph that was
     captured earlier no longer draws from it: don't replay such a graph any more.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # "thread_local", because threads of a DataLoader pin memory meanwhile, which "global" would refuse.
     context = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
     try:
@@ -107,6 +107,7 @@ def capture(call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = N
             warnings.filterwarnings("error", "The CUDA Graph is empty")  # the call went to another device
             results = call()
     except Exception:
+        torch.cuda.set_stream(outside)  # torch leaves its `with` early if the capture can't be ended
         # After a failed capture the generator still waits for the capture's end, and every later draw would raise.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())

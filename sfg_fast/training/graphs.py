@@ -31,6 +31,12 @@ class Capture(Protocol):
     def beside(self) -> contextlib.AbstractContextManager[None]:
         """Inside the `with` work goes to the stream that steps are captured on."""
 
+    def eagerly(self, call: Callable[[], Outcome]) -> Outcome:
+        """What `call`, an eager step, returns. How much memory it takes is noted."""
+
+    def has_room(self) -> bool:
+        """Is there memory for an eager step beside that of the graphs?"""
+
     def __call__(self, call: Callable[[], Outcome]) -> Callable[[], Outcome]:
         """A call that does again what `call` told the device to do, which is not done now. It writes to the same
         tensors. Raises any exception if `call` can't be captured."""
@@ -45,16 +51,31 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._needed = torch.cuda.graph_pool_handle(), 0
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """Inside the `with` work goes to the stream of the steps. It waits for what came before, and is waited for."""
         outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):
-            yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
+
+    def eagerly(self, call: Callable[[], Outcome]) -> Outcome:
+        """See `Capture.eagerly`."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        outcome = call()
+        self._needed = max(self._needed, torch.cuda.max_memory_allocated(self._device) - before)
+        return outcome
+
+    def has_room(self) -> bool:
+        """See `Capture.has_room`. Memory that torch keeps for later is given back first."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] >= self._needed
 
     def __call__(self, call: Callable[[], Outcome]) -> Callable[[], Outcome]:
         """See `gpu.timing.capture`."""
@@ -80,10 +101,10 @@ class _Kind:
 class CapturedSteps:
     """Does steps as `step` does, but from the second of a kind on by replaying a CUDA graph.
 
-    The first step of a kind is done eagerly. It is the warm-up that torch asks for, and makes the optimiser's tensors.
+    The first step of a kind is done eagerly: it is the warm-up that torch asks for, and makes the optimiser's tensors.
     (A warm-up with made-up data would change weights, moments, statistics and random numbers, all of which would have
-    to be put back.) A step gives the same bits both ways, so it doesn't matter to a resumed run which steps were
-    captured.
+    to be put back.) The second one is captured, and then replayed. A step gives the same bits both ways, so it doesn't
+    matter to a resumed run which steps were captured.
 
     Args:
         step: a step that does not wait.
@@ -111,10 +132,7 @@ class CapturedSteps:
             key = self._key(batches)
             kind = self._kinds.get(key)
             if kind is None:
-                kind = _Kind(batches, self._device)
-                if self._has_room():
-                    self._kinds[key] = kind
-                return self._step(kind.batches)
+                return self._first(key, batches)
             kind.take(batches)
             if kind.replay is None:
                 self._try_to_capture(kind)
@@ -123,6 +141,18 @@ class CapturedSteps:
             for layer, moved in zip(self._layers, kind.moved, strict=True):
                 layer.phase = (layer.phase + moved) % layer.every
             return kind.replay()
+
+    def _first(self, key: Hashable, batches: list[Batch]) -> Outcome:
+        """The first step of a kind, which is eager. It can't use the memory of the graphs: if there is none left
+        beside, all are dropped, and captured anew when they are wanted."""
+        replayed = [kind for kind in self._kinds.values() if kind.replay is not None]
+        if replayed and not self._capture.has_room():
+            for kind in replayed:
+                kind.replay = None
+        kind = _Kind(batches, self._device)
+        if self._may_keep():
+            self._kinds[key] = kind
+        return self._capture.eagerly(lambda: self._step(kind.batches))
 
     def forget(self) -> None:
         """Let go of all graphs. They must not be replayed once the optimiser has other tensors."""
@@ -148,8 +178,8 @@ class CapturedSteps:
             kernels = kernel_choice.chosen(self._device)
         return shapes, layers, learns, kernels
 
-    def _has_room(self) -> bool:
-        """Is there room for another kind? The first one that finds none is told."""
+    def _may_keep(self) -> bool:
+        """May another kind be captured? The first one that may not is told."""
         if len(self._kinds) < self._most:
             return True
         if not self._told:

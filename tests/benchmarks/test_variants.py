@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+import torch
 
 from sfg_fast.backends import available
 
@@ -14,7 +15,7 @@ from sfg_fast.kernels.triton import config
 from benchmarks import counted, variants
 from benchmarks.static_report import ARCHITECTURES
 
-FORMULAS = ("plan", "plan_gradient", "gradient_walks", "walks", "_blocks", "_large_blocks")
+FORMULAS = ("by_cudnn", "plan", "plan_gradient", "gradient_walks", "walks", "_blocks", "_large_blocks")
 
 
 def launches(k):
@@ -46,6 +47,12 @@ def test_variants(table, k):
             assert one.kernel == "rowwalk_weights"
             assert (one.tiles.pixels_w, *one.options.values()) == numbers[:3]
             assert one.second == old.second * (numbers[3] if len(numbers) > 3 else 1)
+        elif kind == "no_cudnn":
+            p = config.passes(counted.layer(k, k), (3, 3), torch.bfloat16, ARCHITECTURES[1].device)[0]
+            arguments = p, 16, 16, (256, 256), ARCHITECTURES[1].device
+            assert config.plan(*arguments, cudnn=True).kernel == "cudnn"
+            with variants.forced(replaced):
+                assert config.plan(*arguments, cudnn=True).kernel == "convolve"
         elif kind == "taps":
             undrawn = [name for name, one in usual.items() if one.launch.tiles.together != numbers[0]]
             assert undrawn == [name for name in usual if name.endswith("undrawn")]

@@ -76,6 +76,14 @@ class Tape(TorchDispatchMode):
         """Does nothing: the CPU has no streams."""
         return contextlib.nullcontext()
 
+    def eagerly(self, call: Callable[[], Outcome]) -> Outcome:
+        """Does the step."""
+        return call()
+
+    def has_room(self) -> bool:
+        """Is true: the CPU has memory."""
+        return True
+
     def __call__(self, call: Callable[[], Outcome]) -> Callable[[], Outcome]:
         """A call that replays `call`. All that `call` writes to is put back, as if nothing was done yet."""
         self._calls, self._written = [], []

@@ -248,7 +248,7 @@ def test_a_device_that_decides_trains_as_a_host_that_does(bad_cache, tmp_path, m
         assert device.history["curves"][name] == pytest.approx(host.history["curves"][name], rel=1e-4, nan_ok=True)
 
 
-def test_values_are_read_one_step_late(cache, tmp_path, tapes):
+def test_values_are_read_one_step_late(cache, tmp_path, tapes, monkeypatch):
     """But a log has those of its own step."""
     options = {"schedule": {"batch": 1}, "log_every": 4, "checkpoint_every": 4}
     trainer = Trainer(config(cache, tmp_path / "late", 8, **options))
@@ -260,8 +260,7 @@ def test_values_are_read_one_step_late(cache, tmp_path, tapes):
         return outcome
 
     trainer._graphs._step = noted  # (a replay does without it)
-    trainer._graphs._capture = lambda call: call
-    trainer._graphs._capture.beside = Tape().beside
+    monkeypatch.setattr(Tape, "__call__", lambda tape, call: call)
     read = []
     train_step = trainer._train_step
     trainer._train_step = lambda: read.append(train_step()) or read[-1]
@@ -405,12 +404,32 @@ def test_only_so_many_kinds_are_captured(cache, tmp_path, tapes, monkeypatch, ca
     assert_same(content(captured), content(ran(hard(cache, tmp_path / "eager", graph="off"))))
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_without_memory_for_a_first_step_graphs_are_captured_anew(monkeypatch, room):
+    """The first step of a kind can't use the memory of the graphs of other kinds."""
+    done, tape = [], Tape()
+    monkeypatch.setattr(tape, "has_room", lambda: room)
+    monkeypatch.setattr(Tape, "__call__", lambda tape, call: done.append("captured") or call)
+    module = torch.nn.Linear(1, 1)
+
+    def step(batches):
+        done.append(f"step of {len(batches[0]['inputs'])}")
+
+    step.model = step.loss = module
+    steps = graphs.CapturedSteps(step, tape, torch.device("cpu"), required=True)
+    for size in (1, 1, 2, 1, 2, 1):
+        steps([{"inputs": torch.zeros(size)}])
+    again = [] if room else ["captured"]
+    one, two = "step of 1", "step of 2"
+    assert done == [one, "captured", one, two, *again, one, "captured", two, one]
+
+
 def broken(tapes, after):
     """From its capture number `after` on the newest tape fails in the middle of a step."""
     tape, capture = tapes[-1], tapes[-1].__call__
 
     class Broken:
-        beside = tape.beside
+        beside, eagerly, has_room = tape.beside, tape.eagerly, tape.has_room
 
         def __call__(self, call):
             replay = capture(call)
@@ -595,6 +614,7 @@ class PretendedCuda:
     """Notes what is asked of torch.cuda. A graph is what `call` did between the begin and the end of its capture."""
 
     def __init__(self, monkeypatch, fails=False):
+        self.free = 599
         self.told, self.now, self.fails = [], "default", fails
         generator = SimpleNamespace(
             clone_state=lambda: "state", graphsafe_set_state=lambda state: self.told.append("generator repaired")
@@ -603,6 +623,12 @@ class PretendedCuda:
             "Stream": lambda device=None: self.stream("side"),
             "current_stream": lambda device=None: self.stream(self.now),
             "stream": lambda stream: self.on(stream.name),
+            "set_stream": lambda stream: self.told.append(f"back on {stream.name}"),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 100,
+            "max_memory_allocated": lambda device: 700,
+            "empty_cache": lambda: self.told.append("emptied"),
+            "mem_get_info": lambda device: (self.free, 1000),
             "graph_pool_handle": lambda: "pool",
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.told.append(f"replayed on {self.now}")),
             "graph": self.graph,
@@ -645,4 +671,14 @@ def test_after_a_failed_capture_the_generator_is_repaired(monkeypatch):
     cuda = PretendedCuda(monkeypatch, fails=True)
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.CudaCapture(torch.device("cuda", 0))(lambda: None)
-    assert cuda.told == ["capture", "generator repaired"]
+    assert cuda.told == ["capture", "back on default", "generator repaired"]
+
+
+def test_room_is_what_an_eager_step_took(monkeypatch):
+    cuda = PretendedCuda(monkeypatch)
+    capture = graphs.CudaCapture(torch.device("cuda", 0))
+    assert capture.eagerly(lambda: "outcome") == "outcome"
+    assert not capture.has_room()
+    cuda.free = 600
+    assert capture.has_room()
+    assert cuda.told == ["emptied", "emptied"]
