@@ -127,11 +127,11 @@ def layer_configurations(
     yield Configuration("weight gradient", c, k, dtype, architecture, launch.kernel, gradient, launch, constants, image)
     if c > 1:
         for kind in ("undrawn", "soft"):
-            other_forward, other_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
-            yield one(f"forward, {kind}", other_forward, True)
-            yield one(f"input gradient, {kind}", other_adjoint, False)
+            kind_forward, kind_adjoint, _ = config.passes(layer(c, k, kind), (3, 3), precision, device)
+            yield one(f"forward, {kind}", kind_forward, True)
+            yield one(f"input gradient, {kind}", kind_adjoint, False)
             if kind == "undrawn":
-                yield one(f"gates' gradient, {kind}", other_forward, True, gates=True, KEPT=True, AFFINE=True)
+                yield one(f"gates' gradient, {kind}", kind_forward, True, gates=True, KEPT=True, AFFINE=True)
     sizes, together = {"G": gradient, "K": k, "C": c, "BIAS": True}, config.reduction(launch.second)
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "BLOCK": 1024, "PLACES": 64},
@@ -242,7 +242,7 @@ def work(one: Configuration) -> Work | None:
         executed = round(halo * p.columns * chunk * made)
         return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
     if one.direction.endswith("undrawn"):
-        chunks = other_chunks(one, p, out, read)
+        chunks = undrawn_chunks(one, p, out, read)
     else:
         chunks = [chunks for _, _, chunks in tile_ranges(p, out, read)]
     executed = sum(chunks) * p.block_k * p.block_n
@@ -250,7 +250,7 @@ def work(one: Configuration) -> Work | None:
     return Work(executed, necessary, masked, (loaded + written) * itemsize, once)
 
 
-def other_chunks(one: Configuration, p: Pass, out: FilterGroups, read: FilterGroups) -> list[int]:
+def undrawn_chunks(one: Configuration, p: Pass, out: FilterGroups, read: FilterGroups) -> list[int]:
     """For every tile of output channels: chunks of all the ranges that every_group.py goes through."""
     ends, offsets, table = out.offsets.tolist(), read.offsets.tolist(), []
 

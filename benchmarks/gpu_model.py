@@ -53,7 +53,8 @@ STEPS = {  # of one layer without norm
     "`selected`": ("forward + ReLU", "input gradient", "weight gradient"),
 }
 PLAIN = ("forward + ReLU", "input gradient", "weight gradient")
-# A published time of cuDNN on an H100 (channels_last, 3x3, bf16): seconds, channels and image.
+# A time of cuDNN on an H100 (channels_last, 3x3, bf16), as a review quoted it without its source: seconds, channels and
+# image.
 PUBLISHED = 31e-6, 64, (32, 56, 56)
 
 
@@ -311,7 +312,7 @@ def cudnn_table(passes: dict[int, dict[str, Pass]], known: dict[tuple[int, str],
     ours = seconds(layer_passes(k, image=image, names=("forward + ReLU",))["forward + ReLU"].on(H100))
     lowest = plain_floor(k, image, H100)
     where = " x ".join(map(str, image))
-    rows.append(["H100", where, k, "forward (published)", us(lowest), us(time), lowest / time, us(ours), None])
+    rows.append(["H100", where, k, "forward (quoted)", us(lowest), us(time), lowest / time, us(ours), None])
     head = ["GPU", "image", "C = K", "pass", "cuDNN's floor", "cuDNN measured", "floor / measured", "ours predicted"]
     return table([*head, "ours measured"], rows)
 
