@@ -83,10 +83,10 @@ def convolve(
     passed_on: Sequence[Any] = ()
     if run.way is Way.ONCE:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = _convolve(x, None, weight, bias, None, one)[0][0].repeat(1, len(spec.rows.names), 1, 1)
+        u = _convolve(x, None, weight, bias, None, one)[0].repeat(1, len(spec.rows.names), 1, 1)
     elif run.way is Way.FOLDED:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0][0], spec)
+        u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0], spec)
     elif run.way is Way.GROUPED:
         stride, padding, dilation = spec.geometry
         groups = len(spec.columns.names)
@@ -96,7 +96,7 @@ def convolve(
     else:
         passes_on = shortcut and x is given[0] and not run.by_operators
         call = Call(run, relu, keep_product and spec.routing is Routing.ARROW, passes_on)
-        (u, kept_product, *passed_on), packed = _convolve(x, undrawn, weight, bias, residual, call, deferred)
+        u, kept_product, passed_on, packed = _convolve(x, undrawn, weight, bias, residual, call, deferred)
         residual = None
     u = u if residual is None else u + residual.to(u.dtype)
     rows = None
@@ -116,9 +116,9 @@ def _convolve(
     residual: Tensor | None,
     call: Call,
     deferred: DeferredGates | None = None,
-) -> tuple[tuple[Any, ...], Packed | None]:
-    """u, the kept product or None, and with `call.shortcut` x and its undrawn features; and what the kernels have
-    packed (None: they are called through operators, each of which packs for itself)."""
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Packed | None]:
+    """u; the kept product or None; with `call.shortcut` x and its undrawn features; and what the kernels have packed
+    (None: they are called through operators, each of which packs for itself)."""
     residual = None if residual is None else residual.to(x.dtype)
     if deferred is not None and not can_defer(deferred, x, call.run):
         deferred = None
@@ -129,5 +129,5 @@ def _convolve(
         call = call._replace(run=call.run._replace(spec=spec))
     if call.run.by_operators:
         u, kept_product = graph.routed_conv(x, undrawn, weight, bias, residual, call)
-        return (u, kept_product if call.keep_product else None), None
+        return u, kept_product if call.keep_product else None, (), None
     return eager.routed_conv(x, undrawn, weight, bias, residual, call, deferred)

@@ -29,9 +29,9 @@ def routed_conv(
     residual: Tensor | None,
     call: Call,
     deferred: DeferredGates | None = None,
-) -> tuple[tuple[Any, ...], Packed]:
-    """u [N, rows, H', W'], the kept product, and with `call.shortcut` x and its undrawn features; and what the kernels
-    have packed.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Packed]:
+    """u [N, rows, H', W']; the kept product or None; with `call.shortcut` x and its undrawn features; and what the
+    kernels have packed.
 
     x [N, columns, H, W]; undrawn [N, (G-1) * columns, H, W], zeros that get the gradient dundrawn; weight [K, C, kH,
     kW], bias [K]; residual like u, which is added. `deferred`: gates of x whose gradient this convolution computes.
@@ -40,13 +40,16 @@ def routed_conv(
         packed = call.run.pack(weight, bias, x.dtype)
     parameters = weight, bias, residual, call, packed
     if deferred is None:
-        return _RoutedConv.apply(x, undrawn, None, *parameters, None), packed.packed
+        u, kept_product, *passed_on = _RoutedConv.apply(x, undrawn, None, *parameters, None)
+        return u, kept_product, tuple(passed_on), packed.packed
     rows = deferred.rows
     tensors: tuple[Tensor | None, ...] = ()
     if rows.undrawn_rows is not None:
         tensors, rest = rows.undrawn_rows.split()
         rows = rows._replace(undrawn_rows=UndrawnRows(None, None, None, None, *rest))  # type: ignore[arg-type]
-    return _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors), packed.packed
+    found = _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors)
+    u, kept_product, *passed_on = found
+    return u, kept_product, tuple(passed_on), packed.packed
 
 
 class _RoutedConv(torch.autograd.Function):

@@ -162,7 +162,8 @@ class TrainConfig:
         gpu_check: "on": if this GPU was never checked, `sfg-fast gpu-check` runs before the first step (a minute), so
             that the fastest kernels that are right are taken; "off": it does not, and such a GPU takes `masked`.
         graph: "auto": in a single process on a GPU steps are captured in CUDA graphs, or a line says why they can't be;
-            "on": they are, or an error says why not; "off": they are done eagerly, with the same results.
+            "on": they are, or an error says why not; "off": they are done eagerly, with the same results. (In a YAML
+            file "on" and "off" need the quotes.)
         precision: "float32"; "bfloat16" where autocast allows it; or "auto", bfloat16 on GPUs that multiply it, else
             float32. A run that is resumed keeps the precision that it began with.
         workers: processes that read ahead; 0: none.
