@@ -418,10 +418,11 @@ def walks(p: Pass, bits: int, device: Device, gates: bool = False) -> bool:
 
 
 def _strip(p: Pass, gates: bool) -> int:
-    """Columns of a walk: its sums have to fit into the registers of 64 threads, 128 numbers each. They are three for
-    each product; and for the gates' gradient the gates themselves, and the kept product."""
+    """Columns of a walk: its sums have to fit into the registers of 64 threads, 128 numbers each, or 144 where 16
+    channels are read. They are three for each product; and for the gates' gradient the gates themselves, and the kept
+    product."""
     sums = 4 * (p.out_groups - 1) + 1 if gates else 3 * p.products
-    fit = 128 * 64 // (sums * p.block_n)  # 0 with very many groups
+    fit = (144 if p.channels <= 16 and not gates else 128) * 64 // (sums * p.block_n)  # 0 with very many groups
     return 64 if sums == 3 else min(64, 1 << fit.bit_length() >> 1)
 
 
