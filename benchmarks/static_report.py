@@ -116,7 +116,7 @@ def source(one: Configuration) -> ASTSource:
     kernel = getattr(kernels, one.kernel + "_kernel")
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "found")
+        indices = name.endswith(("order", "offsets")) or name in ("rows", "columns", "assignment", "known")
         if name in one.constants:
             signature[name] = "constexpr"
         elif name in ("eps", "momentum"):

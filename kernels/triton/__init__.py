@@ -91,12 +91,14 @@ def cannot(x: Tensor) -> str | None:
 def sample(log_p: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     kernels, groups = log_p.shape
     log_p = log_p.contiguous()
-    found = log_p.new_empty((groups + 3, kernels), dtype=torch.int64)
+    assignment, order = (log_p.new_empty(kernels, dtype=torch.int64) for _ in range(2))
+    known = log_p.new_empty((groups + 1, kernels), dtype=torch.int64)
     offsets = log_p.new_empty(groups + 1, dtype=torch.int64)
     noise = None if noise is None else noise.contiguous()
     sizes = (kernels, groups, triton.next_power_of_2(kernels), triton.next_power_of_2(groups))
-    _launch(sample_kernel, 1, log_p, log_p if noise is None else noise, found, offsets, *sizes, noise is not None)
-    return found[0], found[1], offsets, {"ids": found[2], "inverse": found[3], "undrawn_groups": found[4:]}
+    arrays = (log_p, log_p if noise is None else noise, assignment, order, known, offsets)
+    _launch(sample_kernel, 1, *arrays, *sizes, noise is not None)
+    return assignment, order, offsets, {"ids": known[0], "inverse": known[1], "undrawn_groups": known[2:]}
 
 
 def pack(weight: Tensor, bias: Tensor | None, spec: RoutedConv, dtype: torch.dtype) -> Packed:

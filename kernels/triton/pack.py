@@ -128,11 +128,11 @@ def pack_kernel(
 
 @triton.jit
 def sample_kernel(
-    log_p, noise, found, offsets, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    log_p, noise, assignment, order, known, offsets, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
     GROUPS_2: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """found [GROUPS + 3, K]: each kernel's group, argmax(log_p + noise); the kernels sorted by group, stably; each
-    row's group; each kernel's row; and the groups of each row's undrawn rows (`FilterGroups`). One program."""
+    """Each kernel's group, argmax(log_p + noise); the kernels sorted by group, stably; and known [GROUPS + 1, K]: each
+    row's group, each kernel's row, and the groups of each row's undrawn rows (`FilterGroups`). One program."""
     k = tl.arange(0, BLOCK)
     g = tl.arange(0, GROUPS_2)
     at = k[:, None] * GROUPS + g[None, :]
@@ -147,12 +147,12 @@ def sample_kernel(
     counts = tl.sum(onehot, 0)
     start = tl.cumsum(counts, 0) - counts
     row = tl.sum(tl.where(onehot > 0, before + start[None, :], 0), 1)
-    tl.store(found + k, drawn.to(tl.int64), mask=k < K)
-    tl.store(found + K + row, k.to(tl.int64), mask=k < K)
-    tl.store(found + 2 * K + row, drawn.to(tl.int64), mask=k < K)
-    tl.store(found + 3 * K + k, row.to(tl.int64), mask=k < K)
+    tl.store(assignment + k, drawn.to(tl.int64), mask=k < K)
+    tl.store(order + row, k.to(tl.int64), mask=k < K)
+    tl.store(known + row, drawn.to(tl.int64), mask=k < K)
+    tl.store(known + K + k, row.to(tl.int64), mask=k < K)
     for index in tl.static_range(GROUPS - 1):
         group = undrawn_group(drawn, index, GROUPS)
-        tl.store(found + (4 + index) * K + row, group.to(tl.int64), mask=k < K)
+        tl.store(known + (2 + index) * K + row, group.to(tl.int64), mask=k < K)
     tl.store(offsets + g, start.to(tl.int64), mask=g < GROUPS)
     tl.store(offsets + GROUPS + g, tl.full((GROUPS_2,), K, tl.int64), mask=g == 0)
