@@ -70,6 +70,22 @@ def pixels(tile, height, width, image_in, image_out, T: tl.constexpr):
 
 
 @triton.jit
+def walk_at(number, OW, walks, steps, dilation: tl.constexpr, T: tl.constexpr):
+    """Where a walk down the rows of a strip is: its columns j, first step, first row, and image (64 bits). Each strip
+    has `walks` of `steps` steps in each of `dilation` series of rows."""
+    STRIP: tl.constexpr = T.pixels_w
+    strips = tl.cdiv(OW, STRIP)
+    j = number % strips * STRIP + tl.arange(0, STRIP)
+    m0 = number // strips % walks * steps
+    residue = number // strips // walks % dilation
+    image = (number // strips // walks // dilation).to(tl.int64)
+    if T.wide:
+        j = j.to(tl.int64)
+        residue = residue.to(tl.int64)
+    return j, m0, residue, image
+
+
+@triton.jit
 def ranges_read(out_offsets, in_offsets, n0, P: tl.constexpr):
     """Which input channels the output channels n0 .. n0 + block_n read, as chunks of block_k: the first `prefix` of all
     `chunks` start at channel 0 (the shared group), the others at `start`."""

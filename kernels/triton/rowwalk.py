@@ -18,6 +18,7 @@ one product) that costs less than reading the input nine times.
 import triton
 import triton.language as tl
 
+from .convolve import walk_at
 from .pack import group_of, undrawn_group
 
 
@@ -52,19 +53,11 @@ def where_to(OH, OW, steps, P: tl.constexpr, T: tl.constexpr):
     """Of this program: its channels n, columns j, first step of the walk, first row, image, and number among all that
     have these channels."""
     BLOCK_N: tl.constexpr = P.block_n
-    STRIP: tl.constexpr = T.pixels_w
     TILES_N: tl.constexpr = P.columns // P.block_n
-    strips = tl.cdiv(OW, STRIP)
     walks = tl.cdiv(tl.cdiv(OH, P.dilation_h), steps)
     n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     number = tl.program_id(0) // TILES_N
-    j = number % strips * STRIP + tl.arange(0, STRIP)
-    m0 = number // strips % walks * steps
-    residue = number // strips // walks % P.dilation_h
-    image = (number // strips // walks // P.dilation_h).to(tl.int64)
-    if T.wide:
-        j = j.to(tl.int64)
-        residue = residue.to(tl.int64)
+    j, m0, residue, image = walk_at(number, OW, walks, steps, P.dilation_h, T)
     return n, j, m0, residue, image, number
 
 

@@ -7,7 +7,7 @@ them in a fixed order and scatters back to the layer's order. No atomics: the sa
 import triton
 import triton.language as tl
 
-from .convolve import pixels
+from .convolve import pixels, walk_at
 
 
 @triton.jit
@@ -139,19 +139,12 @@ def rowwalk_weights_kernel(
         return
     k = k0 + tl.arange(0, BLOCK_K)
     q = tl.arange(0, COPIES * BLOCK_C)
-    strips = tl.cdiv(OW, STRIP)
     walks = tl.cdiv(tl.cdiv(OH, G.dilation_h) + 2, steps)
     bias = tl.zeros((STRIP, BLOCK_K), ACC)
     TILES: tl.constexpr = 1 if COPIES == 4 else 3
     sums = (tl.zeros((COPIES * BLOCK_C, BLOCK_K), ACC),) * (3 * TILES)
     for unit in range(split * units_per_split, tl.minimum((split + 1) * units_per_split, units)):
-        j = unit % strips * STRIP + tl.arange(0, STRIP)
-        m0 = unit // strips % walks * steps
-        residue = unit // strips // walks % G.dilation_h
-        image = (unit // strips // walks // G.dilation_h).to(tl.int64)
-        if T.wide:
-            j = j.to(tl.int64)
-            residue = residue.to(tl.int64)
+        j, m0, residue, image = walk_at(unit, OW, walks, steps, G.dilation_h, T)
         in_x = x + image * H * W * G.channels
         in_dy = dy + image * OH * OW * G.out_channels
         for m in range(m0, m0 + steps):

@@ -25,7 +25,7 @@ from sfg_fast.training.step import Statistics, Step, Unread, on_device
 from sfg_fast.training.trainer import Trainer
 
 from ..data.small_cohort import small_images
-from .small_run import config, make_cache
+from .small_run import config, killed_behind, make_cache
 from .tape import HostRead, NoHostReads, OneDevice, Tape, as_on_a_gpu, pretend_one_gpu
 from .test_trainer import spoilt
 
@@ -329,16 +329,7 @@ def whole(bad_cache, tmp_path_factory):
 @pytest.mark.parametrize("stop", [4, 8, 12])
 def test_a_captured_run_resumes_to_the_bit(bad_cache, tmp_path, tapes, whole, stop):
     first = Trainer(hard(bad_cache, tmp_path / "cut"))
-    save = first._save
-
-    def killed():
-        save()
-        if first.step == stop:
-            raise KeyboardInterrupt
-
-    first._save = killed
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    killed_behind(first, stop)
     torch.manual_seed(99)
     second = ran(hard(bad_cache, tmp_path / "cut"), resume=True)
     assert_same(content(second), content(whole))

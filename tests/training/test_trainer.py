@@ -24,7 +24,7 @@ from sfg_fast.training.run import load_run
 from sfg_fast.training.schedule import learning_rate_at
 from sfg_fast.training.trainer import Trainer
 
-from .small_run import config, make_cache
+from .small_run import config, killed_behind, make_cache
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,7 @@ def test_resume_is_exact_to_the_bit(cache, tmp_path, stop):
     whole = Trainer(config(cache, tmp_path / "whole"))
     whole.run()
     first = Trainer(config(cache, tmp_path / "cut"))
-    save = first._save
-
-    def killed():
-        save()
-        if first.step == stop:
-            raise KeyboardInterrupt
-
-    first._save = killed
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    killed_behind(first, stop)
     second = Trainer(config(cache, tmp_path / "cut"), resume=True)
     assert second.step == stop
     torch.manual_seed(99)  # whatever the generator held before
