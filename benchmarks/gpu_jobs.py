@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFormula
+from sfg_fast.kernels.spec import Geometry, Norm, RoutedConv, UndrawnFormula
 from sfg_fast.kernels.triton import config
 from torch import Tensor
 
@@ -149,10 +149,10 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     everything = kernels.pack(plain.contiguous(), bias, all_specs, HALF)
     kept_product = kernels.forward(x, everything, all_specs, relu=True, keep_product=True)[1]
     dundrawn = torch.cat([dy, dy], 1)
-    scale, shift = torch.ones(2, k, device=DEVICE), torch.zeros(2, k, device=DEVICE)
+    scale, shift = torch.ones(1, 2, k, device=DEVICE), torch.zeros(1, 2, k, device=DEVICE)
     undrawn = UndrawnFormula(x, kept_product, everything, all_specs, scale, shift, "relu")
     affine = torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)
-    norm = BatchNorm(*affine, drawn.order, 1e-5, "relu")
+    norm = Norm(*affine, drawn.order, 1e-5, "relu")
     _, mean, var, _ = kernels.normalise(x, norm, None)
     conv = (1, 1), (1, 1), (1, 1)  # stride, padding, dilation
     backward = functools.partial(

@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from .spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
+from .spec import NO_SHORTCUT, MovingStatistics, Norm, RoutedConv, ShortcutGradient, UndrawnFormula
 
 Packed: TypeAlias = Any
 """A layer's weight and bias as a backend wants them. Its `pack` makes it; only the same backend reads it."""
@@ -162,17 +162,17 @@ class ComputesGateGradients(Kernels, Protocol):
 
 
 class Normalises(Kernels, Protocol):
-    """The backend does batch normalisation with the statistics of the batch, activation and a sum in one go."""
+    """The backend does batch or instance normalisation, activation and a sum in one go."""
 
     def normalise(
-        self, u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+        self, u: Tensor, norm: Norm, residual: Tensor | None, *, moves: MovingStatistics | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u [N, rows, H, W] -> y = act(norm(u)) + residual (no residual where the activation pools); mean and biased
-        variance [K], at least float32; and scale and shift [2, rows] of the normalisation. `moves`: the running
-        statistics, which are changed in place."""
+        variance [K], at least float32; and scale and shift [2, rows] of the normalisation. Where norm.each_image these
+        are [N, K] and [2, N, rows]. `moves`: the running statistics (of a batch norm), which are changed in place."""
 
     def normalise_gradient(
-        self, dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+        self, dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dy like y -> du [N, rows, H, W], to which the gradient `shortcut` is added; dweight [K], dbias [K]."""
 
@@ -181,7 +181,7 @@ class ReadsNormalised(Normalises, Protocol):
     """A convolution of the backend can normalise its input as it reads it. The normalised input is never stored."""
 
     def statistics(
-        self, u: Tensor, norm: BatchNorm, running_mean: Tensor, running_var: Tensor, rate: float
+        self, u: Tensor, norm: Norm, running_mean: Tensor, running_var: Tensor, rate: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """affine [2, K], scale and shift of weight * (u - mean) / sqrt(var + eps) + bias; mean and var [K] of the
         batch. The running statistics move towards these, in place, at this rate."""
@@ -200,7 +200,7 @@ class ReadsNormalised(Normalises, Protocol):
         """As `Kernels.forward`; where `affine` [2, columns] is given, it convolves relu(scale * x + shift)."""
 
     def normalise_gradient_again(
-        self, dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+        self, dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `normalise_gradient`; and act(norm(u)) once more, in the memory of dy: what `weight_gradient` reads."""
 

@@ -14,6 +14,15 @@ def affine_of(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: floa
     return scale, bias - mean * scale
 
 
+def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, nth: int) -> Tensor:
+    """scale * u + shift for u [N, rows, H, W] of the nth (from 0) undrawn rows. scale and shift [N, T, rows, 1, 1],
+    where N or T may be 1 and the last two may be H and W; or None."""
+    if scale is None or shift is None:
+        return u
+    scale, shift = (values[:, min(nth, values.shape[1] - 1)].to(u.dtype) for values in (scale, shift))
+    return torch.addcmul(shift, u, scale)
+
+
 def channel_dots(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> of each channel, [C] from two tensors [N, C, H, W]. The sums are at least float32, because half precision
     would overflow."""

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ..activations import ACTIVATIONS, activate
 from ..groups import FilterGroups, Routing, sort_by_group
-from .formulas import channel_dots
-from .packing import Packed, memory_format, pack_parameters, read, unpack, unpack_dim
+from .formulas import affine, channel_dots
+from .packing import Packed, memory_format, of_channels, pack_parameters, read, unpack, unpack_dim
 from .spec import NO_SHORTCUT, RoutedConv, ShortcutGradient, UndrawnFormula
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "undrawn_rows",
     "weight_gradient",
 ]
+
+CONVOLUTIONS: dict[int, Any] = {2: F.conv2d, 3: F.conv3d}  # by the number of an image's dimensions
 
 OF_TORCH = True
 SHARES_PRODUCTS = MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = NORMALISES = READS_NORMALISED = False
@@ -85,12 +87,12 @@ def forward(
 
 def _forward(x: Tensor, packed: Packed, spec: RoutedConv, keep_product: bool) -> tuple[Tensor, Tensor | None]:
     if not (keep_product and spec.routing is Routing.ARROW):
-        u = F.conv2d(x, packed.weight, packed.bias, *spec.geometry)
+        u = CONVOLUTIONS[x.dim() - 2](x, packed.weight, packed.bias, *spec.geometry)
         return u, u if keep_product and spec.routing is Routing.ALL else None
     kept_product = _product(x, packed.weight, packed.bias, spec, 0)
     if not cuts(x):
-        tasks = (spec.columns.ids > 0)[:, None, None]
-        return kept_product + F.conv2d(x, packed.weight.where(tasks, 0), None, *spec.geometry), kept_product
+        own = packed.weight.where(of_channels(spec.columns.ids > 0, x), 0)
+        return kept_product + CONVOLUTIONS[x.dim() - 2](x, own, None, *spec.geometry), kept_product
     u = kept_product.clone()
     for g, rows in enumerate(_ranges(spec.rows)):
         if g and rows.start < rows.stop:
@@ -102,7 +104,7 @@ def input_gradient(
     dy: Tensor,
     packed: Packed,
     spec: RoutedConv,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     relu_output: Tensor | None = None,
     shortcut: ShortcutGradient = NO_SHORTCUT,
@@ -114,7 +116,7 @@ def input_gradient(
 
 
 def _input_gradient(
-    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, int]
+    dy: Tensor, packed: Packed, spec: RoutedConv, size: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None]:
     shape, layout = (dy.shape[0], packed.weight.shape[1], *size), memory_format(dy)
     x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)  # only its shape and layout are used
@@ -126,7 +128,7 @@ def _input_gradient(
             rows = _ranges(spec.rows)[g]
             products.append(_backward(dy[:, rows], x, packed.everything[rows], spec, 0))
         else:
-            own = packed.everything.where((spec.rows.ids == g)[:, None, None, None], 0)
+            own = packed.everything.where(of_channels(spec.rows.ids == g, dy)[:, None], 0)
             products.append(_backward(dy, x, own, spec, 0))
     if spec.routing is Routing.ARROW:  # the rows of every group read the shared columns
         products[0] = functools.reduce(torch.add, products)
@@ -139,25 +141,21 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     assert relu_output is None, "dy has gone back through the ReLU already"
     dy = dy.contiguous(memory_format=memory_format(x))  # the bits of the sums don't depend on dy's strides
-    dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(read(spec), 0)
-    return unpack(dw, spec.rows, spec.columns), unpack_dim(dy.sum((0, 2, 3)), 0, spec.rows) if bias else None
+    dw = _backward(dy, x, x.new_empty(packed.weight.shape), spec, 1).where(of_channels(read(spec), x), 0)
+    return unpack(dw, spec.rows, spec.columns), unpack_dim(
+        dy.sum([0, *range(2, dy.dim())]), 0, spec.rows
+    ) if bias else None
 
 
 def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     dz = []
     groups = len(formula.spec.rows.names)
+    positions = (..., *[None] * (dundrawn.dim() - 2))
+    scale, shift = (None if values is None else values[positions] for values in (formula.scale, formula.shift))
     for n, (u, df) in enumerate(zip(undrawn_rows(formula), dundrawn.chunk(groups - 1, 1), strict=True)):
-        h = affine(u, formula.scale, formula.shift, n)
+        h = affine(u, scale, shift, n)
         dz.append(channel_dots(df, activate(h, formula.activation)))
     return torch.stack(dz)
-
-
-def affine(u: Tensor, scale: Tensor | None, shift: Tensor | None, n: int) -> Tensor:
-    """scale * u + shift for u of the n-th undrawn rows; scale and shift [G-1, rows], [1, rows] or None."""
-    if scale is None or shift is None:
-        return u
-    scale, shift = (values[min(n, len(values) - 1), :, None, None].to(u.dtype) for values in (scale, shift))
-    return torch.addcmul(shift, u, scale)
 
 
 def undrawn_rows(formula: UndrawnFormula) -> list[Tensor]:
@@ -191,7 +189,7 @@ def _split(products: list[Tensor], groups: FilterGroups) -> tuple[Tensor, list[T
     those of the undrawn rows, G-1 such tensors."""
     last = len(products) - 1
     products = [*products[1:], products[0]]
-    place = torch.where(groups.ids == 0, last, groups.ids - 1)[:, None, None]
+    place = of_channels(torch.where(groups.ids == 0, last, groups.ids - 1), products[0])
     drawn = products[0]
     for n in range(1, last + 1):
         drawn = products[n].where(place == n, drawn)
@@ -208,12 +206,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: RoutedConv, g
         own = _ranges(spec.columns)[g]
         x, weight = x[:, own], weight[:, own]
     else:
-        weight = weight.where((spec.columns.ids == g)[:, None, None], 0)
+        weight = weight.where(of_channels(spec.columns.ids == g, x), 0)
     if weight.numel():
-        return F.conv2d(x, weight, bias, *spec.geometry)
-    size = spec.geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+        return CONVOLUTIONS[x.dim() - 2](x, weight, bias, *spec.geometry)
+    size = spec.geometry.output_size(x.shape[2:], weight.shape[2:])
     zeros = x.new_zeros(x.shape[0], weight.shape[0], *size)
-    return zeros if bias is None else zeros + bias[:, None, None]
+    return zeros if bias is None else zeros + of_channels(bias, x)
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, spec: RoutedConv, wanted: int) -> Tensor:
@@ -221,9 +219,10 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, spec: RoutedConv, wanted: i
     if not weight.numel():
         return torch.zeros_like((x, weight)[wanted])
     stride, padding, dilation = spec.geometry
+    none = [0] * len(stride)
     mask = [wanted == 0, wanted == 1, False]
     dy = dy.contiguous(memory_format=memory_format(x))  # otherwise torch would copy x, and return NCHW
     gradients = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0, 0], 1, mask
+        dy, x, weight, None, stride, padding, dilation, False, none, 1, mask
     )
     return gradients[wanted]

@@ -26,7 +26,7 @@ def pack_parameters(
     """Weight [K, C, kH, kW] and bias [K] in the layer's order -> packed, in `dtype`. `zero_unread`: `weight` of the
     result is zero where a row does not read a column."""
     everything = pack(weight.to(dtype), spec.rows, spec.columns)
-    packed = everything.where(read(spec), 0) if zero_unread else everything
+    packed = everything.where(of_channels(read(spec), weight), 0) if zero_unread else everything
     return Packed(packed, None if bias is None else bias.to(dtype)[spec.rows.order], everything)
 
 
@@ -36,10 +36,10 @@ def pack(weight: Tensor, rows: FilterGroups, columns: FilterGroups) -> Tensor:
 
 
 def read(spec: RoutedConv) -> Tensor:
-    """bool [rows, columns, 1, 1]: does the row read the column?"""
-    rows, columns = spec.rows.ids[:, None, None, None], spec.columns.ids[:, None, None]
+    """bool [rows, columns]: does the row read the column?"""
+    rows, columns = spec.rows.ids[:, None], spec.columns.ids
     if spec.routing is Routing.ALL:
-        return rows >= 0
+        return (rows >= 0).expand(-1, len(columns))
     own = rows == columns
     return own | (columns == 0) if spec.routing is Routing.ARROW else own
 
@@ -61,9 +61,14 @@ def unpack_dim(packed: Tensor, dim: int, groups: FilterGroups) -> Tensor:
     return packed.new_zeros(shape).index_add_(dim, groups.order, packed)
 
 
+def of_channels(values: Tensor, like: Tensor) -> Tensor:
+    """[.., R] -> [.., R, 1, 1], for images `like` [N, R, H, W] (or volumes)."""
+    return values[(..., *[None] * (like.dim() - 2))]
+
+
 def channels_last(x: Tensor) -> bool:
     """Does the tensor lie in memory as channels_last, and not as contiguous, too?"""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor
 
 from ..groups import FilterGroups, Routing
 
+Pair: TypeAlias = tuple[int, int]  # vertical, horizontal
+
 
 class Geometry(NamedTuple):
-    """Stride, zero padding and dilation of a convolution, each (vertical, horizontal)."""
+    """Stride, zero padding and dilation of a convolution, each (vertical, horizontal), or three for volumes."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
-    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    @property
+    def of_image(self) -> tuple[Pair, Pair, Pair]:
+        """The same, for images of two dimensions."""
+        return cast(tuple[Pair, Pair, Pair], tuple(self))
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """(H', W') of the output for an image of `size` (H, W) and kernels of size `kernel` (kH, kW). Raises
         RuntimeError if the kernel is larger than the padded image."""
-        height, width = (
+        found = tuple(
             (length + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
             for length, taps, stride, pad, dilation in zip(size, kernel, *self, strict=True)
         )
-        if min(height, width) < 1:
+        if min(found) < 1:
             raise RuntimeError(
                 f"the image has size {tuple(size)}, with padding {self.padding} that is less than the "
                 f"kernel's {tuple(kernel)} with dilation {self.dilation}"
             )
-        return height, width
+        return found
 
 
 class RoutedConv(NamedTuple):
@@ -53,19 +61,22 @@ class UndrawnFormula(NamedTuple):
     kept_product: Tensor | None  # [N, rows, H', W']: what `forward` returned with `keep_product`
     packed: Any  # the layer's weight and bias, as the backend's `pack` made them
     spec: RoutedConv
-    scale: Tensor | None  # [G-1, rows], in the order of `FilterGroups.undrawn_groups`; or [1, rows], alike for all
+    # [N, G-1, rows], in the order of `FilterGroups.undrawn_groups`; N or G-1 is 1 where all images or groups are alike.
+    scale: Tensor | None
     shift: Tensor | None  # like `scale`
     activation: str | None  # a name of activations.ACTIVATIONS
 
 
-class BatchNorm(NamedTuple):
-    """A batch normalisation with the statistics of the batch, and the activation behind it."""
+class Norm(NamedTuple):
+    """A normalisation of each kernel by the statistics of the batch, or of each image alone, and the activation behind
+    it."""
 
     weight: Tensor  # [K]
     bias: Tensor  # [K]
     order: Tensor | None  # int64 [rows]: which kernel each row is, each kernel once; None: row r is kernel r
     eps: float
     activation: str | None  # a name of activations.ACTIVATIONS
+    each_image: bool = False  # instance normalisation: each image has statistics of its own
 
 
 class RunningStatistics(NamedTuple):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .features import SFGFeatures
     from .gpu.gpu_check import gpu_check
     from .groups import FilterGroups
-    from .layers.conv import SFGConv2d
+    from .layers.conv import SFGConv2d, SFGConv3d, SFGConvTranspose2d, SFGConvTranspose3d
     from .networks.controls import (
         assign,
         parameter_groups,
@@ -42,6 +42,9 @@ _MODULES = {
     "SFGVGG": "networks.vgg",
     "FilterGroups": "groups",
     "SFGConv2d": "layers.conv",
+    "SFGConv3d": "layers.conv",
+    "SFGConvTranspose2d": "layers.conv",
+    "SFGConvTranspose3d": "layers.conv",
     "SFGFeatures": "features",
     "SFGHighResNet": "networks.highresnet",
     "assign": "networks.controls",
@@ -67,6 +70,9 @@ __all__ = [
     "SFGVGG",
     "FilterGroups",
     "SFGConv2d",
+    "SFGConv3d",
+    "SFGConvTranspose2d",
+    "SFGConvTranspose3d",
     "SFGFeatures",
     "SFGHighResNet",
     "assign",

@@ -15,7 +15,11 @@ def relu_pool(h: Tensor) -> Tensor:
     return F.max_pool2d(F.relu(h), 2)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu_pool": relu_pool}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,  # of slope 0.01
+    "relu_pool": relu_pool,
+}
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

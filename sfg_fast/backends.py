@@ -70,10 +70,10 @@ def kernels(x: Tensor, width: int, learns: bool = False) -> tuple[Kernels, torch
         raise BackendError("backend 'reference' can't run this: it is a packed operation, call a layer or a network")
     module = _fastest(x, width, learns) if name == "auto" else load(name)
     dtype = autocast_dtype(x)
-    if dtype is not None and module.cannot(x.new_empty(0, dtype=dtype)):
+    if dtype is not None and module.cannot(_probe(x, dtype)):
         dtype = torch.float32
     dtype = dtype or x.dtype
-    problem = module.cannot(x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
+    problem = module.cannot(x if dtype == x.dtype else _probe(x, dtype))
     if problem:
         raise BackendError(f"backend {name!r} can't run this: {problem}")
     return module, dtype
@@ -129,7 +129,7 @@ def _fastest(x: Tensor, width: int, learns: bool) -> Kernels:
     name, why = "masked", f"nothing faster is known for {x.device.type}"
     if x.device.type == "cuda":
         work = "inference" if not torch.is_grad_enabled() else "straight_through" if learns else "selected"
-        probe = x if dtype == x.dtype else x.new_empty(0, dtype=dtype)
+        probe = x if dtype == x.dtype else _probe(x, dtype)
         if not _takes_triton(x.device, dtype, width, work):
             why = "a check of this GPU (sfg-fast gpu-check) did not find triton faster for this work"
         elif not available("triton"):
@@ -137,12 +137,17 @@ def _fastest(x: Tensor, width: int, learns: bool) -> Kernels:
         else:
             name, why = _if_it_can("triton", probe)
     elif x.device.type == "cpu":
-        probe = x if autocast_dtype(x) is None else x.new_empty(0, dtype=torch.float32)
+        probe = x if autocast_dtype(x) is None else _probe(x, torch.float32)
         why = _import("native") or "native was not measured with the instruction set of this processor"
         if fastest_on_cpu() == "native":
             name, why = _if_it_can("native", probe)
     _tell(name, why, x.device, dtype, width)
     return load(name)
+
+
+def _probe(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of this dtype, on the device of x, with as many dimensions."""
+    return x.new_empty([0] * x.dim(), dtype=dtype)
 
 
 def _if_it_can(name: str, probe: Tensor) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 
 from . import undrawn_features
 from .groups import FilterGroups, Routing
-from .kernels.packing import select_channels
+from .kernels.packing import of_channels, select_channels
 from .plain_ops import TensorLike
 
 
@@ -126,7 +126,7 @@ class SFGFeatures(TensorLike):
     def to(self, *args: Any, **kwargs: Any) -> SFGFeatures:
         """As `Tensor.to`, for all tensors of the features and their groups (a dtype: for the floating point ones)."""
 
-        like = self.packed.new_empty(0, 0, 0, 0).to(*args, **kwargs)
+        like = self.packed.new_empty([0] * self.packed.dim()).to(*args, **kwargs)
         dtype = None if like.dtype == self.packed.dtype else like.dtype
         non_blocking = bool(kwargs.get("non_blocking"))
 
@@ -164,8 +164,8 @@ class SFGFeatures(TensorLike):
     @property
     def shape(self) -> torch.Size:
         """The shape of one dense tensor, [N, K, H, W]."""
-        n, _, h, w = self.packed.shape
-        return torch.Size((n, self.groups.width, h, w))
+        n, _, *size = self.packed.shape
+        return torch.Size((n, self.groups.width, *size))
 
     def __repr__(self) -> str:
         return f"SFGFeatures(packed={tuple(self.packed.shape)}, {self.groups}, routing={self.routing.value})"
@@ -183,7 +183,7 @@ class _Dense(torch.autograd.Function):
         here = _one_of(groups.ids, wanted)
         ctx.save_for_backward(here)
         # `where`, not a product: a NaN of one task must not reach another.
-        return select_channels(packed.where(here[:, None, None], 0), groups.inverse)
+        return select_channels(packed.where(of_channels(here, packed), 0), groups.inverse)
 
     @staticmethod
     def backward(ctx: Any, df: Tensor) -> Any:
@@ -192,8 +192,8 @@ class _Dense(torch.autograd.Function):
         dundrawn = None
         if ctx.needs_input_grad[1]:
             rows = _one_of(ctx.groups.undrawn_groups, ctx.wanted)
-            dundrawn = torch.cat([df.where(row[:, None, None], 0) for row in rows], 1)
-        return df.where(here[:, None, None], 0), dundrawn, None, None
+            dundrawn = torch.cat([df.where(of_channels(row, df), 0) for row in rows], 1)
+        return df.where(of_channels(here, df), 0), dundrawn, None, None
 
 
 class _Streams(torch.autograd.Function):
@@ -202,8 +202,8 @@ class _Streams(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, undrawn: Tensor | None, groups: FilterGroups) -> Tensor:
         ctx.groups = groups
-        n, _, height, width = packed.shape
-        streams = packed.new_zeros(n, len(groups.names) * groups.width, height, width)
+        n, _, *size = packed.shape
+        streams = packed.new_zeros(n, len(groups.names) * groups.width, *size)
         return streams.index_copy_(1, groups.rows_in_streams, packed)
 
     @staticmethod

@@ -197,6 +197,16 @@ class FilterGroups:
         order, offsets = sort_by_group(assignment, len(names))
         return FilterGroups(order, offsets, names, width, assignment, gates, any(part.all_gates for part in parts))
 
+    def repeated(self, times: int) -> FilterGroups:
+        """Groups in which `times` kernels, one behind the other, stand for each kernel here."""
+        index = torch.arange(times, device=self.order.device)
+        order = (self.order[:, None] * times + index).flatten()
+        assignment, gates = (
+            None if of is None else of.repeat_interleave(times, 0) for of in (self.assignment, self.gates)
+        )
+        offsets = self.offsets * times
+        return FilterGroups(order, offsets, self.names, self.width * times, assignment, gates, self.all_gates)
+
     def without_undrawn(self) -> FilterGroups:
         """The same rows, of which no undrawn gates want a gradient."""
         groups = dataclasses.replace(self, all_gates=False)

@@ -1,10 +1,10 @@
-"""What every SFG layer has, whoever computes it: arguments, parameters, checks. The fast layer (layers/conv.py) and the
-oracle (reference.py) add a forward pass each."""
+"""What every SFG layer has, whoever computes it: arguments, parameters, checks. The fast layers (layers/conv.py) and
+the oracles (reference.py) add a forward pass each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,94 +13,88 @@ from torch.nn import functional as F
 from .activations import ACTIVATIONS, Activation
 from .gates import GroupGates
 from .groups import FilterGroups
-from .norm import KernelNorm
+from .norm import NormName, make_norm
+
+Sizes = int | tuple[int, ...]
+
+_CONVOLUTIONS: dict[int, Any] = {2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class SFGLayer(GroupGates):
-    """A 2-D convolution whose K kernels are drawn into T+1 groups, without a forward pass. `sfg_fast.SFGConv2d` says
-    what the arguments are."""
+    """A convolution whose K kernels are drawn into T+1 groups, without a forward pass. `sfg_fast.SFGConv2d` says what
+    the arguments are."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    PLAIN: ClassVar[type[nn.modules.conv._ConvNd]]  # the layer of torch whose arguments and parameters this one has
+    transposed = False
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pad_before: list[int]  # as `F.pad` wants it
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        plain: nn.modules.conv._ConvNd,
         *,
-        tasks: int | Iterable[str] = 2,
-        norm: str | None = None,
-        activation: Activation = None,
-        init: str | Sequence[Any] | Tensor = "uniform",
-        estimator: str = "straight_through",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        tasks: int | Iterable[str],
+        norm: NormName,
+        activation: Activation,
+        init: str | Sequence[Any] | Tensor,
+        estimator: str,
     ) -> None:
-        if groups != 1:
-            raise ValueError(f"groups={groups}: SFG layers draw their own filter groups, only groups=1 is possible")
-        if norm not in (None, "batch"):
-            raise ValueError(f"norm={norm!r} is unknown, expected None or 'batch'")
+        """`plain`: a layer of torch that has checked the geometry, and gives the initial weights."""
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
         if isinstance(activation, type):
             name = activation.__name__
             raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
         if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
             raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
-        super().__init__(out_channels, tasks, init, estimator, device, dtype)
-        # torch's own layer checks the geometry and gives the initial weights.
-        plain = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias,
-            padding_mode, device, dtype,  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
-        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation  # type: ignore
-        self.padding, self.padding_mode = plain.padding, padding_mode
+        factory: dict[str, Any] = {"device": plain.weight.device, "dtype": plain.weight.dtype}
+        super().__init__(plain.out_channels, tasks, init, estimator, **factory)
+        self.in_channels, self.out_channels, self.groups = plain.in_channels, plain.out_channels, plain.groups
+        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
+        self.padding, self.padding_mode = plain.padding, plain.padding_mode
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
             sizes = getattr(self, name)
             if not isinstance(sizes, str) and min(sizes) < least:
                 raise ValueError(f"{name}={sizes}: expected at least {least}")
         self.weight, self.bias = plain.weight, plain.bias
-        factory = {"device": device, "dtype": dtype}
-        self.norm = KernelNorm(out_channels, len(self.group_names), **factory) if norm else None
+        self.norm = make_norm(norm, plain.out_channels, len(self.group_names), **factory)
         self.activation = activation
-        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros. (torch
-        # keeps it in this attribute alone.)
-        self.pad_before = list(plain._reversed_padding_repeated_twice)
-        self._even = self.pad_before[0::2] == self.pad_before[1::2]
-
-    def reset_parameters(self) -> None:
-        """Sets all to what a new layer has: weight and bias as `nn.Conv2d` draws them, p as `init` says, no fixed
-        assignment, no running statistics."""
-        self.reset_grouping()
-        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
-        for part in (self.norm, self.activation):
-            if part is not None and hasattr(part, "reset_parameters"):
-                part.reset_parameters()
 
     @property
-    def zero_padding(self) -> tuple[int, int] | None:
-        """(vertical, horizontal) zero padding that the convolution itself can do, or None: pad the input before."""
-        if self.padding_mode == "zeros" and self._even:
-            return self.pad_before[2], self.pad_before[0]
+    def zero_padding(self) -> tuple[int, ...] | None:
+        """Zero padding of each dimension that the convolution itself can do, or None: pad the input before."""
         return None
 
     def pad(self, x: Tensor) -> Tensor:
         """The input, padded where `zero_padding` can't do it."""
-        if self.zero_padding is not None:
-            return x
-        return F.pad(x, self.pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return x
+
+    def kernels_first(self, weight: Tensor) -> Tensor:
+        """The weight as [K, C, kH, kW], also of a transposed convolution of one group of channels."""
+        return weight.transpose(0, 1) if self.transposed else weight
+
+    @property
+    def dims(self) -> int:
+        """The number of dimensions of an image: 2, or 3 for volumes."""
+        return len(self.kernel_size)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the plain layer of torch computes of one tensor [N, C, H, W], with this weight and
+        bias."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Sets all to what a new layer has: weight and bias as the layer of torch draws them, p as `init` says, no
+        fixed assignment, no running statistics."""
+        self.reset_grouping()
+        self.PLAIN.reset_parameters(self)  # type: ignore[arg-type]
+        for part in (self.norm, self.activation):
+            if part is not None and hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def check_groups(self, groups: FilterGroups) -> FilterGroups:
         """`groups`, a draw that the caller gives. Raises ValueError if it is not one for this layer."""
@@ -129,10 +123,132 @@ class SFGLayer(GroupGates):
     def extra_repr(self) -> str:
         """The arguments, for `print`."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("padding_mode", "zeros")):
-            if getattr(self, name) != default:
+        none, one = (0,) * self.dims, (1,) * self.dims
+        defaults = {"padding": none, "output_padding": none, "dilation": one, "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
+            if getattr(self, name, default) != default:
                 text += f", {name}={getattr(self, name)}"
         if self.bias is None:
             text += ", bias=False"
         text += f", tasks={self.group_names[1:]}, activation={self.activation}, estimator={self.estimator}"
         return text + (", assigned" if self.assigned else "")
+
+
+class _ConvLayer(SFGLayer):
+    """An SFG layer with the arguments of `nn.Conv2d` or `nn.Conv3d`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        tasks: int | Iterable[str] = 2,
+        norm: NormName = None,
+        activation: Activation = None,
+        init: str | Sequence[Any] | Tensor = "uniform",
+        estimator: str = "straight_through",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_dtype(dtype)
+        geometry = kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        plain: Any = self.PLAIN(in_channels, out_channels, *geometry, device=device, dtype=dtype)  # type: ignore
+        super().__init__(plain, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator)
+        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros. (torch
+        # keeps it in this attribute alone.)
+        self.pad_before = list(plain._reversed_padding_repeated_twice)
+        self._even = self.pad_before[0::2] == self.pad_before[1::2]
+
+    @property
+    def zero_padding(self) -> tuple[int, ...] | None:
+        """As `SFGLayer.zero_padding`."""
+        if self.padding_mode == "zeros" and self._even:
+            return tuple(self.pad_before[-2::-2])
+        return None
+
+    def pad(self, x: Tensor) -> Tensor:
+        """As `SFGLayer.pad`."""
+        if self.zero_padding is not None:
+            return x
+        return F.pad(x, self.pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What `nn.Conv2d` (`nn.Conv3d`) computes of one tensor [N, C, H, W], with this weight and
+        bias."""
+        geometry = self.stride, self.zero_padding or 0, self.dilation, self.groups
+        return _CONVOLUTIONS[self.dims](self.pad(x), weight, bias, *geometry)
+
+
+class Conv2dLayer(_ConvLayer):
+    """An SFG layer with the arguments of `nn.Conv2d`."""
+
+    PLAIN = nn.Conv2d
+
+
+class Conv3dLayer(_ConvLayer):
+    """An SFG layer with the arguments of `nn.Conv3d`."""
+
+    PLAIN = nn.Conv3d
+
+
+class _ConvTransposeLayer(SFGLayer):
+    """An SFG layer with the arguments of `nn.ConvTranspose2d` or `nn.ConvTranspose3d`."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        padding_mode: str = "zeros",
+        *,
+        tasks: int | Iterable[str] = 2,
+        norm: NormName = None,
+        activation: Activation = None,
+        init: str | Sequence[Any] | Tensor = "uniform",
+        estimator: str = "straight_through",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_dtype(dtype)
+        geometry = kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode
+        plain: Any = self.PLAIN(in_channels, out_channels, *geometry, device=device, dtype=dtype)  # type: ignore
+        super().__init__(plain, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator)
+        self.output_padding: tuple[int, ...] = plain.output_padding
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What `nn.ConvTranspose2d` (`nn.ConvTranspose3d`) computes of one tensor [N, C, H, W], with this weight and
+        bias."""
+        geometry = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return _TRANSPOSED[self.dims](x, weight, bias, *geometry)
+
+
+class ConvTranspose2dLayer(_ConvTransposeLayer):
+    """An SFG layer with the arguments of `nn.ConvTranspose2d`."""
+
+    PLAIN = nn.ConvTranspose2d
+
+
+class ConvTranspose3dLayer(_ConvTransposeLayer):
+    """An SFG layer with the arguments of `nn.ConvTranspose3d`."""
+
+    PLAIN = nn.ConvTranspose3d
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")

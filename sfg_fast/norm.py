@@ -1,31 +1,42 @@
-"""Batch normalisation of kernels that change their group with every draw.
+"""Normalisation of kernels that change their group with every draw: batch, instance, group and layer norm.
 
-Inside an SFG layer the order is convolution -> normalisation -> activation -> gate. In training a kernel is normalised
-by the batch statistics of its DRAWN row (in a relaxed draw: of its most probable row), and the same scale and shift
-serve its other rows. So nothing has to be computed for undrawn rows, whose gate is zero, except what the gradient of
-this gate needs. (Batch statistics of its own for every group and kernel learn no better:
-benchmarks/results/phantom_study.md.) Running statistics belong to (group, kernel) pairs, because the same kernel sees
-other inputs in another group.
+Inside an SFG layer the order is convolution -> normalisation -> activation -> gate. One rule holds for all norms: the
+statistics are those of the DRAWN row of each kernel (in a relaxed draw: of its most probable row), and the same scale
+and shift serve its other rows. So nothing has to be computed for undrawn rows, whose gate is zero, except what the
+gradient of this gate needs. (Batch statistics of its own for every group and kernel learn no better:
+benchmarks/results/phantom_study.md.)
+
+- Batch norm (`KernelNorm`): statistics of a kernel over the batch. Running statistics belong to (group, kernel) pairs,
+  because the same kernel sees other inputs in another group.
+- The other norms (`ImageNorm`) have statistics of each image, and do the same in `eval()`. A norm over channels (group
+  norm, layer norm) takes together only kernels that are drawn into the same filter group. If it took all kernels, the
+  features of one task would depend on the kernels of another task, which this task does not read; and what the shared
+  kernels give would change with every task's.
 
 This file is plain torch; the oracle uses it. What kernels do in one go stands in routed_conv/epilogue.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .groups import FilterGroups
-from .kernels import formulas
+from .kernels import formulas, packing
 from .kernels.formulas import affine_of
 from .kernels.spec import RunningStatistics
 from .tracing import in_backward
 
+NormName: TypeAlias = str | tuple[str, Mapping[str, Any]] | None
+"""What the argument `norm` of layers can be: None, one of `NORMS`, or such a name with the norm's arguments, such as
+("group", {"num_groups": 8})."""
+
 
 class KernelNorm(nn.Module):
-    """Affine parameters per kernel [K]; running mean and variance per (group, kernel) [T+1, K].
+    """Batch normalisation. Affine parameters per kernel [K]; running mean and variance per (group, kernel) [T+1, K].
 
     Only the running statistics of drawn pairs move. A pair that was never drawn falls back to its kernel's pooled
     statistics. A pair moves at a rate of max(1/n, momentum), where n counts its draws: so a rarely drawn pair starts
@@ -76,22 +87,27 @@ class KernelNorm(nn.Module):
     def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
         """Normalises rows [N, R, H, W], all of which are drawn rows (or all rows of a relaxed draw).
 
-        Returns the result, and scale and shift [T+1, K] without gradient, for the undrawn rows.
+        Returns the result, and scale and shift of the undrawn rows without gradient, [1, T, R, 1, 1] or alike for all
+        groups, [1, 1, R, 1, 1]. (In a relaxed draw no row is undrawn: they mean nothing.)
         """
         if not self.training:
             scale, shift = self.running_affine()
             pick = groups.rows_in_streams
             out = rows * of_channels(scale.reshape(-1)[pick], rows) + of_channels(shift.reshape(-1)[pick], rows)
-            return out, scale.detach(), shift.detach()
+            if groups.full:
+                return out, scale.detach(), shift.detach()
+            of_undrawn = (values.detach()[groups.undrawn_groups, groups.order] for values in (scale, shift))
+            scale, shift = (of_channels(values, rows)[None] for values in of_undrawn)
+            return out, scale, shift
         assert groups.assignment is not None
         if groups.full:  # a relaxed draw
             index = groups.assignment * groups.width + torch.arange(groups.width, device=rows.device)
-            var, mean = torch.var_mean(rows.index_select(1, index), (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(rows.index_select(1, index), over_positions(rows), correction=0)
             scale, shift = self.batch_affine(mean, var, values_of_each_channel(rows), groups.assignment)
             out = rows * of_channels(scale.repeat(len(groups.names)), rows)
             out = out + of_channels(shift.repeat(len(groups.names)), rows)
         elif self.synchronised:
-            var, mean = torch.var_mean(rows, (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(rows, over_positions(rows), correction=0)
             inverse, count = groups.inverse, values_of_each_channel(rows)
             scale, shift = self.batch_affine(mean[inverse], var[inverse], count, groups.assignment)
             out = rows * of_channels(scale[groups.order], rows) + of_channels(shift[groups.order], rows)
@@ -104,8 +120,24 @@ class KernelNorm(nn.Module):
             with torch.no_grad():
                 biased = var[groups.inverse] * ((count - 1) / max(count, 1))
                 scale, shift = self.batch_affine(mean[groups.inverse], biased, count, groups.assignment)
-        repeat = (len(groups.names), -1)
-        return out, scale.detach().expand(*repeat), shift.detach().expand(*repeat)
+        if groups.full:
+            return out, scale.detach(), shift.detach()
+        scale, shift = (of_channels(values.detach()[groups.order], rows)[None, None] for values in (scale, shift))
+        return out, scale, shift
+
+    def of_dense(self, u: Sequence[Tensor], assignment: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Scale and shift [K, 1, 1] of each group, for T+1 dense tensors [N, K, H, W], or one if all are equal.
+        `assignment` [K]: the drawn groups. The running statistics move."""
+        groups, like = len(self.running_mean), u[0]
+        if not self.training:
+            scale, shift = self.running_affine()
+            return [of_channels(row, like) for row in scale], [of_channels(row, like) for row in shift]
+        var, mean = (
+            torch.stack(moment).gather(0, assignment[None]).squeeze(0) if len(u) > 1 else moment[0]
+            for moment in zip(*(torch.var_mean(one, over_positions(one), correction=0) for one in u), strict=True)
+        )
+        scale, shift = self.batch_affine(mean, var, values_of_each_channel(like), assignment)
+        return [of_channels(scale, like)] * groups, [of_channels(shift, like)] * groups
 
     def batch_affine(self, mean: Tensor, var: Tensor, count: int, assignment: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [K] from mean and (biased) variance [K] of each kernel's drawn row in the batch. The running
@@ -156,6 +188,158 @@ class KernelNorm(nn.Module):
         return f"{kernels} kernels, {groups} groups, eps={self.eps}, momentum={self.momentum}"
 
 
+class ImageNorm(nn.Module):
+    """Instance, group or layer normalisation: the statistics are those of each image, in training and in `eval()`.
+
+    Args:
+        kernels: K.
+        groups: T+1.
+        kind: "instance": mean and variance of each drawn row. "group": of the drawn rows of those kernels of a norm's
+            group that are in the same filter group. "layer": at each position, of the drawn rows of all kernels in the
+            same filter group.
+        num_groups: for "group", in how many groups of neighbouring kernels the norm divides the K kernels, as
+            `nn.GroupNorm`.
+        affine: has the norm a scale `weight` and a shift `bias` [K]? (Otherwise these are None.)
+
+    Raises ValueError for a `num_groups` that does not divide K.
+    """
+
+    def __init__(
+        self,
+        kernels: int,
+        groups: int,
+        kind: Literal["instance", "group", "layer"],
+        num_groups: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        if (num_groups is None) == (kind == "group"):
+            raise ValueError(f"num_groups={num_groups!r}: expected it for the norm 'group' and for no other")
+        if num_groups is not None and (num_groups < 1 or kernels % num_groups):
+            raise ValueError(f"num_groups={num_groups}: expected a divisor of the {kernels} kernels")
+        self.kernels, self.groups, self.kind, self.num_groups, self.eps = kernels, groups, kind, num_groups, eps
+        self.weight = nn.Parameter(torch.empty(kernels, **factory)) if affine else None
+        self.bias = nn.Parameter(torch.empty(kernels, **factory)) if affine else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets all to what a new module has: scale 1, shift 0."""
+        if self.weight is not None and self.bias is not None:
+            self.weight.fill_(1)
+            self.bias.zero_()
+
+    def forward(self, rows: Tensor, groups: FilterGroups) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalises rows [N, R, H, W], all of which are drawn rows (or all rows of a relaxed draw).
+
+        Returns the result, and scale and shift of the undrawn rows without gradient, alike for all groups, [N, 1, R, 1,
+        1] or, for a layer norm, [N, 1, R, H, W]. (In a relaxed draw no row is undrawn: they mean nothing.)
+        """
+        self._check(rows)
+        if groups.full:
+            assert groups.assignment is not None
+            kernels = torch.arange(groups.width, device=rows.device)
+            drawn = rows.index_select(1, groups.assignment * groups.width + kernels)
+            scale, shift = self._affine(drawn, groups.assignment, kernels)
+            every = (1, self.groups, *[1] * (rows.dim() - 2))
+            scale, shift = scale.repeat(every), shift.repeat(every)
+        else:
+            scale, shift = self._affine(rows, groups.ids, groups.order)
+        out = torch.addcmul(shift.to(rows.dtype), rows, scale.to(rows.dtype))
+        return out, scale.detach()[:, None], shift.detach()[:, None]
+
+    def of_dense(self, u: Sequence[Tensor], assignment: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Scale and shift [N, K, 1, 1] (layer norm: [N, K, H, W]) of each group, for T+1 dense tensors [N, K, H, W], or
+        one if all are equal. `assignment` [K]: the drawn groups."""
+        self._check(u[0])
+        kernels = torch.arange(self.kernels, device=u[0].device)
+        if self.kind == "layer" or len(u) == 1:
+            drawn = u[0]
+            for group, one in enumerate(u[1:], 1):
+                drawn = torch.where(packing.of_channels(assignment == group, one), one, drawn)
+            scale, shift = self._affine(drawn, assignment, kernels)
+        else:
+            index = assignment.expand(1, u[0].shape[0], -1)
+            var, mean = (
+                torch.stack(moment).gather(0, index).squeeze(0)
+                for moment in zip(*(_moments(one) for one in u), strict=True)
+            )
+            mean, var = self._together(mean, var, assignment, kernels)
+            scale, shift = (packing.of_channels(one, u[0]) for one in self._of_moments(mean, var, kernels))
+        scale, shift = scale.to(u[0].dtype), shift.to(u[0].dtype)
+        return [scale] * self.groups, [shift] * self.groups
+
+    def _check(self, rows: Tensor) -> None:
+        if self.kind == "instance" and rows.shape[2:].numel() == 1:
+            raise ValueError("instance normalisation needs more than one position in an image, got one")
+
+    def _affine(self, drawn: Tensor, ids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, which fit the drawn rows [N, R, H, W]. `ids`, `order`: int64 [R], the filter group and the
+        kernel of each row."""
+        if self.kind != "layer":
+            var, mean = _moments(drawn)
+            mean, var = self._together(mean, var, ids, order)
+            scale, shift = self._of_moments(mean, var, order)
+            return packing.of_channels(scale, drawn), packing.of_channels(shift, drawn)
+        drawn = drawn.to(torch.promote_types(drawn.dtype, torch.float32))
+        mean = _mean_of_equals(drawn, ids, self.groups)
+        var = _mean_of_equals((drawn - mean).square(), ids, self.groups)
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None and self.bias is not None:
+            scale = scale * packing.of_channels(self.weight[order], drawn)
+            return scale, packing.of_channels(self.bias[order], drawn) - mean * scale
+        return scale, -mean * scale
+
+    def _together(self, mean: Tensor, var: Tensor, ids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [N, R] of all rows that are normalised together, from those of each row."""
+        if self.num_groups is None:
+            return mean, var
+        which = ids * self.num_groups + order // (self.kernels // self.num_groups)
+        count = self.groups * self.num_groups
+        whole = _mean_of_equals(mean, which, count)
+        return whole, _mean_of_equals(var + (mean - whole).square(), which, count)
+
+    def _of_moments(self, mean: Tensor, var: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [N, R] from mean and variance [N, R]."""
+        if self.weight is not None and self.bias is not None:
+            return affine_of(self.weight[order], self.bias[order], mean, var, self.eps)
+        scale = (var + self.eps).rsqrt()
+        return scale, -mean * scale
+
+    def extra_repr(self) -> str:
+        """The arguments, for `print`."""
+        groups = "" if self.num_groups is None else f", num_groups={self.num_groups}"
+        affine = "" if self.weight is not None else ", affine=False"
+        return f"{self.kernels} kernels, {self.kind}{groups}, eps={self.eps}{affine}"
+
+
+def make_norm(norm: NormName, kernels: int, groups: int, **factory: Any) -> KernelNorm | ImageNorm | None:
+    """The norm of a layer of K kernels and T+1 groups. Raises ValueError for an unknown name and for arguments that
+    this norm doesn't have."""
+    name, options = norm if isinstance(norm, tuple) and len(norm) == 2 else (norm, {})
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in NORMS or not isinstance(options, Mapping):
+        known = ", ".join(map(repr, NORMS))
+        raise ValueError(f"norm={norm!r} is unknown, expected None, {known} or (name, {{argument: value}})")
+    if unknown := options.keys() - set(NORMS[name]):
+        raise ValueError(f"norm={norm!r}: {name} norm has no argument {sorted(unknown)[0]!r}, expected {NORMS[name]}")
+    if name == "batch":
+        return KernelNorm(kernels, groups, **options, **factory)
+    return ImageNorm(kernels, groups, name, **options, **factory)  # type: ignore[arg-type]
+
+
+NORMS: dict[str, tuple[str, ...]] = {
+    "batch": ("eps", "momentum"),
+    "instance": ("eps", "affine"),
+    "group": ("num_groups", "eps", "affine"),
+    "layer": ("eps", "affine"),
+}
+"""The norms that an SFG layer can have, and their arguments."""
+
+
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all processes. It also runs on the CPU, where torch's SyncBatchNorm
     does not."""
@@ -175,7 +359,7 @@ def folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) ->
     """Weight and bias of one convolution that computes scale * (convolution with weight and bias) + shift, in the dtype
     of the weight."""
     bias = shift if bias is None else scale * bias + shift
-    return (weight * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+    return (weight * packing.of_channels(scale[:, None], weight)).to(weight.dtype), bias.to(weight.dtype)
 
 
 def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -239,9 +423,28 @@ class _Sum(torch.autograd.Function):
 
 def values_of_each_channel(rows: Tensor) -> int:
     """N * H * W of rows [N, R, H, W]."""
-    return rows.shape[0] * rows.shape[2] * rows.shape[3]
+    return rows.shape[0] * rows.shape[2:].numel()
+
+
+def over_positions(rows: Tensor) -> list[int]:
+    """The dimensions of rows [N, R, H, W] that statistics of each row are over: all but R."""
+    return [0, *range(2, rows.dim())]
 
 
 def of_channels(values: Tensor, like: Tensor) -> Tensor:
-    """[R] -> [R, 1, 1], in the dtype of the features `like`."""
-    return values.to(like.dtype)[:, None, None]
+    """[.., R] -> [.., R, 1, 1], in the dtype of the features `like`."""
+    return packing.of_channels(values.to(like.dtype), like)
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(Biased) variance and mean [N, R] over the positions of each image, at least float32."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.var_mean(rows, tuple(range(2, rows.dim())), correction=0)
+
+
+def _mean_of_equals(values: Tensor, which: Tensor, count: int) -> Tensor:
+    """Each row's mean over all rows for which `which` [R], a number below `count`, is the same; values and result [N,
+    R, ..]."""
+    belongs = (which[:, None] == torch.arange(count, device=which.device)).to(values.dtype)
+    means = torch.einsum("rs,nr...->ns...", belongs / belongs.sum(0).clamp_min(1), values)
+    return means.index_select(1, which)

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .activations import activate
 from .groups import FilterGroups, Routing, sort_by_group
-from .layer import SFGLayer
-from .norm import KernelNorm
+from .layer import Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer, ConvTranspose3dLayer, SFGLayer
+from .norm import ImageNorm, KernelNorm, of_channels
 from .plain_ops import TensorLike
 
 
@@ -85,34 +84,40 @@ def merge(features: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     return [features[0], *(task + features[0] for task in features[1:])]
 
 
-def normalise(u: list[Tensor], norm: KernelNorm, groups: FilterGroups) -> list[Tensor]:
-    """u normalised: all rows of a kernel by the batch statistics of its drawn row, in eval by the running ones
-    (norm.py).
+def normalise(u: list[Tensor], norm: KernelNorm | ImageNorm, groups: FilterGroups) -> list[Tensor]:
+    """u normalised: all rows of a kernel by the statistics of its drawn row; of a batch norm in `eval()` by the running
+    ones (norm.py).
 
     `u` holds T+1 tensors, or one if all groups read the same image (then all rows of a kernel are equal).
     """
-    if norm.training:
-        assert groups.assignment is not None
-        var, mean = (
-            torch.stack(moment).gather(0, groups.assignment[None]).squeeze(0) if len(u) > 1 else moment[0]
-            for moment in zip(*(torch.var_mean(tensor, (0, 2, 3), correction=0) for tensor in u), strict=True)
-        )
-        scale, shift = norm.batch_affine(mean, var, u[0].numel() // u[0].shape[1], groups.assignment)
-        scales, shifts = [scale] * len(u), [shift] * len(u)
+    assert groups.assignment is not None
+    scales, shifts = norm.of_dense(u, groups.assignment)
+    if isinstance(norm, KernelNorm) and not norm.training and len(u) == 1:
+        u = u * len(scales)  # the running statistics of the groups differ
+    return [torch.addcmul(shifts[group], one, scales[group]) for group, one in enumerate(u)]
+
+
+def forward(layer: SFGLayer, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
+    """The forward pass of an SFG layer by dense masking: F_g = z_g * act(norm(u_g)) for every group g."""
+    groups = layer.draw() if groups is None else layer.check_groups(groups)
+    assert groups.gates is not None
+    weight = layer.weight_of(groups)
+    if isinstance(x, Tensor):
+        u = [layer.plain(x, weight, layer.bias)]  # every group reads the same image: convolve once, then mask
     else:
-        scales, shifts = (list(affine) for affine in norm.running_affine())
-        u = u if len(u) > 1 else u * len(scales)
-    return [
-        torch.addcmul(b.to(x.dtype)[:, None, None], x, a.to(x.dtype)[:, None, None])
-        for x, a, b in zip(u, scales, shifts, strict=True)
-    ]
+        layer.check_sequence(x)
+        u = [layer.plain(read, weight, layer.bias) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
+    if layer.norm is not None:
+        u = normalise(u, layer.norm, groups)
+    h = [activate(tensor, layer.activation) for tensor in u]
+    h = h if len(h) > 1 else h * len(layer.group_names)
+    z = of_channels(groups.gates.to(h[0].dtype).t(), h[0])
+    return DenseFeatures([z[group] * tensor for group, tensor in enumerate(h)], groups)
 
 
-class SFGConv2d(SFGLayer):
-    """A convolution whose K kernels are drawn into T+1 groups, by dense masking. See `sfg_fast.SFGConv2d`.
-
-    It has the constructor, parameters and state_dict of the fast layer, and returns the list of T+1 dense tensors.
-    """
+class _Dense(SFGLayer):
+    """An SFG layer by dense masking. It has the constructor, parameters and state_dict of the fast layer of its name,
+    and returns the list of T+1 dense tensors."""
 
     def forward(self, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
         """x: one image [N, C, H, W] for all groups, or T+1 dense tensors [N, C, H, W]. `groups`: a draw to use instead
@@ -126,23 +131,17 @@ class SFGConv2d(SFGLayer):
         return assignment, (*sort_by_group(assignment, log_p.shape[1]), {})
 
 
-def forward(layer: SFGLayer, x: Tensor | Sequence[Tensor], groups: FilterGroups | None = None) -> DenseFeatures:
-    """The forward pass of an SFG layer by dense masking: F_g = z_g * act(norm(u_g)) for every group g."""
-    groups = layer.draw() if groups is None else layer.check_groups(groups)
-    assert groups.gates is not None
-    weight = layer.weight_of(groups)
-    if isinstance(x, Tensor):
-        u = [_convolve(layer, x, weight)]  # every group reads the same image: convolve once, then mask
-    else:
-        layer.check_sequence(x)
-        u = [_convolve(layer, read, weight) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
-    if layer.norm is not None:
-        u = normalise(u, layer.norm, groups)
-    h = [activate(tensor, layer.activation) for tensor in u]
-    h = h if len(h) > 1 else h * len(layer.group_names)
-    z = groups.gates.to(h[0].dtype).t()[:, :, None, None]
-    return DenseFeatures([z[group] * tensor for group, tensor in enumerate(h)], groups)
+class SFGConv2d(_Dense, Conv2dLayer):
+    """A convolution whose K kernels are drawn into T+1 groups. See `sfg_fast.SFGConv2d`."""
 
 
-def _convolve(layer: SFGLayer, x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(layer.pad(x), weight, layer.bias, layer.stride, layer.zero_padding or 0, layer.dilation)
+class SFGConv3d(_Dense, Conv3dLayer):
+    """The same for volumes. See `sfg_fast.SFGConv3d`."""
+
+
+class SFGConvTranspose2d(_Dense, ConvTranspose2dLayer):
+    """A transposed convolution whose K kernels are drawn. See `sfg_fast.SFGConvTranspose2d`."""
+
+
+class SFGConvTranspose3d(_Dense, ConvTranspose3dLayer):
+    """The same for volumes. See `sfg_fast.SFGConvTranspose3d`."""

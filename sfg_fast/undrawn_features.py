@@ -22,8 +22,8 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
 
 def of_drawn(drawn: Tensor, groups: int) -> Tensor:
     """The undrawn features [N, (groups - 1) * rows, H, W] beside drawn rows [N, rows, H, W]."""
-    n, rows, height, width = drawn.shape
-    return zeros(drawn, n, (groups - 1) * rows, height, width)
+    n, rows, *size = drawn.shape
+    return zeros(drawn, n, (groups - 1) * rows, *size)
 
 
 def no_memory(shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor, device: Any = None) -> Tensor:
@@ -72,8 +72,8 @@ class _Concatenated(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, counts: list[int], has: list[bool], *parts: Tensor) -> Tensor:
         ctx.counts, ctx.has, ctx.tasks = counts, has, parts[0].shape[1] // counts[has.index(True)]
         ctx.save_for_backward(rows)
-        n, _, height, width = parts[0].shape
-        return zeros(parts[0], n, ctx.tasks * len(rows), height, width)
+        n, _, *size = parts[0].shape
+        return zeros(parts[0], n, ctx.tasks * len(rows), *size)
 
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sfg_fast.kernels.spec import BatchNorm, MovingStatistics, RunningStatistics
+from sfg_fast.kernels.spec import MovingStatistics, Norm, RunningStatistics
 from torch import Tensor
 
 Pool = Callable[[Tensor], Tensor]
@@ -109,7 +109,7 @@ def through(normalise: Callable[..., Any]) -> Callable[..., None]:
     def keep(mean: Tensor, var: Tensor, assignment: Tensor, count: int, momentum: float, running: Any) -> None:
         signs = torch.tensor([1.0, -1.0]).repeat(count // 2)
         u = (mean[:, None] + var.sqrt()[:, None] * signs)[None, :, None]
-        norm = BatchNorm(torch.ones_like(mean), torch.zeros_like(mean), None, 1e-5, None)
+        norm = Norm(torch.ones_like(mean), torch.zeros_like(mean), None, 1e-5, None)
         found = normalise(u, norm, None, moves=MovingStatistics(running, assignment, momentum))
         mean.copy_(found[1])  # within rounding; the loop goes on with what the backend has found
         var.copy_(found[2])

@@ -24,11 +24,14 @@ def check_undrawn(rows, u, random):
     """u of the undrawn rows, and <dF, act(scale * u + shift)> of each. u: [N, T, rows, H, W], as they should be."""
     for n, found in enumerate(masked.undrawn_rows(rows.formula(None, None, None, masked))):
         assert_close(found, u[:, n], what="undrawn rows")
-    scale, shift = (random(*u.shape[1:3]) for _ in range(2))
-    for affine in ((None, None), (scale, shift)):
+    images, groups, kernels = u.shape[:3]
+    shapes = None, (1, groups), (images, 1), (images, groups)  # alike for all images, for all groups, for none
+    for shape in shapes:
+        affine = (None, None) if shape is None else tuple(random(*shape, kernels, 1, 1) for _ in range(2))
         for activation in rows.run.kernels.KNOWS:
-            h = u if affine[0] is None else u * scale[:, :, None, None] + shift[:, :, None, None]
-            h = h if activation is None else h.clamp_min(0)
+            h = u if shape is None else u * affine[0] + affine[1]
+            if activation is not None:
+                h = h.clamp_min(0) + (0.01 * h.clamp_max(0) if activation == "leaky_relu" else 0)
             if activation == "relu_pool":
                 if min(u.shape[3:]) < 2:
                     continue

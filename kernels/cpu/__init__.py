@@ -18,8 +18,9 @@ from ..masked import missing
 from ..packing import unpack, unpack_dim
 from ..spec import (
     NO_SHORTCUT,
-    BatchNorm,
     MovingStatistics,
+    Norm,
+    Pair,
     RoutedConv,
     RunningStatistics,
     ShortcutGradient,
@@ -53,9 +54,9 @@ __all__ = [
 
 MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = NORMALISES = READS_NORMALISED = True
 OF_TORCH = SHARES_PRODUCTS = False
-MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "relu_pool")
+MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "leaky_relu", "relu_pool")
 
-Pair = tuple[int, int]  # vertical, horizontal
+LEAKY_SLOPE = 0.01  # of "leaky_relu"
 
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system
 
@@ -65,6 +66,8 @@ INSTRUCTION_SET = _native.instruction_sets()[0]  # the fastest that this process
 def cannot(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the tensor is on {x.device}, the native kernels run on the CPU"
+    if x.dim() > 4:
+        return f"the tensor has {x.dim()} dimensions, the native kernels take images [N, C, H, W]"
     if x.dtype not in (torch.float32, torch.float64):
         return f"the tensor is {x.dtype}, the native kernels take float32 and float64"
     if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided:
@@ -214,24 +217,29 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+    u: Tensor, norm: Norm, residual: Tensor | None, *, moves: MovingStatistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    relu, pool = _flags(norm.activation)
+    if norm.each_image:
+        images, channels = u.shape[:2]
+        y, *statistics, affine = normalise(_one_image(u), _for_one_image(norm, images), _one_image(residual))
+        mean, var = (one.view(images, -1) for one in statistics)
+        return y.view(images, channels, *y.shape[2:]), mean, var, affine.view(2, images, channels)
+    activation = _activation(norm.activation)
     weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
     n, channels, height, width = u.shape
-    y = _empty(u, n, channels, *((height // 2, width // 2) if pool else (height, width)))
+    y = _empty(u, n, channels, *((height // 2, width // 2) if activation.pool else (height, width)))
     mean, var = torch.empty_like(weight), torch.empty_like(weight)
     arrays = _plain(u), _plain(weight), _plain(bias), _plain_or_none(norm.order), _plain_or_none(residual)
     found = to_dlpack(y), to_dlpack(mean), to_dlpack(var)
     affine = u.new_empty(2, channels)
-    _native.normalise(*arrays, norm.eps, relu, pool, *found, torch.get_num_threads(), to_dlpack(affine))
+    _native.normalise(*arrays, norm.eps, activation, *found, torch.get_num_threads(), to_dlpack(affine))
     if moves is not None:
         keep_statistics(mean, var, moves.assignment, n * height * width, moves.momentum, moves.running)
     return y, mean, var, affine
 
 
 def statistics(
-    u: Tensor, norm: BatchNorm, running_mean: Tensor, running_var: Tensor, rate: float
+    u: Tensor, norm: Norm, running_mean: Tensor, running_var: Tensor, rate: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
     affine = u.new_empty(2, u.shape[1])
@@ -240,7 +248,7 @@ def statistics(
     found = to_dlpack(mean), to_dlpack(var)
     running = [statistic.to(u.dtype) for statistic in (running_mean, running_var)]
     more = to_dlpack(affine), *map(to_dlpack, running), rate
-    _native.normalise(*arrays, norm.eps, True, False, None, *found, torch.get_num_threads(), *more)
+    _native.normalise(*arrays, norm.eps, _activation("relu"), None, *found, torch.get_num_threads(), *more)
     for statistic, new in zip((running_mean, running_var), running, strict=True):
         if new is not statistic:
             statistic.copy_(new)
@@ -248,20 +256,26 @@ def statistics(
 
 
 def normalise_gradient(
-    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+    dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if norm.each_image:
+        images = u.shape[0]
+        one_image = _one_image(dy), _one_image(u), _for_one_image(norm, images), mean.flatten(), var.flatten()
+        du, *of_norm = normalise_gradient(*one_image, _one_image(shortcut))
+        dweight, dbias = (gradient.view(images, -1).sum(0) for gradient in of_norm)
+        return du.view(u.shape), dweight, dbias
     return _normalise_gradient(dy.contiguous(), u, norm, mean, var, shortcut, again=None)
 
 
 def normalise_gradient_again(
-    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+    dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy = dy.contiguous()
     return *_normalise_gradient(dy, u, norm, mean, var, shortcut, again=dy), dy
 
 
 def _normalise_gradient(
-    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None, again: Tensor | None
+    dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None, again: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`again`: None, or the tensor that act(norm(u)) is written into; it may be dy."""
     weight, bias = norm.weight.to(u.dtype), norm.bias.to(u.dtype)
@@ -276,7 +290,7 @@ def _normalise_gradient(
         _plain(var),
         _plain_or_none(shortcut),
         norm.eps,
-        *_flags(norm.activation),
+        _activation(norm.activation),
         to_dlpack(du),
         to_dlpack(dweight),
         to_dlpack(dbias),
@@ -303,9 +317,32 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return from_dlpack((_native.empty_float32 if like.dtype == torch.float32 else _native.empty_float64)(shape))
 
 
-def _flags(activation: str | None) -> tuple[bool, bool]:
-    """Does the activation have a ReLU, and does it pool?"""
-    return activation in ("relu", "relu_pool"), activation == "relu_pool"
+def _one_image(images: Any) -> Any:
+    """[N, R, H, W] -> [1, N * R, H, W], or None: the statistics of each image are then those of a batch of one."""
+    return None if images is None else images.contiguous().view(1, -1, *images.shape[2:])
+
+
+def _for_one_image(norm: Norm, images: int) -> Norm:
+    """The norm for `_one_image` of so many images: every image has kernels of its own."""
+    kernels = norm.weight.numel()
+    order = torch.arange(kernels) if norm.order is None else norm.order
+    order = (order + kernels * torch.arange(images)[:, None]).flatten()
+    return norm._replace(
+        weight=norm.weight.repeat(images), bias=norm.bias.repeat(images), order=order, each_image=False
+    )
+
+
+class Activation(NamedTuple):
+    """An activation, as the C++ code knows it."""
+
+    relu: bool
+    pool: bool
+    slope: float  # what the ReLU multiplies values below zero with
+
+
+def _activation(name: str | None) -> Activation:
+    relu = name in ("relu", "leaky_relu", "relu_pool")
+    return Activation(relu, name == "relu_pool", LEAKY_SLOPE if name == "leaky_relu" else 0.0)
 
 
 def _arguments(formula: UndrawnFormula) -> tuple[Any, ...]:
@@ -314,7 +351,7 @@ def _arguments(formula: UndrawnFormula) -> tuple[Any, ...]:
     arrays = _plain(x), _plain(packed.weight), _plain_or_none(packed.bias), _plain_or_none(kept_product)
     affine = (None if values is None else _plain(values.to(x.dtype)) for values in (scale, shift))
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), _taps(packed))
-    return *arrays, *affine, *_flags(activation), *_blocks(spec), *spec.geometry, size, *_orders(spec)
+    return *arrays, *affine, _activation(activation), *_blocks(spec), *spec.geometry, size, *_orders(spec)
 
 
 def _taps(packed: Parameters) -> tuple[int, int]:
@@ -329,7 +366,7 @@ def _blocks(spec: RoutedConv) -> tuple[list[int], list[int], list[int]]:
 
 def _where(spec: RoutedConv) -> tuple[list[int], list[int], list[int], Pair, Pair, Pair, int]:
     """`_blocks`, the geometry, and the number of threads."""
-    return *_blocks(spec), spec.geometry.stride, spec.geometry.padding, spec.geometry.dilation, torch.get_num_threads()
+    return *_blocks(spec), *spec.geometry.of_image, torch.get_num_threads()
 
 
 def _orders(spec: RoutedConv) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 Array: TypeAlias = object  # a DLPack capsule
 Pair: TypeAlias = tuple[int, int]  # vertical, horizontal
+Activation: TypeAlias = tuple[bool, bool, float]  # relu, pool, slope
 
 def instruction_sets() -> list[str]: ...
 def use(name: str) -> None: ...
@@ -91,8 +92,7 @@ def normalise(
     order: Array | None,
     residual: Array | None,
     eps: float,
-    relu: bool,
-    pool: bool,
+    activation: Activation,
     y: Array | None,
     mean: Array,
     var: Array,
@@ -112,8 +112,7 @@ def normalise_gradient(
     var: Array,
     shortcut_gradient: Array | None,
     eps: float,
-    relu: bool,
-    pool: bool,
+    activation: Activation,
     du: Array,
     dweight: Array,
     dbias: Array,

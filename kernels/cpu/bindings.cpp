@@ -172,27 +172,38 @@ void forward(Tensor<const T> x, Tensor<const T> w, std::optional<Array<const T, 
                     residual_data, relu, y.data(), kept_data, p, b, threads);
 }
 
-// The tuple in which Python passes UndrawnFormula: x, weight, bias, kept_product, scale, shift, relu, pool, rows,
+// How Python passes an Activation: relu, pool, slope.
+using ActivationTuple = std::tuple<bool, bool, double>;
+
+sfg::Activation activation(const ActivationTuple& tuple) {
+    const auto [relu, pool, slope] = tuple;
+    require(relu || !pool, "pooling comes behind a ReLU");
+    require(!pool || slope == 0, "pooling comes behind a ReLU that is not leaky");
+    return {relu, pool, slope};
+}
+
+// The tuple in which Python passes UndrawnFormula: x, weight, bias, kept_product, scale, shift, activation, rows,
 // columns, reads, stride, padding, dilation, the output's size, row_order, column_order.
 template <typename T>
 using UndrawnTuple = std::tuple<Tensor<const T>, Tensor<const T>, std::optional<Array<const T, 1>>, Optional<T>,
-                                std::optional<Array<const T, 2>>, std::optional<Array<const T, 2>>, bool, bool, Offsets,
-                                Offsets, Table, Pair, Pair, Pair, Pair, Order, Order>;
+                                std::optional<Array<const T, 3>>, std::optional<Array<const T, 3>>, ActivationTuple,
+                                Offsets, Offsets, Table, Pair, Pair, Pair, Pair, Order, Order>;
 
 // The result points into the tuple.
 template <typename T>
 sfg::UndrawnFormula<T> undrawn_formula(const UndrawnTuple<T>& tuple) {
-    const auto& [x, w, bias, kept_product, scale, shift, relu, pool, rows, columns, reads, stride, padding, dilation,
-                 size, row_order, column_order] = tuple;
+    const auto& [x, w, bias, kept_product, scale, shift, act, rows, columns, reads, stride, padding, dilation, size,
+                 row_order, column_order] = tuple;
     const std::array<int64_t, 4> y{int64_t(x.shape(0)), rows.empty() ? 0 : rows.back(), size[0], size[1]};
     const Shape p = shape(x, w, y, {stride, padding, dilation});
-    require(relu || !pool, "pooling comes behind a ReLU");
     const Blocks b = blocks({rows, columns, reads, row_order, column_order}, p, w);
     require(!bias || bias->shape(0) == w.shape(0), "the bias does not fit the output channels");
     require(bool(scale) == bool(shift), "scale and shift come together");
     for (const auto* values : {&scale, &shift})
-        require(!*values || ((int64_t((*values)->shape(0)) == b.groups_out - 1 || (*values)->shape(0) == 1) &&
-                             (*values)->shape(0) == scale->shape(0) && int64_t((*values)->shape(1)) == p.k),
+        require(!*values || ((int64_t((*values)->shape(0)) == p.n || (*values)->shape(0) == 1) &&
+                             (int64_t((*values)->shape(1)) == b.groups_out - 1 || (*values)->shape(1) == 1) &&
+                             (*values)->shape(0) == scale->shape(0) && (*values)->shape(1) == scale->shape(1) &&
+                             int64_t((*values)->shape(2)) == p.k),
                 "scale or shift don't fit the undrawn rows");
     return {.x = x.data(),
             .weight = w.data(),
@@ -200,8 +211,9 @@ sfg::UndrawnFormula<T> undrawn_formula(const UndrawnTuple<T>& tuple) {
             .kept_product = data(kept_product, y, "the kept product does not fit the output"),
             .scale = scale ? scale->data() : nullptr,
             .shift = shift ? shift->data() : nullptr,
-            .one_affine = scale && scale->shape(0) == 1,
-            .act = {relu, pool},
+            .one_image = scale && scale->shape(0) == 1,
+            .one_group = scale && scale->shape(1) == 1,
+            .act = activation(act),
             .shape = p,
             .blocks = b};
 }
@@ -292,13 +304,12 @@ using Vector = Array<T, 1>;
 
 template <typename T>
 sfg::Norm<T> norm(const Tensor<const T>& u, const Vector<const T>& weight, const Vector<const T>& bias,
-                  const Order& places, double eps, bool relu, bool pool) {
+                  const Order& places, double eps, const ActivationTuple& act) {
     const int64_t c = u.shape(1);
     require(int64_t(weight.shape(0)) == c && int64_t(bias.shape(0)) == c, "the parameters don't fit the channels");
     const int64_t* at = order(places, c, c);
     require(each_once(at, c), "an order has a kernel twice");
-    require(relu || !pool, "pooling comes behind a ReLU");
-    return {u.data(), weight.data(),       bias.data(),        at, T(eps), {relu, pool}, int64_t(u.shape(0)),
+    return {u.data(), weight.data(),       bias.data(),        at, T(eps), activation(act), int64_t(u.shape(0)),
             c,        int64_t(u.shape(2)), int64_t(u.shape(3))};
 }
 
@@ -310,12 +321,12 @@ std::array<int64_t, 4> output_size(const sfg::Norm<T>& norm) {
 
 template <typename T>
 void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, const Order& order,
-               Optional<T> residual, double eps, bool relu, bool pool, std::optional<Tensor<T>> y, Vector<T> mean,
+               Optional<T> residual, double eps, const ActivationTuple& act, std::optional<Tensor<T>> y, Vector<T> mean,
                Vector<T> var, int threads, std::optional<Array<T, 2>> affine, std::optional<Vector<T>> running_mean,
                std::optional<Vector<T>> running_var, double rate) {
-    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
+    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, act);
     const T* const residual_data = data(residual, output_size(n), "the residual does not fit the output");
-    require(!residual || !pool, "there is no residual behind pooling");
+    require(!residual || !n.act.pool, "there is no residual behind pooling");
     T* const output = data(y, output_size(n), "the output does not fit the input");
     for (const int64_t size : {mean.shape(0), var.shape(0)}) require(size == n.c, "a statistic does not fit");
     require(!affine || (affine->shape(0) == 2 && int64_t(affine->shape(1)) == n.c), "scale and shift don't fit");
@@ -335,16 +346,16 @@ void normalise(Tensor<const T> u, Vector<const T> weight, Vector<const T> bias, 
 template <typename T>
 void normalise_gradient(Tensor<const T> dy, Tensor<const T> u, Vector<const T> weight, Vector<const T> bias,
                         const Order& order, Vector<const T> mean, Vector<const T> var, Optional<T> shortcut_gradient,
-                        double eps, bool relu, bool pool, Tensor<T> du, Vector<T> dweight, Vector<T> dbias, int threads,
-                        std::optional<Tensor<T>> activated_again) {
-    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, relu, pool);
+                        double eps, const ActivationTuple& act, Tensor<T> du, Vector<T> dweight, Vector<T> dbias,
+                        int threads, std::optional<Tensor<T>> activated_again) {
+    const sfg::Norm<T> n = norm<T>(u, weight, bias, order, eps, act);
     const std::array<int64_t, 4> input{n.n, n.c, n.h, n.w};
     data(std::optional(dy), output_size(n), "the gradient does not fit the output");
     data(std::optional(du), input, "the gradient does not fit the input");
     const T* const shortcut = data(shortcut_gradient, input, "the shortcut's gradient does not fit the input");
     for (const int64_t size : {mean.shape(0), var.shape(0), dweight.shape(0), dbias.shape(0)})
         require(size == n.c, "a statistic or gradient does not fit the channels");
-    require(!activated_again || !pool, "with pooling the activation is not computed again");
+    require(!activated_again || !n.act.pool, "with pooling the activation is not computed again");
     T* const activated = data(activated_again, input, "the activation does not fit the input");
     const sfg::InnerLoops<T>& inner = loops<T>();
     require(threads >= 1, "threads must be at least 1");
@@ -457,12 +468,12 @@ void define(nb::module_& m) {
     m.def("sample", &sample<T>, "log_p"_a.noconvert(), "noise"_a.noconvert().none(), "assignment"_a.noconvert(),
           "order"_a.noconvert(), "offsets"_a.noconvert(), "known"_a.noconvert());
     m.def("normalise", &normalise<T>, "u"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "order"_a.none(),
-          "residual"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "y"_a.noconvert().none(), "mean"_a.noconvert(),
+          "residual"_a.noconvert().none(), "eps"_a, "activation"_a, "y"_a.noconvert().none(), "mean"_a.noconvert(),
           "var"_a.noconvert(), "threads"_a, "affine"_a.noconvert() = nb::none(),
           "running_mean"_a.noconvert() = nb::none(), "running_var"_a.noconvert() = nb::none(), "rate"_a = 0.0);
     m.def("normalise_gradient", &normalise_gradient<T>, "dy"_a.noconvert(), "u"_a.noconvert(), "weight"_a.noconvert(),
           "bias"_a.noconvert(), "order"_a.none(), "mean"_a.noconvert(), "var"_a.noconvert(),
-          "shortcut_gradient"_a.noconvert().none(), "eps"_a, "relu"_a, "pool"_a, "du"_a.noconvert(),
+          "shortcut_gradient"_a.noconvert().none(), "eps"_a, "activation"_a, "du"_a.noconvert(),
           "dweight"_a.noconvert(), "dbias"_a.noconvert(), "threads"_a, "activated_again"_a.noconvert() = nb::none());
 }
 

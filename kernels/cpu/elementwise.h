@@ -47,6 +47,13 @@ SFG_INLINE Vector<T> largest(const Vector<T>* values) {
         most = (values[place] > most) | (values[place] != values[place]) ? values[place] : most;
     return most;
 }
+
+// What the activation makes of values below zero. (A ReLU makes 0 of infinity, too; a product would be a NaN.)
+template <typename T>
+SFG_INLINE Vector<T> below_zero(const Activation& act, Vector<T> values) {
+    return act.slope != 0 ? values * broadcast(T(act.slope)) : Vector<T>{};
+}
+
 template <typename T, bool POOL>
 SFG_INLINE void gates_of(const GateTile<T>& t) {
     constexpr int L = LANES<T>, STEP = POOL ? 2 : 1;
@@ -67,7 +74,7 @@ SFG_INLINE void gates_of(const GateTile<T>& t) {
                 } else {
                     h = load_some(u + j, left) * scale + shift;
                 }
-                if (t.act.relu) h = h < none ? none : h;
+                if (t.act.relu) h = h < none ? below_zero<T>(t.act, h) : h;
                 sum += load_some(df + j, left) * h;
             };
             int64_t j = 0;
@@ -120,7 +127,7 @@ void affine(const AffineTile<T>& t) {
     for (int64_t j = 0; j < t.count; j += LANES<T>) {
         const int64_t left = t.count - j;
         Vector<T> y = load_some(t.u + j, left) * scale + shift;
-        if (t.relu) y = y < none ? none : y;
+        if (t.act.relu) y = y < none ? below_zero<T>(t.act, y) : y;
         if (t.residual) y += load_some(t.residual + j, left);
         store_some<T>(t.y + j, y, left);
     }
@@ -130,7 +137,7 @@ void affine(const AffineTile<T>& t) {
 template <typename T>
 SFG_INLINE Vector<T> through_relu(const AffineGradient<T>& t, int64_t j, Vector<T> u) {
     const Vector<T> none{}, dy = load_some(t.dy + j, t.count - j);
-    return t.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? none : dy) : dy;
+    return t.act.relu ? (u * broadcast(t.scale) + broadcast(t.shift) <= none ? below_zero<T>(t.act, dy) : dy) : dy;
 }
 
 template <typename T>
@@ -164,7 +171,8 @@ void affine_gradient(const AffineGradient<T>& t, T slope, T offset, const T* sho
         store_some<T>(du + j, gradient, left);
         if (!activated_again) continue;
         const Vector<T> normalised = u * scale + shift;
-        store_some<T>(activated_again + j, t.relu ? (normalised < none ? none : normalised) : normalised, left);
+        const Vector<T> activated = normalised < none ? below_zero<T>(t.act, normalised) : normalised;
+        store_some<T>(activated_again + j, t.act.relu ? activated : normalised, left);
     }
 }
 

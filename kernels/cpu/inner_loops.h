@@ -9,10 +9,11 @@
 
 namespace sfg {
 
-// What follows a convolution. pool: the maximum of each 2 x 2 outputs is taken behind the ReLU; an odd last row or
-// column is left out.
+// What follows a convolution. relu: values below zero are multiplied with `slope`, which is 0 but for a leaky ReLU.
+// pool: the maximum of each 2 x 2 outputs is taken behind the ReLU; an odd last row or column is left out.
 struct Activation {
     bool relu = false, pool = false;
+    double slope = 0;
 };
 
 constexpr int MOST_OUTPUTS = 16;  // no tile has more outputs, with any instruction set
@@ -142,7 +143,7 @@ template <typename T>
 struct AffineTile {
     const T *u, *residual;  // the residual may be null
     T scale, shift;
-    bool relu;
+    Activation act;  // without pooling
     int64_t count;
     T* y;
 };
@@ -155,12 +156,12 @@ struct PoolTile {
     int64_t rows, columns;  // of u
 };
 
-// The way back through AffineTile: g is dy where scale * u + shift passes the ReLU, otherwise 0.
+// The way back through AffineTile: g is dy where scale * u + shift passes the ReLU, otherwise slope * dy.
 template <typename T>
 struct AffineGradient {
     const T *u, *dy;
     T scale, shift;
-    bool relu;
+    Activation act;  // without pooling
     int64_t count;
 };
 

@@ -70,8 +70,7 @@ void normalise(const InnerLoops<T>& loops, const Norm<T>& norm, const T* residua
                 if (norm.act.pool)
                     loops.pool({image(i), scale, shift, norm.h, norm.w}, y + at);
                 else
-                    loops.affine(
-                        {image(i), residual ? residual + at : nullptr, scale, shift, norm.act.relu, plane, y + at});
+                    loops.affine({image(i), residual ? residual + at : nullptr, scale, shift, norm.act, plane, y + at});
             }
         }
     });
@@ -90,8 +89,8 @@ void normalise_gradient(const InnerLoops<T>& loops, const Norm<T>& norm, const T
             const auto tile = [&](int64_t i) {
                 const int64_t at = i * norm.c + row;
                 if (norm.act.pool)  // pool_gradient has written g into du already
-                    return AffineGradient<T>{norm.u + at * plane, du + at * plane, scale, shift, false, plane};
-                return AffineGradient<T>{norm.u + at * plane, dy + at * plane, scale, shift, norm.act.relu, plane};
+                    return AffineGradient<T>{norm.u + at * plane, du + at * plane, scale, shift, {}, plane};
+                return AffineGradient<T>{norm.u + at * plane, dy + at * plane, scale, shift, norm.act, plane};
             };
             double plain = 0, moment = 0;  // sums of g and g * (u - mean), where g = dL/d(scale * u + shift)
             for (int64_t i = 0; i < norm.n; i++) {

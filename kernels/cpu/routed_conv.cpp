@@ -207,10 +207,10 @@ struct RecomputeUndrawn {
     void finish(const Work<T>& work, int64_t group, int64_t nth, const Place<T>& df, int64_t,
                 const Place<const T>& kept_product) const {
         const Sums<T>& sums = *work.companion;
-        const int64_t first = work.tile().first, affine = formula.affine_at(nth, first);
+        const int64_t first = work.tile().first, affine = formula.affine_at(work.n, nth, first);
         const Place<const T> u = u_in_group(group, sums, formula.blocks, kept_product, sums.scratch(work.aside(3).at));
         add_inner_products<T>(work, u, df.to_read(), formula.scale ? formula.scale + affine : nullptr,
-                              formula.scale ? formula.shift + affine : nullptr, {formula.act.relu, false},
+                              formula.scale ? formula.shift + affine : nullptr, formula.act,
                               gates.of(work.item, (nth + 1) * formula.shape.k + first));
     }
 };
@@ -399,7 +399,7 @@ void gate_gradient(const InnerLoops<T>& loops, const UndrawnFormula<T>& formula,
         for (int64_t step = 0, nth = 0; step < groups; step++) {
             const int64_t group = (step + 1) % groups;
             if (group == tile.group) continue;
-            const int64_t affine = formula.affine_at(nth, tile.first), gate = nth++ * p.k + tile.first;
+            const int64_t affine = formula.affine_at(work.n, nth, tile.first), gate = nth++ * p.k + tile.first;
             const T* const plane = dundrawn + (work.n * gate_count + gate) * df_plane;
             const Place<const T> df =
                 pool ? Place<const T>{plane + work.patch.row / 2 * df_width + work.patch.column / 2, df_plane, df_width}

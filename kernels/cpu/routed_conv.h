@@ -49,14 +49,18 @@ template <typename T>
 struct UndrawnFormula {
     const T *x, *weight, *bias;
     const T* kept_product;   // that `forward` filled, or null: then row group g reads column group g alone
-    const T *scale, *shift;  // [groups_out - 1][k], one for each undrawn row, or null
-    bool one_affine;         // scale and shift are [k], the same in all groups
+    const T *scale, *shift;  // [n][groups_out - 1][k], one for each image and undrawn row, or null
+    bool one_image;          // scale and shift are the same for all images,
+    bool one_group;          // or for all groups: such a dimension is missing
     Activation act;
     Shape shape;
     Blocks blocks;
 
-    // Where scale and shift of `row` are, for the nth (from 0) of the groups that it was not drawn into.
-    int64_t affine_at(int64_t nth, int64_t row) const { return (one_affine ? 0 : nth * shape.k) + row; }
+    // Where scale and shift of `row` are, for an image and the nth (from 0) of the groups that it was not drawn into.
+    int64_t affine_at(int64_t image, int64_t nth, int64_t row) const {
+        const int64_t groups = one_group ? 1 : blocks.groups_out - 1;
+        return ((one_image ? 0 : image * groups) + (one_group ? 0 : nth)) * shape.k + row;
+    }
 };
 
 // Gradients that came by a shortcut around the convolution, each laid out as the gradient that it is added to, or null.

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import fold, fold_rows, plain, same_kernels_for_every_group
-from ..spec import NO_SHORTCUT, BatchNorm, MovingStatistics, RoutedConv, ShortcutGradient, UndrawnFormula
+from ..spec import NO_SHORTCUT, MovingStatistics, Norm, RoutedConv, ShortcutGradient, UndrawnFormula
 from . import config, cudnn
 from .config import Launch, Pass
 from .convolve import convolve_kernel
@@ -83,6 +83,8 @@ def cannot(x: Tensor) -> str | None:
             return f"the tensor is on {x.device}, the Triton kernels run on a GPU (or with TRITON_INTERPRET=1)"
         if x.dtype not in DTYPES:
             return f"the tensor is {x.dtype}, the Triton kernels take {', '.join(map(str, DTYPES))}"
+    if x.dim() > 4:
+        return f"the tensor has {x.dim()} dimensions, the Triton kernels take images [N, C, H, W]"
     if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided:
         return f"the tensor is a {type(x).__name__} ({x.layout}), the Triton kernels need plain memory"
     return None
@@ -169,7 +171,7 @@ def input_gradient(
     dy: Tensor,
     packed: Packed,
     spec: RoutedConv,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     relu_output: Tensor | None = None,
     shortcut: ShortcutGradient = NO_SHORTCUT,
@@ -189,6 +191,14 @@ def input_gradient(
 
 def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     x, kept_product, packed, spec, scale, shift, activation = formula
+    if scale is not None and shift is not None and len(scale) > 1:  # scale and shift of each image: one by one
+        parts = zip(x, dundrawn, scale, shift, x if kept_product is None else kept_product, strict=True)
+        dz = dundrawn.new_zeros((), dtype=_sums(x.dtype)[0])
+        for image, df, a, b, product in parts:
+            kept = None if kept_product is None else product[None]
+            one = formula._replace(x=image[None], kept_product=kept, scale=a[None], shift=b[None])
+            dz = dz + gate_gradient(one, df[None])
+        return dz
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     channels = (p.out_groups - 1) * p.out_channels
@@ -199,7 +209,7 @@ def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     torch_sum, sum_type = _sums(x.dtype)
     affine = scale is not None
     scale, shift = (
-        df if values is None else values.to(torch_sum).expand(p.out_groups - 1, -1).contiguous()
+        df if values is None else values[0].to(torch_sum).expand(p.out_groups - 1, -1).contiguous()
         for values in (scale, shift)
     )
     fused = activation == "relu", False, packed.bias is not None, _wide(x, df)
@@ -262,10 +272,16 @@ def weight_gradient(
 
 
 def normalise(
-    u: Tensor, norm: BatchNorm, residual: Tensor | None, *, moves: MovingStatistics | None = None
+    u: Tensor, norm: Norm, residual: Tensor | None, *, moves: MovingStatistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(residual, "the residual", tuple(u.shape))
-    weight, bias, order, eps, activation = norm
+    if norm.each_image:
+        residuals = [None] * len(u) if residual is None else [one[None] for one in residual]
+        one_image = norm._replace(each_image=False)
+        found = [normalise(one[None], one_image, add) for one, add in zip(u, residuals, strict=True)]
+        ys, means, variances, affines = zip(*found, strict=True)
+        return torch.cat(ys), torch.stack(means), torch.stack(variances), torch.stack(affines, 1)
+    weight, bias, order, eps, activation, _ = norm
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
     channels, launch = u.shape[1], _norm(u)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
@@ -292,11 +308,18 @@ def normalise(
 
 
 def normalise_gradient(
-    dy: Tensor, u: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor, shortcut: Tensor | None
+    dy: Tensor, u: Tensor, norm: Norm, mean: Tensor, var: Tensor, shortcut: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(dy, "the gradient", tuple(u.shape))
     _check(shortcut, "the shortcut's gradient", tuple(u.shape))
-    weight, bias, order, eps, activation = norm
+    if norm.each_image:
+        shortcuts = [None] * len(u) if shortcut is None else [one[None] for one in shortcut]
+        one_image = norm._replace(each_image=False)
+        parts = zip(dy, u, mean, var, shortcuts, strict=True)
+        found = [normalise_gradient(d[None], one[None], one_image, m, v, s) for d, one, m, v, s in parts]
+        dus, dweights, dbiases = zip(*found, strict=True)
+        return torch.cat(dus), torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0)
+    weight, bias, order, eps, activation, _ = norm
     dy, u, (torch_sum, sum_type) = _nhwc(dy), _nhwc(u), _sums(u.dtype)
     channels, launch = u.shape[1], _norm(u)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
@@ -339,7 +362,7 @@ def _convolve(
     weight: Tensor,
     p: Pass,
     offsets: tuple[Tensor, Tensor],
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     relu: bool = False,
     added: tuple[Tensor | None, Tensor | None] = (None, None),

@@ -163,7 +163,7 @@ class Gradient:
         if not flat and largest < 64 and min(channels, out_channels) >= 128 and min(row_groups, column_groups) > 1:
             block_c, block_k = 32, 16
         taps = 1 if flat or kernel[1] > 3 else kernel[1]
-        (stride, padding, dilation) = geometry
+        stride, padding, dilation = geometry.of_image
         return Gradient(
             channels, out_channels, row_groups, column_groups, routing, *kernel, *stride, *padding, *dilation, flat,
             block_c, block_k, 9 if by_walk else taps, by_walk,
@@ -298,7 +298,7 @@ BY_CUDNN = Launch("cudnn", Tiles(0, 0, 0, False, False, False, "", False), 0, 0,
 
 
 def plan(
-    p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, relu: bool = False, residual: bool = False,
+    p: Pass, bits: int, images: int, size: tuple[int, ...], device: Device, relu: bool = False, residual: bool = False,
     bias: bool = False, wide: bool = False, gates: bool = False, cudnn: bool = False,
 ) -> Launch:  # fmt: skip
     """Of a forward pass or an input gradient that writes images of `size`; with `gates` of the undrawn gates' gradient
@@ -309,7 +309,7 @@ def plan(
 
 
 @functools.cache
-def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device, gates: bool, *fused: Any) -> Launch:
+def _plan(p: Pass, bits: int, images: int, size: tuple[int, ...], device: Device, gates: bool, *fused: Any) -> Launch:
     """`fused`: the last fields of Tiles."""
     tiles_n, phases = p.columns // p.block_n, p.out_step_h * p.out_step_w
     if walks(p, bits, device, gates):
@@ -349,7 +349,7 @@ def _plan(p: Pass, bits: int, images: int, size: tuple[int, int], device: Device
 
 
 def plan_gradient(
-    g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, bias: bool = False, wide: bool = False
+    g: Gradient, bits: int, images: int, size: tuple[int, ...], device: Device, bias: bool = False, wide: bool = False
 ) -> Launch:  # fmt: skip
     """Of a weight gradient; `size` is that of dy. The pixels are split so that one to four programs run on each
     multiprocessor at a time, the larger the fewer."""
@@ -357,7 +357,7 @@ def plan_gradient(
 
 
 @functools.cache
-def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+def _plan_gradient(g: Gradient, bits: int, images: int, size: tuple[int, ...], device: Device, *fused: Any) -> Launch:
     if g.by_walk:
         return _plan_gradient_walk(g, images, size, device, *fused)
     pixels = 64 if bits == 16 and g.block_c * g.block_k != 32 * 32 else 32
@@ -379,7 +379,7 @@ def gradient_walks(geometry: Geometry, kernel: tuple[int, int], largest: int) ->
     return kernel == (3, 3) and geometry.stride == (1, 1) and largest == 64
 
 
-def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, int], device: Device, *fused: Any) -> Launch:
+def _plan_gradient_walk(g: Gradient, images: int, size: tuple[int, ...], device: Device, *fused: Any) -> Launch:
     """Cuts the walk down each strip into 1 to 16 pieces, and shares them out over as many splits as run at a time: the
     number of pieces with which each split walks the fewest rows. (The start of a piece costs as much as eight rows.)"""
     rows = cdiv(size[0], g.dilation_h) + 2

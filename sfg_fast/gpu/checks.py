@@ -18,9 +18,9 @@ from torch import Tensor
 from ..backends import backend, load
 from ..groups import FilterGroups, Routing
 from ..kernels.contract import normalises
-from ..kernels.spec import BatchNorm, Geometry, MovingStatistics, RoutedConv, RunningStatistics
+from ..kernels.spec import Geometry, MovingStatistics, Norm, RoutedConv, RunningStatistics
 from ..routed_conv import convolve, routed_conv
-from ..routed_conv.gate_gradient import UndrawnRows
+from ..routed_conv.gate_gradient import AnyUndrawnRows, UndrawnRows
 
 
 class WrongResult(Exception):
@@ -170,7 +170,7 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     if learns:  # this leaf gets the gradient of the undrawn rows of the input
         leaves.append(x.new_zeros(()).expand(2, (groups - 1) * c, *case.image).requires_grad_())
 
-    def run() -> tuple[Tensor, UndrawnRows | None, tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, AnyUndrawnRows | None, tuple[Tensor, ...]]:
         undrawn = None
         with backend("triton"):
             if learns:
@@ -208,7 +208,7 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
     pairs = {"forward": (y, own.relu() if relu else own), "dx": (gradients[0], live_dx), "dw": (gradients[1], dw)}
     if case.bias:
         pairs["db"] = (gradients[2], db)
-    if undrawn is not None:
+    if isinstance(undrawn, UndrawnRows):
         pairs["dundrawn"] = (gradients[-1], dx[:, (columns.undrawn_groups * c + columns.order).flatten()])
         of_rows = rows.undrawn_groups * k + rows.order
         u = everything.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape)
@@ -216,7 +216,8 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
         if scale is not None and shift is not None:
             u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
-        formula = undrawn.formula(scale, shift, "relu")
+        a, b = (None if one is None else one[None, :, :, None, None] for one in (scale, shift))
+        formula = undrawn.formula(a, b, "relu")
         dz, dz_again = (load("triton").gate_gradient(formula, df) for _ in range(2))
         _same_bits([dz], [dz_again])
         pairs["gates"] = (dz, (df.double().unflatten(1, of_rows.shape) * u.relu()).sum((0, 3, 4)))
@@ -239,7 +240,7 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
     weight, bias = (torch.randn(channels, device=device) for _ in range(2))
 
     def run() -> list[Tensor]:
-        norm = BatchNorm(weight, bias, order, 1e-5, "relu")
+        norm = Norm(weight, bias, order, 1e-5, "relu")
         y, mean, var, _ = kernels.normalise(u, norm, residual)
         gradients = kernels.normalise_gradient(dy, u, norm, mean, var, add)
         return [y, mean, var, *gradients]
@@ -279,7 +280,7 @@ def check_draw(kernels: int, device: torch.device) -> dict[str, float]:
     pooled = (torch.zeros(kernels, device=device), torch.ones(kernels, device=device))
     exact = [t.double().cpu().clone() for t in (*running, *pooled)]
     counted = draws.cpu().clone()
-    norm = BatchNorm(torch.ones(kernels, device=device), torch.zeros(kernels, device=device), None, 1e-5, None)
+    norm = Norm(torch.ones(kernels, device=device), torch.zeros(kernels, device=device), None, 1e-5, None)
     moves = MovingStatistics(RunningStatistics(*running, draws, *pooled), assignment, 0.1)
     triton.normalise(u, norm, None, moves=moves)
     for kernel, group in enumerate(expected.tolist()):

@@ -25,7 +25,7 @@ from ..kernels.contract import Packed
 from ..kernels.packing import fold, plain, unfold_rows
 from ..kernels.spec import RoutedConv
 from . import eager, graph
-from .gate_gradient import DeferredGates, UndrawnRows, can_defer
+from .gate_gradient import AnyUndrawnRows, DeferredGates, UndrawnRows, can_defer
 from .run import Call, Run, Way, decide
 
 
@@ -38,7 +38,7 @@ class Convolved(NamedTuple):
     """What `convolve` returns."""
 
     u: Tensor  # [N, rows, H', W']
-    undrawn_rows: UndrawnRows | None  # with `keep_product`
+    undrawn_rows: AnyUndrawnRows | None  # with `keep_product`
     # The input once more. With `shortcut`, use it for a shortcut around the convolution: `input_gradient` then adds the
     # gradients of both paths in one pass.
     x: Tensor

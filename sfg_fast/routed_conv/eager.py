@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import undrawn_features
 from ..kernels.contract import Normalises, Packed, reads_normalised
-from ..kernels.spec import BatchNorm, MovingStatistics, ShortcutGradient
+from ..kernels.spec import MovingStatistics, Norm, ShortcutGradient
 from ..once import once_differentiable
 from . import gate_gradient
 from .gate_gradient import DeferredGates, GatedRows, UndrawnRows
@@ -45,6 +45,7 @@ def routed_conv(
     rows = deferred.rows
     tensors: tuple[Tensor | None, ...] = ()
     if rows.undrawn_rows is not None:
+        assert isinstance(rows.undrawn_rows, UndrawnRows)  # others are not deferred
         tensors, rest = rows.undrawn_rows.split()
         rows = rows._replace(undrawn_rows=UndrawnRows(None, None, None, None, *rest))  # type: ignore[arg-type]
     found = _RoutedConv.apply(deferred.h, None, rows.groups.gates, *parameters, rows, *tensors)
@@ -102,7 +103,7 @@ class _RoutedConv(torch.autograd.Function):
         dx: Tensor | None
         if rows is not None and wants_gates:
             if rows.undrawn_rows is not None:
-                rows = rows._replace(undrawn_rows=UndrawnRows.joined(of_undrawn, rows.undrawn_rows.split()[1]))
+                rows = rows._replace(undrawn_rows=rows.undrawn_rows.joined(of_undrawn, rows.undrawn_rows.split()[1]))
             arguments = run, dy, x, ctx.parameters, rows, gates
             dx, dz = gate_gradient.with_input_gradient(*arguments, shortcut=shortcut, **how)
             _, dundrawn, dw, db = run.backward(dy, x, ctx.parameters, [False, *wants], **how)
@@ -129,6 +130,7 @@ class _Gate(torch.autograd.Function):
         tensors: tuple[Tensor | None, ...] = ()
         if rows.undrawn_rows is not None:
             tensors, ctx.rest = rows.undrawn_rows.split()
+            ctx.joined = rows.undrawn_rows.joined
         ctx.save_for_backward(h if rows.wants_drawn else None, gates, rows.scale, rows.shift, *tensors)
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.activation = rows.groups, rows.activation
@@ -144,27 +146,27 @@ class _Gate(torch.autograd.Function):
         drawn = None if df is None or h is None else gate_gradient.of_drawn(df, h)
         dz = None
         if dundrawn is not None:
-            dz = UndrawnRows.joined(tensors, ctx.rest).gate_gradient(dundrawn, scale, shift, ctx.activation)
+            dz = ctx.joined(tensors, ctx.rest).gate_gradient(dundrawn, scale, shift, ctx.activation)
         return df, ctx.groups.by_kernel(drawn, dz, gates), None
 
 
-def batch_norm(
+def normalise(
     u: Tensor,
-    norm: BatchNorm,
+    norm: Norm,
     residual: Tensor | None,
     kernels: Normalises,
     gates: Tensor | None = None,
     moves: MovingStatistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gates * act(norm(u)) + residual; u [N, rows, H, W] once more, for a shortcut around the normalisation; mean and
-    (biased) variance [K] of the batch; and scale and shift [2, rows].
+    (biased) variance [K] of the batch, or [N, K] of each image; and scale and shift [2, rows] ([2, N, rows]).
 
     `gates` [K, T+1]: the one-hot gates of u, or None if they want no gradient. The backward pass also makes the
     gradient of the drawn gates. `moves`: the running statistics, which are changed in place."""
-    return _BatchNorm.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, moves)
+    return _Normalise.apply(u, norm.weight, norm.bias, gates, residual, norm, kernels, moves)
 
 
-class _BatchNorm(torch.autograd.Function):
+class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -173,14 +175,14 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor,
         gates: Tensor | None,
         residual: Tensor | None,
-        norm: BatchNorm,
+        norm: Norm,
         kernels: Normalises,
         moves: MovingStatistics | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         norm = norm._replace(weight=weight, bias=bias)
         out, mean, var, affine = kernels.normalise(u, norm, residual, moves=moves)
         ctx.save_for_backward(u, weight, bias, norm.order, mean, var, gates)
-        ctx.eps, ctx.activation, ctx.kernels = norm.eps, norm.activation, kernels
+        ctx.how, ctx.kernels = norm[3:], kernels
         ctx.mark_non_differentiable(mean, var, affine)
         ctx.set_materialize_grads(False)
         return out, u.view_as(u), mean, var, affine
@@ -191,7 +193,7 @@ class _BatchNorm(torch.autograd.Function):
         if dout is None:
             return shortcut, *(None,) * 7
         u, weight, bias, order, mean, var, gates = ctx.saved_tensors
-        norm = BatchNorm(weight, bias, order, ctx.eps, ctx.activation)
+        norm = Norm(weight, bias, order, *ctx.how)
         du, dweight, dbias = ctx.kernels.normalise_gradient(dout, u, norm, mean, var, shortcut)
         dweight, dbias = dweight.to(weight.dtype), dbias.to(bias.dtype)
         dgates = None
@@ -202,7 +204,7 @@ class _BatchNorm(torch.autograd.Function):
 
 def normalised_conv(
     u: Tensor,
-    norm: BatchNorm,
+    norm: Norm,
     running: tuple[Tensor, Tensor, float],
     weight: Tensor,
     bias: Tensor | None,
@@ -231,7 +233,7 @@ class _NormalisedConv(torch.autograd.Function):
         run: Run,
     ) -> tuple[Tensor, Tensor]:
         assert reads_normalised(run.kernels)
-        affine, mean, var = run.kernels.statistics(u, BatchNorm(norm_weight, norm_bias, None, eps, "relu"), *running)
+        affine, mean, var = run.kernels.statistics(u, Norm(norm_weight, norm_bias, None, eps, "relu"), *running)
         ctx.parameters = run.pack(weight, bias, u.dtype)
         y, _ = run.forward(u, ctx.parameters, residual=residual, affine=affine)
         ctx.save_for_backward(weight, u, norm_weight, norm_bias, mean, var)  # why the weight: see _RoutedConv
@@ -246,7 +248,7 @@ class _NormalisedConv(torch.autograd.Function):
         if dy is None:
             return shortcut, *[None] * 8
         run, parameters = ctx.run, ctx.parameters
-        norm = BatchNorm(norm_weight, norm_bias, None, ctx.eps, "relu")
+        norm = Norm(norm_weight, norm_bias, None, ctx.eps, "relu")
         dh = run.backward(dy, u, parameters, [True, False, False]).dx
         du, dnorm_weight, dnorm_bias, h = run.kernels.normalise_gradient_again(dh, u, norm, mean, var, shortcut)
         gradients = run.backward(dy, h, parameters, [False, *ctx.needs_input_grad[3:5]])

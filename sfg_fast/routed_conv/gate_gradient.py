@@ -18,7 +18,7 @@ normalisation, if it has one. So the gate z of kernel k in group g has the gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from ..activations import Activation, activate
 from ..groups import FilterGroups
 from ..kernels import masked
 from ..kernels.contract import Kernels, Packed, computes_gate_gradients
-from ..kernels.formulas import channel_dots
+from ..kernels.formulas import affine, channel_dots
 from ..kernels.spec import ShortcutGradient, UndrawnFormula
 from . import graph
+from .places import Places
 from .run import PackedParameters, Run
 
 
@@ -59,29 +60,28 @@ class UndrawnRows(NamedTuple):
     def formula(
         self, scale: Tensor | None, shift: Tensor | None, activation: str | None, kernels: Kernels | None = None
     ) -> UndrawnFormula:
-        """The formula of their features; scale and shift [T, rows], or [1, rows] for all alike. `kernels`: other
+        """The formula of their features; scale and shift as in `GatedRows`, alike at all positions. `kernels`: other
         kernels than those that computed u."""
         spec, packed = self.run.spec, self.packed
         if kernels is not None or packed is None:
             packed = (kernels or self.run.kernels).pack(self.weight, self.bias, spec, self.x.dtype)
+        scale, shift = (None if values is None else values.flatten(2) for values in (scale, shift))
         return UndrawnFormula(self.x, self.kept_product, packed, spec, scale, shift, activation)
 
     def gate_gradient(
         self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
     ) -> Tensor:
-        """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W]."""
+        """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W]; scale and
+        shift as in `GatedRows`."""
         kernels = self.run.kernels
-        if activation in kernels.KNOWS:
-            assert activation is None or isinstance(activation, str)
-            if self.run.by_operators:
-                of_operator = dundrawn, *self[:4], scale, shift, activation, self.run
-                return graph.gate_gradient(*of_operator)
-            return kernels.gate_gradient(self.formula(scale, shift, activation), dundrawn)
-        u = self.u()
-        dz = []
-        for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
-            dz.append(channel_dots(df, activate(masked.affine(u_n, scale, shift, n), activation)))
-        return torch.stack(dz)
+        if activation not in kernels.KNOWS or not alike_at_all_positions(scale):
+            return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+        assert activation is None or isinstance(activation, str)
+        if self.run.by_operators:
+            scale, shift = (None if values is None else values.flatten(2) for values in (scale, shift))
+            of_operator = dundrawn, *self[:4], scale, shift, activation, self.run
+            return graph.gate_gradient(*of_operator)
+        return kernels.gate_gradient(self.formula(scale, shift, activation), dundrawn)
 
     def u(self) -> Sequence[Tensor]:
         """u of the undrawn rows: T tensors [N, rows, H', W']."""
@@ -94,18 +94,98 @@ class UndrawnRows(NamedTuple):
         return self[:4], self[4:]
 
     @staticmethod
-    def joined(tensors: Sequence[Any], rest: tuple[Run, Packed | None]) -> UndrawnRows:
+    def joined(tensors: Sequence[Any], rest: Any) -> UndrawnRows:
         """The inverse of `split`."""
         x, kept_product, weight, bias = tensors
         return UndrawnRows(x, kept_product, weight, bias, *rest)
+
+
+class KnownRows(NamedTuple):
+    """The undrawn rows of a convolution whose u has been computed."""
+
+    every: tuple[Tensor, ...]  # u of the undrawn rows: T tensors [N, rows, H', W'], or one, if all are equal
+    tasks: int  # T
+
+    def u(self) -> Sequence[Tensor]:
+        """u of the undrawn rows: T tensors [N, rows, H', W']."""
+        return self.every if len(self.every) == self.tasks else self.every * self.tasks
+
+    def gate_gradient(
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+    ) -> Tensor:
+        """As `UndrawnRows.gate_gradient`."""
+        return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+
+    def split(self) -> tuple[tuple[Tensor, ...], int]:
+        """As `UndrawnRows.split`."""
+        return self.every, self.tasks
+
+    @staticmethod
+    def joined(tensors: Sequence[Any], rest: Any) -> KnownRows:
+        """The inverse of `split`."""
+        return KnownRows(tuple(tensors), rest)
+
+
+class ShuffledRows(NamedTuple):
+    """The undrawn rows of a transposed convolution: a routed convolution computes several values of each, one for each
+    place (places.py), which `shuffle` puts side by side."""
+
+    convolved: UndrawnRows
+    places: Places
+
+    def u(self) -> Sequence[Tensor]:
+        """u of the undrawn rows: T tensors [N, rows, H', W']."""
+        return [self.places.shuffled(one) for one in self.convolved.u()]
+
+    def gate_gradient(
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+    ) -> Tensor:
+        """As `UndrawnRows.gate_gradient`."""
+        if activation == "relu_pool" or not alike_at_all_positions(scale):
+            return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+        count = self.places.number
+        scale, shift = (None if values is None else values.repeat_interleave(count, 2) for values in (scale, shift))
+        dz = self.convolved.gate_gradient(self.places.apart(dundrawn), scale, shift, activation)
+        return dz.unflatten(1, (-1, count)).sum(2)
+
+    def split(self) -> tuple[tuple[Tensor | None, ...], Any]:
+        """As `UndrawnRows.split`."""
+        tensors, rest = self.convolved.split()
+        return tensors, (rest, self.places)
+
+    @staticmethod
+    def joined(tensors: Sequence[Any], rest: Any) -> ShuffledRows:
+        """The inverse of `split`."""
+        return ShuffledRows(UndrawnRows.joined(tensors, rest[0]), rest[1])
+
+
+AnyUndrawnRows: TypeAlias = UndrawnRows | KnownRows | ShuffledRows
+
+
+def of_undrawn(
+    u: Sequence[Tensor], dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+) -> Tensor:
+    """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W], and T tensors u
+    [N, rows, H', W']; scale and shift as in `GatedRows`. In plain torch."""
+    dz = []
+    for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
+        dz.append(channel_dots(df, activate(affine(u_n, scale, shift, n), activation)))
+    return torch.stack(dz)
+
+
+def alike_at_all_positions(values: Tensor | None) -> bool:
+    """Is there one scale for a whole image, [N, T, rows, 1, 1]?"""
+    return values is None or all(size == 1 for size in values.shape[3:])
 
 
 class GatedRows(NamedTuple):
     """How features are made, F = z * act(scale * u + shift): what the gradient of their gates z is computed from."""
 
     groups: FilterGroups  # the draw, whose `gates` z are [K, T+1]
-    undrawn_rows: UndrawnRows | None  # None: the undrawn gates want no gradient
-    scale: Tensor | None  # [T, rows] of the undrawn rows, or [1, rows], alike for all
+    undrawn_rows: AnyUndrawnRows | None  # None: the undrawn gates want no gradient
+    # [N, T, rows, 1, 1] of the undrawn rows; N or T is 1 where all images or groups are alike; the last two are H and W
+    # behind a norm whose statistics differ by position.
+    scale: Tensor | None
     shift: Tensor | None  # like `scale`
     activation: Activation
     wants_drawn: bool  # do the drawn gates want a gradient? (Else they have it already.)
@@ -129,7 +209,7 @@ def can_defer(deferred: DeferredGates, x: Tensor, run: Run) -> bool:
     if deferred.features is not x or x._backward_hooks or x.retains_grad or deferred.h.dtype != x.dtype:
         return False
     undrawn = deferred.rows.undrawn_rows
-    return undrawn is None or undrawn.run.kernels is run.kernels
+    return undrawn is None or (isinstance(undrawn, UndrawnRows) and undrawn.run.kernels is run.kernels)
 
 
 def with_input_gradient(
@@ -147,6 +227,7 @@ def with_input_gradient(
     assert computes_gate_gradients(run.kernels)
     formula = None
     if rows.undrawn_rows is not None:
+        assert isinstance(rows.undrawn_rows, UndrawnRows)
         assert rows.activation is None or isinstance(rows.activation, str)
         formula = rows.undrawn_rows.formula(rows.scale, rows.shift, rows.activation)
     how: dict[str, Any] = {"relu_output": relu_output, "drawn": rows.wants_drawn, "shortcut": shortcut}

@@ -347,7 +347,7 @@ def _format(kernels: str, x: Tensor) -> torch.memory_format:
     return backends.module(kernels).MEMORY_FORMAT or memory_format(x)
 
 
-def _empty(x: Tensor, channels: int, size: tuple[int, int], kernels: str) -> Tensor:
+def _empty(x: Tensor, channels: int, size: tuple[int, ...], kernels: str) -> Tensor:
     shape = (x.shape[0], channels, *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(kernels, x))
 

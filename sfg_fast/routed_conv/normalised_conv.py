@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..kernels.contract import reads_normalised
-from ..kernels.spec import BatchNorm, RoutedConv
+from ..kernels.spec import Norm, RoutedConv
 from ..norm import count_batch, move_statistics, values_of_each_channel
 from . import eager
 from .convolve import routed_conv
@@ -31,16 +31,16 @@ def normalised_conv(
     if type(norm) is not nn.BatchNorm2d or not norm.training:
         return routed_conv(nn.functional.relu(u if norm is None else norm(u)), weight, bias, spec, relu, residual), u
     run = decide(u, weight, spec)
-    kernels = run.normalising(u) if run.dtype == u.dtype else None
+    kernels = run.normalising(values_of_each_channel(u)) if run.dtype == u.dtype else None
     if kernels is None:
         return routed_conv(nn.functional.relu(norm(u)), weight, bias, spec, relu, residual, run=run), u
-    how = BatchNorm(norm.weight, norm.bias, None, norm.eps, "relu")
+    how = Norm(norm.weight, norm.bias, None, norm.eps, "relu")
     if reads_normalised(kernels) and not relu and not run.by_operators:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         running = norm.running_mean, norm.running_var, count_batch(norm)
         residual = None if residual is None else residual.to(u.dtype)
         return eager.normalised_conv(u, how, running, weight, bias, residual, run)
-    h, again, mean, var, _ = eager.batch_norm(u, how, None, kernels)
+    h, again, mean, var, _ = eager.normalise(u, how, None, kernels)
     move_statistics(norm, mean, var, values_of_each_channel(u))
     return routed_conv(h, weight, bias, spec, relu, residual, run=run), again

@@ -14,7 +14,7 @@ from ..groups import Routing
 from ..kernels.contract import Kernels, Normalises, Packed, normalises
 from ..kernels.packing import same_kernels_for_every_group, unpack_dim
 from ..kernels.spec import NO_SHORTCUT, RoutedConv, ShortcutGradient
-from ..norm import values_of_each_channel
+from ..norm import over_positions
 from ..tracing import in_graph, through_operators
 
 
@@ -53,9 +53,9 @@ class Run(NamedTuple):
     in_graph: bool  # is torch making a graph?
     by_operators: bool  # must the kernels be called through operators of torch (graph.py)?
 
-    def normalising(self, u: Tensor) -> Normalises | None:
-        """The kernels, if they normalise u [N, rows, H, W] by the batch and activate it in one go, or None."""
-        can = normalises(self.kernels) and not self.in_graph and values_of_each_channel(u) > 1
+    def normalising(self, values: int) -> Normalises | None:
+        """The kernels, if they normalise, by statistics of so many values, and activate in one go; or None."""
+        can = normalises(self.kernels) and not self.in_graph and values > 1
         return self.kernels if can else None  # type: ignore[return-value]
 
     def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedParameters:
@@ -100,12 +100,12 @@ class Run(NamedTuple):
             if not spec.columns.all_gates:
                 shortcut = shortcut._replace(dundrawn=None)
             how = {"relu_output": relu_output, "shortcut": shortcut}
-            dx, dundrawn = kernels.input_gradient(dy, packed, spec, (x.shape[2], x.shape[3]), **how)  # type: ignore[arg-type]
+            dx, dundrawn = kernels.input_gradient(dy, packed, spec, x.shape[2:], **how)  # type: ignore[arg-type]
         if wants_weight:
             dw, db = kernels.weight_gradient(x, dy, packed, spec, relu_output=relu_output, bias=wants_bias)
         elif wants_bias:
             masked = dy if relu_output is None else dy.where(~(relu_output <= 0), 0)  # a NaN passes, as in torch
-            db = unpack_dim(masked.sum((0, 2, 3)), 0, spec.rows)
+            db = unpack_dim(masked.sum(over_positions(masked)), 0, spec.rows)
         of_weight, of_bias = parameters.dtypes
         return Gradients(dx, dundrawn, None if dw is None else dw.to(of_weight), None if db is None else db.to(of_bias))
 

@@ -12,7 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from sfg_fast.kernels import triton as kernels
-from sfg_fast.kernels.spec import BatchNorm, Geometry, MovingStatistics, RoutedConv, RunningStatistics, UndrawnFormula
+from sfg_fast.kernels.spec import Geometry, MovingStatistics, Norm, RoutedConv, RunningStatistics, UndrawnFormula
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -148,7 +148,7 @@ def main() -> None:
              "affine", "gradient_sums", "slopes", "affine_gradient")  # fmt: skip
     affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
-        norm = BatchNorm(*affine, torch.randperm(32), 1e-5, "relu")
+        norm = Norm(*affine, torch.randperm(32), 1e-5, "relu")
         running = RunningStatistics(torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine)
         moves = MovingStatistics(running, torch.zeros(32, dtype=torch.int64), 0.1)
         y, mean, var, _ = kernels.normalise(x, norm, x, moves=moves)

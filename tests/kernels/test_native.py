@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, UndrawnFormula
+from sfg_fast.kernels.spec import Geometry, Norm, RoutedConv, UndrawnFormula
 
 from sfg_fast.backends import available, load
 from sfg_fast.groups import FilterGroups, Routing
@@ -22,6 +22,11 @@ if not available("native"):
 
 from sfg_fast.kernels import cpu, formulas, masked
 from sfg_fast.kernels.cpu import _native
+
+
+def of_all_images(*affine):
+    """Scale and shift [T, rows], or None, as `UndrawnFormula` has those that are alike for all images."""
+    return [None if values is None else values[None] for values in affine]
 
 
 @pytest.fixture(params=_native.instruction_sets(), scope="module")
@@ -300,7 +305,7 @@ def check_gates(p):
     exact = (other(gets) * h).sum((1, 3, 4))
     # An inner product of `positions` numbers as large as sqrt(terms_two) and sqrt(terms).
     bound = 16 * eps * (2 * u[0, 0].numel() * terms * terms_two) ** 0.5 * max(terms, terms_two) ** 0.5
-    undrawn = UndrawnFormula(x, kept_product, packed, first, scale, shift, p.activation)
+    undrawn = UndrawnFormula(x, kept_product, packed, first, *of_all_images(scale, shift), p.activation)
     assert (cpu.gate_gradient(undrawn, dundrawn).double() - exact).abs().max() <= bound
     features = random(*u.shape)
     if second.geometry.stride != (1, 1):
@@ -336,7 +341,7 @@ def check_pooled_gates(p, x, weight, spec, random):
         h = h if scale is None else h * scale[n, row] + shift[n, row]
         exact[n, row] = (F.max_pool2d(h.relu(), 2)[:, 0] * dundrawn.unflatten(1, (tasks, k))[:, n, row]).sum()
     kept_product = u if p.image else kept_product
-    undrawn = UndrawnFormula(x, kept_product, packed, spec, scale, shift, "relu_pool")
+    undrawn = UndrawnFormula(x, kept_product, packed, spec, *of_all_images(scale, shift), "relu_pool")
     dz = cpu.gate_gradient(undrawn, dundrawn)
     terms = weight[0].numel() + 1
     bound = 16 * torch.finfo(x.dtype).eps * (dundrawn.numel() * terms) ** 0.5 * terms**0.5
@@ -560,7 +565,7 @@ def test_normalise(instruction_set, shape, activation, residual, dtype, mean, th
     add = None if pool else add
     outputs = [guarded(*one, dtype=dtype) for one in (size, (c,), (c,), shape, (c,), (c,))]
     y, average, var, du, dweight, dbias = (tensor for _, tensor in outputs)
-    flags = 1e-5, activation is not None, pool
+    flags = 1e-5, (activation is not None, pool, 0.0)
     _native.normalise(u, weight, bias, order, add, *flags, y, average, var, threads)
 
     exact = [t.double().requires_grad_() for t in (u, weight, bias)]
@@ -605,7 +610,7 @@ def test_normalise_bits_do_not_depend_on_threads(instruction_set, activation):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            norm = BatchNorm(weight, bias, None, 1e-5, activation)
+            norm = Norm(weight, bias, None, 1e-5, activation)
             y, mean, var, _ = cpu.normalise(u, norm, None)
             d = dy[..., : y.shape[2], : y.shape[3]].contiguous()
             more = cpu.normalise_gradient(d, u, norm, mean, var, None)
@@ -624,7 +629,7 @@ def test_statistics_of_large_images_are_as_exact(instruction_set, size):
     u[..., : size // 4] = 0.2
     dy = u.flip(3) + 0.3
     affine = torch.ones(1), torch.zeros(1)
-    norm = BatchNorm(*affine, None, 1e-5, None)
+    norm = Norm(*affine, None, 1e-5, None)
     y, mean, var, _ = cpu.normalise(u, norm, None)
     found = y, mean, var, *cpu.normalise_gradient(dy, u, norm, mean, var, None)
     exact = u.double().requires_grad_()
@@ -645,7 +650,7 @@ def test_normalise_lets_nan_through(instruction_set, activation):
     """A NaN is not hidden by the ReLU or a maximum, and stays in its channel."""
     u = torch.randn(1, 2, 6, 40)
     u[0, 1, 2, 2] = float("nan")
-    norm = BatchNorm(torch.ones(2), torch.zeros(2), None, 1e-5, activation)
+    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, activation)
     y, mean, var, _ = cpu.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
@@ -658,7 +663,7 @@ def test_a_maximum_of_equals_goes_to_the_first(instruction_set):
     """As in torch."""
     u = torch.randint(0, 3, (2, 3, 9, 70), dtype=torch.float64)
     affine = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    norm = BatchNorm(*affine, None, 1e-5, "relu_pool")
+    norm = Norm(*affine, None, 1e-5, "relu_pool")
     y, mean, var, _ = cpu.normalise(u, norm, None)
     dy = torch.randn_like(y)
     du, _, _ = cpu.normalise_gradient(dy, u, norm, mean, var, None)
@@ -672,7 +677,7 @@ def test_memory_of_results_is_used_again():
     like = torch.empty(1, 3, 129, 131, dtype=torch.float64)
 
     def result():
-        norm = BatchNorm(*torch.ones(2, 3, dtype=like.dtype), None, 1e-5, None)
+        norm = Norm(*torch.ones(2, 3, dtype=like.dtype), None, 1e-5, None)
         return cpu.normalise(like.normal_(), norm, None)[0]
 
     first = result()
@@ -719,7 +724,7 @@ def test_a_convolution_normalises_what_it_reads(instruction_set, taps, padding, 
     rows, columns = FilterGroups.blocks([4], ("all",)), FilterGroups.blocks([5], ("all",))
     spec = RoutedConv(rows, columns, Routing.ALL, Geometry((1, 1), (padding,) * 2, (dilation,) * 2))
     running = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
-    norm = BatchNorm(*parameters, None, 1e-5, "relu")
+    norm = Norm(*parameters, None, 1e-5, "relu")
     affine, mean, var = cpu.statistics(u, norm, *running, 0.1)
     y = cpu.forward(u, cpu.pack(weight, None, spec, u.dtype), spec, affine=affine)[0]
     expected = torch.zeros(2, 5, dtype=torch.float64).unbind(0)
@@ -763,7 +768,7 @@ def test_scale_and_shift_of_all_undrawn_rows_at_once(name):
     affine = torch.randn(2, 1, 12)
     found = []
     for scale, shift in (affine, affine.expand(2, 2, 12)):
-        undrawn = UndrawnFormula(x, kept_product, packed, spec, scale, shift, "relu")
+        undrawn = UndrawnFormula(x, kept_product, packed, spec, scale[None], shift[None], "relu")
         found.append([kernels.gate_gradient(undrawn, torch.cat([dy, 2 * dy], 1))])
         if kernels.COMPUTES_GATE_GRADIENTS:
             found[-1] += kernels.input_and_gate_gradient(dy, packed, spec, u, undrawn)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sfg_fast.kernels.spec import BatchNorm, Geometry, RoutedConv, ShortcutGradient, UndrawnFormula
+from sfg_fast.kernels.spec import Geometry, Norm, RoutedConv, ShortcutGradient, UndrawnFormula
 
 from sfg_fast.backends import available
 from sfg_fast.groups import FilterGroups, Routing
@@ -207,7 +207,7 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
     df, scale, shift = random(*u.shape), random(*u.shape[1:3]), random(*u.shape[1:3])
     h = (u * scale[:, :, None, None] + shift[:, :, None, None]).clamp_min(0)
     exact = (df * h).sum((0, 3, 4))
-    features = UndrawnFormula(px, kept_product, given, spec, scale, shift, "relu")
+    features = UndrawnFormula(px, kept_product, given, spec, scale[None], shift[None], "relu")
     dz = kernels.gate_gradient(features, df.flatten(1, 2).to(dtype))
     # Every product of the sum is off by eps times u, which is as large as sqrt(terms); what was kept is rounded, too.
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5
@@ -586,7 +586,7 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "device_of", lambda _: config.Device(multiprocessors, 90, 227 << 10))
-        norm = BatchNorm(weight, bias, order, 1e-5, activation)
+        norm = Norm(weight, bias, order, 1e-5, activation)
         y, average, var, _ = kernels.normalise(u, norm, add)
         arguments = dy, u, norm, average, var, more
         du, dweight, dbias = kernels.normalise_gradient(*arguments)
@@ -611,7 +611,7 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
 def test_normalise_lets_nan_through():
     u = torch.randn(1, 2, 5, 5)
     u[0, 1, 2, 2] = float("nan")
-    norm = BatchNorm(torch.ones(2), torch.zeros(2), None, 1e-5, "relu")
+    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, "relu")
     y, mean, var, _ = kernels.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
@@ -624,7 +624,7 @@ def test_a_first_part_that_is_far_from_the_others_costs_no_precision(monkeypatch
     monkeypatch.setattr(config, "device_of", lambda _: config.Device(132, 90, 227 << 10))
     u = torch.randn(1, 8, 320, 320, generator=torch.Generator().manual_seed(0))
     u.permute(0, 2, 3, 1).view(-1, 8)[:512] += 1000  # 512 pixels are a part
-    norm = BatchNorm(torch.ones(8), torch.zeros(8), None, 1e-5, None)
+    norm = Norm(torch.ones(8), torch.zeros(8), None, 1e-5, None)
     _, mean, var, _ = kernels.normalise(u.contiguous(memory_format=torch.channels_last), norm, None)
     exact_var, exact_mean = torch.var_mean(u.double(), (0, 2, 3), correction=0)
     assert ((mean - exact_mean) / exact_mean).abs().max() < 1e-5
