@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sfg_fast.data import Grid, SliceSampler, preprocess, write_volume
+from sfg_fast.data.cache import CaseArrays
 from sfg_fast.errors import InputError
 
 from .small_cohort import AFFINE, SHAPES, write_cohort
@@ -290,6 +291,32 @@ def test_a_share_of_the_3d_patches_shows_foreground(tmp_path):
         assert abs(seen.mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / len(seen)) + 1e-9
     places = {place_of(one[0, 0].numpy(), cache.case("a").inputs[:, 0]) for one in batch["inputs"][ours]}
     assert places == {(1, 0, 3), (2, 0, 3)}
+
+
+class Watched:
+    """An array that writes down how many values are taken of it."""
+
+    def __init__(self, array, taken):
+        self.array, self.taken, self.shape = array, taken, array.shape
+
+    def __getitem__(self, place):
+        self.taken.append(self.array[place].size)
+        return self.array[place]
+
+
+def test_nothing_is_read_beside_the_patch_and_a_slice_of_labels(cache, monkeypatch):
+    taken, case = {name: [] for name in ("inputs", "mask", "ct", "labels")}, cache.case
+
+    def watched(name):
+        found = case(name)
+        targets = {key: Watched(array, taken[key]) for key, array in found.targets.items()}
+        return CaseArrays(Watched(found.inputs, taken["inputs"]), targets, Watched(found.mask, taken["mask"]))
+
+    monkeypatch.setattr(cache, "case", watched)
+    SliceSampler(cache, "train", 1, (2, 3, 3), 0, foreground=1.0)[0]
+    assert taken["inputs"] == [2 * 2 * 3 * 3]
+    assert taken["mask"] == taken["ct"] == [2 * 3 * 3]
+    assert taken["labels"] in ([7 * 6, 2 * 3 * 3], [5 * 9, 2 * 3 * 3])
 
 
 def test_3d_patches_of_processes_and_workers_are_those_of_one(cache):
