@@ -94,6 +94,7 @@ class SliceSampler(_Sampler):
     changed since its case was first opened.
     """
 
+    examples = "slices"
     open_at_a_time = OPEN_CASES
 
     def __init__(
@@ -127,7 +128,8 @@ class SliceSampler(_Sampler):
                         "train on patches (patch=(height, width)) or resample to one shape"
                     )
         self.patch, self.bias, self.foreground = tuple(patch), bias, foreground
-        self.examples = "slices" if len(self.patch) == 2 else "patches"
+        if len(self.patch) == 3:
+            self.examples = "patches"
         self._sizes = (1,) * (3 - len(self.patch)) + self.patch  # a slice is a window of depth 1
 
     def __len__(self) -> int:

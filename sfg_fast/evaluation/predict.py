@@ -137,6 +137,7 @@ class Predictor:
         return torch.cat(means)[order], torch.cat(variances)[order]
 
     def _patches(self, batch: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
+        """Mean and variance of images [N, C, ..], in patches if the run was trained on them."""
         if self.config.patch is None:
             return self._predict(batch.to(self.device), draws, votes, statistics)
         from monai.inferers import sliding_window_inference

@@ -36,8 +36,8 @@ def build(
         method: one of `methods.METHODS`.
         norm: "batch", or None for no normalisation.
         options: further options of the network (`width`, `spatial_dims`, `init` ..); for one that is None the network
-            has a default.
-            The method `cross_stitch` draws nothing, so it ignores `init`, `estimator`, `noise_on` and `explore`.
+            has a default. The method `cross_stitch` draws nothing, so it ignores `init`, `estimator`, `noise_on` and
+            `explore`.
 
     Raises ValueError for an unknown name, for an option that this network doesn't have, and for values that the network
     refuses.
@@ -45,7 +45,7 @@ def build(
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown, expected one of {', '.join(NETWORKS)}")
     network = NETWORKS[name]
-    own = dict.fromkeys((*network.sizes, *(["spatial_dims"] if reads_volumes(name) else [])))
+    own = dict.fromkeys([*network.sizes, *(["spatial_dims"] if reads_volumes(name) else [])])  # each once
     known = (*own, "init", "estimator", "noise_on", "explore", "shared", "dropout")
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
