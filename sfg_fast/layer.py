@@ -3,7 +3,8 @@ the oracles (reference.py) add a forward pass each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,15 +35,21 @@ class SFGLayer(GroupGates):
 
     def __init__(
         self,
-        plain: nn.modules.conv._ConvNd,
+        make_plain: Callable[..., nn.modules.conv._ConvNd],
+        out_channels: int,
         *,
         tasks: int | Iterable[str],
         norm: NormName,
         activation: Activation,
         init: str | Sequence[Any] | Tensor,
         estimator: str,
+        device: Any,
+        dtype: torch.dtype | None,
     ) -> None:
-        """`plain`: a layer of torch that has checked the geometry, and gives the initial weights."""
+        """`make_plain(device=.., dtype=..)` makes a layer of torch, which checks the geometry and gives the initial
+        weights."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
@@ -51,11 +58,16 @@ class SFGLayer(GroupGates):
             raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
         if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
             raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
-        factory: dict[str, Any] = {"device": plain.weight.device, "dtype": plain.weight.dtype}
-        super().__init__(plain.out_channels, tasks, init, estimator, **factory)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(out_channels, tasks, init, estimator, **factory)
+        plain: Any = make_plain(**factory)
         self.in_channels, self.out_channels, self.groups = plain.in_channels, plain.out_channels, plain.groups
         self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
         self.padding, self.padding_mode = plain.padding, plain.padding_mode
+        self.output_padding: tuple[int, ...] = plain.output_padding
+        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros. (torch
+        # keeps it in this attribute alone.)
+        self.pad_before = list(plain._reversed_padding_repeated_twice)
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
             sizes = getattr(self, name)
             if not isinstance(sizes, str) and min(sizes) < least:
@@ -157,13 +169,12 @@ class _ConvLayer(SFGLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_dtype(dtype)
         geometry = kernel_size, stride, padding, dilation, groups, bias, padding_mode
-        plain: Any = self.PLAIN(in_channels, out_channels, *geometry, device=device, dtype=dtype)  # type: ignore
-        super().__init__(plain, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator)
-        # What torch pads before its convolution: "same" may be uneven, and other modes don't pad with zeros. (torch
-        # keeps it in this attribute alone.)
-        self.pad_before = list(plain._reversed_padding_repeated_twice)
+        make_plain = functools.partial(self.PLAIN, in_channels, out_channels, *geometry)  # type: ignore[arg-type]
+        super().__init__(
+            make_plain, out_channels, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self._even = self.pad_before[0::2] == self.pad_before[1::2]
 
     @property
@@ -224,11 +235,12 @@ class _ConvTransposeLayer(SFGLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_dtype(dtype)
         geometry = kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode
-        plain: Any = self.PLAIN(in_channels, out_channels, *geometry, device=device, dtype=dtype)  # type: ignore
-        super().__init__(plain, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator)
-        self.output_padding: tuple[int, ...] = plain.output_padding
+        make_plain = functools.partial(self.PLAIN, in_channels, out_channels, *geometry)  # type: ignore[arg-type]
+        super().__init__(
+            make_plain, out_channels, tasks=tasks, norm=norm, activation=activation, init=init, estimator=estimator,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What `nn.ConvTranspose2d` (`nn.ConvTranspose3d`) computes of one tensor [N, C, H, W], with this weight and
@@ -247,8 +259,3 @@ class ConvTranspose3dLayer(_ConvTransposeLayer):
     """An SFG layer with the arguments of `nn.ConvTranspose3d`."""
 
     PLAIN = nn.ConvTranspose3d
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")

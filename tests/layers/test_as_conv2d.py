@@ -401,9 +401,9 @@ def test_unbatched_images_are_refused():
         SFGConv2d(3, 6, 3)(torch.zeros(3, 9, 8))
 
 
-def test_groups_are_refused():
-    with pytest.raises(ValueError, match="groups=3"):
-        SFGConv2d(3, 6, 3, groups=3)
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="divisible by groups"):
+        SFGConv2d(3, 6, 3, groups=2)
 
 
 def test_repr_says_what_the_layer_is():

@@ -565,8 +565,10 @@ def test_an_activation_that_works_in_place(name, norm, float64):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SFGConv2d(2, 4, 3, groups=2), "groups=2"),
-        (lambda: SFGConv2d(2, 4, 3, norm="layer"), "norm='layer'"),
+        (lambda: SFGConv2d(2, 4, 3, norm="local"), "norm='local'"),
+        (lambda: SFGConv2d(2, 4, 3, norm="group"), "num_groups=None: expected it for the norm 'group'"),
+        (lambda: SFGConv2d(2, 4, 3, norm=("group", {"num_groups": 3})), "num_groups=3: expected a divisor of the 4"),
+        (lambda: SFGConv2d(2, 4, 3, norm=("instance", {"num_groups": 2})), "has no argument 'num_groups'"),
         (lambda: SFGConv2d(2, 4, 3, activation="gelu"), "activation='gelu'"),
         (lambda: SFGConv2d(2, 4, 3, activation=nn.PReLU(4)), r"activation=PReLU\(num_parameters=4\)"),
         (lambda: SFGConv2d(2, 4, 3, init="even"), "init='even'"),
