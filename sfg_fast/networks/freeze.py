@@ -23,7 +23,7 @@ from ..layers.streams import Heads, Merge, StreamBlock
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
 from .parts import ChannelDropout
-from .record import as_recorded, backwards, remove_unused
+from .record import as_recorded, backwards, output_of, remove_unused, results_of
 
 
 def freeze(
@@ -93,10 +93,10 @@ def freeze(
 
 
 def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
-    output = next(node for node in network.graph.nodes if node.op == "output")
+    output = output_of(network.graph)
     outputs: Any = output.args[0]
     output.args = ({task: outputs[task] for task in tasks},)
-    needed = {node for task in tasks for node in backwards(outputs[task])}
+    needed = {node for task in tasks for result in results_of(outputs[task]) for node in backwards(result)}
     for node in reversed(network.graph.nodes):  # questions about the tensors of other tasks
         if node.target is as_recorded and not needed.issuperset(node.all_input_nodes):
             network.graph.erase_node(node)

@@ -277,13 +277,14 @@ def pads_channels(module: nn.Module) -> bool:
     return type(module).__name__ == "ChannelPad"
 
 
-def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
-    """Run a network on images [N, C, H, W] and record its operations. Returns the graph and the output.
+def record(network: nn.Module, example: Tensor) -> fx.Graph:
+    """Run a network on images [N, C, H, W] and record its operations. Returns the graph.
 
-    The nodes of the graph are modules with the forward pass of a class of torch.nn, and functions outside of these.
+    The nodes of the graph are modules with the forward pass of a class of torch.nn, and functions outside of these. Its
+    output is what the network returns, with a node for each tensor: one tensor, or tensors in dicts, lists and tuples.
 
-    Raises ValueError for an output that is no tensor made of the images, and for tensors that the forward pass makes of
-    nothing. Warns if the forward pass looks at the values of a tensor.
+    Raises ValueError for an output that holds anything but None and tensors made of the images, and for tensors that
+    the forward pass makes of nothing. Warns if the forward pass looks at the values of a tensor.
     """
     tape = _Tape(network)
     hooks = []
@@ -327,11 +328,48 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
             "network won't: what it decides by them stays as for the example",
             stacklevel=5,
         )
-    if not isinstance(out, Tensor) or id(out) not in tape.known:
-        raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
-    tape.graph.output(tape.known[id(out)])
+    tape.graph.output(_output(tape, out))
     remove_unused(tape.graph)  # sizes that nothing reads
-    return tape.graph, out.detach()
+    return tape.graph
+
+
+def _output(tape: _Tape, out: Any) -> Any:
+    """What the network returned, with the nodes of its tensors. Raises ValueError if it is not made of tensors that
+    the graph makes."""
+
+    def node(leaf: Any) -> fx.Node | None:
+        if leaf is None:
+            return None
+        if not isinstance(leaf, Tensor) or id(leaf) not in tape.known or not leaf.is_floating_point():
+            what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            if isinstance(leaf, Tensor) and id(leaf) not in tape.known:
+                what += " that is not made of its input"
+            raise ValueError(
+                f"convert: the module returns {what}, expected floating point tensors made of its input: one, or "
+                "several in dicts, lists and tuples"
+            )
+        return tape.known[id(leaf)]
+
+    found = map_aggregate(out, node)
+    if not leaves_of(found) or all(leaf is None for leaf in leaves_of(found)):
+        raise ValueError(f"convert: the module returns {out!r}, expected tensors made of its input")
+    return found
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph. `args[0]` has the node of each tensor that the network returns."""
+    return next(node for node in graph.nodes if node.op == "output")
+
+
+def results_of(returned: Any) -> list[Any]:
+    """The tensors (or nodes) in what a network returns, in order: those in dicts, lists and tuples, without None."""
+    return [leaf for leaf in leaves_of(returned) if leaf is not None]
+
+
+def _form(graph: fx.Graph) -> str:
+    """In which dicts, lists and tuples a network returns its tensors."""
+    form = map_aggregate(output_of(graph).args[0], lambda leaf: None if leaf is None else "tensor")  # type: ignore
+    return str(form).replace("'tensor'", "tensor")
 
 
 @contextmanager
@@ -385,9 +423,15 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
     the graph recorded in `train()`: the argument tells them the mode.
 
     Every node of `evaluating` also gets WITH_GRADIENT from `training`, because in `eval()` the forward pass may switch
-    gradients off. Raises ValueError, which names the place, if the graphs differ otherwise: in the operations of the
-    two modes, or in numbers that come from the image.
+    gradients off. Raises ValueError, which names the place, if the graphs differ otherwise: in what they return, in the
+    operations of the two modes, or in numbers that come from the image.
     """
+    if _form(evaluating) != _form(training):
+        raise ValueError(
+            f"convert: the module returns {_form(training)} in train() and {_form(evaluating)} in eval(), which one "
+            "recording can't hold: let it return the same in both modes, or switch the additional outputs off "
+            "(deep_supervision=False, aux_logits=False, aux_loss=False)"
+        )
     numbers: dict[fx.Node, int] = {}
     for number, (one, other) in enumerate(itertools.zip_longest(_that_work(evaluating), _that_work(training))):
         if one is None or other is None or (one.op, one.target) != (other.op, other.target):

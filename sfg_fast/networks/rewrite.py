@@ -29,8 +29,10 @@ from .record import (
     base_of,
     called,
     inputs_of,
+    output_of,
     pads_channels,
     remove_unused,
+    results_of,
 )
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -101,7 +103,9 @@ class Rewriting:
         self.stream: dict[fx.Node, Any] = {}  # features: the convolution whose grouping they have
         self.same: dict[fx.Node, fx.Node] = {}  # convolution -> one whose grouping it takes (sums)
         self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
-        self.sized: list[str] = []  # layers of the tail that set the number of outputs, and norms behind them
+        # Layers of the tail that set the number of outputs, and norms behind them; and which results they are of.
+        self.sized: list[str] = []
+        self.main: list[int] = []
         self.obstacles: list[str] = []
         self.report = Report()
 
@@ -111,14 +115,15 @@ class Rewriting:
         self._modules_of_functions()
         self._dropouts()
         convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-        output = next(node for node in self.graph.nodes if node.op == "output")
-        self.heads = self._heads(output.args[0])
+        output = output_of(self.graph)
+        self.heads = self._heads(results_of(output.args[0]))
         for node in list(self.graph.nodes):
             if node.op != "output":
                 self._node(node)
         self._fill_report(convolutions)
         self._hooks()
-        if not self.obstacles and (self.kind[output.args[0]] != "tail" or not sfg_layers(self.network)):
+        of_tasks = {self.kind[node] for node in results_of(output.args[0])} & {"tail", "features"}
+        if not self.obstacles and not (of_tasks and sfg_layers(self.network)):
             self.obstacles.append("nothing is left to be an SFG layer, or nothing behind them to be a head")
         if not self.obstacles:
             self._vain_skips()
@@ -241,16 +246,19 @@ class Rewriting:
 
     # --- node by node -------------------------------------------------------------------------------------------------
 
-    def _heads(self, output: fx.Node) -> set[fx.Node]:
-        """The last convolutions: those from which the output is reached without another convolution or linear layer,
-        and whose outputs no other of them reads. Where linear layers give the output there are none; the tail then
-        starts before these."""
-        found: set[fx.Node] = set()
-        for node in backwards(output, self._gives_size, inputs_of):
-            if isinstance(self._module(node), nn.modules.conv._ConvNd):
-                found.add(node)
-        read = {node for one in found for node in backwards(one, inputs=inputs_of) if node is not one}
-        return found - read
+    def _heads(self, results: list[fx.Node]) -> set[fx.Node]:
+        """The last convolutions: those from which a result is reached without another convolution or linear layer, and
+        whose outputs no other layer before a result reads. Where linear layers give a result there are none; the tail
+        then starts before these. (Of an encoder that returns the features of every stage, the last stage alone ends in
+        heads.)"""
+        last = {
+            node
+            for result in results
+            for node in backwards(result, self._gives_size, inputs_of)
+            if self._gives_size(node)
+        }
+        read = {node for one in last for node in backwards(one, inputs=inputs_of) if node is not one}
+        return {node for node in last - read if isinstance(self._module(node), nn.modules.conv._ConvNd)}
 
     def _gives_size(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear)
@@ -584,17 +592,15 @@ class Rewriting:
 
     def _tails(self, output: fx.Node) -> None:
         """Copy the nodes of the tail for each task, with their layers and parameters. The copies read the task's
-        features."""
-        result = output.args[0]
-        assert isinstance(result, fx.Node)
+        features. A result that is features of SFG layers is what the task reads of them."""
         for node in self.graph.nodes:
             if node.op == "get_attr" and all(self.kind.get(user) == "tail" for user in node.users):
                 self.kind[node] = "tail" if isinstance(self._held(node), nn.Parameter) else self.kind[node]
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
-        self.sized = self._sized(result)
+        self.main, self.sized = self._sized(results_of(output.args[0]))
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU may serve all places
-        results: dict[str, fx.Node] = {}
+        results: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {}
         with self.graph.inserting_before(output):
             for task in self.tasks:
@@ -613,7 +619,7 @@ class Rewriting:
                         if task not in of_tasks:
                             of_tasks[task] = self._copied(node)
                         copies[node].target = f"{name}.{task}"
-                results[task] = copies[result]
+                results[task] = self._with_named_tuples(fx.map_arg(output.args[0], read))
             for name, of_tasks in own.items():
                 owner, _, last = name.rpartition(".")
                 module, first = self.network.get_submodule(owner), next(iter(of_tasks.values()))
@@ -625,6 +631,17 @@ class Rewriting:
         for node in reversed(tail):
             self.graph.erase_node(node)
 
+    def _with_named_tuples(self, result: Any) -> Any:
+        """The result of a task, with a node for each named tuple in it: the code of a graph can't write them down."""
+        if isinstance(result, dict):
+            return {key: self._with_named_tuples(value) for key, value in result.items()}
+        if not isinstance(result, list | tuple):
+            return result
+        parts = [self._with_named_tuples(value) for value in result]
+        if hasattr(result, "_fields"):
+            return self.graph.call_function(type(result), tuple(parts))
+        return type(result)(parts)
+
     def _copied(self, node: fx.Node) -> nn.Module | Tensor | None:
         """A copy of a module of the tail, or of a parameter, for one task."""
         module = self._module(node)
@@ -634,15 +651,19 @@ class Rewriting:
             self.modes |= {twin: self.modes[child] for child, twin in pairs if child in self.modes}
         return own
 
-    def _sized(self, result: fx.Node) -> list[str]:
-        """The names of the layers of the tail that set the number of outputs, and of the norms behind them."""
-        width, found = _width(result), []
-        for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
-            module = self._module(node)
-            sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
-            if self.kind.get(node) == "tail" and width in sizes:
-                found.append(str(node.target))
-        return found
+    def _sized(self, results: list[fx.Node]) -> tuple[list[int], list[str]]:
+        """Which results have as many outputs as the first one, and the names of the layers of the tail that set how
+        many these are, and of the norms behind them."""
+        width = _width(results[0])
+        main = [number for number, result in enumerate(results) if _width(result) == width]
+        found: dict[str, None] = {}
+        for result in (results[number] for number in main):
+            for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
+                module = self._module(node)
+                sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
+                if self.kind.get(node) == "tail" and width in sizes:
+                    found[str(node.target)] = None
+        return main, list(found)
 
 
 def same(x: Any) -> Any:

@@ -292,7 +292,10 @@ class Broken(nn.Module):
         (Broken(nn.Conv2d(4, 4, 1)), {"skip": ["middle"]}, r"'middle' \(Conv2d\) reads features.*stands before"),
         (Broken(None, lambda m, h, x: m.last(h + x)), {}, "adds features of SFG layers and something else"),
         (Broken(None, lambda m, h, x: m.last(torch.cat([h, x], 1)[:, :4])), {}, "concatenated with something else"),
-        (Broken(None, lambda m, h, x: (h, x)), {}, "returns tuple, expected one tensor"),
+        (Broken(None, lambda m, h, x: (m.last(h), 1)), {}, "returns int, expected floating point tensors made of its"),
+        (Broken(None, lambda m, h, x: [m.last(h).argmax(1)]), {}, "returns a tensor of torch.int64, expected floating"),
+        (Broken(None, lambda m, h, x: [m.last(h), torch.ones(1)]), {}, "that is not made of its input, expected"),
+        (Broken(None, lambda m, h, x: {}), {}, r"returns \{\}, expected tensors made of its input"),
         (Broken(nn.Identity()), {"skip": ["nowhere"]}, "skip: there is no module 'nowhere'"),
         (Broken(nn.Conv2d(4, 4, 1), lambda m, h, x: m.last(m.middle(m.middle(h)))), {}, "'middle' is used more than"),
         (Broken(nn.Identity()), {"skip": ["first", "last"]}, "nothing is left to be an SFG layer"),
@@ -790,7 +793,10 @@ def test_parameters_behind_the_last_layer_are_the_tasks_own():
     ("module", "said"),
     [
         (Ending(lambda m, y, x: m.last(y) * m.scale, scale=nn.Parameter(torch.ones(1, 3, 1, 1))), "can't be made"),
-        (Ending(lambda m, y, x: F.pixel_shuffle(m.up(y), 2), up=nn.Conv2d(8, 12, 1)), "gives 3 outputs, expected 5"),
+        (
+            Ending(lambda m, y, x: F.pixel_shuffle(m.up(y), 2), up=nn.Conv2d(8, 12, 1)),
+            r"128\), expected 5 channels",
+        ),
         (
             Ending(lambda m, y, x: m.bound(y), bound=nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 3, 1))),
             "'bound.b' is parametrised or has hooks",
