@@ -7,7 +7,6 @@ in a graph, torch does one after the other.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,13 +17,13 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..activations import activate
-from ..groups import SHARED, FilterGroups, Routing
+from ..groups import SHARED, FilterGroups, Routing, indices
 from ..kernels.spec import Geometry
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import folded, running_affine
-from ..plain_ops import TensorLike
+from ..plain_ops import TensorLike, check_taken
 from ..routed_conv import RoutedConv, routed_conv
 from ..routed_conv.run import decide
 from ..tracing import in_graph, watched
@@ -78,7 +77,7 @@ class GroupTensors(TensorLike):
         channels = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
         place = {kernel: row for row, kernel in enumerate(kernels)}
         rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
-        return channels.index_select(1, _indices(rows, channels))
+        return channels.index_select(1, indices(rows, channels))
 
     def merged(self, task: int | str) -> Tensor:
         """[F_task | F_shared] by summation, [N, K, H, W]."""
@@ -99,12 +98,59 @@ class GroupTensors(TensorLike):
             self.kernels, self.width, self.names, self.routing,
         )  # fmt: skip
 
-    def __add__(self, other: GroupTensors) -> GroupTensors:
+    def of_kernels(self, operation: Callable[[Tensor, int], Tensor]) -> GroupTensors:
+        """`operation` on every group that has kernels, and the group's number; it must not change the size."""
+        return GroupTensors(
+            lambda group: operation(self[group], group), self.zero, self.kernels, self.width, self.names, self.routing
+        )
+
+    def _own(self, x: Tensor, group: int) -> Tensor:
+        """The channels of a group's kernels in x [N, K, H, W], or x itself if it has one channel."""
+        kernels = tuple(self.kernels[group])
+        alike = x.shape[1] == 1 or kernels == tuple(range(self.width))
+        return x if alike else x.index_select(1, indices(kernels, x))
+
+    def as_shared(self, x: Tensor) -> GroupTensors:
+        """See `TensorLike.as_shared`."""
+        kernels = [list(range(x.shape[1])), *([] for _ in self.names[1:])]
+        return GroupTensors(lambda group: x, lambda: x[:, :1] * 0, kernels, x.shape[1], self.names)
+
+    def plus(self, x: float | Tensor) -> GroupTensors:
+        """See `TensorLike.plus`."""
+        return self.of_kernels(lambda f, group: f + (self._own(x, group) if isinstance(x, Tensor) else x))
+
+    def times(self, factor: Tensor | GroupTensors) -> GroupTensors:
+        """See `TensorLike.times`."""
+        return self.of_kernels(
+            lambda f, group: f * self._own(factor if isinstance(factor, Tensor) else factor[group], group)
+        )
+
+    def take(self, kernels: Sequence[int]) -> GroupTensors:
+        """See `TensorLike.take`."""
+        chosen = check_taken(kernels, self.width)
+        taken = [[new for new, old in enumerate(chosen) if old in own] for own in self.kernels]
+        rows = [tuple(list(own).index(chosen[new]) for new in of) for own, of in zip(self.kernels, taken, strict=True)]
+
+        def of_group(group: int) -> Tensor:
+            before = self[group]
+            return before.index_select(1, indices(rows[group], before))
+
+        return GroupTensors(of_group, self.zero, taken, len(chosen), self.names, self.routing)
+
+    def prelu(self, slopes: Tensor) -> GroupTensors:
+        """See `TensorLike.prelu`."""
+        return self.of_kernels(lambda f, group: F.prelu(f, self._own(slopes[None], group)[0]))
+
+    def __add__(self, other: GroupTensors | float | Tensor) -> GroupTensors:
+        if isinstance(other, int | float | Tensor):
+            return self.plus(other)
         if [list(one) for one in self.kernels] != [list(one) for one in other.kernels]:
             raise ValueError(f"features of different groupings can't be added: {self.kernels} and {other.kernels}")
         return GroupTensors(
             lambda group: self[group] + other[group], self.zero, self.kernels, self.width, self.names, self.routing
         )
+
+    __radd__ = __add__
 
     def concatenate(self, *more: GroupTensors) -> GroupTensors:
         """[F | F' | ..] along the channels: the kernels of all features, each in its own group."""
@@ -147,21 +193,6 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     if bias is not None and conv.bias is not None:
         conv.bias.data = bias.detach().clone()
     return conv.requires_grad_(False)
-
-
-def _indices(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """`rows` as a tensor on the device of `like`. It is kept for the next call, because a copy to a GPU would wait for
-    the device, and can't be captured in a CUDA graph. In a compiled graph, and among fake tensors, it is not kept: it
-    would later be taken for a real one."""
-    if in_graph():
-        return torch.tensor(rows, device=like.device)
-    return _kept_indices(rows, like.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
 
 
 def _only_torch(conv: Any, x: Tensor) -> bool:

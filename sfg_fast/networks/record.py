@@ -163,9 +163,7 @@ class _Tape(TorchFunctionMode):
         if isinstance(out, Tensor):
             self.tell(out, make(map_aggregate(arguments, self.node)))
         elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
-            whole = self.marked(make(map_aggregate(arguments, self.node)))
-            for index, one in enumerate(out):
-                self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
+            self.tell_parts(out, self.marked(make(map_aggregate(arguments, self.node))))
 
     def knows(self, arguments: Any) -> bool:
         """Does the graph make any of the arguments, or a number in a slice among them?"""
@@ -185,6 +183,11 @@ class _Tape(TorchFunctionMode):
         self.known[id(tensor)] = self.marked(node)
         node.meta[SHAPE] = tuple(map(int, tensor.shape))
         self.kept.append(tensor)
+
+    def tell_parts(self, tensors: Any, whole: fx.Node) -> None:
+        """Remember that a node makes several tensors."""
+        for index, one in enumerate(tensors):
+            self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
 
     def node(self, value: Any) -> Any:
         """The node that makes an argument, or the argument itself if no node does. Raises ValueError for a tensor that
@@ -303,10 +306,14 @@ def record(network: nn.Module, example: Tensor) -> fx.Graph:
             tape.inside -= 1
             nodes = stack.pop()
             if nodes is not None and not tape.inside:
-                if not isinstance(out, Tensor):
-                    raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
                 bound = inspect.signature(module.forward).bind(*nodes[0], **nodes[1])  # SFG layers call it x, not input
-                tape.tell(out, tape.graph.call_module(name, bound.args, bound.kwargs))
+                made = tape.graph.call_module(name, bound.args, bound.kwargs)
+                if isinstance(out, Tensor):
+                    tape.tell(out, made)
+                elif getattr(module, "return_indices", False):
+                    tape.tell_parts(out, tape.marked(made))
+                else:
+                    raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
         tape.scopes.pop()
 
     for name, child in network.named_modules():

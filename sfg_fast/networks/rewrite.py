@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -415,6 +415,8 @@ class Rewriting:
             )
         elif pads_channels(module):
             self._channel_pad(node, module)
+        elif getattr(module, "return_indices", False) or isinstance(module, nn.modules.pooling._MaxUnpoolNd):
+            self._no_indices(node)
         else:
             return _acts_on_channels(module)
         return True
@@ -427,8 +429,7 @@ class Rewriting:
         if name in ("cat", "concat", "concatenate"):
             parts, *how = _given(node)
             node.args, node.kwargs = (list(parts), *how), {}  # compiled graphs would take a tuple apart
-            if len(features) < len(inputs_of(node)):
-                self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
+            self._join_plain(node, features[0])
             self.stream[node] = node
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
@@ -446,12 +447,25 @@ class Rewriting:
             self._method(node, "detach", features[0])
         elif name == "getitem" and _crops(rest[0]):
             self._method(node, "crop", features[0], _four(rest[0]))
+        elif name == "mean":
+            self._call(node, torch.mean, *node.args)
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key in ("dim", "keepdim")}
+            return positions_alone(node)
+        elif name.endswith("with_indices"):
+            self._no_indices(node)
         else:
             function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
             if function not in CHANNELWISE:
                 return False
             node.op, node.target = "call_function", function
         return True
+
+    def _no_indices(self, node: fx.Node) -> None:
+        self.obstacles.append(
+            f"{_place(node)} works with the indices of a max-pooling, which say where the largest value was. In features "
+            "of SFG layers that is another place for each grouping, and none for a channel that is zeroed: expected "
+            "return_indices=False, and interpolation or a convolution in place of the unpooling"
+        )
 
     def _pass(self, node: fx.Node, before: fx.Node) -> None:
         """Rewrite a node that does not change the values."""
@@ -472,8 +486,8 @@ class Rewriting:
         node.op, node.target, node.args, node.kwargs = "call_method", name, arguments, {}
 
     def _scale(self, node: fx.Node) -> Any:
-        """The number, or parameter of one number, that features are multiplied with or divided by; None for other
-        things."""
+        """The number, or parameter of one number, that features are multiplied with or divided by, or something plain
+        of their shape, or with 1 in place of a size, that they are multiplied with; None for other things."""
         values = _given(node)
         if len(values) != 2:  # there is a rounding mode
             return None
@@ -482,8 +496,12 @@ class Rewriting:
             return None
         scale = scales[0]
         if isinstance(scale, fx.Node) and not scale.meta.get(NUMBER):
+            shape = scale.meta.get(SHAPE, ())
             held = self._held(scale)
-            return scale if held is not None and held.numel() == 1 else None
+            if held is not None and held.numel() == 1:
+                return scale
+            multiplies = _SCALES[_name(node)] is operator.mul
+            return scale if multiplies and can_be_broadcast(shape, node.meta[SHAPE]) else None
         return scale if isinstance(scale, int | float | fx.Node) else None
 
     def _channel_pad(self, node: fx.Node, module: Any) -> None:
@@ -505,31 +523,61 @@ class Rewriting:
         self.network.set_submodule(str(node.target), self._sfg(conv, None, None))
         self.stream[node] = node
 
+    def _join_plain(self, node: fx.Node, like: fx.Node) -> None:
+        """Let what a concatenation joins with features, and is plain, be features of the shared group."""
+        parts, *how = node.args
+        assert isinstance(parts, list)
+        with self.graph.inserting_before(node):
+            node.args = ([self._shared(part, like) for part in parts], *how)
+
+    def _shared(self, part: fx.Node, like: fx.Node) -> fx.Node:
+        if self.kind[part] == "features":
+            return part
+        shared = self.graph.call_method("as_shared", (like, part))
+        self.kind[shared] = "features"
+        return shared
+
     def _add(self, node: fx.Node, features: list[fx.Node], name: str) -> None:
-        """Rewrite a sum or a difference of features as `a + factor * b`, and a sum of features and 0 as the
-        features."""
+        """Rewrite a sum or a difference of features, or of features and something plain, as `a + factor * b`, and a sum
+        of features and 0 as the features."""
         alpha: Any = node.kwargs.get("alpha", 1)
         values, factor = _given(node)[:2], alpha * (-1 if name in _SUBTRACTS else 1)
         if name == "rsub":
             values = values[::-1]
-        if len(values) != 2 or any(self.kind.get(one) != "features" for one in values):
-            if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
-                self._pass(node, features[0])  # Python's `sum` starts with 0
-                return
-            what = "adds features of SFG layers and something else" if name in _ADDS else "subtracts something else"
-            self.obstacles.append(f"{_place(node)} {what}")
+        if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
+            self._pass(node, features[0])  # Python's `sum` starts with 0
+            return
+        if not all(self._can_be_added(one, features[0]) for one in values):
+            self.obstacles.append(
+                f"{_place(node)} adds features of SFG layers and something of another shape (a sum has the shape of the "
+                "features): expected a number, or a tensor of four dimensions"
+            )
             return
         if factor != 1:
             with self.graph.inserting_before(node):
-                values[1] = self.graph.call_function(operator.mul, (values[1], factor))
-            self.kind[values[1]], self.stream[values[1]] = "features", self.stream[features[-1]]
+                scaled = self.graph.call_function(operator.mul, (values[1], factor))
+            if self.kind.get(values[1]) == "features":
+                self.kind[scaled], self.stream[scaled] = "features", self.stream[values[1]]
+            values[1] = scaled
+        values.sort(key=lambda one: self.kind.get(one) != "features")
         self._call(node, operator.add, *values)  # also where the network adds in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
-            if first.op != "call_module" or other.op != "call_module":
-                self.obstacles.append(f"{_place(node)} adds concatenated features, whose groupings differ")
+            if other is not first and (first.op != "call_module" or other.op != "call_module"):
+                self.obstacles.append(
+                    f"{_place(node)} adds features of which one is joined of others or taken out of others, so their "
+                    "groupings differ"
+                )
             elif other is not first:
                 self.same[other] = first
+
+    def _can_be_added(self, value: Any, like: fx.Node) -> bool:
+        """Is it features, or something plain of their shape, or with 1 in place of a size, or a number?"""
+        if not isinstance(value, fx.Node):
+            return isinstance(value, int | float)
+        if self.kind.get(value) == "features" or value.meta.get(NUMBER):
+            return True
+        return can_be_broadcast(value.meta.get(SHAPE, ()), like.meta[SHAPE])
 
     def _owner(self, node: fx.Node) -> fx.Node:
         while node in self.same:
@@ -664,6 +712,19 @@ class Rewriting:
                 if self.kind.get(node) == "tail" and width in sizes:
                     found[str(node.target)] = None
         return main, list(found)
+
+
+def can_be_broadcast(shape: Sequence[int], features: Sequence[int]) -> bool:
+    """Are these four sizes those of the features, or 1 in place of any of them?"""
+    return len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, features, strict=True))
+
+
+def positions_alone(node: fx.Node) -> bool:
+    """Is the node a mean over height and width that keeps the four dimensions?"""
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type, call-overload]
+    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    return bool(dims and keeps) and all(dim in (2, 3, -1, -2) for dim in dims)
 
 
 def same(x: Any) -> Any:
