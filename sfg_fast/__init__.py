@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .gpu.gpu_check import gpu_check
     from .groups import FilterGroups
     from .layers.conv import SFGConv2d
+    from .layers.stream_conv import StreamConv2d
     from .networks.controls import (
         assign,
         parameter_groups,
@@ -44,6 +45,7 @@ _MODULES = {
     "SFGConv2d": "layers.conv",
     "SFGFeatures": "features",
     "SFGHighResNet": "networks.highresnet",
+    "StreamConv2d": "layers.stream_conv",
     "assign": "networks.controls",
     "backend": "backends",
     "convert": "networks.convert",
@@ -69,6 +71,7 @@ __all__ = [
     "SFGConv2d",
     "SFGFeatures",
     "SFGHighResNet",
+    "StreamConv2d",
     "assign",
     "backend",
     "convert",

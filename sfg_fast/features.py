@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 from . import undrawn_features
 from .groups import FilterGroups, Routing, indices
 from .kernels.packing import select_channels
-from .plain_ops import TensorLike, check_factor, check_plain, check_taken
+from .plain_ops import TensorLike, as_plain, check_factor, check_taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,8 +98,7 @@ class SFGFeatures(TensorLike):
 
     def plus(self, x: float | Tensor) -> SFGFeatures:
         """See `TensorLike.plus`."""
-        check_plain(x, self.shape)
-        groups = self.groups
+        groups, x = self.groups, as_plain(x, self.shape)
         if isinstance(x, Tensor) and x.shape[1] > 1:
             x = select_channels(x, groups.order)
         if groups.full and groups.gates is not None:  # a relaxed draw; the drawn gates of others are one
@@ -115,11 +114,11 @@ class SFGFeatures(TensorLike):
         if isinstance(factor, SFGFeatures):
             check_factor(groups.names, groups.width, factor, factor.groups)
             scale, one = factor.packed, factor.groups.width == 1
-            check_plain(scale[:, :1], self.shape)
+            as_plain(scale[:, :1], self.shape)
             rows = groups.ids if one else groups.rows_in_streams
         else:
-            check_plain(factor, self.shape)
-            scale, one = factor, factor.shape[1] == 1
+            scale = as_plain(factor, self.shape)
+            one = scale.shape[1] == 1
             rows = None if one else groups.order
         if behind is not None:
             if isinstance(factor, SFGFeatures):
@@ -129,6 +128,11 @@ class SFGFeatures(TensorLike):
             behind = undrawn_features.scaled(behind, scale.detach(), of_undrawn)
         of_rows = scale if rows is None else select_channels(scale, rows)
         return SFGFeatures(self.packed * of_rows, groups, self.routing, behind)
+
+    @property
+    def streams_of_groups(self) -> bool:
+        """See `TensorLike.streams_of_groups`."""
+        return self.groups.streams_of_groups and self.routing is Routing.OWN
 
     def as_shared(self, x: Tensor) -> SFGFeatures:
         """See `TensorLike.as_shared`."""

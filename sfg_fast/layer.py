@@ -56,8 +56,12 @@ class SFGLayer(GroupGates):
             raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
-        if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
-            raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
+        slopes = isinstance(activation, nn.PReLU) and activation.num_parameters == out_channels
+        if isinstance(activation, nn.Module) and not slopes and any(p.numel() > 1 for p in activation.parameters()):
+            raise ValueError(
+                f"activation={activation}: has parameters for each channel, expected the same for all, or "
+                f"nn.PReLU({out_channels}), with a slope for each kernel"
+            )
         super().__init__(out_channels, tasks, init, estimator, device, dtype)
         # torch's own layer checks the geometry and gives the initial weights.
         plain = nn.Conv2d(

@@ -29,14 +29,14 @@ CHANNELWISE = _FLAT_AT_ZERO | {
 }  # fmt: skip
 _NORMS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.local_response_norm, torch.batch_norm}
 _CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.linear}
-_REVIVES = {
-    F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.softmax, F.log_softmax, F.softmin, torch.exp,
-    torch.cos, torch.log, F.alpha_dropout, F.feature_alpha_dropout,
-}  # fmt: skip
+# They treat every value alone, but give values to zeros: only streams, which no gate has zeroed, may be given to them.
+ELEMENTWISE = {F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, torch.exp, torch.cos, torch.log}
+_REVIVES = ELEMENTWISE | {F.softmax, F.log_softmax, F.softmin, F.alpha_dropout, F.feature_alpha_dropout}
 
-_OPERATORS: dict[Any, Callable[[Any, Any], Any]] = {
-    torch.add: operator.add, Tensor.add: operator.add, Tensor.__add__: operator.add, Tensor.__radd__: operator.add,
-    torch.mul: operator.mul, Tensor.mul: operator.mul, Tensor.__mul__: operator.mul, Tensor.__rmul__: operator.mul,
+# Called by name, because a compiler gives an operator of features and a tensor to `__torch_function__` again.
+_OPERATORS: dict[Any, str] = {
+    torch.add: "__add__", Tensor.add: "__add__", Tensor.__add__: "__add__", Tensor.__radd__: "__add__",
+    torch.mul: "__mul__", Tensor.mul: "__mul__", Tensor.__mul__: "__mul__", Tensor.__rmul__: "__mul__",
 }  # fmt: skip
 
 INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
@@ -48,6 +48,11 @@ class TensorLike:
     @property
     def shape(self) -> torch.Size:
         """That of one dense tensor, [N, K, H, W]."""
+        raise NotImplementedError
+
+    @property
+    def streams_of_groups(self) -> bool:
+        """Has every group a tensor of its own, which it reads alone, and in which no gate has zeroed anything?"""
         raise NotImplementedError
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> Self:
@@ -139,7 +144,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
         if kwargs:
             raise TypeError(f"{name}({', '.join(kwargs)}=...): features can only be added and multiplied as they are")
         first, second = args if _are_features(args[0]) else args[::-1]
-        return _OPERATORS[function](first, second)
+        return getattr(first, _OPERATORS[function])(second)
     if function in (F.prelu, torch.prelu) and _are_features(args[0]):
         return args[0].prelu(*args[1:], **kwargs)
     if function in _NORMS:
@@ -152,6 +157,8 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
             f"{name} would mix what belongs to different tasks: use SFGConv2d, or give it what one task reads, "
             "features.merged(task)"
         )
+    if function in ELEMENTWISE and args and args[0].streams_of_groups:
+        return args[0].channelwise(lambda x: function(x, *args[1:], **kwargs))
     if function in _REVIVES:
         raise TypeError(
             f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
@@ -178,13 +185,19 @@ def _are_features(x: Any) -> bool:
     return hasattr(type(x), "merged")
 
 
-def check_plain(x: float | Tensor, shape: Sequence[int]) -> None:
-    """Raises ValueError unless x is a number, or can be broadcast to features of this shape [N, K, H, W]."""
-    if isinstance(x, Tensor) and not (x.dim() == 4 and all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))):
+def as_plain(x: float | Tensor, shape: Sequence[int]) -> Any:
+    """x, to be added to features of this shape [N, K, H, W] or multiplied with them: a number, or a tensor of four
+    dimensions. Raises ValueError for a tensor that can't be broadcast to this shape."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.numel() == 1:
+        return x.reshape(1, 1, 1, 1)
+    if x.dim() != 4 or not all(a in (1, b) for a, b in zip(x.shape, shape, strict=True)):
         raise ValueError(
             f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same four sizes, or 1 for any of "
             "them"
         )
+    return x
 
 
 def check_taken(kernels: Sequence[int], width: int) -> tuple[int, ...]:

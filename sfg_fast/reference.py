@@ -20,7 +20,7 @@ from .activations import activate
 from .groups import FilterGroups, Routing, indices, sort_by_group
 from .layer import SFGLayer
 from .norm import KernelNorm
-from .plain_ops import TensorLike, check_factor, check_plain, check_taken
+from .plain_ops import TensorLike, as_plain, check_factor, check_taken
 
 
 class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
@@ -69,6 +69,11 @@ class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
         tensors = [torch.cat(parts, 1) for parts in zip(self, *more, strict=True)]
         return DenseFeatures(tensors, FilterGroups.joined([one.groups for one in (self, *more)]), self.routing)
 
+    @property
+    def streams_of_groups(self) -> bool:
+        """See `TensorLike.streams_of_groups`."""
+        return self.groups.streams_of_groups and self.routing is Routing.OWN
+
     def as_shared(self, x: Tensor) -> DenseFeatures:
         """See `TensorLike.as_shared`."""
         groups = FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device)
@@ -76,7 +81,7 @@ class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
 
     def plus(self, x: float | Tensor) -> DenseFeatures:
         """See `TensorLike.plus`."""
-        check_plain(x, self.shape)
+        x = as_plain(x, self.shape)
         if self.groups.gates is None:
             if self.routing is not Routing.OWN:
                 raise ValueError(f"{self.groups} and something else can't be added: what would a task read of it?")
@@ -89,7 +94,7 @@ class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
         if isinstance(factor, DenseFeatures):
             check_factor(self.groups.names, self.shape[1], factor.groups, factor.groups)
         factors = list(factor) if isinstance(factor, DenseFeatures) else [factor] * len(self)
-        check_plain(factors[0], self.shape)
+        factors = [as_plain(one, self.shape) for one in factors]
         return DenseFeatures([f * s for f, s in zip(self, factors, strict=True)], self.groups, self.routing)
 
     def take(self, kernels: Sequence[int]) -> DenseFeatures:

@@ -29,7 +29,7 @@ class SFGConv2d(SFGLayer):
         tasks: number of tasks, or their names in order. Groups are numbered 0 (`shared`), then the tasks.
         norm: None or "batch" (`KernelNorm`: statistics of the drawn rows).
         activation: None, "relu", "relu_pool" (`activations.relu_pool`: ReLU and 2x2 max-pooling), or a callable that
-            acts on each channel alone. It stands before the gate.
+            acts on each channel alone. It stands before the gate. `nn.PReLU(out_channels)` has a slope for each kernel.
         init: initial p, see `draws.initial_probabilities`.
         estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 

@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
+from ..layers.stream_conv import StreamConv2d
 from ..layers.streams import Heads, Merge, StreamBlock
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
-from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
+from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock, FrozenStreamConv
 from .parts import ChannelDropout
 from .record import as_recorded, backwards, output_of, remove_unused, results_of
 
@@ -71,7 +72,7 @@ def freeze(
     replaced = {
         name: _plain(original, twin, by_logits, wanted)
         for (name, original), twin in pairs
-        if isinstance(original, SFGLayer | StreamBlock | Merge | Heads | FeatureNorm | ChannelDropout)
+        if isinstance(original, SFGLayer | StreamBlock | StreamConv2d | Merge | Heads | FeatureNorm | ChannelDropout)
         or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
     }
     for name, module in replaced.items():
@@ -111,6 +112,8 @@ def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[in
         return FrozenConv(twin, by_logits[id(original.logits)])
     if isinstance(twin, StreamBlock):
         return FrozenStreamBlock(twin)
+    if isinstance(twin, StreamConv2d):
+        return FrozenStreamConv(twin)
     if isinstance(twin, FeatureNorm):
         return FrozenNorm(twin)
     if isinstance(twin, Merge):

@@ -25,8 +25,8 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 # The keys of a node's `meta`: the name of the innermost module whose forward pass made the node; whether it is a number
-# made of sizes, no tensor; the shape of its tensor; whether gradients were on when it was made.
-WHERE, NUMBER, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_shape"
+# made of sizes, no tensor; the number it was; the shape of its tensor; whether gradients were on when it was made.
+WHERE, NUMBER, VALUE, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_value", "sfg_fast_shape"
 WITH_GRADIENT = "sfg_fast_with_gradient"
 
 
@@ -43,7 +43,7 @@ class _Ratio(float):
 
 
 def _number(value: float, node: fx.Node, where: str) -> Any:
-    node.meta |= {NUMBER: True, WHERE: where}
+    node.meta |= {NUMBER: True, VALUE: value, WHERE: where}
     found = _Ratio(value) if isinstance(value, float) else _Size(value)
     found.node = node
     return found
@@ -498,3 +498,8 @@ def called(node: fx.Node | None) -> str:
     if node.target is getattr:
         return str(node.args[1])
     return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of a node's function, the same for all its forms: relu for torch.relu, F.relu_ and Tensor.relu."""
+    return called(node).strip("_")

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from ..layers.conv import SFGConv2d
 from ..layers.feature_norm import FeatureNorm
+from ..layers.stream_conv import StreamConv2d
 from ..norm import KernelNorm
-from ..plain_ops import CHANNELWISE
+from ..plain_ops import CHANNELWISE, ELEMENTWISE
 from .controls import sfg_layers
 from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
+from .products import MULTIPLIES, can_be_broadcast, factor_layers
 from .record import (
     NUMBER,
     SHAPE,
@@ -29,11 +31,13 @@ from .record import (
     base_of,
     called,
     inputs_of,
+    name_of,
     output_of,
     pads_channels,
     remove_unused,
     results_of,
 )
+from .selection import SPLITS, Selection
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -101,7 +105,10 @@ class Rewriting:
         self.skip = {name for name, m in self.modules.items() if any(m in one for one in self.skipped.values())}
         self.kind: dict[fx.Node, str] = {}
         self.stream: dict[fx.Node, Any] = {}  # features: the convolution whose grouping they have
+        self.selection = Selection(network)
         self.same: dict[fx.Node, fx.Node] = {}  # convolution -> one whose grouping it takes (sums)
+        self.factors: set[fx.Node] = set()  # convolutions whose output becomes streams, because it is a factor
+        self.streams: set[fx.Node] = set()  # features that are streams
         self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
         # Layers of the tail that set the number of outputs, and norms behind them; and which results they are of.
         self.sized: list[str] = []
@@ -115,10 +122,11 @@ class Rewriting:
         self._modules_of_functions()
         self._dropouts()
         convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        self._find_factors()
         output = output_of(self.graph)
         self.heads = self._heads(results_of(output.args[0]))
         for node in list(self.graph.nodes):
-            if node.op != "output":
+            if node.op != "output" and node not in self.kind:  # (a node may have been rewritten with one before it)
                 self._node(node)
         self._fill_report(convolutions)
         self._hooks()
@@ -246,6 +254,14 @@ class Rewriting:
 
     # --- node by node -------------------------------------------------------------------------------------------------
 
+    def _find_factors(self) -> None:
+        """Find the convolutions that compute a factor of a product. (Linear layers among them become convolutions.)"""
+        self.factors = factor_layers(self.network, self.graph)
+        for name, before in list(self.modules.items()):
+            module = self.network.get_submodule(name)
+            if module is not before:
+                self.modules[name], self.modes[module] = module, self.modes[before]
+
     def _heads(self, results: list[fx.Node]) -> set[fx.Node]:
         """The last convolutions: those from which a result is reached without another convolution or linear layer, and
         whose outputs no other layer before a result reads. Where linear layers give a result there are none; the tail
@@ -280,6 +296,8 @@ class Rewriting:
             self.ended[node] = next((self.ended[one] for one in node.all_input_nodes if one in self.ended), "")
         elif node.meta.get(NUMBER):
             self.kind[node] = "number"
+        elif node in self.factors and not features:
+            self.kind[node] = "plain"  # a factor that is the same for all groups
         elif isinstance(module, nn.Conv2d) and node.target not in self.skip:
             self._conv(node, module, bool(features))
         elif not features:
@@ -311,7 +329,24 @@ class Rewriting:
                 self.obstacles.append(f"{name!r} has a weight that is no nn.Parameter, expected one")
         else:
             norm, activation = self._followers(node)
-            self.network.set_submodule(name, self._sfg(conv, norm, activation))
+            if node in self.factors and on_features:
+                self.streams.add(node)
+                self.network.set_submodule(name, self._stream_conv(conv, norm, activation))
+            else:
+                self.network.set_submodule(name, self._sfg(conv, norm, activation))
+
+    def _stream_conv(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> StreamConv2d:
+        layer = StreamConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+            conv.dilation, 1, conv.bias is not None, conv.padding_mode, device=conv.weight.device,
+            dtype=conv.weight.dtype, tasks=self.tasks, norm=None if norm is None else "batch", activation=activation,
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        self.modes[layer] = self.modes.get(conv, True)
+        if norm is not None and layer.norm is not None:
+            repeat_batch_norm(norm, layer.norm)
+            self.modes[layer.norm] = self.modes[norm]
+        return layer
 
     def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
         layer = SFGConv2d(
@@ -361,12 +396,12 @@ class Rewriting:
             if base is nn.ReLU:
                 return "relu"
             if base is nn.PReLU:
-                return module if module.num_parameters == 1 else None
+                return module
             elementwise = base is not None and base.__module__ == "torch.nn.modules.activation"
             return copy.copy(module) if elementwise and not isinstance(module, _NOT_ELEMENTWISE) else None
         if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
             return None
-        name = _name(node)
+        name = name_of(node)
         if name == "relu":
             return "relu"
         if name in _ACTIVATIONS:
@@ -382,6 +417,8 @@ class Rewriting:
     def _on_features(self, node: fx.Node, module: nn.Module | None, features: list[fx.Node]) -> None:
         self.kind[node], self.stream[node] = "features", self.stream[features[0]]
         known = self._module_on_features(node, module) if module is not None else self._function(node, features)
+        if known and self.streams.issuperset(features):
+            self.streams.add(node)
         if not known:
             del self.stream[node]
             self.kind[node] = "tail"
@@ -415,6 +452,8 @@ class Rewriting:
             )
         elif pads_channels(module):
             self._channel_pad(node, module)
+        elif isinstance(module, nn.ChannelShuffle):
+            return self._taken(node, node.all_input_nodes[0])
         elif getattr(module, "return_indices", False) or isinstance(module, nn.modules.pooling._MaxUnpoolNd):
             self._no_indices(node)
         else:
@@ -424,8 +463,10 @@ class Rewriting:
     def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
         """Is it known what a function does to features? Then the node is rewritten to do it. (It is known, too, for a
         function that adds an obstacle.)"""
-        name, rest = _name(node), _given(node)[1:]
+        name, rest = name_of(node), _given(node)[1:]
         alone = len(inputs_of(node)) == 1
+        if len(features) > 1 and (name in MULTIPLIES or self.streams.intersection(features)):
+            return self._product(node, features)
         if name in ("cat", "concat", "concatenate"):
             parts, *how = _given(node)
             node.args, node.kwargs = (list(parts), *how), {}  # compiled graphs would take a tuple apart
@@ -434,9 +475,13 @@ class Rewriting:
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
         elif name in _SCALES and (scale := self._scale(node)) is not None:
-            self._call(node, _SCALES[name], features[0], scale)
+            plain = isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == 4
+            if plain:
+                self._method(node, "times", features[0], scale)
+            else:
+                self._call(node, _SCALES[name], features[0], scale)
         elif not alone:
-            return False
+            return len(features) == 1 and self._taken(node, features[0])
         elif name in ("neg", "negative"):
             self._call(node, operator.mul, features[0], -1)
         elif _changes_nothing(node, name, rest):
@@ -447,24 +492,105 @@ class Rewriting:
             self._method(node, "detach", features[0])
         elif name == "getitem" and _crops(rest[0]):
             self._method(node, "crop", features[0], _four(rest[0]))
-        elif name == "mean":
-            self._call(node, torch.mean, *node.args)
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key in ("dim", "keepdim")}
-            return positions_alone(node)
+        elif name == "mean" and _of_positions(node):
+            node.op, node.target = "call_function", torch.mean
         elif name.endswith("with_indices"):
             self._no_indices(node)
+        elif name in SPLITS:
+            return self._split(node, features[0])
         else:
             function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
-            if function not in CHANNELWISE:
-                return False
+            if function in ELEMENTWISE and features[0] in self.streams:
+                self._call(node, function, features[0])
+                return True
+            if function not in CHANNELWISE or name == "mean":
+                return self._taken(node, features[0])
             node.op, node.target = "call_function", function
+        return True
+
+    def _split(self, node: fx.Node, before: fx.Node) -> bool:
+        """Rewrite a split along the channels: each part that somebody reads takes some of the kernels."""
+        parts = self.selection.of_parts(node)
+        if called(node) == "unbind" and node.kwargs.get("dim", (*node.args, 0)[1]) in (1, -3):
+            self._single_channel(node)
+            return True
+        if any(part is None for part in parts):
+            return False
+        for user in list(node.users):
+            channels = parts[user.args[1]]  # type: ignore[index]
+            assert channels is not None
+            self._take(user, before, channels)
+        self.graph.erase_node(node)
+        self.kind[node] = "gone"
+        return True
+
+    def _taken(self, node: fx.Node, before: fx.Node) -> bool:
+        """Rewrite a node that takes some of the channels, or gives them another order, alone or together with the nodes
+        behind it. Is it such a node?"""
+        index = _four(_given(node)[1]) if name_of(node) == "getitem" else ()
+        if isinstance(index, tuple) and len(index) > 1 and index[0] == slice(None):
+            if isinstance(index[1], int):
+                self._single_channel(node)
+                return True
+            crop = (*index[:1], slice(None), *index[2:])
+            if index[1] != slice(None) and _crops(crop) and any(one != slice(None) for one in crop):
+                # The channels first, and then the positions.
+                with self.graph.inserting_before(node):
+                    channels = self.graph.call_function(operator.getitem, (before, (slice(None), index[1])))
+                channels.meta |= {**before.meta}
+                if not self._taken(channels, before):
+                    return False
+                self._method(node, "crop", channels, crop)
+                self.stream[node] = self.stream[channels]
+                return True
+        found = self.selection.through(node)
+        if found is None:
+            return False
+        nodes, kernels = found
+        self._take(nodes[-1], before, kernels)
+        for one in reversed(nodes[:-1]):
+            self.graph.erase_node(one)
+            self.kind[one] = "gone"
+        return True
+
+    def _take(self, node: fx.Node, before: fx.Node, kernels: list[int]) -> None:
+        if kernels == list(range(before.meta[SHAPE][1])):
+            self._pass(node, before)
+            self.stream[node] = self.stream[before]
+        else:
+            self._method(node, "take", before, tuple(kernels))
+            self.stream[node] = node
+        self.kind[node] = "features"
+
+    def _single_channel(self, node: fx.Node) -> None:
+        self.obstacles.append(
+            f"{_place(node)} takes single channels of features, without the dimension of the channels: expected ranges "
+            "of channels, as h[:, 0:1]"
+        )
+
+    def _product(self, node: fx.Node, features: list[fx.Node]) -> bool:
+        """Rewrite a product of features and streams."""
+        whole = [one for one in features if one not in self.streams]
+        if name_of(node) not in MULTIPLIES or len(features) != 2:
+            return False
+        if len(whole) == 2:
+            self.obstacles.append(
+                f"{_place(node)} multiplies two features of SFG layers, which have a gate each: expected that the last "
+                "layer of one factor is a convolution or a linear layer that nothing else reads (squeeze-and-excite, "
+                "spatial attention), or an activation in place of the product (nn.SiLU)"
+            )
+            return True
+        if len(whole) != 1:
+            return False
+        self.stream[node] = self.stream[whole[0]]
+        self._method(node, "times", whole[0], *self.streams.intersection(features))
         return True
 
     def _no_indices(self, node: fx.Node) -> None:
         self.obstacles.append(
-            f"{_place(node)} works with the indices of a max-pooling, which say where the largest value was. In features "
-            "of SFG layers that is another place for each grouping, and none for a channel that is zeroed: expected "
-            "return_indices=False, and interpolation or a convolution in place of the unpooling"
+            f"{_place(node)} works with the indices of a max-pooling, which say where the largest value was. In "
+            "features of SFG layers that is another place for each grouping, and none for a channel that is zeroed: "
+            "expected return_indices=False, and interpolation or a convolution in place of the unpooling"
         )
 
     def _pass(self, node: fx.Node, before: fx.Node) -> None:
@@ -492,7 +618,7 @@ class Rewriting:
         if len(values) != 2:  # there is a rounding mode
             return None
         scales = [one for one in values if self.kind.get(one) != "features"]
-        if len(scales) != 1 or (_SCALES[_name(node)] is operator.truediv and scales[0] is values[0]):
+        if len(scales) != 1 or (_SCALES[name_of(node)] is operator.truediv and scales[0] is values[0]):
             return None
         scale = scales[0]
         if isinstance(scale, fx.Node) and not scale.meta.get(NUMBER):
@@ -500,7 +626,7 @@ class Rewriting:
             held = self._held(scale)
             if held is not None and held.numel() == 1:
                 return scale
-            multiplies = _SCALES[_name(node)] is operator.mul
+            multiplies = _SCALES[name_of(node)] is operator.mul
             return scale if multiplies and can_be_broadcast(shape, node.meta[SHAPE]) else None
         return scale if isinstance(scale, int | float | fx.Node) else None
 
@@ -549,8 +675,8 @@ class Rewriting:
             return
         if not all(self._can_be_added(one, features[0]) for one in values):
             self.obstacles.append(
-                f"{_place(node)} adds features of SFG layers and something of another shape (a sum has the shape of the "
-                "features): expected a number, or a tensor of four dimensions"
+                f"{_place(node)} adds features of SFG layers and something of another shape, expected a number, or a "
+                "tensor of four dimensions that the sum does not make larger than the features"
             )
             return
         if factor != 1:
@@ -560,7 +686,10 @@ class Rewriting:
                 self.kind[scaled], self.stream[scaled] = "features", self.stream[values[1]]
             values[1] = scaled
         values.sort(key=lambda one: self.kind.get(one) != "features")
-        self._call(node, operator.add, *values)  # also where the network adds in place
+        if len(features) < len(values):
+            self._method(node, "plus", *values)
+        else:
+            self._call(node, operator.add, *values)  # also where the network adds in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
             if other is not first and (first.op != "call_module" or other.op != "call_module"):
@@ -577,7 +706,8 @@ class Rewriting:
             return isinstance(value, int | float)
         if self.kind.get(value) == "features" or value.meta.get(NUMBER):
             return True
-        return can_be_broadcast(value.meta.get(SHAPE, ()), like.meta[SHAPE])
+        shape = value.meta.get(SHAPE, ())
+        return math.prod(shape) == 1 or can_be_broadcast(shape, like.meta[SHAPE])
 
     def _owner(self, node: fx.Node) -> fx.Node:
         while node in self.same:
@@ -613,7 +743,7 @@ class Rewriting:
             if node is None:
                 becomes, why = UNREACHED, "the forward pass does not come here"
             elif kind == "features":
-                becomes, why = SFG, ""
+                becomes, why = SFG, "computed for every group, as a factor" if node in self.streams else ""
             elif node in self.heads:
                 becomes, why = HEAD, "one for each task"
             elif kind == "tail":
@@ -714,17 +844,13 @@ class Rewriting:
         return main, list(found)
 
 
-def can_be_broadcast(shape: Sequence[int], features: Sequence[int]) -> bool:
-    """Are these four sizes those of the features, or 1 in place of any of them?"""
-    return len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, features, strict=True))
-
-
-def positions_alone(node: fx.Node) -> bool:
-    """Is the node a mean over height and width that keeps the four dimensions?"""
+def _of_positions(node: fx.Node) -> bool:
+    """Is the node a mean over height and width that keeps the four dimensions, and the dtype?"""
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type, call-overload]
     keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-    return bool(dims and keeps) and all(dim in (2, 3, -1, -2) for dim in dims)
+    named = node.kwargs.keys() <= {"dim", "keepdim"}
+    return bool(dims and keeps and named) and all(dim in (2, 3, -1, -2) for dim in dims)
 
 
 def same(x: Any) -> Any:
@@ -734,11 +860,6 @@ def same(x: Any) -> Any:
 
 def _elementwise(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return _ACTIVATIONS[name](x, *args, **kwargs)
-
-
-def _name(node: fx.Node) -> str:
-    """The name of a node's function, the same for all its forms: relu for torch.relu, F.relu_ and Tensor.relu."""
-    return called(node).strip("_")
 
 
 def _place(node: fx.Node) -> str:
@@ -862,3 +983,16 @@ def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
     # After so many draws the statistics of a (group, kernel) move at the rate of the momentum (norm.py). Without a
     # momentum the rate is 1/n.
     to.draws[0] = math.ceil(1 / norm.momentum) if norm.momentum else float(counted) if counted is not None else 0.0
+
+
+@torch.no_grad()
+def repeat_batch_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
+    """Copy scale, shift and running statistics of a batch normalisation of K channels to each K channels of another."""
+    to.eps, to.momentum, times = norm.eps, norm.momentum, to.num_features // norm.num_features
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        own, given = getattr(to, name), getattr(norm, name)
+        if given is not None:
+            own.copy_(given.repeat(times))
+            own.requires_grad_(given.requires_grad)
+    if norm.num_batches_tracked is not None and to.num_batches_tracked is not None:
+        to.num_batches_tracked.copy_(norm.num_batches_tracked)

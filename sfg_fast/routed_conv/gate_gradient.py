@@ -77,10 +77,10 @@ class UndrawnRows(NamedTuple):
                 of_operator = dundrawn, *self[:4], scale, shift, activation, self.run
                 return graph.gate_gradient(*of_operator)
             return kernels.gate_gradient(self.formula(scale, shift, activation), dundrawn)
-        u = self.u()
+        u, order = self.u(), self.run.spec.rows.order
         dz = []
         for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
-            dz.append(channel_dots(df, activate(masked.affine(u_n, scale, shift, n), activation)))
+            dz.append(channel_dots(df, activate(masked.affine(u_n, scale, shift, n), activation, order)))
         return torch.stack(dz)
 
     def u(self) -> Sequence[Tensor]:

@@ -281,6 +281,11 @@ class Broken(nn.Module):
         return self.call(self, h, x) if self.call else self.last(self.middle(h))
 
 
+def pooled(m, h, x):
+    y, indices = m.middle(h) if m.middle else F.max_pool2d(h, 2, return_indices=True)
+    return m.last(F.max_unpool2d(y, indices, 2))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "said"),
     [
@@ -290,8 +295,13 @@ class Broken(nn.Module):
         (Broken(nn.Conv2d(4, 4, 1, groups=2)), {}, "'middle' is a convolution of 2 groups, expected 1"),
         (Broken(nn.ConvTranspose2d(4, 4, 2)), {}, r"'middle' \(ConvTranspose2d\) reads features of SFG layers"),
         (Broken(nn.Conv2d(4, 4, 1)), {"skip": ["middle"]}, r"'middle' \(Conv2d\) reads features.*stands before"),
-        (Broken(None, lambda m, h, x: m.last(h + x)), {}, "adds features of SFG layers and something else"),
-        (Broken(None, lambda m, h, x: m.last(torch.cat([h, x], 1)[:, :4])), {}, "concatenated with something else"),
+        (Broken(None, lambda m, h, x: m.last(F.adaptive_avg_pool2d(h, 1) + x)), {}, "add.* something of another shape"),
+        (Broken(None, lambda m, h, x: m.last(h + torch.cat(h.unbind(1)[:1])[:, None])), {}, "takes single channels"),
+        (Broken(None, lambda m, h, x: m.last(h + h[:, 2].unsqueeze(1))), {}, r"takes single channels.*h\[:, 0:1"),
+        (Broken(None, lambda m, h, x: m.last(h * h.tanh())), {}, "mul.* multiplies two features of SFG layers"),
+        (Broken(None, lambda m, h, x: m.last(h + h[:, [1, 0, 2, 3]])), {}, "taken out of others, so their groupings"),
+        (Broken(nn.MaxPool2d(2, return_indices=True), pooled), {}, "'middle' works with the indices of a max-pooling"),
+        (Broken(None, lambda m, h, x: pooled(m, h, x)), {}, "works with the indices of a max-pooling"),
         (Broken(None, lambda m, h, x: (m.last(h), 1)), {}, "returns int, expected floating point tensors made of its"),
         (Broken(None, lambda m, h, x: [m.last(h).argmax(1)]), {}, "returns a tensor of torch.int64, expected floating"),
         (Broken(None, lambda m, h, x: [m.last(h), torch.ones(1)]), {}, "that is not made of its input, expected"),
@@ -299,7 +309,6 @@ class Broken(nn.Module):
         (Broken(nn.Identity()), {"skip": ["nowhere"]}, "skip: there is no module 'nowhere'"),
         (Broken(nn.Conv2d(4, 4, 1), lambda m, h, x: m.last(m.middle(m.middle(h)))), {}, "'middle' is used more than"),
         (Broken(nn.Identity()), {"skip": ["first", "last"]}, "nothing is left to be an SFG layer"),
-        (Broken(nn.PReLU(4)), {}, "'middle': prelu is not known to act on each channel alone"),
         (Broken(nn.ConstantPad2d(1, 2.0)), {}, r"'middle': pad\(value=2.0\) would give values to"),
         (Broken(nn.Softmax(1)), {}, "'middle': softmax would give values to"),
         (Broken(nn.BatchNorm2d(4, track_running_stats=False)), {}, "without running statistics"),
@@ -499,7 +508,6 @@ def test_detached_features_have_no_gradient():
             marks=pytest.mark.filterwarnings("ignore:convert. the forward pass looks at the values of a tensor"),
         ),
         (lambda m, h, x: h.__setitem__((slice(None), 0), 0), "writes to a part of a tensor"),
-        (lambda m, h, x: h + 1, r"add\(\) adds features of SFG layers and something else"),
     ],
 )  # fmt: skip
 def test_what_the_mode_or_the_size_decides_is_refused(between, said):
@@ -646,13 +654,12 @@ def test_parts_without_gradient_are_refused():
 
 
 def gated():
-    return Through(lambda m, h, x: h * m.gate(h).sigmoid(), gate=nn.Conv2d(4, 4, 1), unused=nn.Conv2d(1, 1, 1))
+    """Over all channels there is a softmax, so the product is of no factor that is known."""
+    return Through(lambda m, h, x: h * m.gate(h).softmax(1), gate=nn.Conv2d(4, 4, 1), unused=nn.Conv2d(1, 1, 1))
 
 
 def test_convolutions_that_are_copied_are_named():
-    with pytest.warns(
-        UserWarning, match=r"4 of 8 convolutions are no SFG layers, .*'more.0', .* behind mul\(\) of 2 features"
-    ):
+    with pytest.warns(UserWarning, match=r"4 of 8 convolutions are no SFG layers, .*'more.0', .* behind softmax\(\)"):
         converted, report = convert(gated(), TASKS, report=True)
     becomes = {row.name: row.becomes for row in report}
     assert becomes["first"] == becomes["gate"] == "SFG layer"
