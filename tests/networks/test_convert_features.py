@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfg_fast import SFGConv2d, assign, backend, convert, freeze
+from sfg_fast import SFGConv2d, StreamConv2d, assign, backend, convert, freeze
 from sfg_fast.networks.controls import sfg_layers
 from tests.backends import EVERY
 from tests.oracle import assert_close
@@ -53,7 +53,7 @@ def uneven(m, h, x):
 
 
 def one_number(m, h, x):
-    return m.half + h * m.half
+    return m.only + h * m.only
 
 
 # What stands between; the same for the dense tensor of group g, whose gates are z; more arguments of `Between`.
@@ -78,7 +78,7 @@ CASES = {
         lambda: {"scale": parameter(1, 6, 1, 1), "shift": parameter(1, 6, 1, 1)},
     ),
     "one number": (
-        one_number, lambda m, h, x, z, g: z * m.half + h * m.half, 6, lambda: {"half": parameter(1)}
+        one_number, lambda m, h, x, z, g: z * m.only + h * m.only, 6, lambda: {"only": parameter(1)}
     ),
     "times": (lambda m, h, x: x[:, :1] * h, lambda m, h, x, z, g: h * x[:, :1]),
     "halves": (halves, lambda m, h, x, z, g: halves(m, h, x)),
@@ -170,7 +170,9 @@ def check_against_masks(converted, on_groups, by=by_masks):
     converted.train()
     named = {"x": x} | {name: one for name, one in converted.named_parameters() if one.requires_grad}
     torch.manual_seed(3)
-    gates = {name: layer.draw().gates for name, layer in sfg_layers(converted).items()}
+    layers = sfg_layers(converted)
+    order = sorted(layers, key=lambda name: (name != "first", name == "second"))  # that of the forward pass
+    gates = {name: layers[name].draw().gates for name in order}
     expected = by(converted, x, gates, on_groups)
     wanted = torch.autograd.grad(total(expected), list(named.values()), allow_unused=True)
     for kind in EVERY:
@@ -295,3 +297,223 @@ def test_slopes_go_with_their_kernels(tasks, estimator):
 def test_slopes_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"has parameters for each channel, expected .* nn.PReLU\(5\), with a slope"):
         SFGConv2d(1, 5, 3, activation=nn.PReLU(4))
+
+
+# --- products with what layers compute: squeeze-and-excite, attention -------------------------------------------------
+
+
+def excited(m, h, x):
+    """As torchvision and timm write it."""
+    return h * torch.sigmoid(m.expand(F.relu(m.reduce(h.mean((2, 3), keepdim=True)))))
+
+
+def excited_by_modules(m, h, x):
+    return m.gate(m.expand(m.act(m.reduce(m.pool(h))))) * h
+
+
+def excited_by_linear_layers(m, h, x):
+    """As MONAI writes it."""
+    n, channels = h.shape[:2]
+    s = m.squeeze(m.pool(h).view(n, channels)).view([n, channels, 1, 1])
+    return h * s
+
+
+def expanded(m, h, x):
+    """As the first implementations of squeeze-and-excite."""
+    s = m.squeeze(h.mean([2, 3]))
+    return h * s[:, :, None, None].expand_as(h)
+
+
+def linear():
+    squeeze = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6), nn.Sigmoid())
+    return {"pool": nn.AdaptiveAvgPool2d(1), "squeeze": squeeze}
+
+
+def squeezed(reduce, expand, act=torch.sigmoid):
+    """Squeeze-and-excite of each group."""
+
+    def on_groups(m, h, x, z):
+        reducing, expanding = m.get_submodule(reduce), m.get_submodule(expand)
+        pooled = read([one.mean((2, 3), keepdim=True) for one in h])
+        reduced = [
+            F.conv2d(one, reducing.weight, reducing.bias).relu() * gate
+            for one, gate in zip(pooled, z[reduce], strict=True)
+        ]
+        factors = [act(F.conv2d(one, expanding.weight, expanding.bias)) for one in read(reduced)]
+        return [one * s for one, s in zip(h, factors, strict=True)]
+
+    return on_groups
+
+
+def plain_norm(u, norm, rows, training):
+    if training:
+        return F.batch_norm(u, None, None, norm.weight[rows], norm.bias[rows], True, 0.0, norm.eps)
+    return F.batch_norm(u, norm.running_mean[rows], norm.running_var[rows], norm.weight[rows], norm.bias[rows])
+
+
+def spatial(m, h, x, z):
+    factors = [
+        plain_norm(F.conv2d(one, m.plane.weight, m.plane.bias, padding=1), m.plane.norm, [g], True).sigmoid()
+        for g, one in enumerate(read(h))
+    ]
+    return [one * s for one, s in zip(h, factors, strict=True)]
+
+
+def of_each_value(m, h, x, z):
+    factors = [F.conv2d(one, m.gate.weight, m.gate.bias).sigmoid() for one in read(h)]
+    return [one * s for one, s in zip(h, factors, strict=True)]
+
+
+def attention(m, h, x):
+    """As an attention gate: two convolutions are added, a third one has one channel."""
+    return h * m.psi(torch.tanh(m.a(h) + m.b(h).sin())).sigmoid()
+
+
+def attention_of_groups(m, h, x, z):
+    summed = [
+        torch.tanh(F.conv2d(one, m.a.weight, m.a.bias) * gate + torch.sin(F.conv2d(one, m.b.weight, m.b.bias) * gate))
+        for one, gate in zip(read(h), z["a"], strict=True)
+    ]
+    return [one * F.conv2d(s, m.psi.weight, m.psi.bias).sigmoid() for one, s in zip(h, read(summed), strict=True)]
+
+
+def interpolated(m, h, x):
+    s = F.interpolate(m.gate(F.avg_pool2d(h, 2)), size=h.shape[-2:], mode="nearest")
+    return h * (1 + s.sigmoid() * 2)
+
+
+def interpolated_groups(m, h, x, z):
+    factors = [F.conv2d(F.avg_pool2d(one, 2), m.gate.weight, m.gate.bias) for one in read(h)]
+    factors = [F.interpolate(one, size=h[0].shape[-2:]) for one in factors]
+    return [one * (1 + s.sigmoid() * 2) for one, s in zip(h, factors, strict=True)]
+
+
+def both(m, h, x):
+    """Concurrent spatial and channel attention: a sum of two products."""
+    return h * m.expand(m.reduce(h.mean((2, 3), True)).relu()).sigmoid() + h * m.plane(h).sigmoid()
+
+
+def both_groups(m, h, x, z):
+    planes = [F.conv2d(one, m.plane.weight, m.plane.bias).sigmoid() for one in read(h)]
+    squeezes = squeezed("reduce", "expand")(m, h, x, z)
+    return [a + one * s for a, one, s in zip(squeezes, h, planes, strict=True)]
+
+
+def two_convolutions():
+    return {"reduce": nn.Conv2d(6, 3, 1), "expand": nn.Conv2d(3, 6, 1)}
+
+
+FACTORS = {
+    "squeeze and excite": (excited, squeezed("reduce", "expand"), two_convolutions),
+    "by modules": (
+        excited_by_modules,
+        squeezed("reduce", "expand", F.hardsigmoid),
+        lambda: two_convolutions() | {"pool": nn.AdaptiveAvgPool2d(1), "act": nn.ReLU(), "gate": nn.Hardsigmoid()},
+    ),
+    "by linear layers": (excited_by_linear_layers, squeezed("squeeze.0", "squeeze.2"), linear),
+    "expanded": (expanded, squeezed("squeeze.0", "squeeze.2"), linear),
+    "spatial": (
+        lambda m, h, x: h * m.bn(m.plane(h)).sigmoid(),
+        spatial,
+        lambda: {"plane": nn.Conv2d(6, 1, 3, padding=1), "bn": nn.BatchNorm2d(1)},
+    ),
+    "of each value": (lambda m, h, x: h * m.gate(h).sigmoid(), of_each_value, lambda: {"gate": nn.Conv2d(6, 6, 1)}),
+    "attention": (
+        attention,
+        attention_of_groups,
+        lambda: {"a": nn.Conv2d(6, 5, 1), "b": nn.Conv2d(6, 5, 1), "psi": nn.Conv2d(5, 1, 1)},
+    ),
+    "interpolated": (interpolated, interpolated_groups, lambda: {"gate": nn.Conv2d(6, 6, 1)}),
+    "both": (both, both_groups, lambda: two_convolutions() | {"plane": nn.Conv2d(6, 1, 1)}),
+}  # fmt: skip
+
+
+def with_factor(what):
+    torch.manual_seed(0)
+    between, _, parts = FACTORS[what]
+    net = Between(between, **parts()).double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+            net(image())
+    return net
+
+
+@pytest.mark.parametrize("what", FACTORS)
+def test_all_shared_factors_are_the_module_s(what):
+    check_all_shared(with_factor(what))
+
+
+@pytest.mark.parametrize("number", range(len(FACTORS)), ids=list(FACTORS))
+def test_factors_as_by_masks_written_out(number):
+    what = list(FACTORS)[number]
+    tasks, estimator = 1 + number % 3, ("straight_through", "gumbel_softmax")[number // 3 % 2]
+    converted = converted_from(with_factor(what), NAMES[:tasks], estimator=estimator)
+    assert sum(isinstance(module, StreamConv2d) for module in converted.modules()) == 1 + (what == "both")
+    check_against_masks(converted, FACTORS[what][1])
+    check_frozen(converted, 1 + tasks)
+
+
+@pytest.mark.parametrize("what", ["squeeze and excite", "by linear layers", "spatial"])
+def test_compiled_factors(what):
+    check_compiled(converted_from(with_factor(what), NAMES[:2]))
+
+
+def test_a_factor_of_the_image_is_the_same_for_all_groups():
+    net = Between(lambda m, h, x: h * m.mask(x).sigmoid(), mask=nn.Conv2d(2, 1, 3, padding=1)).double()
+    converted, report = convert(net, NAMES[:2], report=True)
+    assert [row.becomes for row in report if row.name == "mask"] == ["left plain"]
+    assert type(converted.mask) is nn.Conv2d
+
+    def on_groups(m, h, x, z):
+        return [one * F.conv2d(x, m.mask.weight, m.mask.bias, padding=1).sigmoid() for one in h]
+
+    check_against_masks(converted, on_groups)
+    check_frozen(converted, 3)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"gate": nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.Sigmoid())},
+        {"gate": nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Sigmoid())},
+    ],
+)
+def test_gates_that_mix_channels_otherwise_are_copied_and_named(parts):
+    """Efficient channel attention, and a layer norm among the linear layers."""
+    torch.manual_seed(0)
+
+    def between(m, h, x):
+        pooled = h.mean((2, 3))
+        s = m.gate(pooled[:, None])[:, 0] if isinstance(m.gate[0], nn.Conv1d) else m.gate(pooled)
+        return h * s[:, :, None, None]
+
+    with pytest.warns(UserWarning, match="1 of . convolutions are no SFG layers, .*'second'|2 of 4"):
+        converted, _ = convert(Between(between, **parts).double(), NAMES[:2], report=True)
+    assert converted.eval()(image())["p"].shape == (2, 3, 6, 8)
+
+
+def test_a_stream_convolution_by_itself():
+    """Its arguments are those of nn.Conv2d; other padding; what it refuses."""
+    torch.manual_seed(0)
+    layer = SFGConv2d(1, 4, 3, tasks=["p", "q"]).double()
+    last = StreamConv2d(4, 2, (3, 2), 2, "valid", padding_mode="reflect", tasks=["p", "q"]).double()
+    padded = StreamConv2d(4, 2, 3, padding=1, padding_mode="circular", tasks=["p", "q"], bias=False).double()
+    x = image(2, 1, 9, 9)
+    layer.assign([0, 1, 2, 2])
+    f = layer(x)
+    for kind in EVERY:
+        with backend(kind):
+            for one, plain in ((last, lambda t: F.conv2d(t, last.weight, last.bias, 2)),
+                               (padded, lambda t: F.conv2d(F.pad(t, [1] * 4, "circular"), padded.weight))):  # fmt: skip
+                streams = one(layer(x))
+                for task in ("p", "q"):
+                    torch.testing.assert_close(streams.merged(task), plain(f.merged(task)))
+                torch.testing.assert_close(streams.dense("shared"), plain(f.dense("shared")))
+    with pytest.raises(ValueError, match="groups=2, norm=None: expected groups=1"):
+        StreamConv2d(4, 2, 3, groups=2)
+    with pytest.raises(ValueError, match=r"the input has groups .*, this layer"):
+        StreamConv2d(4, 2, 3)(f)
+    with pytest.raises(ValueError, match="streams of 4 kernels or one"):
+        layer(x) * padded(layer(x))
