@@ -23,7 +23,7 @@ from .norm import KernelNorm
 from .plain_ops import TensorLike, as_plain, check_factor, check_taken
 
 
-class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
+class DenseFeatures(TensorLike, list[Tensor]):
     """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
 
     def __init__(self, tensors: Iterable[Tensor], groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:

@@ -85,7 +85,7 @@ class SFGConv2d(SFGLayer):
         if add is not None:
             return SFGFeatures(found.u, groups)
         made = features_of(found, Epilogue(groups, norm, self.activation, activated=relu), packed)
-        return made if residual is packed else residual + made  # type: ignore[operator]
+        return made if residual is packed else residual + made  # type: ignore[operator, arg-type]
 
     def _packed(self, x: Tensor | Features | Sequence[Tensor]) -> SFGFeatures:
         """What the layer reads, as packed features, padded where the convolution can't do it. Raises ValueError for

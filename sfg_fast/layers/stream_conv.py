@@ -50,7 +50,7 @@ class StreamConv2d(nn.Conv2d):
         if self.groups != 1 or norm not in (None, "batch"):
             raise ValueError(f"groups={self.groups}, norm={norm!r}: expected groups=1, and norm=None or 'batch'")
         self.group_names, self.activation = group_names(tasks), activation
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.norm = nn.BatchNorm2d(out_channels * len(self.group_names), **like) if norm else None
 
     @property
@@ -58,7 +58,7 @@ class StreamConv2d(nn.Conv2d):
         """Does torch pad the input before its convolution? ("same" may be uneven, and other modes have no zeros.)"""
         return self.padding_mode != "zeros" or isinstance(self.padding, str)
 
-    def forward(self, x: Features) -> Features:
+    def forward(self, x: Features) -> Features:  # type: ignore[override]
         """Features of an SFG layer, or streams -> streams [N, (T+1)K, H', W'], which each group reads alone. Raises
         ValueError for features of other groups."""
         x = for_backend(x)

@@ -375,7 +375,7 @@ def results_of(returned: Any) -> list[Any]:
 
 def _form(graph: fx.Graph) -> str:
     """In which dicts, lists and tuples a network returns its tensors."""
-    form = map_aggregate(output_of(graph).args[0], lambda leaf: None if leaf is None else "tensor")  # type: ignore
+    form = map_aggregate(output_of(graph).args[0], lambda leaf: None if leaf is None else "tensor")
     return str(form).replace("'tensor'", "tensor")
 
 

@@ -847,7 +847,7 @@ class Rewriting:
 def _of_positions(node: fx.Node) -> bool:
     """Is the node a mean over height and width that keeps the four dimensions, and the dtype?"""
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type, call-overload]
+    dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type]
     keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     named = node.kwargs.keys() <= {"dim", "keepdim"}
     return bool(dims and keeps and named) and all(dim in (2, 3, -1, -2) for dim in dims)
