@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 from . import undrawn_features
 from .groups import FilterGroups, Routing, indices
 from .kernels.packing import select_channels
-from .plain_ops import TensorLike, as_plain, check_factor, check_taken
+from .plain_ops import TensorLike, as_plain, check_factor, check_image, check_taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +136,7 @@ class SFGFeatures(TensorLike):
 
     def as_shared(self, x: Tensor) -> SFGFeatures:
         """See `TensorLike.as_shared`."""
+        check_image(x)
         return SFGFeatures(x, FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device))
 
     def take(self, kernels: Sequence[int]) -> SFGFeatures:

@@ -200,6 +200,12 @@ def as_plain(x: float | Tensor, shape: Sequence[int]) -> Any:
     return x
 
 
+def check_image(x: Tensor) -> None:
+    """Raises ValueError unless x has four dimensions."""
+    if x.dim() != 4:
+        raise ValueError(f"a tensor {tuple(x.shape)} can't be features, expected [N, C, H, W]")
+
+
 def check_taken(kernels: Sequence[int], width: int) -> tuple[int, ...]:
     """`kernels` as a tuple. Raises ValueError unless they are different ones of `width` kernels."""
     if len(set(kernels)) != len(kernels) or not all(0 <= kernel < width for kernel in kernels) or not kernels:

@@ -20,7 +20,7 @@ from .activations import activate
 from .groups import FilterGroups, Routing, indices, sort_by_group
 from .layer import SFGLayer
 from .norm import KernelNorm
-from .plain_ops import TensorLike, as_plain, check_factor, check_taken
+from .plain_ops import TensorLike, as_plain, check_factor, check_image, check_taken
 
 
 class DenseFeatures(TensorLike, list[Tensor]):
@@ -76,6 +76,7 @@ class DenseFeatures(TensorLike, list[Tensor]):
 
     def as_shared(self, x: Tensor) -> DenseFeatures:
         """See `TensorLike.as_shared`."""
+        check_image(x)
         groups = FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device)
         return DenseFeatures([x, *(torch.zeros_like(x) for _ in groups.tasks)], groups)
 

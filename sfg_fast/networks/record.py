@@ -247,6 +247,11 @@ class _Tape(TorchFunctionMode):
                 return self.sizes(args[0], out)
             if function is Tensor.size:  # the size of one dimension
                 return self.sizes(args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
+            if function in (Tensor.numel, Tensor.nelement):
+                return math.prod(self.sizes(args[0], args[0].shape))
+            if function is Tensor.__len__:  # Python wants a plain number of it
+                _decides("eq")(self.sizes(args[0], args[0].shape)[0], out)
+                return out
             if function is Tensor.__setitem__:
                 raise ValueError(f"convert: {self.whose()} writes to a part of a tensor, which can't be recorded")
         if name == "__get__":  # it reads a property, as x.shape

@@ -440,6 +440,18 @@ class Through(nn.Module):
         return self.last(self.more(self.between(self, self.first(x), x)))
 
 
+def padded_to(y, like):
+    """As U-Nets do it where a size was odd."""
+    rows, columns = like.size()[2] - y.size()[2], like.size()[3] - y.size()[3]
+    return F.pad(y, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+
+
+def cropped_to(y, like):
+    *_, height, width = like.shape
+    top, left = (y.shape[2] - height) // 2, (y.shape[3] - width) // 2
+    return y[:, :, top : top + height, left : left + width]
+
+
 def sevenths(m, h, x):
     return F.interpolate(h[:, :, 1:-1, 1:-1], size=(h.shape[2] + 2 * (x.size(3) // 7), math.ceil(h.size(3) / 2)))
 
@@ -461,6 +473,15 @@ HARMLESS = {
     "in place": lambda m, h, x: h.clone().mul_(3).add_(h),
     "a parameter": lambda m, h, x: h * m.scale,
     "by its size": lambda m, h, x: h * (3 / h.shape[-1]),
+    "by its number of values": lambda m, h, x: h * (3 / x[0].numel()) + h.nelement() / x.numel(),
+    "padded to a size": lambda m, h, x: padded_to(F.interpolate(F.max_pool2d(h, 2), scale_factor=2), h) + h,
+    "adaptive": lambda m, h, x: F.interpolate(
+        F.adaptive_avg_pool2d(h, (h.shape[2] // 4, round(h.shape[3] * 0.5))), size=list(x.shape[2:])
+    ),
+    "by a ratio": lambda m, h, x: F.interpolate(
+        (y := F.avg_pool2d(h, 2)), scale_factor=(h.shape[2] / y.shape[2], h.shape[3] / y.shape[3])
+    ),
+    "cropped to a size": lambda m, h, x: cropped_to(F.pad(h, (1, 2, 3, 4)), h),
     "view": lambda m, h, x: h.view(h.shape).reshape(h.size(0), -1, h.size(2), h.size(3)),
     "crop": lambda m, h, x: h[:, :, 1:-1, 2:],
     "sizes": sevenths,
@@ -520,17 +541,31 @@ def test_what_the_mode_or_the_size_decides_is_refused(between, said):
         convert(net, TASKS)
 
 
-def test_a_network_that_flattens_takes_any_batch():
+FLATTENED = {
+    "view": lambda y, x: y.view(y.size(0), -1),
+    "flatten": lambda y, x: torch.flatten(y, 1),
+    "reshape": lambda y, x: y.reshape(x.shape[0], -1),
+    "channels": lambda y, x: y.view(*y.shape[:2], -1).mean(-1),
+    "a plain number of channels": lambda y, x: y.view(-1, 4),
+    "squeezed": lambda y, x: y.squeeze(-1).squeeze(-1),
+}
+
+
+@pytest.mark.parametrize("flat", FLATTENED)
+def test_a_network_that_flattens_takes_any_batch(flat):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)
+            self.a, self.b, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d((1, 1))
+            self.fc = nn.Linear(4, 3)
 
         def forward(self, x):
-            y = self.pool(self.b(self.a(x).relu()).relu())
-            return y.view(y.size(0), -1)
+            return self.fc(FLATTENED[flat](self.pool(self.b(self.a(x).relu()).relu()), x))
 
-    assert convert(Net(), TASKS)(torch.randn(5, 1, 16, 16))["ct"].shape == (5, 4)
+    net, x = Net(), torch.randn(5, 1, 16, 20)
+    converted = convert(net, TASKS)
+    assign(converted, {name: [0] * layer.out_channels for name, layer in sfg_layers(converted).items()})
+    torch.testing.assert_close(converted(x)["ct"], net(x))
 
 
 # --- judged by what is computed ---------------------------------------------------------------------------------------
@@ -914,7 +949,13 @@ def odd(m, h, x):
     return h
 
 
-@pytest.mark.parametrize("between", [odd, lambda m, h, x: F.adaptive_avg_pool2d(h, min(h.shape[-2:]))])
+def of_one_number(m, h, x):
+    """Python makes a plain number of a length."""
+    assert len(h[0, 0]) == 64
+    return h
+
+
+@pytest.mark.parametrize("between", [odd, of_one_number, lambda m, h, x: F.adaptive_avg_pool2d(h, min(h.shape[-2:]))])
 def test_images_that_take_another_way_are_refused_when_they_come(between):
     """An `if` on the size, and a minimum, are recorded as they came out."""
     converted = convert(Through(between), TASKS)

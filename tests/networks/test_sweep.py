@@ -57,7 +57,6 @@ MONAI = [
     ("UNet", (2, 1, 2, (4, 8, 8), (2, 2)), {"num_res_units": 2}, 32, "things stand in the way"),
     ("UNet", (2, 1, 2, (4, 8, 8), (2, 2)), {"num_res_units": 2, "norm": BATCH}, 32, "ConvTranspose2d"),
     ("VNet", (2, 1, 2), {}, 64, (8, 25)),  # its Dropout3d drops whole images
-    ("VNet", (2, 1, 2), {"dropout_prob_down": None, "dropout_prob_up": (None, None)}, 64, "ConvTranspose2d"),
 ]
 NAMED = [  # of three channels, 96x96
     ("torchvision", "vgg11_bn", (8, 8)),
