@@ -627,7 +627,8 @@ class Rewriting:
             if held is not None and held.numel() == 1:
                 return scale
             multiplies = _SCALES[name_of(node)] is operator.mul
-            return scale if multiplies and can_be_broadcast(shape, node.meta[SHAPE]) else None
+            like = next(one for one in values if self.kind.get(one) == "features")
+            return scale if multiplies and can_be_broadcast(shape, like.meta.get(SHAPE, ())) else None
         return scale if isinstance(scale, int | float | fx.Node) else None
 
     def _channel_pad(self, node: fx.Node, module: Any) -> None:
