@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .gpu.gpu_check import gpu_check
     from .groups import FilterGroups
     from .layers.conv import SFGConv2d, SFGConv3d, SFGConvTranspose2d, SFGConvTranspose3d
+    from .layers.stream_conv import StreamConv2d
     from .networks.controls import (
         assign,
         parameter_groups,
@@ -47,6 +48,7 @@ _MODULES = {
     "SFGConvTranspose3d": "layers.conv",
     "SFGFeatures": "features",
     "SFGHighResNet": "networks.highresnet",
+    "StreamConv2d": "layers.stream_conv",
     "assign": "networks.controls",
     "backend": "backends",
     "convert": "networks.convert",
@@ -75,6 +77,7 @@ __all__ = [
     "SFGConvTranspose3d",
     "SFGFeatures",
     "SFGHighResNet",
+    "StreamConv2d",
     "assign",
     "backend",
     "convert",

@@ -22,12 +22,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
+def activate(x: Tensor, activation: Activation, kernels: Tensor | None = None) -> Tensor:
     """activation(x). A module that works in place is given a copy of x, because others read x, too. (If a function
-    works in place, torch's autograd raises an error.)"""
+    works in place, torch's autograd raises an error.)
+
+    `kernels`, int64 [C], says which kernel each channel of x [N, C, H, W] is: an `nn.PReLU` with a slope for each
+    kernel needs it. None: channel k is kernel k."""
     if activation is None:
         return x
     if isinstance(activation, str):
         return ACTIVATIONS[activation](x)
+    if isinstance(activation, nn.PReLU) and activation.num_parameters > 1:
+        return F.prelu(x, activation.weight if kernels is None else activation.weight[kernels])
     modules = activation.modules() if isinstance(activation, nn.Module) else ()
     return activation(x.clone() if any(getattr(module, "inplace", False) for module in modules) else x)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree  # torch has no public one; torch.export's documentation names this
 
 from . import undrawn_features
-from .groups import FilterGroups, Routing
+from .groups import FilterGroups, Routing, indices
 from .kernels.packing import of_channels, select_channels
-from .plain_ops import TensorLike
+from .plain_ops import TensorLike, as_plain, check_factor, check_image, check_taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,14 +83,85 @@ class SFGFeatures(TensorLike):
     def __len__(self) -> int:
         return len(self.groups.names)
 
-    def __add__(self, other: SFGFeatures) -> SFGFeatures:
-        """The sum, as of a shortcut. Raises ValueError for features of two draws: a packed tensor can't hold a kernel
-        in two groups."""
+    def __add__(self, other: SFGFeatures | float | Tensor) -> SFGFeatures:
+        """The sum, as of a shortcut, or as `plus`. Raises ValueError for features of two draws: a packed tensor can't
+        hold a kernel in two groups."""
+        if isinstance(other, int | float | Tensor):
+            return self.plus(other)
         if not isinstance(other, SFGFeatures):
             return NotImplemented
         self.check_same_draw(other.groups, other.routing)
         both = undrawn_features.of_sum(self.undrawn, other.undrawn)
         return SFGFeatures(self.packed + other.packed, self.groups, self.routing, both)
+
+    __radd__ = __add__
+
+    def plus(self, x: float | Tensor) -> SFGFeatures:
+        """See `TensorLike.plus`."""
+        groups, x = self.groups, as_plain(x, self.shape)
+        if isinstance(x, Tensor) and x.shape[1] > 1:
+            x = select_channels(x, groups.order)
+        if groups.full and groups.gates is not None:  # a relaxed draw; the drawn gates of others are one
+            x = groups.gates.detach().t().reshape(-1, 1, 1).to(self.dtype) * x
+        elif groups.gates is None and self.routing is not Routing.OWN:
+            raise ValueError(f"{self} and something else can't be added: what would a task read of it?")
+        return SFGFeatures(self.packed + x, groups, self.routing, self.undrawn)
+
+    def times(self, factor: Tensor | SFGFeatures) -> SFGFeatures:
+        """See `TensorLike.times`."""
+        groups, behind = self.groups, self.undrawn
+        rows: Tensor | None
+        if isinstance(factor, SFGFeatures):
+            check_factor(groups.names, groups.width, factor, factor.groups)
+            scale, one = factor.packed, factor.groups.width == 1
+            as_plain(scale[:, :1], self.shape)
+            rows = groups.ids if one else groups.rows_in_streams
+        else:
+            scale = as_plain(factor, self.shape)
+            one = scale.shape[1] == 1
+            rows = None if one else groups.order
+        if behind is not None:
+            if isinstance(factor, SFGFeatures):
+                of_undrawn = (groups.undrawn_groups if one else groups.undrawn_in_streams).flatten()
+            else:
+                of_undrawn = None if one else groups.order.repeat(len(groups.tasks))
+            behind = undrawn_features.scaled(behind, scale.detach(), of_undrawn)
+        of_rows = scale if rows is None else select_channels(scale, rows)
+        return SFGFeatures(self.packed * of_rows, groups, self.routing, behind)
+
+    @property
+    def streams_of_groups(self) -> bool:
+        """See `TensorLike.streams_of_groups`."""
+        return self.groups.streams_of_groups and self.routing is Routing.OWN
+
+    def as_shared(self, x: Tensor) -> SFGFeatures:
+        """See `TensorLike.as_shared`."""
+        check_image(x)
+        return SFGFeatures(x, FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device))
+
+    def take(self, kernels: Sequence[int]) -> SFGFeatures:
+        """See `TensorLike.take`."""
+        before = self.groups
+        chosen = indices(check_taken(kernels, before.width), self.packed)
+        groups = before.taken(chosen)
+        if groups.full:
+            streams = self.packed.unflatten(1, (len(self), -1)).index_select(2, chosen)
+            return SFGFeatures(streams.flatten(1, 2), groups, self.routing)
+        rows = before.inverse[chosen[groups.order]]
+        behind = self.undrawn
+        if behind is not None:
+            behind = undrawn_features.of_taken(behind, rows, before.width)
+        return SFGFeatures(select_channels(self.packed, rows), groups, self.routing, behind)
+
+    def prelu(self, slopes: Tensor) -> SFGFeatures:
+        """See `TensorLike.prelu`."""
+        of_rows, behind = slopes, self.undrawn
+        if slopes.numel() > 1:
+            of_rows = slopes[self.groups.order]
+        if behind is not None:  # the derivative at zero is the slope
+            repeated = of_rows.expand(self.groups.width).repeat(len(self.groups.tasks))
+            behind = undrawn_features.scaled(behind, repeated.detach()[:, None, None])
+        return SFGFeatures(F.prelu(self.packed, of_rows), self.groups, self.routing, behind)
 
     def check_same_draw(self, groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
         """Raises ValueError unless features of these groups can be added."""
@@ -210,7 +282,7 @@ class _Streams(torch.autograd.Function):
     def backward(ctx: Any, df: Tensor) -> Any:
         groups, dundrawn = ctx.groups, None
         if ctx.needs_input_grad[1]:
-            dundrawn = select_channels(df, (groups.undrawn_groups * groups.width + groups.order).flatten())
+            dundrawn = select_channels(df, groups.undrawn_in_streams.flatten())
         return select_channels(df, groups.rows_in_streams), dundrawn, None
 
 

@@ -207,6 +207,26 @@ class FilterGroups:
         offsets = self.offsets * times
         return FilterGroups(order, offsets, self.names, self.width * times, assignment, gates, self.all_gates)
 
+    @staticmethod
+    @_made_once
+    def all_shared(width: int, tasks: int | Iterable[str], device: torch.device | None = None) -> FilterGroups:
+        """Kernels that are all in the shared group, with constant gates: what is no feature of a layer has these."""
+        return FilterGroups.from_assignment(torch.zeros(width, dtype=torch.int64, device=device), tasks)
+
+    def taken(self, kernels: Tensor) -> FilterGroups:
+        """The groups of some kernels in another order: int64 [L], kernel l of the result is kernel `kernels[l]`. Raises
+        ValueError for groups with rows of their own (`blocks`)."""
+        if self.blocked:
+            raise ValueError(f"kernels can't be taken from {self}, expected features of a draw, or streams")
+        if self.gates is None or self.assignment is None:
+            return FilterGroups.streams(kernels.numel(), self.tasks, kernels.device)
+        gates = self.gates.index_select(0, kernels)
+        if self.full:
+            return FilterGroups.relaxed(gates, self.tasks)
+        assignment = self.assignment.index_select(0, kernels)
+        order, offsets = sort_by_group(assignment, len(self.names))
+        return FilterGroups(order, offsets, self.names, kernels.numel(), assignment, gates, self.all_gates)
+
     def without_undrawn(self) -> FilterGroups:
         """The same rows, of which no undrawn gates want a gradient."""
         groups = dataclasses.replace(self, all_gates=False)
@@ -217,6 +237,11 @@ class FilterGroups:
     def tasks(self) -> tuple[str, ...]:
         """The names of the T tasks."""
         return self.names[1:]
+
+    @property
+    def streams_of_groups(self) -> bool:
+        """Has every group a tensor of its own, in which nothing is zeroed (`streams`)?"""
+        return self.full and self.gates is None
 
     @property
     def full(self) -> bool:
@@ -268,6 +293,12 @@ class FilterGroups:
         place = torch.where(self.ids == 0, last, self.ids - 1)  # where the drawn group stands in that order
         return (nth + (nth >= place) + 1) % (last + 1)
 
+    @property
+    def undrawn_in_streams(self) -> Tensor:
+        """int64 [groups - 1, rows], for one row per kernel: where the undrawn rows stand among the (T+1)K rows of full
+        groups."""
+        return self.undrawn_groups * self.width + self.order
+
     def by_kernel(self, drawn: Tensor | None, undrawn: Tensor | None, like: Tensor) -> Tensor:
         """Values [rows] of the drawn rows and [groups - 1, rows] of the undrawn rows -> [K, groups], shaped and typed
         as `like`, for one row per kernel; zero where the argument is None."""
@@ -307,6 +338,21 @@ class FilterGroups:
     def __repr__(self) -> str:
         kind = "full" if self.full else "packed"
         return f"FilterGroups({kind}, groups={self.names}, kernels={self.width})"
+
+
+def indices(numbers: tuple[int, ...], like: Tensor) -> Tensor:
+    """`numbers` as a tensor on the device of `like`. It is kept for the next call, because a copy to a GPU would wait
+    for the device, and can't be captured in a CUDA graph. In a compiled graph, and among fake tensors, it is not kept:
+    it would later be taken for a real one."""
+    if in_graph():
+        return torch.tensor(numbers, device=like.device)
+    return _kept_indices(numbers, like.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def sort_by_group(assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -48,16 +48,20 @@ class SFGLayer(GroupGates):
     ) -> None:
         """`make_plain(device=.., dtype=..)` makes a layer of torch, which checks the geometry and gives the initial
         weights."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
         if isinstance(activation, type):
             name = activation.__name__
             raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
-        if isinstance(activation, nn.Module) and any(p.numel() > 1 for p in activation.parameters()):
-            raise ValueError(f"activation={activation}: has parameters for each channel, expected the same for all")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
+        slopes = isinstance(activation, nn.PReLU) and activation.num_parameters == out_channels
+        if isinstance(activation, nn.Module) and not slopes and any(p.numel() > 1 for p in activation.parameters()):
+            raise ValueError(
+                f"activation={activation}: has parameters for each channel, expected the same for all, or "
+                f"nn.PReLU({out_channels}), with a slope for each kernel"
+            )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(out_channels, tasks, init, estimator, **factory)
         plain: Any = make_plain(**factory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -25,13 +25,18 @@ CHANNELWISE = _FLAT_AT_ZERO | {
     Tensor.tanh, Tensor.abs, Tensor.neg, Tensor.square, Tensor.clone,
     F.dropout, F.dropout2d,
     F.max_pool2d, F.avg_pool2d, F.lp_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-    F.interpolate, F.upsample, F.pad,
+    F.interpolate, F.upsample, F.pad, torch.mean, Tensor.mean,
 }  # fmt: skip
 _NORMS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.local_response_norm, torch.batch_norm}
 _CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.linear}
-_REVIVES = {
-    F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.softmax, F.log_softmax, F.softmin, torch.exp,
-    torch.cos, torch.log, F.alpha_dropout, F.feature_alpha_dropout,
+# They treat every value alone, but give values to zeros: only streams, which no gate has zeroed, may be given to them.
+ELEMENTWISE = {F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, torch.exp, torch.cos, torch.log}
+_REVIVES = ELEMENTWISE | {F.softmax, F.log_softmax, F.softmin, F.alpha_dropout, F.feature_alpha_dropout}
+
+# Called by name, because a compiler gives an operator of features and a tensor to `__torch_function__` again.
+_OPERATORS: dict[Any, str] = {
+    torch.add: "__add__", Tensor.add: "__add__", Tensor.__add__: "__add__", Tensor.__radd__: "__add__",
+    torch.mul: "__mul__", Tensor.mul: "__mul__", Tensor.__mul__: "__mul__", Tensor.__rmul__: "__mul__",
 }  # fmt: skip
 
 INSTEAD = "take dense tensors, features.dense(group) or features.merged(task)"
@@ -45,8 +50,39 @@ class TensorLike:
         """That of one dense tensor, [N, K, H, W]."""
         raise NotImplementedError
 
+    @property
+    def streams_of_groups(self) -> bool:
+        """Has every group a tensor of its own, which it reads alone, and in which no gate has zeroed anything?"""
+        raise NotImplementedError
+
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> Self:
         """`operation` on every channel: it must treat each alone, and keep zeros."""
+        raise NotImplementedError
+
+    def as_shared(self, x: Tensor) -> Self:
+        """x [N, C, H, W], which is no feature of a layer, as features of the same groups: its channels become kernels
+        of the shared group, with constant gates, so every group reads them."""
+        raise NotImplementedError
+
+    def plus(self, x: float | Tensor) -> Self:
+        """F'_g = F_g + z_g * x for a number x, or a tensor [N, K, H, W] with 1 in place of any size. The sum stands
+        before the gate, so what the grouping zeroes stays zero; z counts as a constant in z * x. Raises ValueError for
+        another shape."""
+        raise NotImplementedError
+
+    def times(self, factor: Any) -> Self:
+        """F'_g = F_g * s_g, where s_g has K channels, or one. `factor` is a tensor s [N, K, H, W], the same for all
+        groups, or streams with an s_g for each group, which no gate has zeroed (`StreamConv2d` makes them). Any of
+        their sizes may be 1. Raises ValueError for another shape, and for features of a draw."""
+        raise NotImplementedError
+
+    def take(self, kernels: Sequence[int]) -> Self:
+        """Some kernels in the order of `kernels`; each stays in its group. A split, a range and a shuffle of channels
+        are such. Raises ValueError for a kernel that comes twice, or isn't there."""
+        raise NotImplementedError
+
+    def prelu(self, slopes: Tensor) -> Self:
+        """As `F.prelu` with a slope for each kernel [K], or one for all [1]."""
         raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -69,8 +105,10 @@ class TensorLike:
         """As `Tensor.size`, of `shape`."""
         return self.shape if dim is None else self.shape[dim]
 
-    def __mul__(self, factor: float | Tensor) -> Self:
-        """Times a number, or a tensor of one number."""
+    def __mul__(self, factor: Any) -> Self:
+        """Times a number or a tensor of one number, or as `times`."""
+        if _are_features(factor) or (isinstance(factor, Tensor) and factor.numel() > 1):
+            return self.times(factor)
         return self._scaled(operator.mul, factor)
 
     __rmul__ = __mul__
@@ -102,10 +140,13 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
     name = getattr(function, "__name__", str(function))
     if function in (torch.cat, torch.concat, torch.concatenate):
         return _concatenate(*args, **kwargs)
-    if function in (torch.add, Tensor.add) and len(args) == 2 and all(map(_are_features, args)):
+    if function in _OPERATORS and len(args) == 2:
         if kwargs:
-            raise TypeError(f"torch.add({', '.join(kwargs)}=...): features can only be added as they are")
-        return args[0] + args[1]
+            raise TypeError(f"{name}({', '.join(kwargs)}=...): features can only be added and multiplied as they are")
+        first, second = args if _are_features(args[0]) else args[::-1]
+        return getattr(first, _OPERATORS[function])(second)
+    if function in (F.prelu, torch.prelu) and _are_features(args[0]):
+        return args[0].prelu(*args[1:], **kwargs)
     if function in _NORMS:
         raise TypeError(
             f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
@@ -116,6 +157,8 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
             f"{name} would mix what belongs to different tasks: use SFGConv2d, or give it what one task reads, "
             "features.merged(task)"
         )
+    if function in ELEMENTWISE and args and args[0].streams_of_groups:
+        return args[0].channelwise(lambda x: function(x, *args[1:], **kwargs))
     if function in _REVIVES:
         raise TypeError(
             f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
@@ -142,6 +185,44 @@ def _are_features(x: Any) -> bool:
     return hasattr(type(x), "merged")
 
 
+def as_plain(x: float | Tensor, shape: Sequence[int]) -> Any:
+    """x, to be added to features of this shape [N, K, H, W] or multiplied with them: a number, or a tensor of four
+    dimensions. Raises ValueError for a tensor that can't be broadcast to this shape."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.numel() == 1:
+        return x.reshape(1, 1, 1, 1)
+    if x.dim() != 4 or not all(a in (1, b) for a, b in zip(x.shape, shape, strict=True)):
+        raise ValueError(
+            f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same four sizes, or 1 for any of "
+            "them"
+        )
+    return x
+
+
+def check_image(x: Tensor) -> None:
+    """Raises ValueError unless x has four dimensions."""
+    if x.dim() != 4:
+        raise ValueError(f"a tensor {tuple(x.shape)} can't be features, expected [N, C, H, W]")
+
+
+def check_taken(kernels: Sequence[int], width: int) -> tuple[int, ...]:
+    """`kernels` as a tuple. Raises ValueError unless they are different ones of `width` kernels."""
+    if len(set(kernels)) != len(kernels) or not all(0 <= kernel < width for kernel in kernels) or not kernels:
+        raise ValueError(f"kernels={list(kernels)}: expected some of 0 to {width - 1}, each once")
+    return tuple(kernels)
+
+
+def check_factor(names: Sequence[str], width: int, of: Any, groups: Any) -> None:
+    """Raises ValueError unless features `of`, which have these `groups`, can be a factor of features with groups of
+    these names and `width` kernels."""
+    if not groups.streams_of_groups or tuple(groups.names) != tuple(names) or groups.width not in (1, width):
+        raise ValueError(
+            f"features can be multiplied with a number, a tensor, or streams of {width} kernels or one, such as "
+            f"StreamConv2d makes; got {of}. (A product of two features has two gates.)"
+        )
+
+
 def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Some functions keep zeros only with the right arguments."""
     if function is F.pad:
@@ -153,6 +234,12 @@ def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: 
             )
         if len(rest[0] if rest else kwargs["pad"]) > 4:
             raise TypeError(f"pad={rest[0] if rest else kwargs['pad']}: only height and width can be padded")
+    elif function in (torch.mean, Tensor.mean):
+        dims = rest[0] if rest else kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        keeps = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
+        if not dims or not keeps or any(dim not in (2, 3, -1, -2) for dim in dims):
+            raise TypeError(f"mean(dim={dims}, keepdim={keeps}): expected dim=(2, 3), keepdim=True")
     elif function in (F.hardtanh, F.threshold):
         zero = torch.zeros(1)
         if function(zero, *rest, **{**kwargs, "inplace": False}) != 0:

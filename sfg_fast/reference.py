@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .activations import activate
-from .groups import FilterGroups, Routing, sort_by_group
+from .groups import FilterGroups, Routing, indices, sort_by_group
 from .layer import Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer, ConvTranspose3dLayer, SFGLayer
 from .norm import ImageNorm, KernelNorm, of_channels
-from .plain_ops import TensorLike
+from .plain_ops import TensorLike, as_plain, check_factor, check_image, check_taken
 
 
-class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
+class DenseFeatures(TensorLike, list[Tensor]):
     """The T+1 dense tensors F_shared, F_1, .., F_T; `dense`, `merged`, `packed` and + as in `SFGFeatures`."""
 
     def __init__(self, tensors: Iterable[Tensor], groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:
@@ -68,13 +68,55 @@ class DenseFeatures(TensorLike, list[Tensor]):  # type: ignore[misc]
         tensors = [torch.cat(parts, 1) for parts in zip(self, *more, strict=True)]
         return DenseFeatures(tensors, FilterGroups.joined([one.groups for one in (self, *more)]), self.routing)
 
-    def __add__(self, other: DenseFeatures) -> DenseFeatures:  # type: ignore[override]
+    @property
+    def streams_of_groups(self) -> bool:
+        """See `TensorLike.streams_of_groups`."""
+        return self.groups.streams_of_groups and self.routing is Routing.OWN
+
+    def as_shared(self, x: Tensor) -> DenseFeatures:
+        """See `TensorLike.as_shared`."""
+        check_image(x)
+        groups = FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device)
+        return DenseFeatures([x, *(torch.zeros_like(x) for _ in groups.tasks)], groups)
+
+    def plus(self, x: float | Tensor) -> DenseFeatures:
+        """See `TensorLike.plus`."""
+        x = as_plain(x, self.shape)
+        if self.groups.gates is None:
+            if self.routing is not Routing.OWN:
+                raise ValueError(f"{self.groups} and something else can't be added: what would a task read of it?")
+            return DenseFeatures([f + x for f in self], self.groups, self.routing)
+        z = self.groups.gates.detach().to(self.dtype).t()[:, :, None, None]
+        return DenseFeatures([f + z[g] * x for g, f in enumerate(self)], self.groups, self.routing)
+
+    def times(self, factor: Tensor | DenseFeatures) -> DenseFeatures:
+        """See `TensorLike.times`."""
+        if isinstance(factor, DenseFeatures):
+            check_factor(self.groups.names, self.shape[1], factor.groups, factor.groups)
+        factors = list(factor) if isinstance(factor, DenseFeatures) else [factor] * len(self)
+        factors = [as_plain(one, self.shape) for one in factors]
+        return DenseFeatures([f * s for f, s in zip(self, factors, strict=True)], self.groups, self.routing)
+
+    def take(self, kernels: Sequence[int]) -> DenseFeatures:
+        """See `TensorLike.take`."""
+        chosen = indices(check_taken(kernels, self.shape[1]), self[0])
+        return DenseFeatures([f.index_select(1, chosen) for f in self], self.groups.taken(chosen), self.routing)
+
+    def prelu(self, slopes: Tensor) -> DenseFeatures:
+        """See `TensorLike.prelu`."""
+        return self.channelwise(lambda x: F.prelu(x, slopes))
+
+    def __add__(self, other: DenseFeatures | float | Tensor) -> DenseFeatures:  # type: ignore[override]
+        if isinstance(other, int | float | Tensor):
+            return self.plus(other)
         if self.routing is not other.routing or not self.groups.same_as(other.groups):
             raise ValueError(
                 "features of different groupings can't be added: let both convolutions share one draw "
                 f"(conv(x, groups=features.groups)); got {self.groups} and {other.groups}"
             )
         return DenseFeatures([a + b for a, b in zip(self, other, strict=True)], self.groups, self.routing)
+
+    __radd__ = __add__
 
 
 def merge(features: Sequence[Tensor], routing: Routing) -> list[Tensor]:

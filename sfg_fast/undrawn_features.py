@@ -51,9 +51,16 @@ def channelwise(undrawn: Tensor, operation: Callable[[Tensor], Tensor]) -> Tenso
     return _Operation.apply(undrawn, operation)
 
 
-def scaled(undrawn: Tensor, scale: Tensor) -> Tensor:
-    """The undrawn features times `scale`, which gets no gradient."""
-    return _Scaled.apply(undrawn, scale)
+def of_taken(undrawn: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The undrawn features [N, T * len(rows), H, W] of some of `count` rows: row r of the result is row `rows[r]`, and
+    no row comes twice."""
+    return _Taken.apply(undrawn, rows, count)
+
+
+def scaled(undrawn: Tensor, scale: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The undrawn features [N, R, H, W] times `scale`, which gets no gradient: [R, 1, 1], or [N, R, H, W] with 1 in
+    place of any size. With `rows`, int64 [R], channel r is multiplied with channel `rows[r]` of `scale`."""
+    return _Scaled.apply(undrawn, scale, rows)
 
 
 class _NoMemory(torch.autograd.Function):
@@ -97,12 +104,31 @@ class _Operation(torch.autograd.Function):
             return torch.autograd.grad(ctx.operation(before), before, dundrawn)[0], None
 
 
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, undrawn: Tensor, rows: Tensor, count: int) -> Tensor:
+        ctx.count, ctx.tasks = count, undrawn.shape[1] // count
+        ctx.save_for_backward(rows)
+        n, _, height, width = undrawn.shape
+        return zeros(undrawn, n, ctx.tasks * len(rows), height, width)
+
+    @staticmethod
+    def backward(ctx: Any, dundrawn: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        n, _, height, width = dundrawn.shape
+        every = dundrawn.new_zeros(n, ctx.tasks, ctx.count, height, width)
+        every.index_copy_(2, rows, dundrawn.unflatten(1, (ctx.tasks, -1)))
+        return every.flatten(1, 2), None, None
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, undrawn: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
+    def forward(ctx: Any, undrawn: Tensor, scale: Tensor, rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(scale, rows)
         return undrawn.view_as(undrawn)
 
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:
-        return dundrawn * ctx.saved_tensors[0].to(dundrawn.dtype), None
+        scale, rows = ctx.saved_tensors
+        scale = scale if rows is None else scale.index_select(-3, rows)
+        return dundrawn * scale.to(dundrawn.dtype), None, None

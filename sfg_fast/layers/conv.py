@@ -72,7 +72,7 @@ class _Routed(SFGLayer):
         if add is not None:
             return SFGFeatures(found.u, groups)
         made = features_of(found, Epilogue(groups, norm, self.activation, activated=relu), packed)
-        return made if residual is packed else residual + made  # type: ignore[operator]
+        return made if residual is packed else residual + made  # type: ignore[operator, arg-type]
 
     def _packed(self, x: Tensor | Features | Sequence[Tensor]) -> SFGFeatures:
         """What the layer reads, as packed features, padded where the convolution can't do it. Raises ValueError for
@@ -120,6 +120,7 @@ class SFGConv2d(_Routed, Conv2dLayer):
             channels takes together.
         activation: None, "relu", "leaky_relu" (of slope 0.01), "relu_pool" (`activations.relu_pool`: ReLU and 2x2
             max-pooling), or a callable that acts on each channel alone. It stands before the gate.
+            `nn.PReLU(out_channels)` has a slope for each kernel.
         init: initial p, see `draws.initial_probabilities`.
         estimator: how the gradient reaches the logits: a name of `estimators.ESTIMATORS`, or an `Estimator`.
 

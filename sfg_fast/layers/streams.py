@@ -77,9 +77,9 @@ class StreamBlock(nn.Module):
             rows = slice(group * self.channels, (group + 1) * self.channels)
             h = tensor
             if not self.first:
-                h = F.relu(_slice_of_norm(h, self.norm1, rows))
+                h = F.relu(slice_of_norm(h, self.norm1, rows))
             h = _slice_of_conv(h, self.conv1, rows, self.dilation)
-            h = F.relu(_slice_of_norm(h, self.norm2, rows))
+            h = F.relu(slice_of_norm(h, self.norm2, rows))
             out.append(tensor + _slice_of_conv(h, self.conv2, rows, self.dilation))
         return DenseFeatures(out, streams)
 
@@ -89,7 +89,8 @@ def _slice_of_conv(x: Tensor, conv: nn.Conv2d, rows: slice, dilation: int) -> Te
     return F.conv2d(x, conv.weight[rows], bias, 1, dilation, dilation)
 
 
-def _slice_of_norm(x: Tensor, norm: nn.BatchNorm2d | None, rows: slice) -> Tensor:
+def slice_of_norm(x: Tensor, norm: nn.BatchNorm2d | None, rows: slice) -> Tensor:
+    """What a batch normalisation does to the channels `rows`, which are all of x."""
     if norm is None:
         return x
     assert norm.running_mean is not None

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..plain_ops import INSTEAD
 from .controls import sfg_layers
-from .record import AnotherWay
+from .record import AnotherWay, results_of
 from .rewrite import DROPOUTS
 
 FIRST = "the example"
@@ -97,35 +97,43 @@ def _compare(module: nn.Module, converted: fx.GraphModule, name: str, image: Ten
     for layer in sfg_layers(twin).values():
         layer.assign(torch.zeros(layer.out_channels, dtype=torch.int64))
     expected = outputs(module, image, training)
-    # The allowed difference is a share of the largest output, because sums are made in another order, and in half
-    # precision in another dtype. Batch statistics of few values magnify such differences; a change of the last bits of
-    # the image shows how much.
-    scale = expected.nan_to_num().abs().max().item()
-    rounding = torch.finfo(expected.dtype).eps
     changed = outputs(module, image * (1 + 4 * torch.finfo(image.dtype).eps), training)
-    allowed = max(1e-3, 8 * rounding) * scale + 8 * (changed - expected).nan_to_num().abs().max().item()
+    allowed = [_allowed(*pair) for pair in zip(results_of(expected), results_of(changed), strict=True)]
     try:
         # On the first images an interpreter runs the graph, because it names what can't be done. Later the compiled
         # code runs, as it does for users.
         run = _Naming(twin) if name == FIRST else twin
-        found: dict[str, Tensor] = outputs(run, image, training)
+        found: dict[str, Any] = outputs(run, image, training)
     except ValueError:
         raise
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: on {name} the converted network fails: {error}") from error
     # In train() only the first task is compared: a module that draws (RReLU) draws for each task anew.
-    for y in list(found.values())[: 1 if training else None]:
-        same = y.shape == expected.shape and y.dtype == expected.dtype
-        if not same or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
-            how = f"{y.dtype} {tuple(y.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
-            if same:
-                how = f"largest difference {(y - expected).abs().max():.3g}"
-            elif y.dtype == expected.dtype:
-                how += "; was a size made a plain number, as int(..) and range(..) do?"
-            raise ValueError(
-                f"convert: with all kernels shared the outputs differ from the module's on {name} ({how}), so it does "
-                "something that was not seen"
-            )
+    for of_task in list(found.values())[: 1 if training else None]:
+        for y, wanted, most in zip(results_of(of_task), results_of(expected), allowed, strict=True):
+            _check_result(name, y, wanted, most)
+
+
+def _allowed(expected: Tensor, changed: Tensor) -> float:
+    """How far a result may be from `expected`. It is a share of the largest value, because sums are made in another
+    order, and in half precision in another dtype. Batch statistics of few values magnify such differences; `changed`,
+    the result for an image whose last bits are changed, shows how much."""
+    scale, rounding = expected.nan_to_num().abs().max().item(), torch.finfo(expected.dtype).eps
+    return max(1e-3, 8 * rounding) * scale + 8 * (changed - expected).nan_to_num().abs().max().item()
+
+
+def _check_result(name: str, y: Tensor, expected: Tensor, allowed: float) -> None:
+    same = y.shape == expected.shape and y.dtype == expected.dtype
+    if not same or not torch.allclose(y, expected, rtol=0, atol=allowed, equal_nan=True):
+        how = f"{y.dtype} {tuple(y.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+        if same:
+            how = f"largest difference {(y - expected).abs().max():.3g}"
+        elif y.dtype == expected.dtype:
+            how += "; was a size made a plain number, as int(..) and range(..) do?"
+        raise ValueError(
+            f"convert: with all kernels shared the outputs differ from the module's on {name} ({how}), so it does "
+            "something that was not seen"
+        )
 
 
 def outputs(network: Any, image: Tensor, training: bool) -> Any:

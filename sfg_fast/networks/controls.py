@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # torch has no public one; torch.export's documentation names this
 
 from ..estimators import Estimator
 from ..gates import GroupGates, draw_together
@@ -351,7 +352,7 @@ def predict(
     statistics: str = "running",
 ) -> dict[str, Prediction]:
     """The prediction of a multi-task model for images x [N, C, H, W], or volumes x [N, C, D, H, W]: {task: (mean,
-    variance)}.
+    variance)}. If a task's output is several tensors in dicts, lists and tuples, mean and variance have the same form.
 
     Args:
         model: a network that returns {task: output}.
@@ -373,8 +374,8 @@ def predict(
             raise ValueError("draws=0: the grouping is drawn from a constant p, choose draws > 0")
         map_assignment(model)  # it warns of ties
     links = links or {}
-    mean: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}  # sums of squared deviations (Welford: large HU cancel nothing)
+    mean: dict[str, Any] = {}
+    squares: dict[str, Any] = {}  # sums of squared deviations (Welford: large HU cancel nothing)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if draws:
@@ -385,12 +386,22 @@ def predict(
             for task, y in model(x).items():
                 y = links[task](y) if task in links else y
                 if draw == 0:
-                    mean[task], squares[task] = y, torch.zeros_like(y)
+                    mean[task], squares[task] = y, _of_each(torch.zeros_like, y)
                 else:
-                    delta = y - mean[task]
-                    mean[task] = mean[task] + delta / (draw + 1)
-                    squares[task] = squares[task] + delta * (y - mean[task])
-    return {task: Prediction(mean[task], squares[task] / max(draws, 1)) for task in mean}
+                    delta = _of_each(torch.sub, y, mean[task])
+                    mean[task] = _of_each(lambda m, d, n=draw + 1: m + d / n, mean[task], delta)
+                    squares[task] = _of_each(lambda s, d, y, m: s + d * (y - m), squares[task], delta, y, mean[task])
+    return {task: Prediction(mean[task], _of_each(lambda s: s / max(draws, 1), squares[task])) for task in mean}
+
+
+def _of_each(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    """`function` of the corresponding tensors of several outputs of one form: tensors, or dicts, lists and tuples of
+    tensors. What is no tensor (None) stays as it is."""
+
+    def of_tensors(first: Any, *others: Any) -> Any:
+        return function(first, *others) if isinstance(first, Tensor) else first
+
+    return pytree.tree_map(of_tensors, *outputs)
 
 
 def drawn_first(parts: Iterable[nn.Module], x: Any) -> Any:

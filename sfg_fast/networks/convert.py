@@ -20,7 +20,7 @@ from ..groups import group_names
 from .compare import Images, check_equal, noise, outputs
 from .controls import sfg_layers
 from .conversion_report import COPIED, Report
-from .record import base_of, differences, is_leaf, record, remove_unused
+from .record import base_of, differences, is_leaf, record, remove_unused, results_of
 from .rewrite import REMOVE_HOOKS, Rewriting, hook_of
 
 
@@ -71,6 +71,9 @@ def convert(
     - Concatenations, other pooling, interpolation, casts and scaling stay.
     - The last convolution, or everything behind the last feature map (pooling, flattening, linear layers), becomes a
       head for each task.
+    - A module may return several tensors in dicts, lists and tuples (deep supervision, auxiliary outputs). Each task
+      then has the same dicts, lists and tuples. A tensor among them that other layers read, too, is no head's output
+      but features; the task gets what it reads of them.
 
     A subclass of a layer is treated by what it computes. The weights are those of `module`: with all kernels shared
     each task's output is the output of `module`, unless its head has another size. This is checked in `eval()` and
@@ -79,9 +82,11 @@ def convert(
     decision would differ.
 
     Args:
-        module: a network that takes images [N, C, H, W] and gives one output. It is not changed.
+        module: a network that takes images [N, C, H, W] and returns a tensor, or tensors in dicts, lists and tuples. It
+            is not changed.
         tasks: {name: number of outputs}; or names, whose heads have as many outputs as `module`. A head of another size
-            starts with new weights.
+            starts with new weights. Of several tensors that `module` returns, the number is that of the first, and of
+            all others that have as many channels as the first; the rest keep their channels.
         skip: names of modules to be left plain. They must stand before the SFG layers, because a plain convolution
             between SFG layers would mix what belongs to different tasks.
         example: images that `module` can run on, [N, C, H, W], by default noise [1, C, 64, 64].
@@ -91,8 +96,8 @@ def convert(
         options: `init` and `estimator` of all SFG layers.
 
     Returns:
-        A module that returns {task: output}; with `report` also the report. Modules have the names that they had in
-        `module`.
+        A module that returns {task: output}, where an output is all that `module` returns; with `report` also the
+        report. Modules have the names that they had in `module`.
 
     Raises:
         ValueError: for everything that can't be converted, in one message with names: another norm than batch
@@ -106,7 +111,7 @@ def convert(
         images = Images.like(image)
         network, training = _copied(module).eval(), _in_training(module)
         modes = {child: before.training for child, before in zip(network.modules(), module.modules(), strict=True)}
-        graph, _ = _recorded(network, images.batch, example is None)
+        graph = _recorded(network, images.batch, example is None)
         in_training = _recorded_in_training(training, 0.7 * images.batch.flip(0), example is None)  # with other values
         told = set(differences(graph, in_training))
 
@@ -121,7 +126,7 @@ def convert(
         converted.meta["image"] = tuple(image.shape[1:])  # `freeze` runs the network on such an image
         check_equal(module, converted, images)
         _tell_copied(rewriting.report, strict)
-        _resize_heads(converted, rewriting.sized, sizes, image)
+        _resize_heads(converted, rewriting.sized, rewriting.main, sizes, image)
     converted.train(module.training)
     for child, mode in modes.items():
         child.training = mode
@@ -212,7 +217,7 @@ def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) 
     before = {name: value.clone() for name, value in training.state_dict().items()}
     drawn = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
     kept = {id(value) for child in training.modules() for value in vars(child).values()}
-    graph, _ = _recorded(training, batch, by_default)
+    graph = _recorded(training, batch, by_default)
     if drawn != (random.getstate(), numpy.random.get_state()[1].tolist()):  # type: ignore[index]
         raise ValueError(
             "convert: the forward pass draws random numbers in train(), which one recording can't hold: use "
@@ -241,7 +246,7 @@ def _recorded_in_training(training: nn.Module, batch: Tensor, by_default: bool) 
     return graph
 
 
-def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> tuple[fx.Graph, Tensor]:
+def _recorded(network: nn.Module, image: Tensor, by_default: bool) -> fx.Graph:
     try:
         return record(network, image)
     except ValueError as error:
@@ -285,24 +290,31 @@ def _tell_copied(report: Report, strict: bool) -> None:
 
 
 def _resize_heads(
-    converted: fx.GraphModule, names: Iterable[str], sizes: Mapping[str, int | None], image: Tensor
+    converted: fx.GraphModule,
+    names: Iterable[str],
+    main: Iterable[int],
+    sizes: Mapping[str, int | None],
+    image: Tensor,
 ) -> None:
     """Give each task's output its size: put new layers in place of the layers in `names` where the module has another
-    size. Raises ValueError if that is not possible."""
+    size. `main` are the numbers of the results that get this size. Raises ValueError if that is not possible."""
     for task, size in sizes.items():
         for name in (f"{one}.{task}" for one in names):
             if size is not None:
                 converted.set_submodule(name, _resized(name, converted.get_submodule(name), size))
     try:
-        found: dict[str, Tensor] = outputs(converted, image, False)
+        found = outputs(converted, image, False)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: heads of {sizes} can't be made: {error}") from error
     for task, size in sizes.items():
-        if size is not None and found[task].shape[1] != size:
-            raise ValueError(
-                f"convert: the head of {task!r} gives {found[task].shape[1]} outputs, expected {size}: something "
-                "behind the last layer decides how many they are"
-            )
+        results = results_of(found[task])
+        for y in (results[number] for number in main):
+            if size is not None and (y.dim() < 2 or y.shape[1] != size):
+                raise ValueError(
+                    f"convert: a head of {task!r} gives outputs {tuple(y.shape)}, expected {size} channels: something "
+                    "behind the last layer decides how many they are, or there is no head because the module returns "
+                    "features"
+                )
 
 
 def _resized(name: str, module: nn.Module, size: int) -> nn.Module:

@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
+from ..layers.stream_conv import StreamConv2d
 from ..layers.streams import Heads, Merge, StreamBlock
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
-from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock
+from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock, FrozenStreamConv
 from .parts import ChannelDropout
-from .record import as_recorded, backwards, remove_unused
+from .record import as_recorded, backwards, output_of, remove_unused, results_of
 
 
 def freeze(
@@ -71,7 +72,7 @@ def freeze(
     replaced = {
         name: _plain(original, twin, by_logits, wanted)
         for (name, original), twin in pairs
-        if isinstance(original, SFGLayer | StreamBlock | Merge | Heads | FeatureNorm | ChannelDropout)
+        if isinstance(original, SFGLayer | StreamBlock | StreamConv2d | Merge | Heads | FeatureNorm | ChannelDropout)
         or (isinstance(original, nn.ModuleDict) and set(original) == set(names[1:]))
     }
     for name, module in replaced.items():
@@ -93,10 +94,10 @@ def freeze(
 
 
 def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
-    output = next(node for node in network.graph.nodes if node.op == "output")
+    output = output_of(network.graph)
     outputs: Any = output.args[0]
     output.args = ({task: outputs[task] for task in tasks},)
-    needed = {node for task in tasks for node in backwards(outputs[task])}
+    needed = {node for task in tasks for result in results_of(outputs[task]) for node in backwards(result)}
     for node in reversed(network.graph.nodes):  # questions about the tensors of other tasks
         if node.target is as_recorded and not needed.issuperset(node.all_input_nodes):
             network.graph.erase_node(node)
@@ -111,6 +112,8 @@ def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[in
         return FrozenConv(twin, by_logits[id(original.logits)])
     if isinstance(twin, StreamBlock):
         return FrozenStreamBlock(twin)
+    if isinstance(twin, StreamConv2d):
+        return FrozenStreamConv(twin)
     if isinstance(twin, FeatureNorm):
         return FrozenNorm(twin)
     if isinstance(twin, Merge):

@@ -7,7 +7,6 @@ in a graph, torch does one after the other.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,13 +17,14 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..activations import activate
-from ..groups import SHARED, FilterGroups, Routing
+from ..groups import SHARED, FilterGroups, Routing, indices
 from ..kernels.spec import Geometry
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
+from ..layers.stream_conv import StreamConv2d
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import folded, running_affine
-from ..plain_ops import TensorLike
+from ..plain_ops import TensorLike, check_taken
 from ..routed_conv import RoutedConv, routed_conv
 from ..routed_conv.run import decide
 from ..tracing import in_graph, watched
@@ -78,7 +78,7 @@ class GroupTensors(TensorLike):
         channels = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
         place = {kernel: row for row, kernel in enumerate(kernels)}
         rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
-        return channels.index_select(1, _indices(rows, channels))
+        return channels.index_select(1, indices(rows, channels))
 
     def merged(self, task: int | str) -> Tensor:
         """[F_task | F_shared] by summation, [N, K, H, W]."""
@@ -99,12 +99,67 @@ class GroupTensors(TensorLike):
             self.kernels, self.width, self.names, self.routing,
         )  # fmt: skip
 
-    def __add__(self, other: GroupTensors) -> GroupTensors:
+    def of_kernels(self, operation: Callable[[Tensor, int], Tensor]) -> GroupTensors:
+        """`operation` on every group that has kernels, and the group's number; it must not change the size."""
+        return GroupTensors(
+            lambda group: operation(self[group], group), self.zero, self.kernels, self.width, self.names, self.routing
+        )
+
+    def _own(self, x: Tensor, group: int) -> Tensor:
+        """The channels of a group's kernels in x [N, K, H, W], or x itself if it has one channel."""
+        if x.numel() == 1:
+            return x.reshape(1, 1, 1, 1)
+        kernels = tuple(self.kernels[group])
+        alike = x.shape[1] == 1 or kernels == tuple(range(self.width))
+        return x if alike else x.index_select(1, indices(kernels, x))
+
+    @property
+    def streams_of_groups(self) -> bool:
+        """See `TensorLike.streams_of_groups`."""
+        return self.routing is Routing.OWN
+
+    def as_shared(self, x: Tensor) -> GroupTensors:
+        """See `TensorLike.as_shared`."""
+        kernels = [list(range(x.shape[1])), *([] for _ in self.names[1:])]
+        return GroupTensors(lambda group: x, lambda: x[:, :1] * 0, kernels, x.shape[1], self.names)
+
+    def plus(self, x: float | Tensor) -> GroupTensors:
+        """See `TensorLike.plus`."""
+        x = x.reshape(1, 1, 1, 1) if isinstance(x, Tensor) and x.numel() == 1 else x
+        return self.of_kernels(lambda f, group: f + (self._own(x, group) if isinstance(x, Tensor) else x))
+
+    def times(self, factor: Tensor | GroupTensors) -> GroupTensors:
+        """See `TensorLike.times`."""
+        return self.of_kernels(
+            lambda f, group: f * self._own(factor if isinstance(factor, Tensor) else factor[group], group)
+        )
+
+    def take(self, kernels: Sequence[int]) -> GroupTensors:
+        """See `TensorLike.take`."""
+        chosen = check_taken(kernels, self.width)
+        taken = [[new for new, old in enumerate(chosen) if old in own] for own in self.kernels]
+        rows = [tuple(list(own).index(chosen[new]) for new in of) for own, of in zip(self.kernels, taken, strict=True)]
+
+        def of_group(group: int) -> Tensor:
+            before = self[group]
+            return before.index_select(1, indices(rows[group], before))
+
+        return GroupTensors(of_group, self.zero, taken, len(chosen), self.names, self.routing)
+
+    def prelu(self, slopes: Tensor) -> GroupTensors:
+        """See `TensorLike.prelu`."""
+        return self.of_kernels(lambda f, group: F.prelu(f, self._own(slopes[None], group).flatten()))
+
+    def __add__(self, other: GroupTensors | float | Tensor) -> GroupTensors:
+        if isinstance(other, int | float | Tensor):
+            return self.plus(other)
         if [list(one) for one in self.kernels] != [list(one) for one in other.kernels]:
             raise ValueError(f"features of different groupings can't be added: {self.kernels} and {other.kernels}")
         return GroupTensors(
             lambda group: self[group] + other[group], self.zero, self.kernels, self.width, self.names, self.routing
         )
+
+    __radd__ = __add__
 
     def concatenate(self, *more: GroupTensors) -> GroupTensors:
         """[F | F' | ..] along the channels: the kernels of all features, each in its own group."""
@@ -147,21 +202,6 @@ def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> n
     if bias is not None and conv.bias is not None:
         conv.bias.data = bias.detach().clone()
     return conv.requires_grad_(False)
-
-
-def _indices(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """`rows` as a tensor on the device of `like`. It is kept for the next call, because a copy to a GPU would wait for
-    the device, and can't be captured in a CUDA graph. In a compiled graph, and among fake tensors, it is not kept: it
-    would later be taken for a real one."""
-    if in_graph():
-        return torch.tensor(rows, device=like.device)
-    return _kept_indices(rows, like.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
 
 
 def _only_torch(conv: Any, x: Tensor) -> bool:
@@ -225,6 +265,19 @@ def _geometry(conv: Any) -> Geometry:
     return Geometry(conv.stride, conv.padding, conv.dilation)
 
 
+class _Reach:
+    """Gives zeros the size of a convolution's output: padded, without what a kernel reaches over, every stride-th."""
+
+    def __init__(self, conv: Any, pads: Sequence[int]) -> None:
+        self.stride, self.pads = conv.stride, tuple(pads)
+        self.reach = [d * (size - 1) for d, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+
+    def of(self, zero: Tensor) -> Tensor:
+        zero = F.pad(zero, self.pads)
+        (down, right), (vertical, horizontal) = self.reach, self.stride
+        return zero[:, :, : zero.shape[2] - down : vertical, : zero.shape[3] - right : horizontal]
+
+
 class FrozenConv(Frozen):
     """An SFG layer with a fixed assignment: a plain convolution for each group, normalisation folded in."""
 
@@ -232,8 +285,7 @@ class FrozenConv(Frozen):
         super().__init__(source)
         self.names, self.width, self.activation = source.group_names, source.out_channels, source.activation
         self.kernels = [[k for k, of in enumerate(assignment) if of == group] for group in range(len(self.names))]
-        self.stride, self.pads = source.stride, tuple(source.pad_before)
-        self.reach = [d * (size - 1) for d, size in zip(source.dilation, source.kernel_size, strict=True)]
+        self.reach = _Reach(source, source.pad_before)
 
     def forward(
         self,
@@ -256,7 +308,7 @@ class FrozenConv(Frozen):
             together = _together(made, x, len(self.names), self._relu, add)
         own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
-            side_by_side=None if together is None else self._behind_relu(together), sizes=sizes,
+            side_by_side=None if together is None else self._behind_relu(together, list(made)), sizes=sizes,
         )  # fmt: skip
         added = add is not None and together is not None
         return own if residual is None or added else residual + own
@@ -266,23 +318,23 @@ class FrozenConv(Frozen):
         """Does the activation begin with a ReLU, which the kernels can do?"""
         return self.activation in ("relu", "relu_pool")
 
-    def _behind_relu(self, y: Tensor) -> Tensor:
-        """The rest of the activation."""
+    def _behind_relu(self, y: Tensor, groups: Sequence[int]) -> Tensor:
+        """The rest of the activation; y has the channels of these groups."""
         if self.activation == "relu_pool":
             return F.max_pool2d(y, 2)
-        return y if self._relu else activate(y, self.activation)
+        kernels = tuple(kernel for group in groups for kernel in self.kernels[group])
+        return y if self._relu else activate(y, self.activation, indices(kernels, y))
 
     def _zero(self, x: Tensor | GroupTensors) -> Tensor:
-        """A channel of zeros as large as the output: padded, without what a kernel reaches over, every stride-th."""
-        zero = F.pad(x[:, :1] * 0 if isinstance(x, Tensor) else x.zero(), self.pads)
-        (down, right), (vertical, horizontal) = self.reach, self.stride
-        zero = zero[:, :, : zero.shape[2] - down : vertical, : zero.shape[3] - right : horizontal]
-        return activate(zero, self.activation) * 0  # an activation may change the size, too
+        """A channel of zeros as large as the output."""
+        zero = self.reach.of(x[:, :1] * 0 if isinstance(x, Tensor) else x.zero())
+        kernel = indices((0,), zero)
+        return activate(zero, self.activation, kernel) * 0  # an activation may change the size, too
 
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        return self._behind_relu(_convolve(conv, read, self._relu))
+        return self._behind_relu(_convolve(conv, read, self._relu), [group])
 
     def _make(self, source: SFGLayer, group: int, columns: list[int] | None) -> nn.Conv2d:
         rows = self.kernels[group]
@@ -308,6 +360,38 @@ def _columns_of(weight: Tensor, columns: list[int] | None) -> Tensor:
     if columns is None:
         return weight
     return weight[:, columns] if columns else torch.zeros_like(weight[:, :1])
+
+
+class FrozenStreamConv(Frozen):
+    """A plain convolution for each stream, with the kernels that are there as input channels."""
+
+    def __init__(self, source: StreamConv2d) -> None:
+        super().__init__(source)
+        self.names, self.width, self.activation = source.group_names, source.out_channels, source.activation
+        self.reach = _Reach(source, source._reversed_padding_repeated_twice)
+
+    def forward(self, x: GroupTensors) -> GroupTensors:
+        """The streams."""
+        every = [list(range(self.width))] * len(self.names)
+        return GroupTensors(
+            lambda group: self._group(x, group),
+            lambda: self.reach.of(x.zero()),
+            every,
+            self.width,
+            self.names,
+            Routing.OWN,
+        )
+
+    def _group(self, x: GroupTensors, group: int) -> Tensor:
+        read, columns = _columns(x, group)
+
+        def make(source: StreamConv2d) -> nn.Module:
+            weight, bias = _columns_of(source.weight, columns), source.bias
+            if source.norm is not None:
+                weight, bias = folded(weight, bias, *running_affine(source.norm, source.rows(group)))
+            return _conv2d(weight, bias, source)
+
+        return activate(_convolve(self._convolution(self.names[group], make), read), self.activation)
 
 
 class FrozenStreamBlock(Frozen):

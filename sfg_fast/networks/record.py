@@ -25,8 +25,8 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 # The keys of a node's `meta`: the name of the innermost module whose forward pass made the node; whether it is a number
-# made of sizes, no tensor; the shape of its tensor; whether gradients were on when it was made.
-WHERE, NUMBER, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_shape"
+# made of sizes, no tensor; the number it was; the shape of its tensor; whether gradients were on when it was made.
+WHERE, NUMBER, VALUE, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_value", "sfg_fast_shape"
 WITH_GRADIENT = "sfg_fast_with_gradient"
 
 
@@ -43,7 +43,7 @@ class _Ratio(float):
 
 
 def _number(value: float, node: fx.Node, where: str) -> Any:
-    node.meta |= {NUMBER: True, WHERE: where}
+    node.meta |= {NUMBER: True, VALUE: value, WHERE: where}
     found = _Ratio(value) if isinstance(value, float) else _Size(value)
     found.node = node
     return found
@@ -163,9 +163,7 @@ class _Tape(TorchFunctionMode):
         if isinstance(out, Tensor):
             self.tell(out, make(map_aggregate(arguments, self.node)))
         elif isinstance(out, tuple | list) and any(isinstance(one, Tensor) for one in out):
-            whole = self.marked(make(map_aggregate(arguments, self.node)))
-            for index, one in enumerate(out):
-                self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
+            self.tell_parts(out, self.marked(make(map_aggregate(arguments, self.node))))
 
     def knows(self, arguments: Any) -> bool:
         """Does the graph make any of the arguments, or a number in a slice among them?"""
@@ -185,6 +183,11 @@ class _Tape(TorchFunctionMode):
         self.known[id(tensor)] = self.marked(node)
         node.meta[SHAPE] = tuple(map(int, tensor.shape))
         self.kept.append(tensor)
+
+    def tell_parts(self, tensors: Any, whole: fx.Node) -> None:
+        """Remember that a node makes several tensors."""
+        for index, one in enumerate(tensors):
+            self.tell(one, self.graph.call_function(operator.getitem, (whole, index)))
 
     def node(self, value: Any) -> Any:
         """The node that makes an argument, or the argument itself if no node does. Raises ValueError for a tensor that
@@ -244,6 +247,11 @@ class _Tape(TorchFunctionMode):
                 return self.sizes(args[0], out)
             if function is Tensor.size:  # the size of one dimension
                 return self.sizes(args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
+            if function in (Tensor.numel, Tensor.nelement):
+                return math.prod(self.sizes(args[0], args[0].shape))
+            if function is Tensor.__len__:  # Python wants a plain number of it
+                _decides("eq")(self.sizes(args[0], args[0].shape)[0], out)
+                return out
             if function is Tensor.__setitem__:
                 raise ValueError(f"convert: {self.whose()} writes to a part of a tensor, which can't be recorded")
         if name == "__get__":  # it reads a property, as x.shape
@@ -277,13 +285,14 @@ def pads_channels(module: nn.Module) -> bool:
     return type(module).__name__ == "ChannelPad"
 
 
-def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
-    """Run a network on images [N, C, H, W] and record its operations. Returns the graph and the output.
+def record(network: nn.Module, example: Tensor) -> fx.Graph:
+    """Run a network on images [N, C, H, W] and record its operations. Returns the graph.
 
-    The nodes of the graph are modules with the forward pass of a class of torch.nn, and functions outside of these.
+    The nodes of the graph are modules with the forward pass of a class of torch.nn, and functions outside of these. Its
+    output is what the network returns, with a node for each tensor: one tensor, or tensors in dicts, lists and tuples.
 
-    Raises ValueError for an output that is no tensor made of the images, and for tensors that the forward pass makes of
-    nothing. Warns if the forward pass looks at the values of a tensor.
+    Raises ValueError for an output that holds anything but None and tensors made of the images, and for tensors that
+    the forward pass makes of nothing. Warns if the forward pass looks at the values of a tensor.
     """
     tape = _Tape(network)
     hooks = []
@@ -302,10 +311,14 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
             tape.inside -= 1
             nodes = stack.pop()
             if nodes is not None and not tape.inside:
-                if not isinstance(out, Tensor):
-                    raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
                 bound = inspect.signature(module.forward).bind(*nodes[0], **nodes[1])  # SFG layers call it x, not input
-                tape.tell(out, tape.graph.call_module(name, bound.args, bound.kwargs))
+                made = tape.graph.call_module(name, bound.args, bound.kwargs)
+                if isinstance(out, Tensor):
+                    tape.tell(out, made)
+                elif getattr(module, "return_indices", False):
+                    tape.tell_parts(out, tape.marked(made))
+                else:
+                    raise ValueError(f"convert: module {name!r} returns {type(out).__name__}, expected a tensor")
         tape.scopes.pop()
 
     for name, child in network.named_modules():
@@ -327,11 +340,48 @@ def record(network: nn.Module, example: Tensor) -> tuple[fx.Graph, Tensor]:
             "network won't: what it decides by them stays as for the example",
             stacklevel=5,
         )
-    if not isinstance(out, Tensor) or id(out) not in tape.known:
-        raise ValueError(f"convert: the module returns {type(out).__name__}, expected one tensor made of its input")
-    tape.graph.output(tape.known[id(out)])
+    tape.graph.output(_output(tape, out))
     remove_unused(tape.graph)  # sizes that nothing reads
-    return tape.graph, out.detach()
+    return tape.graph
+
+
+def _output(tape: _Tape, out: Any) -> Any:
+    """What the network returned, with the nodes of its tensors. Raises ValueError if it is not made of tensors that
+    the graph makes."""
+
+    def node(leaf: Any) -> fx.Node | None:
+        if leaf is None:
+            return None
+        if not isinstance(leaf, Tensor) or id(leaf) not in tape.known or not leaf.is_floating_point():
+            what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            if isinstance(leaf, Tensor) and id(leaf) not in tape.known:
+                what += " that is not made of its input"
+            raise ValueError(
+                f"convert: the module returns {what}, expected floating point tensors made of its input: one, or "
+                "several in dicts, lists and tuples"
+            )
+        return tape.known[id(leaf)]
+
+    found = map_aggregate(out, node)
+    if not leaves_of(found) or all(leaf is None for leaf in leaves_of(found)):
+        raise ValueError(f"convert: the module returns {out!r}, expected tensors made of its input")
+    return found
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph. `args[0]` has the node of each tensor that the network returns."""
+    return next(node for node in graph.nodes if node.op == "output")
+
+
+def results_of(returned: Any) -> list[Any]:
+    """The tensors (or nodes) in what a network returns, in order: those in dicts, lists and tuples, without None."""
+    return [leaf for leaf in leaves_of(returned) if leaf is not None]
+
+
+def _form(graph: fx.Graph) -> str:
+    """In which dicts, lists and tuples a network returns its tensors."""
+    form = map_aggregate(output_of(graph).args[0], lambda leaf: None if leaf is None else "tensor")
+    return str(form).replace("'tensor'", "tensor")
 
 
 @contextmanager
@@ -385,9 +435,15 @@ def differences(evaluating: fx.Graph, training: fx.Graph) -> Iterator[fx.Node]:
     the graph recorded in `train()`: the argument tells them the mode.
 
     Every node of `evaluating` also gets WITH_GRADIENT from `training`, because in `eval()` the forward pass may switch
-    gradients off. Raises ValueError, which names the place, if the graphs differ otherwise: in the operations of the
-    two modes, or in numbers that come from the image.
+    gradients off. Raises ValueError, which names the place, if the graphs differ otherwise: in what they return, in the
+    operations of the two modes, or in numbers that come from the image.
     """
+    if _form(evaluating) != _form(training):
+        raise ValueError(
+            f"convert: the module returns {_form(training)} in train() and {_form(evaluating)} in eval(), which one "
+            "recording can't hold: let it return the same in both modes, or switch the additional outputs off "
+            "(deep_supervision=False, aux_logits=False, aux_loss=False)"
+        )
     numbers: dict[fx.Node, int] = {}
     for number, (one, other) in enumerate(itertools.zip_longest(_that_work(evaluating), _that_work(training))):
         if one is None or other is None or (one.op, one.target) != (other.op, other.target):
@@ -447,3 +503,8 @@ def called(node: fx.Node | None) -> str:
     if node.target is getattr:
         return str(node.args[1])
     return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of a node's function, the same for all its forms: relu for torch.relu, F.relu_ and Tensor.relu."""
+    return called(node).strip("_")

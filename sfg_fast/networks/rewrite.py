@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from ..layers.conv import SFGConv2d
 from ..layers.feature_norm import FeatureNorm
+from ..layers.stream_conv import StreamConv2d
 from ..norm import KernelNorm
-from ..plain_ops import CHANNELWISE
+from ..plain_ops import CHANNELWISE, ELEMENTWISE
 from .controls import sfg_layers
 from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
+from .products import MULTIPLIES, can_be_broadcast, factor_layers
 from .record import (
     NUMBER,
     SHAPE,
@@ -29,9 +31,13 @@ from .record import (
     base_of,
     called,
     inputs_of,
+    name_of,
+    output_of,
     pads_channels,
     remove_unused,
+    results_of,
 )
+from .selection import SPLITS, Selection
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
@@ -99,9 +105,14 @@ class Rewriting:
         self.skip = {name for name, m in self.modules.items() if any(m in one for one in self.skipped.values())}
         self.kind: dict[fx.Node, str] = {}
         self.stream: dict[fx.Node, Any] = {}  # features: the convolution whose grouping they have
+        self.selection = Selection(network)
         self.same: dict[fx.Node, fx.Node] = {}  # convolution -> one whose grouping it takes (sums)
+        self.factors: set[fx.Node] = set()  # convolutions whose output becomes streams, because it is a factor
+        self.streams: set[fx.Node] = set()  # features that are streams
         self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
-        self.sized: list[str] = []  # layers of the tail that set the number of outputs, and norms behind them
+        # Layers of the tail that set the number of outputs, and norms behind them; and which results they are of.
+        self.sized: list[str] = []
+        self.main: list[int] = []
         self.obstacles: list[str] = []
         self.report = Report()
 
@@ -111,14 +122,16 @@ class Rewriting:
         self._modules_of_functions()
         self._dropouts()
         convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-        output = next(node for node in self.graph.nodes if node.op == "output")
-        self.heads = self._heads(output.args[0])
+        self._find_factors()
+        output = output_of(self.graph)
+        self.heads = self._heads(results_of(output.args[0]))
         for node in list(self.graph.nodes):
-            if node.op != "output":
+            if node.op != "output" and node not in self.kind:  # (a node may have been rewritten with one before it)
                 self._node(node)
         self._fill_report(convolutions)
         self._hooks()
-        if not self.obstacles and (self.kind[output.args[0]] != "tail" or not sfg_layers(self.network)):
+        of_tasks = {self.kind[node] for node in results_of(output.args[0])} & {"tail", "features"}
+        if not self.obstacles and not (of_tasks and sfg_layers(self.network)):
             self.obstacles.append("nothing is left to be an SFG layer, or nothing behind them to be a head")
         if not self.obstacles:
             self._vain_skips()
@@ -241,16 +254,27 @@ class Rewriting:
 
     # --- node by node -------------------------------------------------------------------------------------------------
 
-    def _heads(self, output: fx.Node) -> set[fx.Node]:
-        """The last convolutions: those from which the output is reached without another convolution or linear layer,
-        and whose outputs no other of them reads. Where linear layers give the output there are none; the tail then
-        starts before these."""
-        found: set[fx.Node] = set()
-        for node in backwards(output, self._gives_size, inputs_of):
-            if isinstance(self._module(node), nn.modules.conv._ConvNd):
-                found.add(node)
-        read = {node for one in found for node in backwards(one, inputs=inputs_of) if node is not one}
-        return found - read
+    def _find_factors(self) -> None:
+        """Find the convolutions that compute a factor of a product. (Linear layers among them become convolutions.)"""
+        self.factors = factor_layers(self.network, self.graph)
+        for name, before in list(self.modules.items()):
+            module = self.network.get_submodule(name)
+            if module is not before:
+                self.modules[name], self.modes[module] = module, self.modes[before]
+
+    def _heads(self, results: list[fx.Node]) -> set[fx.Node]:
+        """The last convolutions: those from which a result is reached without another convolution or linear layer, and
+        whose outputs no other layer before a result reads. Where linear layers give a result there are none; the tail
+        then starts before these. (Of an encoder that returns the features of every stage, the last stage alone ends in
+        heads.)"""
+        last = {
+            node
+            for result in results
+            for node in backwards(result, self._gives_size, inputs_of)
+            if self._gives_size(node)
+        }
+        read = {node for one in last for node in backwards(one, inputs=inputs_of) if node is not one}
+        return {node for node in last - read if isinstance(self._module(node), nn.modules.conv._ConvNd)}
 
     def _gives_size(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), nn.modules.conv._ConvNd | nn.Linear)
@@ -272,6 +296,8 @@ class Rewriting:
             self.ended[node] = next((self.ended[one] for one in node.all_input_nodes if one in self.ended), "")
         elif node.meta.get(NUMBER):
             self.kind[node] = "number"
+        elif node in self.factors and not features:
+            self.kind[node] = "plain"  # a factor that is the same for all groups
         elif isinstance(module, nn.Conv2d) and node.target not in self.skip:
             self._conv(node, module, bool(features))
         elif not features:
@@ -303,7 +329,24 @@ class Rewriting:
                 self.obstacles.append(f"{name!r} has a weight that is no nn.Parameter, expected one")
         else:
             norm, activation = self._followers(node)
-            self.network.set_submodule(name, self._sfg(conv, norm, activation))
+            if node in self.factors and on_features:
+                self.streams.add(node)
+                self.network.set_submodule(name, self._stream_conv(conv, norm, activation))
+            else:
+                self.network.set_submodule(name, self._sfg(conv, norm, activation))
+
+    def _stream_conv(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> StreamConv2d:
+        layer = StreamConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+            conv.dilation, 1, conv.bias is not None, conv.padding_mode, device=conv.weight.device,
+            dtype=conv.weight.dtype, tasks=self.tasks, norm=None if norm is None else "batch", activation=activation,
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        self.modes[layer] = self.modes.get(conv, True)
+        if norm is not None and layer.norm is not None:
+            repeat_batch_norm(norm, layer.norm)
+            self.modes[layer.norm] = self.modes[norm]
+        return layer
 
     def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
         layer = SFGConv2d(
@@ -353,12 +396,12 @@ class Rewriting:
             if base is nn.ReLU:
                 return "relu"
             if base is nn.PReLU:
-                return module if module.num_parameters == 1 else None
+                return module
             elementwise = base is not None and base.__module__ == "torch.nn.modules.activation"
             return copy.copy(module) if elementwise and not isinstance(module, _NOT_ELEMENTWISE) else None
         if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
             return None
-        name = _name(node)
+        name = name_of(node)
         if name == "relu":
             return "relu"
         if name in _ACTIVATIONS:
@@ -374,6 +417,8 @@ class Rewriting:
     def _on_features(self, node: fx.Node, module: nn.Module | None, features: list[fx.Node]) -> None:
         self.kind[node], self.stream[node] = "features", self.stream[features[0]]
         known = self._module_on_features(node, module) if module is not None else self._function(node, features)
+        if known and self.streams.issuperset(features):
+            self.streams.add(node)
         if not known:
             del self.stream[node]
             self.kind[node] = "tail"
@@ -407,6 +452,10 @@ class Rewriting:
             )
         elif pads_channels(module):
             self._channel_pad(node, module)
+        elif isinstance(module, nn.ChannelShuffle):
+            return self._taken(node, node.all_input_nodes[0])
+        elif getattr(module, "return_indices", False) or isinstance(module, nn.modules.pooling._MaxUnpoolNd):
+            self._no_indices(node)
         else:
             return _acts_on_channels(module)
         return True
@@ -414,20 +463,25 @@ class Rewriting:
     def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
         """Is it known what a function does to features? Then the node is rewritten to do it. (It is known, too, for a
         function that adds an obstacle.)"""
-        name, rest = _name(node), _given(node)[1:]
+        name, rest = name_of(node), _given(node)[1:]
         alone = len(inputs_of(node)) == 1
+        if len(features) > 1 and (name in MULTIPLIES or self.streams.intersection(features)):
+            return self._product(node, features)
         if name in ("cat", "concat", "concatenate"):
             parts, *how = _given(node)
             node.args, node.kwargs = (list(parts), *how), {}  # compiled graphs would take a tuple apart
-            if len(features) < len(inputs_of(node)):
-                self.obstacles.append(f"{_place(node)}: features of SFG layers are concatenated with something else")
+            self._join_plain(node, features[0])
             self.stream[node] = node
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
         elif name in _SCALES and (scale := self._scale(node)) is not None:
-            self._call(node, _SCALES[name], features[0], scale)
+            plain = isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == 4
+            if plain:
+                self._method(node, "times", features[0], scale)
+            else:
+                self._call(node, _SCALES[name], features[0], scale)
         elif not alone:
-            return False
+            return len(features) == 1 and self._taken(node, features[0])
         elif name in ("neg", "negative"):
             self._call(node, operator.mul, features[0], -1)
         elif _changes_nothing(node, name, rest):
@@ -438,12 +492,106 @@ class Rewriting:
             self._method(node, "detach", features[0])
         elif name == "getitem" and _crops(rest[0]):
             self._method(node, "crop", features[0], _four(rest[0]))
+        elif name == "mean" and _of_positions(node):
+            node.op, node.target = "call_function", torch.mean
+        elif name.endswith("with_indices"):
+            self._no_indices(node)
+        elif name in SPLITS:
+            return self._split(node, features[0])
         else:
             function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
-            if function not in CHANNELWISE:
-                return False
+            if function in ELEMENTWISE and features[0] in self.streams:
+                self._call(node, function, features[0])
+                return True
+            if function not in CHANNELWISE or name == "mean":
+                return self._taken(node, features[0])
             node.op, node.target = "call_function", function
         return True
+
+    def _split(self, node: fx.Node, before: fx.Node) -> bool:
+        """Rewrite a split along the channels: each part that somebody reads takes some of the kernels."""
+        parts = self.selection.of_parts(node)
+        if called(node) == "unbind" and node.kwargs.get("dim", (*node.args, 0)[1]) in (1, -3):
+            self._single_channel(node)
+            return True
+        if any(part is None for part in parts):
+            return False
+        for user in list(node.users):
+            channels = parts[user.args[1]]  # type: ignore[index]
+            assert channels is not None
+            self._take(user, before, channels)
+        self.graph.erase_node(node)
+        self.kind[node] = "gone"
+        return True
+
+    def _taken(self, node: fx.Node, before: fx.Node) -> bool:
+        """Rewrite a node that takes some of the channels, or gives them another order, alone or together with the nodes
+        behind it. Is it such a node?"""
+        index = _four(_given(node)[1]) if name_of(node) == "getitem" else ()
+        if isinstance(index, tuple) and len(index) > 1 and index[0] == slice(None):
+            if isinstance(index[1], int):
+                self._single_channel(node)
+                return True
+            crop = (*index[:1], slice(None), *index[2:])
+            if index[1] != slice(None) and _crops(crop) and any(one != slice(None) for one in crop):
+                # The channels first, and then the positions.
+                with self.graph.inserting_before(node):
+                    channels = self.graph.call_function(operator.getitem, (before, (slice(None), index[1])))
+                channels.meta |= {**before.meta}
+                if not self._taken(channels, before):
+                    return False
+                self._method(node, "crop", channels, crop)
+                self.stream[node] = self.stream[channels]
+                return True
+        found = self.selection.through(node)
+        if found is None:
+            return False
+        nodes, kernels = found
+        self._take(nodes[-1], before, kernels)
+        for one in reversed(nodes[:-1]):
+            self.graph.erase_node(one)
+            self.kind[one] = "gone"
+        return True
+
+    def _take(self, node: fx.Node, before: fx.Node, kernels: list[int]) -> None:
+        if kernels == list(range(before.meta[SHAPE][1])):
+            self._pass(node, before)
+            self.stream[node] = self.stream[before]
+        else:
+            self._method(node, "take", before, tuple(kernels))
+            self.stream[node] = node
+        self.kind[node] = "features"
+
+    def _single_channel(self, node: fx.Node) -> None:
+        self.obstacles.append(
+            f"{_place(node)} takes single channels of features, without the dimension of the channels: expected ranges "
+            "of channels, as h[:, 0:1]"
+        )
+
+    def _product(self, node: fx.Node, features: list[fx.Node]) -> bool:
+        """Rewrite a product of features and streams."""
+        whole = [one for one in features if one not in self.streams]
+        if name_of(node) not in MULTIPLIES or len(features) != 2:
+            return False
+        if len(whole) == 2:
+            self.obstacles.append(
+                f"{_place(node)} multiplies two features of SFG layers, which have a gate each: expected that the last "
+                "layer of one factor is a convolution or a linear layer that nothing else reads (squeeze-and-excite, "
+                "spatial attention), or an activation in place of the product (nn.SiLU)"
+            )
+            return True
+        if len(whole) != 1:
+            return False
+        self.stream[node] = self.stream[whole[0]]
+        self._method(node, "times", whole[0], *self.streams.intersection(features))
+        return True
+
+    def _no_indices(self, node: fx.Node) -> None:
+        self.obstacles.append(
+            f"{_place(node)} works with the indices of a max-pooling, which say where the largest value was. In "
+            "features of SFG layers that is another place for each grouping, and none for a channel that is zeroed: "
+            "expected return_indices=False, and interpolation or a convolution in place of the unpooling"
+        )
 
     def _pass(self, node: fx.Node, before: fx.Node) -> None:
         """Rewrite a node that does not change the values."""
@@ -464,18 +612,23 @@ class Rewriting:
         node.op, node.target, node.args, node.kwargs = "call_method", name, arguments, {}
 
     def _scale(self, node: fx.Node) -> Any:
-        """The number, or parameter of one number, that features are multiplied with or divided by; None for other
-        things."""
+        """The number, or parameter of one number, that features are multiplied with or divided by, or something plain
+        of their shape, or with 1 in place of a size, that they are multiplied with; None for other things."""
         values = _given(node)
         if len(values) != 2:  # there is a rounding mode
             return None
         scales = [one for one in values if self.kind.get(one) != "features"]
-        if len(scales) != 1 or (_SCALES[_name(node)] is operator.truediv and scales[0] is values[0]):
+        if len(scales) != 1 or (_SCALES[name_of(node)] is operator.truediv and scales[0] is values[0]):
             return None
         scale = scales[0]
         if isinstance(scale, fx.Node) and not scale.meta.get(NUMBER):
+            shape = scale.meta.get(SHAPE, ())
             held = self._held(scale)
-            return scale if held is not None and held.numel() == 1 else None
+            if held is not None and held.numel() == 1:
+                return scale
+            multiplies = _SCALES[name_of(node)] is operator.mul
+            like = next(one for one in values if self.kind.get(one) == "features")
+            return scale if multiplies and can_be_broadcast(shape, like.meta.get(SHAPE, ())) else None
         return scale if isinstance(scale, int | float | fx.Node) else None
 
     def _channel_pad(self, node: fx.Node, module: Any) -> None:
@@ -497,31 +650,65 @@ class Rewriting:
         self.network.set_submodule(str(node.target), self._sfg(conv, None, None))
         self.stream[node] = node
 
+    def _join_plain(self, node: fx.Node, like: fx.Node) -> None:
+        """Let what a concatenation joins with features, and is plain, be features of the shared group."""
+        parts, *how = node.args
+        assert isinstance(parts, list)
+        with self.graph.inserting_before(node):
+            node.args = ([self._shared(part, like) for part in parts], *how)
+
+    def _shared(self, part: fx.Node, like: fx.Node) -> fx.Node:
+        if self.kind[part] == "features":
+            return part
+        shared = self.graph.call_method("as_shared", (like, part))
+        self.kind[shared] = "features"
+        return shared
+
     def _add(self, node: fx.Node, features: list[fx.Node], name: str) -> None:
-        """Rewrite a sum or a difference of features as `a + factor * b`, and a sum of features and 0 as the
-        features."""
+        """Rewrite a sum or a difference of features, or of features and something plain, as `a + factor * b`, and a sum
+        of features and 0 as the features."""
         alpha: Any = node.kwargs.get("alpha", 1)
         values, factor = _given(node)[:2], alpha * (-1 if name in _SUBTRACTS else 1)
         if name == "rsub":
             values = values[::-1]
-        if len(values) != 2 or any(self.kind.get(one) != "features" for one in values):
-            if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
-                self._pass(node, features[0])  # Python's `sum` starts with 0
-                return
-            what = "adds features of SFG layers and something else" if name in _ADDS else "subtracts something else"
-            self.obstacles.append(f"{_place(node)} {what}")
+        if name in _ADDS and any(isinstance(one, int | float) and one == 0 for one in values):
+            self._pass(node, features[0])  # Python's `sum` starts with 0
+            return
+        if not all(self._can_be_added(one, features[0]) for one in values):
+            self.obstacles.append(
+                f"{_place(node)} adds features of SFG layers and something of another shape, expected a number, or a "
+                "tensor of four dimensions that the sum does not make larger than the features"
+            )
             return
         if factor != 1:
             with self.graph.inserting_before(node):
-                values[1] = self.graph.call_function(operator.mul, (values[1], factor))
-            self.kind[values[1]], self.stream[values[1]] = "features", self.stream[features[-1]]
-        self._call(node, operator.add, *values)  # also where the network adds in place
+                scaled = self.graph.call_function(operator.mul, (values[1], factor))
+            if self.kind.get(values[1]) == "features":
+                self.kind[scaled], self.stream[scaled] = "features", self.stream[values[1]]
+            values[1] = scaled
+        values.sort(key=lambda one: self.kind.get(one) != "features")
+        if len(features) < len(values):
+            self._method(node, "plus", *values)
+        else:
+            self._call(node, operator.add, *values)  # also where the network adds in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
-            if first.op != "call_module" or other.op != "call_module":
-                self.obstacles.append(f"{_place(node)} adds concatenated features, whose groupings differ")
+            if other is not first and (first.op != "call_module" or other.op != "call_module"):
+                self.obstacles.append(
+                    f"{_place(node)} adds features of which one is joined of others or taken out of others, so their "
+                    "groupings differ"
+                )
             elif other is not first:
                 self.same[other] = first
+
+    def _can_be_added(self, value: Any, like: fx.Node) -> bool:
+        """Is it features, or something plain of their shape, or with 1 in place of a size, or a number?"""
+        if not isinstance(value, fx.Node):
+            return isinstance(value, int | float)
+        if self.kind.get(value) == "features" or value.meta.get(NUMBER):
+            return True
+        shape = value.meta.get(SHAPE, ())
+        return math.prod(shape) == 1 or can_be_broadcast(shape, like.meta[SHAPE])
 
     def _owner(self, node: fx.Node) -> fx.Node:
         while node in self.same:
@@ -557,7 +744,7 @@ class Rewriting:
             if node is None:
                 becomes, why = UNREACHED, "the forward pass does not come here"
             elif kind == "features":
-                becomes, why = SFG, ""
+                becomes, why = SFG, "computed for every group, as a factor" if node in self.streams else ""
             elif node in self.heads:
                 becomes, why = HEAD, "one for each task"
             elif kind == "tail":
@@ -584,17 +771,15 @@ class Rewriting:
 
     def _tails(self, output: fx.Node) -> None:
         """Copy the nodes of the tail for each task, with their layers and parameters. The copies read the task's
-        features."""
-        result = output.args[0]
-        assert isinstance(result, fx.Node)
+        features. A result that is features of SFG layers is what the task reads of them."""
         for node in self.graph.nodes:
             if node.op == "get_attr" and all(self.kind.get(user) == "tail" for user in node.users):
                 self.kind[node] = "tail" if isinstance(self._held(node), nn.Parameter) else self.kind[node]
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
-        self.sized = self._sized(result)
+        self.main, self.sized = self._sized(results_of(output.args[0]))
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         used_before = {str(node.target) for node in calls if self.kind[node] != "tail"}  # one ReLU may serve all places
-        results: dict[str, fx.Node] = {}
+        results: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {}
         with self.graph.inserting_before(output):
             for task in self.tasks:
@@ -613,7 +798,7 @@ class Rewriting:
                         if task not in of_tasks:
                             of_tasks[task] = self._copied(node)
                         copies[node].target = f"{name}.{task}"
-                results[task] = copies[result]
+                results[task] = self._with_named_tuples(fx.map_arg(output.args[0], read))
             for name, of_tasks in own.items():
                 owner, _, last = name.rpartition(".")
                 module, first = self.network.get_submodule(owner), next(iter(of_tasks.values()))
@@ -625,6 +810,17 @@ class Rewriting:
         for node in reversed(tail):
             self.graph.erase_node(node)
 
+    def _with_named_tuples(self, result: Any) -> Any:
+        """The result of a task, with a node for each named tuple in it: the code of a graph can't write them down."""
+        if isinstance(result, dict):
+            return {key: self._with_named_tuples(value) for key, value in result.items()}
+        if not isinstance(result, list | tuple):
+            return result
+        parts = [self._with_named_tuples(value) for value in result]
+        if hasattr(result, "_fields"):
+            return self.graph.call_function(type(result), tuple(parts))
+        return type(result)(parts)
+
     def _copied(self, node: fx.Node) -> nn.Module | Tensor | None:
         """A copy of a module of the tail, or of a parameter, for one task."""
         module = self._module(node)
@@ -634,15 +830,28 @@ class Rewriting:
             self.modes |= {twin: self.modes[child] for child, twin in pairs if child in self.modes}
         return own
 
-    def _sized(self, result: fx.Node) -> list[str]:
-        """The names of the layers of the tail that set the number of outputs, and of the norms behind them."""
-        width, found = _width(result), []
-        for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
-            module = self._module(node)
-            sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
-            if self.kind.get(node) == "tail" and width in sizes:
-                found.append(str(node.target))
-        return found
+    def _sized(self, results: list[fx.Node]) -> tuple[list[int], list[str]]:
+        """Which results have as many outputs as the first one, and the names of the layers of the tail that set how
+        many these are, and of the norms behind them."""
+        width = _width(results[0])
+        main = [number for number, result in enumerate(results) if _width(result) == width]
+        found: dict[str, None] = {}
+        for result in (results[number] for number in main):
+            for node in backwards(result, lambda node: self._gives_size(node) or _width(node) != width, inputs_of):
+                module = self._module(node)
+                sizes = (getattr(module, name, None) for name in ("out_channels", "out_features", "num_features"))
+                if self.kind.get(node) == "tail" and width in sizes:
+                    found[str(node.target)] = None
+        return main, list(found)
+
+
+def _of_positions(node: fx.Node) -> bool:
+    """Is the node a mean over height and width that keeps the four dimensions, and the dtype?"""
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type]
+    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    named = node.kwargs.keys() <= {"dim", "keepdim"}
+    return bool(dims and keeps and named) and all(dim in (2, 3, -1, -2) for dim in dims)
 
 
 def same(x: Any) -> Any:
@@ -652,11 +861,6 @@ def same(x: Any) -> Any:
 
 def _elementwise(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return _ACTIVATIONS[name](x, *args, **kwargs)
-
-
-def _name(node: fx.Node) -> str:
-    """The name of a node's function, the same for all its forms: relu for torch.relu, F.relu_ and Tensor.relu."""
-    return called(node).strip("_")
 
 
 def _place(node: fx.Node) -> str:
@@ -780,3 +984,16 @@ def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
     # After so many draws the statistics of a (group, kernel) move at the rate of the momentum (norm.py). Without a
     # momentum the rate is 1/n.
     to.draws[0] = math.ceil(1 / norm.momentum) if norm.momentum else float(counted) if counted is not None else 0.0
+
+
+@torch.no_grad()
+def repeat_batch_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
+    """Copy scale, shift and running statistics of a batch normalisation of K channels to each K channels of another."""
+    to.eps, to.momentum, times = norm.eps, norm.momentum, to.num_features // norm.num_features
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        own, given = getattr(to, name), getattr(norm, name)
+        if given is not None:
+            own.copy_(given.repeat(times))
+            own.requires_grad_(given.requires_grad)
+    if norm.num_batches_tracked is not None and to.num_batches_tracked is not None:
+        to.num_batches_tracked.copy_(norm.num_batches_tracked)

@@ -146,7 +146,8 @@ class _Gate(torch.autograd.Function):
         drawn = None if df is None or h is None else gate_gradient.of_drawn(df, h)
         dz = None
         if dundrawn is not None:
-            dz = ctx.joined(tensors, ctx.rest).gate_gradient(dundrawn, scale, shift, ctx.activation)
+            rows = ctx.joined(tensors, ctx.rest)
+            dz = rows.gate_gradient(dundrawn, scale, shift, ctx.activation, ctx.groups.order)
         return df, ctx.groups.by_kernel(drawn, dz, gates), None
 
 

@@ -93,7 +93,7 @@ def _step_by_step(found: Convolved, epilogue: Epilogue) -> SFGFeatures:
     scale = shift = None
     if epilogue.norm is not None:
         u, scale, shift = epilogue.norm(u, groups)
-    h = u if epilogue.activated else activate(u, activation)
+    h = u if epilogue.activated else activate(u, activation, groups.order)
     gates, rows = groups.gates, found.undrawn_rows
     assert gates is not None
     if groups.full:  # a relaxed draw; the gates' gradient is summed in float32

@@ -69,13 +69,13 @@ class UndrawnRows(NamedTuple):
         return UndrawnFormula(self.x, self.kept_product, packed, spec, scale, shift, activation)
 
     def gate_gradient(
-        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation, order: Tensor
     ) -> Tensor:
         """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W]; scale and
-        shift as in `GatedRows`."""
+        shift as in `GatedRows`; order int64 [rows]: the kernel of each row."""
         kernels = self.run.kernels
         if activation not in kernels.KNOWS or not alike_at_all_positions(scale):
-            return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+            return of_undrawn(self.u(), dundrawn, scale, shift, activation, order)
         assert activation is None or isinstance(activation, str)
         if self.run.by_operators:
             scale, shift = (None if values is None else values.flatten(2) for values in (scale, shift))
@@ -111,10 +111,10 @@ class KnownRows(NamedTuple):
         return self.every if len(self.every) == self.tasks else self.every * self.tasks
 
     def gate_gradient(
-        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation, order: Tensor
     ) -> Tensor:
         """As `UndrawnRows.gate_gradient`."""
-        return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+        return of_undrawn(self.u(), dundrawn, scale, shift, activation, order)
 
     def split(self) -> tuple[tuple[Tensor, ...], int]:
         """As `UndrawnRows.split`."""
@@ -138,14 +138,16 @@ class ShuffledRows(NamedTuple):
         return [self.places.shuffled(one) for one in self.convolved.u()]
 
     def gate_gradient(
-        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+        self, dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation, order: Tensor
     ) -> Tensor:
         """As `UndrawnRows.gate_gradient`."""
-        if activation == "relu_pool" or not alike_at_all_positions(scale):
-            return of_undrawn(self.u(), dundrawn, scale, shift, activation)
+        alike = activation is None or isinstance(activation, str)  # the same for all kernels
+        if not alike or activation == "relu_pool" or not alike_at_all_positions(scale):
+            return of_undrawn(self.u(), dundrawn, scale, shift, activation, order)
         count = self.places.number
         scale, shift = (None if values is None else values.repeat_interleave(count, 2) for values in (scale, shift))
-        dz = self.convolved.gate_gradient(self.places.apart(dundrawn), scale, shift, activation)
+        rows = self.convolved.run.spec.rows.order
+        dz = self.convolved.gate_gradient(self.places.apart(dundrawn), scale, shift, activation, rows)
         return dz.unflatten(1, (-1, count)).sum(2)
 
     def split(self) -> tuple[tuple[Tensor | None, ...], Any]:
@@ -163,13 +165,18 @@ AnyUndrawnRows: TypeAlias = UndrawnRows | KnownRows | ShuffledRows
 
 
 def of_undrawn(
-    u: Sequence[Tensor], dundrawn: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation
+    u: Sequence[Tensor],
+    dundrawn: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: Activation,
+    order: Tensor,
 ) -> Tensor:
     """dz [T, rows] of the undrawn gates, from dL/dF of the undrawn rows, dundrawn [N, T * rows, H, W], and T tensors u
-    [N, rows, H', W']; scale and shift as in `GatedRows`. In plain torch."""
+    [N, rows, H', W']; scale and shift as in `GatedRows`; order int64 [rows]: the kernel of each row. In plain torch."""
     dz = []
     for n, (u_n, df) in enumerate(zip(u, dundrawn.chunk(len(u), 1), strict=True)):
-        dz.append(channel_dots(df, activate(affine(u_n, scale, shift, n), activation)))
+        dz.append(channel_dots(df, activate(affine(u_n, scale, shift, n), activation, order)))
     return torch.stack(dz)
 
 

@@ -281,6 +281,11 @@ class Broken(nn.Module):
         return self.call(self, h, x) if self.call else self.last(self.middle(h))
 
 
+def pooled(m, h, x):
+    y, indices = m.middle(h) if m.middle else F.max_pool2d(h, 2, return_indices=True)
+    return m.last(F.max_unpool2d(y, indices, 2))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "said"),
     [
@@ -290,13 +295,20 @@ class Broken(nn.Module):
         (Broken(nn.Conv2d(4, 4, 1, groups=2)), {}, "'middle' is a convolution of 2 groups, expected 1"),
         (Broken(nn.ConvTranspose2d(4, 4, 2)), {}, r"'middle' \(ConvTranspose2d\) reads features of SFG layers"),
         (Broken(nn.Conv2d(4, 4, 1)), {"skip": ["middle"]}, r"'middle' \(Conv2d\) reads features.*stands before"),
-        (Broken(None, lambda m, h, x: m.last(h + x)), {}, "adds features of SFG layers and something else"),
-        (Broken(None, lambda m, h, x: m.last(torch.cat([h, x], 1)[:, :4])), {}, "concatenated with something else"),
-        (Broken(None, lambda m, h, x: (h, x)), {}, "returns tuple, expected one tensor"),
+        (Broken(None, lambda m, h, x: m.last(F.adaptive_avg_pool2d(h, 1) + x)), {}, "add.* something of another shape"),
+        (Broken(None, lambda m, h, x: m.last(h + torch.cat(h.unbind(1)[:1])[:, None])), {}, "takes single channels"),
+        (Broken(None, lambda m, h, x: m.last(h + h[:, 2].unsqueeze(1))), {}, r"takes single channels.*h\[:, 0:1"),
+        (Broken(None, lambda m, h, x: m.last(h * h.tanh())), {}, "mul.* multiplies two features of SFG layers"),
+        (Broken(None, lambda m, h, x: m.last(h + h[:, [1, 0, 2, 3]])), {}, "taken out of others, so their groupings"),
+        (Broken(nn.MaxPool2d(2, return_indices=True), pooled), {}, "'middle' works with the indices of a max-pooling"),
+        (Broken(None, lambda m, h, x: pooled(m, h, x)), {}, "works with the indices of a max-pooling"),
+        (Broken(None, lambda m, h, x: (m.last(h), 1)), {}, "returns int, expected floating point tensors made of its"),
+        (Broken(None, lambda m, h, x: [m.last(h).argmax(1)]), {}, "returns a tensor of torch.int64, expected floating"),
+        (Broken(None, lambda m, h, x: [m.last(h), torch.ones(1)]), {}, "that is not made of its input, expected"),
+        (Broken(None, lambda m, h, x: {}), {}, r"returns \{\}, expected tensors made of its input"),
         (Broken(nn.Identity()), {"skip": ["nowhere"]}, "skip: there is no module 'nowhere'"),
         (Broken(nn.Conv2d(4, 4, 1), lambda m, h, x: m.last(m.middle(m.middle(h)))), {}, "'middle' is used more than"),
         (Broken(nn.Identity()), {"skip": ["first", "last"]}, "nothing is left to be an SFG layer"),
-        (Broken(nn.PReLU(4)), {}, "'middle': prelu is not known to act on each channel alone"),
         (Broken(nn.ConstantPad2d(1, 2.0)), {}, r"'middle': pad\(value=2.0\) would give values to"),
         (Broken(nn.Softmax(1)), {}, "'middle': softmax would give values to"),
         (Broken(nn.BatchNorm2d(4, track_running_stats=False)), {}, "without running statistics"),
@@ -428,6 +440,18 @@ class Through(nn.Module):
         return self.last(self.more(self.between(self, self.first(x), x)))
 
 
+def padded_to(y, like):
+    """As U-Nets do it where a size was odd."""
+    rows, columns = like.size()[2] - y.size()[2], like.size()[3] - y.size()[3]
+    return F.pad(y, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+
+
+def cropped_to(y, like):
+    *_, height, width = like.shape
+    top, left = (y.shape[2] - height) // 2, (y.shape[3] - width) // 2
+    return y[:, :, top : top + height, left : left + width]
+
+
 def sevenths(m, h, x):
     return F.interpolate(h[:, :, 1:-1, 1:-1], size=(h.shape[2] + 2 * (x.size(3) // 7), math.ceil(h.size(3) / 2)))
 
@@ -449,6 +473,15 @@ HARMLESS = {
     "in place": lambda m, h, x: h.clone().mul_(3).add_(h),
     "a parameter": lambda m, h, x: h * m.scale,
     "by its size": lambda m, h, x: h * (3 / h.shape[-1]),
+    "by its number of values": lambda m, h, x: h * (3 / x[0].numel()) + h.nelement() / x.numel(),
+    "padded to a size": lambda m, h, x: padded_to(F.interpolate(F.max_pool2d(h, 2), scale_factor=2), h) + h,
+    "adaptive": lambda m, h, x: F.interpolate(
+        F.adaptive_avg_pool2d(h, (h.shape[2] // 4, round(h.shape[3] * 0.5))), size=list(x.shape[2:])
+    ),
+    "by a ratio": lambda m, h, x: F.interpolate(
+        (y := F.avg_pool2d(h, 2)), scale_factor=(h.shape[2] / y.shape[2], h.shape[3] / y.shape[3])
+    ),
+    "cropped to a size": lambda m, h, x: cropped_to(F.pad(h, (1, 2, 3, 4)), h),
     "view": lambda m, h, x: h.view(h.shape).reshape(h.size(0), -1, h.size(2), h.size(3)),
     "crop": lambda m, h, x: h[:, :, 1:-1, 2:],
     "sizes": sevenths,
@@ -496,7 +529,6 @@ def test_detached_features_have_no_gradient():
             marks=pytest.mark.filterwarnings("ignore:convert. the forward pass looks at the values of a tensor"),
         ),
         (lambda m, h, x: h.__setitem__((slice(None), 0), 0), "writes to a part of a tensor"),
-        (lambda m, h, x: h + 1, r"add\(\) adds features of SFG layers and something else"),
     ],
 )  # fmt: skip
 def test_what_the_mode_or_the_size_decides_is_refused(between, said):
@@ -509,17 +541,31 @@ def test_what_the_mode_or_the_size_decides_is_refused(between, said):
         convert(net, TASKS)
 
 
-def test_a_network_that_flattens_takes_any_batch():
+FLATTENED = {
+    "view": lambda y, x: y.view(y.size(0), -1),
+    "flatten": lambda y, x: torch.flatten(y, 1),
+    "reshape": lambda y, x: y.reshape(x.shape[0], -1),
+    "channels": lambda y, x: y.view(*y.shape[:2], -1).mean(-1),
+    "a plain number of channels": lambda y, x: y.view(-1, 4),
+    "squeezed": lambda y, x: y.squeeze(-1).squeeze(-1),
+}
+
+
+@pytest.mark.parametrize("flat", FLATTENED)
+def test_a_network_that_flattens_takes_any_batch(flat):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)
+            self.a, self.b, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d((1, 1))
+            self.fc = nn.Linear(4, 3)
 
         def forward(self, x):
-            y = self.pool(self.b(self.a(x).relu()).relu())
-            return y.view(y.size(0), -1)
+            return self.fc(FLATTENED[flat](self.pool(self.b(self.a(x).relu()).relu()), x))
 
-    assert convert(Net(), TASKS)(torch.randn(5, 1, 16, 16))["ct"].shape == (5, 4)
+    net, x = Net(), torch.randn(5, 1, 16, 20)
+    converted = convert(net, TASKS)
+    assign(converted, {name: [0] * layer.out_channels for name, layer in sfg_layers(converted).items()})
+    torch.testing.assert_close(converted(x)["ct"], net(x))
 
 
 # --- judged by what is computed ---------------------------------------------------------------------------------------
@@ -643,13 +689,12 @@ def test_parts_without_gradient_are_refused():
 
 
 def gated():
-    return Through(lambda m, h, x: h * m.gate(h).sigmoid(), gate=nn.Conv2d(4, 4, 1), unused=nn.Conv2d(1, 1, 1))
+    """Over all channels there is a softmax, so the product is of no factor that is known."""
+    return Through(lambda m, h, x: h * m.gate(h).softmax(1), gate=nn.Conv2d(4, 4, 1), unused=nn.Conv2d(1, 1, 1))
 
 
 def test_convolutions_that_are_copied_are_named():
-    with pytest.warns(
-        UserWarning, match=r"4 of 8 convolutions are no SFG layers, .*'more.0', .* behind mul\(\) of 2 features"
-    ):
+    with pytest.warns(UserWarning, match=r"4 of 8 convolutions are no SFG layers, .*'more.0', .* behind softmax\(\)"):
         converted, report = convert(gated(), TASKS, report=True)
     becomes = {row.name: row.becomes for row in report}
     assert becomes["first"] == becomes["gate"] == "SFG layer"
@@ -790,7 +835,10 @@ def test_parameters_behind_the_last_layer_are_the_tasks_own():
     ("module", "said"),
     [
         (Ending(lambda m, y, x: m.last(y) * m.scale, scale=nn.Parameter(torch.ones(1, 3, 1, 1))), "can't be made"),
-        (Ending(lambda m, y, x: F.pixel_shuffle(m.up(y), 2), up=nn.Conv2d(8, 12, 1)), "gives 3 outputs, expected 5"),
+        (
+            Ending(lambda m, y, x: F.pixel_shuffle(m.up(y), 2), up=nn.Conv2d(8, 12, 1)),
+            r"128\), expected 5 channels",
+        ),
         (
             Ending(lambda m, y, x: m.bound(y), bound=nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 3, 1))),
             "'bound.b' is parametrised or has hooks",
@@ -901,7 +949,13 @@ def odd(m, h, x):
     return h
 
 
-@pytest.mark.parametrize("between", [odd, lambda m, h, x: F.adaptive_avg_pool2d(h, min(h.shape[-2:]))])
+def of_one_number(m, h, x):
+    """Python makes a plain number of a length."""
+    assert len(h[0, 0]) == 64
+    return h
+
+
+@pytest.mark.parametrize("between", [odd, of_one_number, lambda m, h, x: F.adaptive_avg_pool2d(h, min(h.shape[-2:]))])
 def test_images_that_take_another_way_are_refused_when_they_come(between):
     """An `if` on the size, and a minimum, are recorded as they came out."""
     converted = convert(Through(between), TASKS)

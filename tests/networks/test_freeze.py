@@ -233,11 +233,11 @@ def test_indices_are_kept_but_not_those_of_fake_tensors():
     """A frozen network on a GPU copies nothing from the host in its second call."""
     from torch._subclasses import FakeTensorMode
 
-    from sfg_fast.networks.frozen import _indices
+    from sfg_fast.groups import indices
 
     rows, image = (2, 0, 1, 2), torch.empty(1, 3, 2, 2)
     with FakeTensorMode():
-        assert type(_indices(rows, torch.empty(1, 3, 2, 2))) is not torch.Tensor
-    first = _indices(rows, image)
+        assert type(indices(rows, torch.empty(1, 3, 2, 2))) is not torch.Tensor
+    first = indices(rows, image)
     assert first.tolist() == list(rows)
-    assert _indices(rows, image) is first
+    assert indices(rows, image) is first
