@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .activations import activate
 from .groups import FilterGroups, Routing, indices, sort_by_group
