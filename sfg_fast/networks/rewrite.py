@@ -475,8 +475,7 @@ class Rewriting:
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
         elif name in _SCALES and (scale := self._scale(node)) is not None:
-            plain = isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == 4
-            if plain:
+            if isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == 4:
                 self._method(node, "times", features[0], scale)
             else:
                 self._call(node, _SCALES[name], features[0], scale)
@@ -499,11 +498,9 @@ class Rewriting:
         elif name in SPLITS:
             return self._split(node, features[0])
         else:
-            function = node.target if node.target in CHANNELWISE else getattr(torch, name, None)
-            if function in ELEMENTWISE and features[0] in self.streams:
-                self._call(node, function, features[0])
-                return True
-            if function not in CHANNELWISE or name == "mean":
+            known = CHANNELWISE | ELEMENTWISE if features[0] in self.streams else CHANNELWISE
+            function = node.target if node.target in known else getattr(torch, name, None)
+            if function not in known or name == "mean":
                 return self._taken(node, features[0])
             node.op, node.target = "call_function", function
         return True
@@ -537,7 +534,7 @@ class Rewriting:
                 # The channels first, and then the positions.
                 with self.graph.inserting_before(node):
                     channels = self.graph.call_function(operator.getitem, (before, (slice(None), index[1])))
-                channels.meta |= {**before.meta}
+                channels.meta |= before.meta
                 if not self._taken(channels, before):
                     return False
                 self._method(node, "crop", channels, crop)

@@ -570,7 +570,7 @@ def test_an_activation_that_works_in_place(name, norm, float64):
         (lambda: SFGConv2d(2, 4, 3, norm=("group", {"num_groups": 3})), "num_groups=3: expected a divisor of the 4"),
         (lambda: SFGConv2d(2, 4, 3, norm=("instance", {"num_groups": 2})), "has no argument 'num_groups'"),
         (lambda: SFGConv2d(2, 4, 3, activation="gelu"), "activation='gelu'"),
-        (lambda: SFGConv2d(2, 4, 3, activation=nn.PReLU(4)), r"activation=PReLU\(num_parameters=4\)"),
+        (lambda: SFGConv2d(2, 4, 3, activation=nn.PReLU(3)), r"activation=PReLU\(num_parameters=3\)"),
         (lambda: SFGConv2d(2, 4, 3, init="even"), "init='even'"),
         (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5]), r"shape \(2,\), expected \(3,\)"),
         (lambda: SFGConv2d(2, 4, 3, init=[0.5, 0.5, 0.5]), "sum to 1"),

@@ -3,6 +3,7 @@ shuffles of channels, slopes for each channel, gates of squeeze-and-excite and o
 out in float64: what is done to a tensor is done to what each group has."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -201,6 +202,17 @@ def check_frozen(converted, groups):
         torch.testing.assert_close(freeze(converted, tasks=["p"], example=x)(x), {"p": expected["p"]})
 
 
+def check_saved(converted):
+    """Loaded again, and frozen and exported."""
+    x = image()
+    converted.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(pickle.loads(pickle.dumps(converted))(x), converted(x))
+        frozen = freeze(converted, example=x)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+        torch.testing.assert_close(torch.export.export(frozen, (x,)).module()(x), frozen(x))
+
+
 def check_compiled(converted):
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(converted).train(), fullgraph=True, backend="aot_eager")
@@ -220,7 +232,7 @@ def test_all_shared_it_is_the_module(what):
     check_all_shared(network(what))
 
 
-def check_all_shared(net, copies=()):
+def check_all_shared(net):
     converted = converted_from(net, NAMES[:2])
     all_shared(converted)
     for size in ((2, 2, 6, 8), (3, 2, 10, 12)):
@@ -246,8 +258,9 @@ def test_draws_as_by_masks_written_out(number):
 
 
 @pytest.mark.parametrize("what", ["image joined", "shift and scale", "halves", "shuffle", "slopes behind pooling"])
-def test_compiled_graphs(what):
+def test_compiled_graphs_and_saved_networks(what):
     check_compiled(converted_from(network(what), NAMES[:2]))
+    check_saved(converted_from(network(what), NAMES[:2], init="dirichlet"))
 
 
 # --- slopes of each kernel, as the activation of a layer --------------------------------------------------------------
@@ -345,15 +358,18 @@ def squeezed(reduce, expand, act=torch.sigmoid):
     return on_groups
 
 
-def plain_norm(u, norm, rows, training):
-    if training:
-        return F.batch_norm(u, None, None, norm.weight[rows], norm.bias[rows], True, 0.0, norm.eps)
-    return F.batch_norm(u, norm.running_mean[rows], norm.running_var[rows], norm.weight[rows], norm.bias[rows])
-
-
 def spatial(m, h, x, z):
     factors = [
-        plain_norm(F.conv2d(one, m.plane.weight, m.plane.bias, padding=1), m.plane.norm, [g], True).sigmoid()
+        F.batch_norm(
+            F.conv2d(one, m.plane.weight, m.plane.bias, padding=1),
+            None,
+            None,
+            m.plane.norm.weight[g : g + 1],
+            m.plane.norm.bias[g : g + 1],
+            True,
+            0.0,
+            m.plane.norm.eps,
+        ).sigmoid()
         for g, one in enumerate(read(h))
     ]
     return [one * s for one, s in zip(h, factors, strict=True)]
@@ -379,13 +395,13 @@ def attention_of_groups(m, h, x, z):
 
 def interpolated(m, h, x):
     s = F.interpolate(m.gate(F.avg_pool2d(h, 2)), size=h.shape[-2:], mode="nearest")
-    return h * (1 + s.sigmoid() * 2)
+    return h * (1 + F.hardsigmoid(F.softplus(s, beta=2.0) - 1) * 2)
 
 
 def interpolated_groups(m, h, x, z):
     factors = [F.conv2d(F.avg_pool2d(one, 2), m.gate.weight, m.gate.bias) for one in read(h)]
     factors = [F.interpolate(one, size=h[0].shape[-2:]) for one in factors]
-    return [one * (1 + s.sigmoid() * 2) for one, s in zip(h, factors, strict=True)]
+    return [one * (1 + F.hardsigmoid(F.softplus(s, beta=2.0) - 1) * 2) for one, s in zip(h, factors, strict=True)]
 
 
 def both(m, h, x):
@@ -456,8 +472,9 @@ def test_factors_as_by_masks_written_out(number):
 
 
 @pytest.mark.parametrize("what", ["squeeze and excite", "by linear layers", "spatial"])
-def test_compiled_factors(what):
+def test_compiled_and_saved_factors(what):
     check_compiled(converted_from(with_factor(what), NAMES[:2]))
+    check_saved(converted_from(with_factor(what), NAMES[:2], init="dirichlet"))
 
 
 def test_a_factor_of_the_image_is_the_same_for_all_groups():
