@@ -363,8 +363,8 @@ CHECKS: dict[str, Callable[[nn.Module, Tensor, nn.Module], None]] = {
 
 
 def check(name: str, net: nn.Module, x: Tensor, converted: nn.Module) -> None:
-    """Do one check on copies. Raises AssertionError, or what the converted network raises."""
-    CHECKS[name](*(copy.deepcopy(one) for one in (net, x, converted)))
+    """Do one check on copies of the networks. Raises AssertionError, or what the converted network raises."""
+    CHECKS[name](copy.deepcopy(net), x, copy.deepcopy(converted))
 
 
 # --- a process for each network ---------------------------------------------------------------------------------------
