@@ -1,6 +1,6 @@
 """SFG layers in LibMTL, with its Trainer, its architecture HPS and its weightings of the tasks' losses.
 
-pip install LibMTL scipy
+pip install LibMTL==1.1.5 scipy
 python examples/libmtl.py [--weighting NAME] [any other option of LibMTL]
 
 LibMTL splits a network into an encoder that the tasks share and a decoder for each task. It calls the encoder once, and
@@ -20,7 +20,7 @@ sys.modules.setdefault("torchvision.models.utils", torch.hub)
 try:
     import LibMTL
 except ImportError as error:
-    sys.exit(f"This example needs LibMTL and what LibMTL needs ({error}): pip install LibMTL scipy")
+    sys.exit(f"This example needs LibMTL and what LibMTL needs ({error}): pip install LibMTL==1.1.5 scipy")
 
 TASKS = ("direction", "spacing", "contrast")
 
