@@ -95,12 +95,12 @@ FULL = {"convolutions": 2, "coverage": [2, 2], "becomes": {"SFG layer": 1, "head
 PASSED = dict.fromkeys(sweep.CHECKS, "")
 REFUSED = "convert: 2 things stand in the way:\n- 'a' is odd, expected even\n- 'b' is odd, expected even"
 ROWS = [
-    ("MONAI HighResNet", {**FULL, "checks": PASSED}, True, "| HighResNet | 2 | 1 SFG layer, 1 head | all pass |"),
+    ("MONAI HighResNet", {**FULL, "checks": PASSED}, True, "| HighResNet | 2 | SFG layer: 1, head: 1 | all pass |"),
     ("timm vit_tiny_patch16_224", {**FULL, "coverage": [1, 1], "checks": PASSED}, False, "vit_tiny_patch16_224"),
     ("MONAI RegUNet", {**FULL, "checks": {**PASSED, "train": "AssertionError: a | b"}}, False, "train: AssertionError"),
     ("MONAI VNet", {**FULL, "checks": {"eval": ""}, "ended": "stopped after 600 s"}, False, "not done: train, other"),
     ("timm dla34", {**FULL, "coverage": [1, 2], "copied": ["behind 'x'"], "checks": PASSED}, False, "(behind 'x')"),
-    ("timm dpn48b", {"refused": REFUSED}, False, "refused: 'a' is odd (the first of 2) |"),
+    ("timm dpn48b", {"refused": REFUSED}, False, "refused: 'a' is odd, expected even (the first of 2) |"),
     ("smp PAN", {"ended": "the process ended with exit code -11"}, False, "exit code -11"),
 ]
 
