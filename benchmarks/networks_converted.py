@@ -2,13 +2,13 @@
 
     python -m benchmarks.networks_converted [--only NAME ..] [--out FILE.md] [--jobs N]
 
-The list was fixed before any of it was converted. Its medical part: of each family of MONAI's convolutional networks
-that take a 2-D image and are not generative, one network (of ResNet two) at its defaults; four of them also with batch
-normalisation or with another encoder; and nnU-Net's two networks, with deep supervision and without. Its general part:
-one or two small networks of each family of convolutional networks in torchvision and timm, two vision transformers,
-every decoder of segmentation_models_pytorch behind the encoder resnet18, one of them behind two other encoders, and two
-networks of several outputs. Weights are random. Widths are small where a network has an argument for them. `MORE` has
-networks that only tests/networks/test_sweep.py looks at.
+The list was fixed before it was converted as a whole; a part of it had been in the tests before. Its medical part: of
+each family of MONAI's convolutional networks that take a 2-D image and are not generative, one network (of ResNet two)
+at its defaults; four of them also with batch normalisation or with another encoder; and nnU-Net's two networks, with
+deep supervision and without. Its general part: one or two small networks of each family of convolutional networks in
+torchvision and timm, two vision transformers, eight decoders of segmentation_models_pytorch behind the encoder
+resnet18, one of them behind two other encoders, and two networks of several outputs. Weights are random. Widths are
+small where a network has an argument for them. `MORE` has networks that only tests/networks/test_sweep.py looks at.
 
 Each network is converted for two tasks in a process of its own, which may take ten minutes. Results are added to
 FILE.jsonl as they come, and a later run measures only what is not there: remove the file after a change of `convert`.
