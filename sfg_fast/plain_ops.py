@@ -23,12 +23,13 @@ CHANNELWISE = _FLAT_AT_ZERO | {
     F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softsign, F.tanhshrink,
     torch.tanh, F.tanh, torch.sin, torch.erf, torch.abs, torch.neg, torch.square, torch.sqrt, torch.clone,
     Tensor.tanh, Tensor.abs, Tensor.neg, Tensor.square, Tensor.clone,
-    F.dropout, F.dropout2d,
+    F.dropout, F.dropout2d, F.dropout3d,
     F.max_pool2d, F.avg_pool2d, F.lp_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+    F.max_pool3d, F.avg_pool3d, F.lp_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d,
     F.interpolate, F.upsample, F.pad, torch.mean, Tensor.mean,
 }  # fmt: skip
 _NORMS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.local_response_norm, torch.batch_norm}
-_CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.linear}
+_CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.conv3d, F.conv_transpose3d, F.linear}
 # They treat every value alone, but give values to zeros: only streams, which no gate has zeroed, may be given to them.
 ELEMENTWISE = {F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, torch.exp, torch.cos, torch.log}
 _REVIVES = ELEMENTWISE | {F.softmax, F.log_softmax, F.softmin, F.alpha_dropout, F.feature_alpha_dropout}

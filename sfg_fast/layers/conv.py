@@ -59,7 +59,7 @@ class _Routed(SFGLayer):
             find = grouped if self.groups > 1 else transposed
             found = find(self, features, groups, weight, bias)
             made = features_of(found, Epilogue(groups, norm, self.activation, activated=False), packed)
-            return made if residual is packed else residual + made  # type: ignore[operator]
+            return made if residual is None or residual is packed else residual + made  # type: ignore[operator]
         relu = norm is None and self.activation == "relu"  # without a norm between them the kernels do both in one call
         add = None
         if norm is None and self.activation is None and not groups.learns and not groups.full:  # u + residual is all

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..plain_ops import INSTEAD
 from .controls import sfg_layers
-from .record import AnotherWay, results_of
+from .parts import PathDropout
+from .record import AnotherWay, drops_paths, results_of
 from .rewrite import DROPOUTS
 
 FIRST = "the example"
@@ -39,12 +40,12 @@ class Images(NamedTuple):
     def like(cls, example: Tensor) -> Images:
         """The images to compare on, made from an example [N, C, H, W]."""
         second = 1 + 2 * noise(example, 1)  # its mean and spread differ from those of `noise`
-        n, c, height, width = example.shape
+        n, c, *depth, height, width = example.shape
         wide, tall, odd = (height // 2, width + width // 2), (height + height // 2, width // 2), (height + 1, width + 1)
         square = (2 * height, 2 * width), (height + 32, width + 32)  # some networks take squares, or multiples of 32
         more = (height + 32, width + 64), (2 * height, 3 * width), (3 * height, 2 * width)
         sizes = (wide, tall, odd, *square, *more)
-        others = (noise(example.new_empty(n, c, h, w), 2) for h, w in sizes if min(h, w))
+        others = (noise(example.new_empty(n, c, *depth, h, w), 2) for h, w in sizes if min(h, w))
         batch = torch.cat([example[:1], second[:1], second[:1].flip(-1)])[: 2 if n == 3 else 3]
         return cls(example, second, batch, tuple(others))
 
@@ -61,7 +62,7 @@ class _WithoutDropout(TorchFunctionMode):
         values = [*args, *(kwargs or {}).values()]
         if function in DROPOUTS and all(isinstance(one, Tensor) for one in values[:1]):
             return values[0]
-        if function in (F.dropout, F.dropout2d):  # SFG features have only these two dropouts
+        if function in (F.dropout, F.dropout2d, F.dropout3d):  # SFG features have only these dropouts
             return values[0]
         return function(*args, **(kwargs or {}))
 
@@ -86,7 +87,7 @@ def check_equal(module: nn.Module, converted: fx.GraphModule, images: Images) ->
         except Exception:  # the module doesn't take this size
             continue
         with suppress(AnotherWay):  # the converted network refuses this size by itself
-            _compare(module, converted, f"an image of {image.shape[2]} x {image.shape[3]}", image, False)
+            _compare(module, converted, f"an image of {image.shape[-2]} x {image.shape[-1]}", image, False)
             compared += 1
         if compared == 3:
             break
@@ -140,6 +141,9 @@ def outputs(network: Any, image: Tensor, training: bool) -> Any:
     """The outputs of a copy of the network for an image, without gradients. The network itself stays as it is."""
     twin = copy.deepcopy(network) if isinstance(network, nn.Module) else network
     twin.train(training)
+    for child in twin.modules() if isinstance(twin, nn.Module) else ():
+        if drops_paths(child) or isinstance(child, PathDropout):  # the two networks would drop other paths
+            child.eval()
     with torch.no_grad(), torch.random.fork_rng([]), _WithoutDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # users are told of a ReLU behind a sum when they train
         torch.manual_seed(0)  # an activation may draw (RReLU)

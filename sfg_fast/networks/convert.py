@@ -21,6 +21,7 @@ from .compare import Images, check_equal, noise, outputs
 from .controls import sfg_layers
 from .conversion_report import COPIED, Report
 from .record import base_of, differences, is_leaf, record, remove_unused, results_of
+from .replacements import SFG_LAYERS
 from .rewrite import REMOVE_HOOKS, Rewriting, hook_of
 
 
@@ -174,16 +175,18 @@ def _checked(module: nn.Module, skip: Iterable[str], options: Mapping[str, Any])
 
 
 def _example(module: nn.Module, example: Tensor | None) -> Tensor:
-    first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
+    first: Any = next((child for child in module.modules() if isinstance(child, tuple(SFG_LAYERS))), None)
     if first is None:
         others = {type(child).__name__ for child in module.modules() if isinstance(child, nn.modules.conv._ConvNd)}
         found = f", but {', '.join(sorted(others))}" if others else ""
-        raise ValueError(f"convert: the module has no nn.Conv2d{found}")
+        raise ValueError(f"convert: the module has no convolution that can be an SFG layer{found}")
     if example is None:
-        return noise(first.weight.new_empty(1, first.in_channels, 64, 64), 0)
-    if not isinstance(example, Tensor) or example.dim() != 4 or not example.numel():
+        size = (64, 64) if first.weight.dim() == 4 else (32, 32, 32)
+        return noise(first.weight.new_empty(1, first.in_channels, *size), 0)
+    if not isinstance(example, Tensor) or example.dim() != first.weight.dim() or not example.numel():
+        expected = "[N, C, H, W]" if first.weight.dim() == 4 else "[N, C, D, H, W]"
         found = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"type {type(example).__name__}"
-        raise ValueError(f"convert: example has {found}, expected an image [N, C, H, W]")
+        raise ValueError(f"convert: example has {found}, expected an image {expected}")
     return example.detach().clone()
 
 

@@ -41,9 +41,10 @@ def freeze(
         assignment: {layer name: int [K]}, by default argmax p of each layer (or its fixed assignment). The running
             statistics must be those of this assignment: call `recalibrate(model, batches)` before.
         tasks: which tasks' outputs are kept; None: all.
-        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64]. The frozen network takes
-            other sizes, too. (A network that `convert` made still checks sizes as its forward pass does: see
-            `convert`.)
+        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64], of volumes [1, C, 32, 32,
+            32]. The frozen network takes other sizes, too. (A network that `convert` made still checks sizes as its
+            forward pass does: see `convert`.)
+
 
     Raises:
         ValueError: for a model without SFG layers, a constant p, unknown tasks, or an assignment of other layers.
@@ -81,7 +82,9 @@ def freeze(
     if example is None:
         parameter = next(model.parameters())
         # A network that `convert` made may read nothing else than its example.
-        shape = getattr(model, "meta", {}).get("image", (next(iter(layers.values())).in_channels, 64, 64))
+        first = next(iter(layers.values()))
+        size = (64, 64) if first.dims == 2 else (32, 32, 32)
+        shape = getattr(model, "meta", {}).get("image", (first.in_channels, *size))
         example = parameter.new_zeros(1, *shape)
     if isinstance(frozen, fx.GraphModule):  # `convert` made it, so the heads are in the graph
         _keep_outputs(frozen, wanted)

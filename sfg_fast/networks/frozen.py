@@ -7,6 +7,7 @@ in a graph, torch does one after the other.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 from .. import backends
 from ..activations import activate
 from ..groups import SHARED, FilterGroups, Routing, indices
+from ..kernels.packing import of_channels
 from ..kernels.spec import Geometry
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
 from ..layers.stream_conv import StreamConv2d
 from ..layers.streams import Heads, Merge, StreamBlock
-from ..norm import folded, running_affine
+from ..norm import ImageNorm, KernelNorm, folded, running_affine
 from ..plain_ops import TensorLike, check_taken
 from ..routed_conv import RoutedConv, routed_conv
 from ..routed_conv.run import decide
@@ -89,8 +91,8 @@ class GroupTensors(TensorLike):
     @property
     def shape(self) -> torch.Size:
         """That of one dense tensor, [N, K, H, W]."""
-        n, _, height, width = self.zero().shape
-        return torch.Size((n, self.width, height, width))
+        n, _, *size = self.zero().shape
+        return torch.Size((n, self.width, *size))
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> GroupTensors:
         """`operation` on every group: it must treat each channel alone, and keep zeros."""
@@ -192,12 +194,16 @@ class Frozen(nn.Module):
         return self.convolutions[name]
 
 
-def _conv2d(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> nn.Conv2d:
-    options = {
-        name: getattr(like, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    } | changes
-    rows, columns = weight.shape[:2]
-    conv = nn.Conv2d(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
+def _plain_conv(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> Any:
+    """A layer of torch with the geometry of `like`, and this weight [K, C / groups, ..], of a transposed convolution
+    [C, K / groups, ..]."""
+    kind: Any = getattr(like, "PLAIN", nn.Conv2d)
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    transposed = getattr(like, "transposed", False)
+    options: dict[str, Any] = {name: getattr(like, name) for name in names + ["output_padding"] * transposed} | changes
+    first, second = weight.shape[0], weight.shape[1] * options.get("groups", 1)
+    channels = (first, second) if transposed else (second, first)
+    conv = kind(*channels, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
     conv.weight.data = weight.detach().clone()
     if bias is not None and conv.bias is not None:
         conv.bias.data = bias.detach().clone()
@@ -208,6 +214,8 @@ def _only_torch(conv: Any, x: Tensor) -> bool:
     """Has torch to do this convolution of x? It has to in a graph (export, compile) and for what a routed convolution
     is not; and it shall where the kernels are torch's own. The C++ kernels are faster for few and odd numbers of
     channels."""
+    if not isinstance(conv, nn.Conv2d) or conv.groups > 1:
+        return True
     torch_knows_alone = conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dtype != conv.weight.dtype
     looked_at = in_graph() or watched() or x.requires_grad
     return torch_knows_alone or looked_at or x.device.type != "cpu" or backends.current() == "reference"
@@ -269,23 +277,33 @@ class _Reach:
     """Gives zeros the size of a convolution's output: padded, without what a kernel reaches over, every stride-th."""
 
     def __init__(self, conv: Any, pads: Sequence[int]) -> None:
-        self.stride, self.pads = conv.stride, tuple(pads)
+        self.stride, self.pads, self.transposed = conv.stride, tuple(pads), getattr(conv, "transposed", False)
         self.reach = [d * (size - 1) for d, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if self.transposed:
+            self.more = [more - 2 * padding for more, padding in zip(conv.output_padding, conv.padding, strict=True)]
 
     def of(self, zero: Tensor) -> Tensor:
+        if self.transposed:
+            lengths = zip(zero.shape[2:], self.stride, self.reach, self.more, strict=True)
+            size = [(length - 1) * stride + reach + more + 1 for length, stride, reach, more in lengths]
+            return zero.new_zeros(zero.shape[0], 1, *size)
         zero = F.pad(zero, self.pads)
-        (down, right), (vertical, horizontal) = self.reach, self.stride
-        return zero[:, :, : zero.shape[2] - down : vertical, : zero.shape[3] - right : horizontal]
+        for dim, (reach, stride) in enumerate(zip(self.reach, self.stride, strict=True), 2):
+            end = zero.shape[dim] - reach
+            zero = zero[(slice(None),) * dim + (slice(0, end, stride),)]
+        return zero
 
 
 class FrozenConv(Frozen):
-    """An SFG layer with a fixed assignment: a plain convolution for each group, normalisation folded in."""
+    """An SFG layer with a fixed assignment: a plain convolution for each group, and the normalisation, which is folded
+    in if it is a batch normalisation."""
 
     def __init__(self, source: SFGLayer, assignment: Sequence[int]) -> None:
         super().__init__(source)
         self.names, self.width, self.activation = source.group_names, source.out_channels, source.activation
         self.kernels = [[k for k, of in enumerate(assignment) if of == group] for group in range(len(self.names))]
-        self.reach = _Reach(source, source.pad_before)
+        self.reach, self.normalises = _Reach(source, source.pad_before), isinstance(source.norm, ImageNorm)
+        self.groups_of_channels = source.groups
 
     def forward(
         self,
@@ -301,14 +319,14 @@ class FrozenConv(Frozen):
         made = {g: self.convolutions[name] for g, name in enumerate(self.names) if name in self.convolutions}
         sizes = [len(own) if group in made else 0 for group, own in enumerate(self.kernels)]
         add = None
-        if residual is not None and self.activation is None and residual.sizes == sizes:
+        if residual is not None and self.activation is None and not self.normalises and residual.sizes == sizes:
             add = residual.side_by_side
         together = None
         if "source" not in self.__dict__:  # all convolutions have been made
             together = _together(made, x, len(self.names), self._relu, add)
         own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
-            side_by_side=None if together is None else self._behind_relu(together, list(made)), sizes=sizes,
+            side_by_side=None if together is None else self._behind(together, list(made)), sizes=sizes,
         )  # fmt: skip
         added = add is not None and together is not None
         return own if residual is None or added else residual + own
@@ -316,14 +334,31 @@ class FrozenConv(Frozen):
     @property
     def _relu(self) -> bool:
         """Does the activation begin with a ReLU, which the kernels can do?"""
-        return self.activation in ("relu", "relu_pool")
+        return self.activation in ("relu", "relu_pool") and not self.normalises
 
-    def _behind_relu(self, y: Tensor, groups: Sequence[int]) -> Tensor:
-        """The rest of the activation; y has the channels of these groups."""
+    def _behind(self, y: Tensor, groups: Sequence[int]) -> Tensor:
+        """What follows the convolution, and the ReLU if the kernels have done it; y has the channels of these
+        groups."""
+        if self.normalises:
+            parts = y.split([len(self.kernels[group]) for group in groups], 1)
+            norms = [self._norm(group) for group in groups]
+            if all(type(norm) is _INSTANCE[y.dim() - 2] for norm in norms):  # all channels alone
+                weights, biases = ([getattr(norm, name) for norm in norms] for name in ("weight", "bias"))
+                weight, bias = (None if one[0] is None else torch.cat(one) for one in (weights, biases))
+                y = F.instance_norm(y, weight=weight, bias=bias, eps=norms[0].eps)
+            else:
+                y = torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], 1)
         if self.activation == "relu_pool":
-            return F.max_pool2d(y, 2)
+            return F.max_pool2d(y if self._relu else F.relu(y), 2)
         kernels = tuple(kernel for group in groups for kernel in self.kernels[group])
         return y if self._relu else activate(y, self.activation, indices(kernels, y))
+
+    def _norm(self, group: int) -> Any:
+        """The norm of a group's kernels, for a norm that is not folded into the convolution."""
+        kernels = self.kernels[group]
+        return self._convolution(
+            f"{self.names[group]}_norm", lambda source: _image_norm(source.norm, kernels, source.dims)
+        )
 
     def _zero(self, x: Tensor | GroupTensors) -> Tensor:
         """A channel of zeros as large as the output."""
@@ -332,17 +367,101 @@ class FrozenConv(Frozen):
         return activate(zero, self.activation, kernel) * 0  # an activation may change the size, too
 
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
+        rows = self.kernels[group]
+        if self.groups_of_channels > 1:
+            depthwise = not isinstance(x, Tensor) and self.groups_of_channels == x.width == self.width
+            if depthwise and list(x.kernels[group]) == rows:  # type: ignore[union-attr]
+                read, taken = x[group], rows
+            else:  # torch does all kernels, which lie anywhere in their groups of channels
+                read, taken = x if isinstance(x, Tensor) else x.merged(group), None
+            conv = self._convolution(self.names[group], lambda source: self._make_grouped(source, group, taken))
+            y = conv(read)
+            y = y if taken is not None else y.index_select(1, indices(tuple(rows), y))
+            return self._behind(F.relu(y) if self._relu else y, [group])
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        return self._behind_relu(_convolve(conv, read, self._relu), [group])
+        return self._behind(_convolve(conv, read, self._relu), [group])
 
-    def _make(self, source: SFGLayer, group: int, columns: list[int] | None) -> nn.Conv2d:
+    def _make(self, source: SFGLayer, group: int, columns: list[int] | None) -> nn.Module:
         rows = self.kernels[group]
-        weight, bias = _columns_of(source.weight[rows], columns), None if source.bias is None else source.bias[rows]
-        if source.norm is not None:
+        weight, bias = self._weight_and_bias(source, group, rows)
+        weight = _columns_of(weight, columns)
+        return _plain_conv(source.kernels_first(weight), bias, source)
+
+    def _make_grouped(self, source: SFGLayer, group: int, rows: list[int] | None) -> nn.Module:
+        """`rows`: of a depthwise convolution the kernels to take; None: all."""
+        if source.transposed:
+            bias = source.bias
+            conv = _plain_conv(source.weight, bias, source, groups=source.groups)
+            if not isinstance(source.norm, KernelNorm):
+                return conv
+            scale, shift = source.norm.running_affine()
+            return nn.Sequential(conv, _affine_norm(scale[group], shift[group], source.dims))
+        rows = list(range(self.width)) if rows is None else rows
+        weight, bias = self._weight_and_bias(source, group, rows)
+        groups = len(rows) if source.groups == self.width else source.groups
+        return _plain_conv(weight, bias, source, groups=groups)
+
+    def _weight_and_bias(self, source: SFGLayer, group: int, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of these kernels, kernels first, with the batch normalisation."""
+        weight = source.kernels_first(source.weight)[rows]
+        bias = None if source.bias is None else source.bias[rows]
+        if isinstance(source.norm, KernelNorm):
             scale, shift = (affine[group, rows] for affine in source.norm.running_affine())
             weight, bias = folded(weight, bias, scale, shift)
-        return _conv2d(weight, bias, source)
+        return weight, bias
+
+
+_INSTANCE: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+_BATCH: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _image_norm(norm: ImageNorm, kernels: list[int], dims: int) -> nn.Module:
+    """The plain norm of these kernels, which are all in one filter group."""
+    affine = norm.weight is not None
+    like: dict[str, Any] = {"eps": norm.eps} | ({"device": norm.weight.device, "dtype": norm.weight.dtype}
+                                                if norm.weight is not None else {})  # fmt: skip
+    made: Any
+    if norm.kind == "instance":
+        made = _INSTANCE[dims](len(kernels), affine=affine, **like)
+    elif norm.kind == "layer":
+        made = _NormOfParts([len(kernels)], True, affine, **like)
+    else:
+        assert norm.num_groups is not None
+        size = norm.kernels // norm.num_groups
+        sizes = list(collections.Counter(kernel // size for kernel in kernels).values())
+        made = _NormOfParts(sizes, False, affine, **like)
+    if norm.weight is not None and norm.bias is not None:
+        made.weight.data, made.bias.data = norm.weight[kernels].detach().clone(), norm.bias[kernels].detach().clone()
+    return made.eval().requires_grad_(False)
+
+
+class _NormOfParts(nn.Module):
+    """Normalises parts of the channels, of these sizes, each by its own mean and variance: over the part and all
+    positions as a group norm does, or at each position (`at_positions`) as a layer norm does."""
+
+    def __init__(self, sizes: list[int], at_positions: bool, affine: bool, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.sizes, self.at_positions, self.eps = sizes, at_positions, eps
+        self.weight = nn.Parameter(torch.empty(sum(sizes), **factory)) if affine else None
+        self.bias = nn.Parameter(torch.empty(sum(sizes), **factory)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.at_positions:
+            return F.layer_norm(x.movedim(1, -1), (x.shape[1],), self.weight, self.bias, self.eps).movedim(-1, 1)
+        if len(set(self.sizes)) == 1:
+            return F.group_norm(x, len(self.sizes), self.weight, self.bias, self.eps)
+        x = torch.cat([F.group_norm(part, 1, eps=self.eps) for part in x.split(self.sizes, 1)], 1)
+        if self.weight is None or self.bias is None:
+            return x
+        return x * of_channels(self.weight, x) + of_channels(self.bias, x)
+
+
+def _affine_norm(scale: Tensor, shift: Tensor, dims: int) -> nn.Module:
+    """A batch normalisation that computes scale * x + shift: of mean 0 and variance 1."""
+    norm = _BATCH[dims](len(scale), 0.0, device=scale.device, dtype=scale.dtype)
+    norm.weight.data, norm.bias.data = scale.detach().clone(), shift.detach().clone()
+    return norm.eval().requires_grad_(False)
 
 
 def _columns(x: Tensor | GroupTensors, group: int) -> tuple[Tensor, list[int] | None]:
@@ -389,7 +508,7 @@ class FrozenStreamConv(Frozen):
             weight, bias = _columns_of(source.weight, columns), source.bias
             if source.norm is not None:
                 weight, bias = folded(weight, bias, *running_affine(source.norm, source.rows(group)))
-            return _conv2d(weight, bias, source)
+            return _plain_conv(weight, bias, source)
 
         return activate(_convolve(self._convolution(self.names[group], make), read), self.activation)
 
@@ -422,12 +541,12 @@ class FrozenStreamBlock(Frozen):
             bias = None if bias is None else bias[rows]
             if source.norm2 is not None:
                 weight, bias = folded(weight, bias, *running_affine(source.norm2, rows))
-            return _conv2d(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
+            return _plain_conv(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
 
         def second(source: StreamBlock) -> nn.Module:
             bias = None if source.conv2.bias is None else source.conv2.bias[rows]
             geometry = {"dilation": source.dilation, "padding": source.dilation}
-            return _conv2d(source.conv2.weight[rows], bias, source.conv2, **geometry)
+            return _plain_conv(source.conv2.weight[rows], bias, source.conv2, **geometry)
 
         h = _convolve(self._convolution(f"{name}_1", first), h, True)
         return shortcut + _convolve(self._convolution(f"{name}_2", second), h)
@@ -443,7 +562,7 @@ def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
 
 
 class FrozenNorm(Frozen):
-    """A plain batch normalisation for the kernels of each group."""
+    """A plain normalisation for the kernels of each group."""
 
     def forward(self, x: GroupTensors) -> GroupTensors:
         """The features, normalised."""
@@ -451,11 +570,11 @@ class FrozenNorm(Frozen):
 
     def _group(self, x: GroupTensors, group: int) -> Tensor:
         def make(source: FeatureNorm) -> nn.Module:
-            kernels = list(x.kernels[group])
-            scale, shift = (affine[group, kernels].detach() for affine in source.norm.running_affine())
-            norm = nn.BatchNorm2d(len(kernels), 0.0, device=scale.device, dtype=scale.dtype)  # mean 0, variance 1
-            norm.weight.data, norm.bias.data = scale.clone(), shift.clone()
-            return norm.eval().requires_grad_(False)
+            kernels, dims = list(x.kernels[group]), len(x.shape) - 2
+            if isinstance(source.norm, ImageNorm):
+                return _image_norm(source.norm, kernels, dims)
+            scale, shift = (affine[group, kernels] for affine in source.norm.running_affine())
+            return _affine_norm(scale, shift, dims)
 
         return self._convolution(x.names[group], make)(x[group])
 
@@ -479,7 +598,7 @@ class FrozenMerge(Frozen):
 
         def make(source: Merge) -> nn.Module:
             bias = None if source.conv.bias is None else source.conv.bias[rows]
-            return _conv2d(source.conv.weight[rows], bias, source.conv)
+            return _plain_conv(source.conv.weight[rows], bias, source.conv)
 
         return _convolve(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
 
@@ -508,6 +627,6 @@ class FrozenHeads(Frozen):
         def make(source: Heads) -> nn.Module:
             rows = source.rows(task)
             bias = None if source.conv.bias is None else source.conv.bias[rows]
-            return _conv2d(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
+            return _plain_conv(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
 
         return _convolve(self._convolution(task, make), read)

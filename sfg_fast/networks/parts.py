@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -29,6 +30,28 @@ class ChannelDropout(nn.Dropout2d):
         """x, features or a tensor [N, C, H, W] -> the same, with some channels zero and the others scaled."""
         drops = self.p > 0 and (self.training or self.sampling)
         return F.dropout2d(x, self.p, True) if drops else x
+
+
+class PathDropout(nn.Module):
+    """Stochastic depth: in training each image's features are zero with probability p, and those of the others are
+    divided by 1 - p if `scales`. (A branch behind which a shortcut is added is so left out.)"""
+
+    def __init__(self, p: float, scales: bool = True) -> None:
+        super().__init__()
+        self.p, self.scales = p, scales
+
+    def forward(self, x: Any) -> Any:
+        """x, features or a tensor [N, C, H, W] -> the same, with zeros for some images."""
+        if not self.training or not self.p:
+            return x
+        like = x if isinstance(x, Tensor) else x.packed
+        kept = torch.rand(like.shape[0], *[1] * (like.dim() - 1), device=like.device) >= self.p
+        factor = kept.to(like.dtype) / (1 - self.p if self.scales else 1)
+        return x * factor if isinstance(x, Tensor) else x.channelwise(lambda one: one * factor.to(one.device))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 def dropout_between(parts: Sequence[nn.Module], dropout: nn.Module) -> list[nn.Module]:

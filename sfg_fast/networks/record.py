@@ -277,12 +277,23 @@ def base_of(module: nn.Module) -> type[nn.Module] | None:
 def is_leaf(module: nn.Module) -> bool:
     """Is the module recorded as one node of the graph?"""
     base = base_of(module)
-    return pads_channels(module) or (base is not None and not issubclass(base, nn.Sequential | nn.ModuleList))
+    return (
+        pads_channels(module)
+        or drops_paths(module)
+        or (base is not None and not issubclass(base, nn.Sequential | nn.ModuleList))
+    )
 
 
 def pads_channels(module: nn.Module) -> bool:
     """Is the module MONAI's ChannelPad, a shortcut to more channels?"""
     return type(module).__name__ == "ChannelPad"
+
+
+def drops_paths(module: nn.Module) -> bool:
+    """Is the module stochastic depth of single images: torchvision's StochasticDepth (mode "row"), or DropPath of timm
+    or MONAI?"""
+    kind = type(module).__name__
+    return kind == "DropPath" or (kind == "StochasticDepth" and getattr(module, "mode", None) == "row")
 
 
 def record(network: nn.Module, example: Tensor) -> fx.Graph:

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..layers.conv import SFGConv2d
-from ..layers.feature_norm import FeatureNorm
-from ..layers.stream_conv import StreamConv2d
-from ..norm import KernelNorm
 from ..plain_ops import CHANNELWISE, ELEMENTWISE
 from .controls import sfg_layers
 from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
+from .parts import PathDropout
 from .products import MULTIPLIES, can_be_broadcast, factor_layers
 from .record import (
     NUMBER,
@@ -30,6 +27,7 @@ from .record import (
     backwards,
     base_of,
     called,
+    drops_paths,
     inputs_of,
     name_of,
     output_of,
@@ -37,6 +35,7 @@ from .record import (
     remove_unused,
     results_of,
 )
+from .replacements import SFG_LAYERS, feature_norm, is_norm, sfg_layer, stream_conv
 from .selection import SPLITS, Selection
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -49,12 +48,20 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }  # fmt: skip
 _NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
+_NAMES = "nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d and nn.ConvTranspose3d"
 _NOT_ELEMENTWISE = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
 
 # The functions of a weight for which torch.nn has a module, and the names of their arguments in order.
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_PLAIN: dict[Any, Any] = {F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.conv_transpose2d: nn.ConvTranspose2d,
+          F.conv_transpose3d: nn.ConvTranspose3d}  # fmt: skip
 _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     F.conv2d: _CONV,
+    F.conv3d: _CONV,
+    F.conv_transpose2d: _TRANSPOSED,
+    F.conv_transpose3d: _TRANSPOSED,
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
     F.linear: ("input", "weight", "bias"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
@@ -152,8 +159,8 @@ class Rewriting:
     # --- modules in place of functions --------------------------------------------------------------------------------
 
     def _modules_of_functions(self) -> None:
-        """Put modules in place of F.conv2d, F.linear and F.batch_norm that read parameters of the network. (A subclass
-        of nn.Conv2d with another forward pass calls them.)"""
+        """Put modules in place of F.conv2d, F.linear, F.batch_norm and the like that read parameters of the network. (A
+        subclass of nn.Conv2d with another forward pass calls them.)"""
         for node in list(self.graph.nodes):
             if node.op != "call_function" or node.target not in _FUNCTIONS:
                 continue
@@ -181,14 +188,18 @@ class Rewriting:
             module = self._batch_norm(node, parts, given)
         elif weight is None:
             return
+        elif node.target is F.group_norm:
+            module = nn.GroupNorm(given["num_groups"], len(weight), given.get("eps", 1e-5), device="meta")
         elif node.target is F.linear:
             module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         else:
             groups = given.get("groups", 1)
-            sizes = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
-            how = [given.get(key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
-            how = [tuple(one) if isinstance(one, list) else one for one in how]
-            module = nn.Conv2d(*sizes, *how, groups, bias is not None, device="meta")  # type: ignore
+            channels = weight.shape[1] * groups, weight.shape[0]
+            if node.target in (F.conv_transpose2d, F.conv_transpose3d):
+                channels = weight.shape[0], weight.shape[1] * groups
+            how: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in given.items()}
+            how |= {"bias": bias is not None, "device": "meta"}
+            module = _PLAIN[node.target](*channels, tuple(weight.shape[2:]), **how)
         if module is None:
             return
         if not isinstance(module, nn.BatchNorm2d):
@@ -298,26 +309,19 @@ class Rewriting:
             self.kind[node] = "number"
         elif node in self.factors and not features:
             self.kind[node] = "plain"  # a factor that is the same for all groups
-        elif isinstance(module, nn.Conv2d) and node.target not in self.skip:
+        elif isinstance(module, tuple(SFG_LAYERS)) and node.target not in self.skip:
             self._conv(node, module, bool(features))
         elif not features:
-            self._plain(node, module)
+            self.kind[node] = "plain"
         else:
             self._on_features(node, module, features)
 
-    def _plain(self, node: fx.Node, module: nn.Module | None) -> None:
-        if isinstance(module, nn.modules.conv._ConvTransposeNd) and node.target not in self.skip:
-            self.obstacles.append(f"{node.target!r} is a transposed convolution, expected nn.Conv2d (or skip it)")
-        self.kind[node] = "plain"
-
-    def _conv(self, node: fx.Node, conv: nn.Conv2d, on_features: bool) -> None:
+    def _conv(self, node: fx.Node, conv: Any, on_features: bool) -> None:
         name = str(node.target)
         self.kind[node], self.stream[node] = "features", node
-        if conv.groups != 1:
-            what = f"{name!r} is a convolution of {conv.groups} groups, expected 1"
-            behind = ": behind an SFG layer it can't be skipped; replace it by one of groups=1 before you convert"
-            self.obstacles.append(what + (behind if on_features else " (or skip it)"))
-        elif self._uses(node) > 1:
+        if conv.groups == conv.in_channels == conv.out_channels > 1 and on_features:
+            self._depthwise(node)
+        if self._uses(node) > 1:
             self.obstacles.append(f"{name!r} is used more than once, expected one place for each convolution")
         elif nn.utils.parametrize.is_parametrized(conv):
             self.obstacles.append(
@@ -331,51 +335,44 @@ class Rewriting:
             norm, activation = self._followers(node)
             if node in self.factors and on_features:
                 self.streams.add(node)
-                self.network.set_submodule(name, self._stream_conv(conv, norm, activation))
+                self._put(name, lambda: stream_conv(conv, norm, activation, self.tasks), conv, norm)
             else:
-                self.network.set_submodule(name, self._sfg(conv, norm, activation))
+                self._put(name, lambda: sfg_layer(conv, norm, activation, self.tasks, self.options), conv, norm)
 
-    def _stream_conv(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> StreamConv2d:
-        layer = StreamConv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-            conv.dilation, 1, conv.bias is not None, conv.padding_mode, device=conv.weight.device,
-            dtype=conv.weight.dtype, tasks=self.tasks, norm=None if norm is None else "batch", activation=activation,
-        )  # fmt: skip
-        layer.weight, layer.bias = conv.weight, conv.bias
-        self.modes[layer] = self.modes.get(conv, True)
-        if norm is not None and layer.norm is not None:
-            repeat_batch_norm(norm, layer.norm)
-            self.modes[layer.norm] = self.modes[norm]
-        return layer
+    def _depthwise(self, node: fx.Node) -> None:
+        """Let a depthwise convolution take the draw of its input: a kernel in another group than its channel would read
+        nothing."""
+        owner = self._owner(self.stream[node.all_input_nodes[0]])
+        if owner.op != "call_module":
+            self.obstacles.append(
+                f"{node.target!r} is a depthwise convolution of features that are joined of others or taken out of "
+                "others, which have no draw of their own that it could take; expected it behind a convolution"
+            )
+        else:
+            self.same[node] = owner
 
-    def _sfg(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Any) -> SFGConv2d:
-        layer = SFGConv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-            conv.dilation, 1, conv.bias is not None, conv.padding_mode, tasks=self.tasks,  # type: ignore[arg-type]
-            norm=None if norm is None else "batch", activation=activation, device=conv.weight.device,
-            dtype=conv.weight.dtype, **self.options,
-        )  # fmt: skip
-        layer.weight, layer.bias = conv.weight, conv.bias
-        self.modes[layer] = self.modes.get(conv, True)
-        if norm is not None and layer.norm is not None:
-            self._copy_norm(norm, layer.norm)
-            self.modes[layer.norm] = self.modes[norm]
-        return layer
-
-    def _copy_norm(self, norm: nn.BatchNorm2d, to: KernelNorm) -> None:
+    def _put(self, name: str, make: Callable[..., nn.Module], before: nn.Module, norm: nn.Module | None) -> None:
+        """Put the module that `make` makes in place of the module `before`; `norm`: the one behind it, which the new
+        module does as well. A ValueError is an obstacle, of the norm."""
         try:
-            copy_batch_norm(norm, to)
+            made: Any = make()
         except ValueError as error:
-            name = next((name for name, module in self.modules.items() if module is norm), "")
-            self.obstacles.append(f"{name!r} {error}")
+            whose = before if norm is None else norm
+            of = next((name for name, module in self.modules.items() if module is whose), name)
+            self.obstacles.append(f"{of!r} {error}")
+            return
+        self.modes[made] = self.modes.get(before, True)
+        if getattr(made, "norm", None) is not None:
+            self.modes[made.norm] = self.modes[before if norm is None else norm]
+        self.network.set_submodule(name, made)
 
-    def _followers(self, node: fx.Node) -> tuple[nn.BatchNorm2d | None, Any]:
-        """The batch normalisation and the activation behind this convolution, if nothing else reads what stands before
+    def _followers(self, node: fx.Node) -> tuple[nn.Module | None, Any]:
+        """The normalisation and the activation behind this convolution, if nothing else reads what stands before
         them. Both are taken out of the graph, because the SFG layer does their work."""
         norm, activation = None, None
         follower = _only_user(node)
         found = None if follower is None else self._module(follower)
-        if follower is not None and isinstance(found, nn.BatchNorm2d) and self._uses(follower) == 1:
+        if follower is not None and is_norm(found) and self._uses(follower) == 1:
             norm = found
             self._take_out(follower, node)
             follower = _only_user(node)
@@ -428,26 +425,26 @@ class Rewriting:
     def _module_on_features(self, node: fx.Node, module: nn.Module) -> bool:
         """Is it known what a module does to features? (It is, too, for a module that adds an obstacle.)"""
         name = repr(node.target)
-        if isinstance(module, nn.BatchNorm2d):
+        if is_norm(module):
             if self._uses(node) > 1:
                 self.obstacles.append(f"{name} is used more than once, expected one place for each normalisation")
                 return True
-            like = module.running_mean if module.weight is None else module.weight
-            factory: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
-            norm = FeatureNorm(module.num_features, 1 + len(self.tasks), **factory)
-            self._copy_norm(module, norm.norm)
-            self.modes[norm] = self.modes[norm.norm] = self.modes[module]
-            self.network.set_submodule(str(node.target), norm)
+            width = node.all_input_nodes[0].meta[SHAPE][1]
+            self._put(str(node.target), lambda: feature_norm(module, width, self.tasks), module, None)
+        elif drops_paths(module):
+            p = module.p if hasattr(module, "p") else module.drop_prob
+            scales = getattr(module, "scale_by_keep", True)
+            self._put(str(node.target), lambda: PathDropout(p, scales), module, None)  # type: ignore[arg-type]
         elif isinstance(module, _NORMS):
             self.obstacles.append(
                 f"{name} is {type(module).__name__}, which would give values to channels that the grouping zeroes, "
-                "expected nn.BatchNorm2d"
+                "expected a batch, instance or group norm"
             )
         elif isinstance(module, nn.modules.conv._ConvNd):
             self.stream[node] = node
             self.obstacles.append(
                 f"{name} ({type(module).__name__}) reads features of SFG layers and would mix what belongs to "
-                "different tasks: only nn.Conv2d becomes an SFG layer, and only what stands before all of them can be "
+                f"different tasks: only {_NAMES} become SFG layers, and only what stands before all of them can be "
                 "skipped"
             )
         elif pads_channels(module):
@@ -644,7 +641,7 @@ class Rewriting:
         else:
             self.network.set_submodule(str(node.target), nn.Identity())
             return
-        self.network.set_submodule(str(node.target), self._sfg(conv, None, None))
+        self._put(str(node.target), lambda: sfg_layer(conv, None, None, self.tasks, self.options), module, None)
         self.stream[node] = node
 
     def _join_plain(self, node: fx.Node, like: fx.Node) -> None:
@@ -911,7 +908,7 @@ def _acts_on_channels(module: nn.Module) -> bool:
     if base is None or issubclass(base, nn.Linear | nn.Bilinear):
         return False
     kinds = ("activation", "pooling", "upsampling", "padding", "linear")
-    return base in (nn.Dropout, nn.Dropout2d) or base.__module__.rpartition(".")[2] in kinds
+    return base in (nn.Dropout, nn.Dropout2d, nn.Dropout3d) or base.__module__.rpartition(".")[2] in kinds
 
 
 def _halves(module: nn.Module | None) -> bool:
@@ -950,47 +947,3 @@ def _weight_name(node: fx.Node) -> str:
     weight = given["weight"]
     assert isinstance(weight, fx.Node)
     return str(weight.target)
-
-
-@torch.no_grad()
-def copy_batch_norm(norm: nn.BatchNorm2d, to: KernelNorm) -> None:
-    """Copy scale, shift and running statistics of a batch normalisation to a KernelNorm.
-
-    The shared group reads what the network read before, so its statistics go on from those of the batch normalisation.
-    The statistics of a task start with its first draw. Raises ValueError for a normalisation without running
-    statistics, or with a momentum of 0.
-    """
-    if norm.momentum == 0:
-        raise ValueError("is a batch normalisation of momentum=0, expected it in eval() to keep its statistics")
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("is a batch normalisation without running statistics (track_running_stats=False)")
-    to.eps, to.momentum = norm.eps, norm.momentum or 0.0
-    if norm.affine:
-        for own, given in ((to.weight, norm.weight), (to.bias, norm.bias)):
-            own.copy_(given)
-            own.requires_grad_(given.requires_grad)
-    else:
-        to.requires_grad_(False)
-    for running, pooled, statistic in (
-        (to.running_mean, to.pooled_mean, norm.running_mean),
-        (to.running_var, to.pooled_var, norm.running_var),
-    ):
-        running[0] = statistic
-        pooled.copy_(statistic)
-    counted = norm.num_batches_tracked
-    # After so many draws the statistics of a (group, kernel) move at the rate of the momentum (norm.py). Without a
-    # momentum the rate is 1/n.
-    to.draws[0] = math.ceil(1 / norm.momentum) if norm.momentum else float(counted) if counted is not None else 0.0
-
-
-@torch.no_grad()
-def repeat_batch_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
-    """Copy scale, shift and running statistics of a batch normalisation of K channels to each K channels of another."""
-    to.eps, to.momentum, times = norm.eps, norm.momentum, to.num_features // norm.num_features
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        own, given = getattr(to, name), getattr(norm, name)
-        if given is not None:
-            own.copy_(given.repeat(times))
-            own.requires_grad_(given.requires_grad)
-    if norm.num_batches_tracked is not None and to.num_batches_tracked is not None:
-        to.num_batches_tracked.copy_(norm.num_batches_tracked)
