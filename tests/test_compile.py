@@ -6,7 +6,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from sfg_fast import SFGVGG, SFGConv2d, SFGHighResNet, backend, penalties, sampling, set_estimator
+from sfg_fast import SFGVGG, SFGConv2d, SFGConvTranspose2d, SFGHighResNet, backend, penalties, sampling, set_estimator
 from sfg_fast.backends import available
 from tests.backends import EVERY, FAST
 from tests.oracle import assert_close
@@ -97,6 +97,32 @@ def test_features_that_leave_the_graph(name, float64):
             found.append((conv.weight.grad.clone(), conv.logits.grad.clone()))
     for a, b in zip(*found, strict=True):
         assert_close(a, b)
+
+
+class Kin(nn.Module):
+    """A transposed layer and one of another kind behind a layer with the norm of each image."""
+
+    def __init__(self, kind):
+        super().__init__()
+        options = {"tasks": tuple(TASKS), "activation": "leaky_relu"}
+        norm = ("group", {"num_groups": 3}) if kind == "group" else kind if kind in ("instance", "layer") else "batch"
+        groups = {"depthwise": 6, "grouped": 2}.get(kind, 1)
+        options |= {"bias": False}  # behind it the norm takes away what a bias adds
+        self.first = SFGConv2d(1, 6, 3, norm=norm, **options)
+        self.second = SFGConv2d(6, 6, 3, padding=1, norm=norm, groups=groups, **options)
+        self.up = SFGConvTranspose2d(6, 4, 3, 2, norm=norm if kind == "instance" else None, **options)
+        self.depthwise = kind == "depthwise"
+
+    def forward(self, x):
+        y = self.first(x)
+        y = self.up(self.second(y, y.groups if self.depthwise else None))
+        return {task: y.merged(task) for task in TASKS}
+
+
+@pytest.mark.parametrize("kind", ["instance", "group", "layer", "grouped", "depthwise"])
+@pytest.mark.parametrize("name", FAST)
+def test_layers_of_every_kind(name, kind, float64):
+    check(lambda: Kin(kind), name, (9, 8), steps=2)
 
 
 def test_every_second_step_takes_two_graphs():

@@ -15,6 +15,7 @@ from sfg_fast import (
     SFGConvTranspose3d,
     backend,
 )
+from sfg_fast.estimators import ESTIMATORS
 from sfg_fast.layers.feature_norm import FeatureNorm
 from tests.backends import EVERY, FAST
 from tests.oracle import assert_close, merge
@@ -238,3 +239,106 @@ def test_a_norm_behind_a_sum(name, norm):
         found = gradients(list(after(layer(x, drawn(z, 2)))))
     for n, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert_close(one, other, 1e-9, str(n))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kind", ["instance", "group", "layer", "transposed", "grouped", "depthwise"])
+@pytest.mark.parametrize("name", FAST)
+def test_every_estimator_learns_as_by_dense_masking(name, kind, estimator):
+    """The same draws, outputs and gradients of all parameters and logits, with the oracles of reference.py."""
+    how = {"estimator": estimator, "activation": "leaky_relu", "padding": 1}
+    first = {"norm": NORMS.get(kind, "batch"), **how}
+    second = {
+        "transposed": lambda: SFGConvTranspose2d(6, 4, 3, 2, **how),
+        "grouped": lambda: SFGConv2d(6, 4, 3, groups=2, **how),
+        "depthwise": lambda: SFGConv2d(6, 6, 3, groups=6, norm="batch", **how),
+    }.get(kind, lambda: SFGConv2d(6, 4, 3, **first))
+    found = []
+    for backend_name in (name, "reference"):
+        torch.manual_seed(0)
+        net = nn.Sequential(SFGConv2d(2, 6, 3, **first), second())
+        for key, parameter in net.named_parameters():
+            if key.endswith("norm.bias"):  # a group of one kernel has nothing else behind a layer norm: no ReLU at 0
+                nn.init.normal_(parameter)
+        x = torch.randn(2, 2, 7, 6)
+        torch.manual_seed(1)
+        with backend(backend_name):
+            features = net[0](x)
+            out = net[1](features, features.groups if kind == "depthwise" else None)
+            sum((one * torch.linspace(-1, 1, one.numel()).view(one.shape)).sum() for one in out).backward()
+        gradients = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+        found.append({**{f"output {n}": one for n, one in enumerate(out)}, **gradients})
+    assert found[0].keys() == found[1].keys()
+    for key, one in found[1].items():
+        assert_close(found[0][key], one, 1e-9, key, scale=1.0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_eval_does_what_training_does_for_norms_of_each_image(name):
+    torch.manual_seed(0)
+    for norm in ("instance", "group", "layer"):
+        layer = SFGConv2d(2, 6, 3, norm=NORMS[norm], activation="leaky_relu")
+        layer.assign(MIXED[0])
+        x = torch.randn(2, 2, 8, 7)
+        with backend(name), torch.no_grad():
+            trained, evaluated = list(layer(x)), list(layer.eval()(x))
+        assert all(torch.equal(*pair) for pair in zip(trained, evaluated, strict=True)), norm
+
+
+def test_a_task_does_not_see_the_kernels_of_another_through_a_norm_over_channels():
+    """What task a reads stays the same to the bit, whatever the kernels of task b are."""
+    torch.manual_seed(0)
+    for norm in ("group", "layer"):
+        layer = SFGConv2d(2, 6, 3, norm=NORMS[norm], tasks=("a", "b"))
+        layer.assign(MIXED[0])
+        x = torch.randn(2, 2, 8, 7)
+        with torch.no_grad():
+            before = layer(x)
+            layer.weight[[k for k, group in enumerate(MIXED[0]) if group == 2]] += 1.0
+            after = layer(x)
+        assert torch.equal(before.merged("a"), after.merged("a"))
+        assert not torch.equal(before.merged("b"), after.merged("b"))
+
+
+@pytest.mark.parametrize(
+    ("norm", "size", "message"),
+    [("instance", (1, 1), "instance normalisation needs more than one position in an image, got one")],
+)
+@pytest.mark.parametrize("name", EVERY)
+def test_one_position_has_no_variance(name, norm, size, message):
+    with backend(name), pytest.raises(ValueError, match=message):
+        SFGConv2d(2, 6, 1, norm=norm)(torch.randn(3, 2, *size))
+
+
+def test_layers_of_three_dimensions_run_where_they_can():
+    layer, x = SFGConv3d(1, 4, 3), torch.randn(1, 1, 5, 5, 5)
+    assert torch.equal(layer(x, drawn(gates((0, 1, 2, 0), 2), 2)).packed, _masked(layer, x))
+    with backend("native"), pytest.raises(RuntimeError, match="5 dimensions, the native kernels take images"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"shape \(1, 5, 5, 5\), expected \[N, 1, D, H, W\]; of one image: x\[None\]"):
+        layer(x[0])
+
+
+def _masked(layer, x):
+    with backend("masked"):
+        return layer(x, drawn(gates((0, 1, 2, 0), 2), 2)).packed
+
+
+def test_the_output_of_a_transposed_layer_has_torchs_size():
+    for geometry in TRANSPOSED:
+        kernel, stride, padding, more, dilation = geometry
+        given = (2, 4, kernel, stride, padding, more, 1, True, dilation)
+        x = torch.randn(1, 2, 8, 7)
+        assert SFGConvTranspose2d(*given)(x).shape == nn.ConvTranspose2d(*given)(x).shape
+    with pytest.raises(RuntimeError, match="the output would have size"):
+        SFGConvTranspose2d(2, 4, 1, 1, 2)(torch.randn(1, 2, 3, 3))
+
+
+def test_the_weights_of_torchs_layers_fit():
+    for kind, plain in ((SFGConvTranspose2d, nn.ConvTranspose2d), (SFGConv3d, nn.Conv3d)):
+        layer, of_torch = kind(2, 4, 3), plain(2, 4, 3)
+        found = layer.load_state_dict(of_torch.state_dict(), strict=False)
+        assert not found.unexpected_keys
+        layer.assign([0] * 4)
+        x = torch.randn(1, 2, *[6] * layer.dims)
+        assert_close(layer(x).merged(0), of_torch(x), 1e-10)

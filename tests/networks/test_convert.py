@@ -290,8 +290,8 @@ def pooled(m, h, x):
     ("module", "options", "said"),
     [
         (nn.Linear(3, 3), {}, "the module has no convolution that can be an SFG layer"),
-        (Broken(nn.LocalResponseNorm(2)), {}, "'middle' is LocalResponseNorm, which would give.*expected a batch, inst"),
-        (Broken(nn.InstanceNorm2d(4, track_running_stats=True)), {}, "'middle' is an instance normalisation with running"),
+        (Broken(nn.LocalResponseNorm(2)), {}, "'middle' is LocalResponseNorm, which .*expected a batch, instance"),
+        (Broken(nn.InstanceNorm2d(4, track_running_stats=True)), {}, "is an instance normalisation with running"),
         (Broken(nn.Conv2d(4, 4, 1)), {"skip": ["middle"]}, r"'middle' \(Conv2d\) reads features.*stands before"),
         (Broken(None, lambda m, h, x: m.last(F.adaptive_avg_pool2d(h, 1) + x)), {}, "add.* something of another shape"),
         (Broken(None, lambda m, h, x: m.last(h + torch.cat(h.unbind(1)[:1])[:, None])), {}, "takes single channels"),
