@@ -131,7 +131,7 @@ def layer_configurations(
             yield one(f"forward, {kind}", kind_forward, True)
             yield one(f"input gradient, {kind}", kind_adjoint, False)
             if kind == "undrawn":
-                yield one(f"gates' gradient, {kind}", kind_forward, True, gates=True, KEPT=True, AFFINE=True)
+                yield one(f"gates' gradient, {kind}", kind_forward, True, gates=True, KEPT=True, AFFINE=True, EACH_IMAGE=False, ACTIVATION="relu")
     sizes, together = {"G": gradient, "K": k, "C": c, "BIAS": True}, config.reduction(launch.second)
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "BLOCK": 1024, "PLACES": 64},
@@ -151,7 +151,7 @@ def norm_constants(
     normalisation returns, and a gradient to its gradient."""
     batch, height, width = image
     norm = config.norm(batch * height * width, k, architecture.device)
-    usual = {"C": k, "ORDER": True, "RELU": True, "ACC": tl.float32, "BLOCK_P": norm.block_p}
+    usual = {"C": k, "ORDER": True, "EACH_IMAGE": False, "ACTIVATION": "relu", "ACC": tl.float32, "BLOCK_P": norm.block_p}
     usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.together, "RESIDUAL": shortcut, "ADD": shortcut}
     usual |= {"GROUPS": 3}
     few = {**usual, "BLOCK_C": norm.block_few}
