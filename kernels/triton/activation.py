@@ -11,8 +11,8 @@ def rectified(x, below, ACTIVATION: tl.constexpr):
     """x, times the activation's slope where the argument of the activation is `below` zero. ACTIVATION: None, "relu" or
     "leaky_relu", as in activations.py.
 
-    act(h) is rectified(h, h < 0, ACTIVATION), and dL/dh is rectified(dL/dact(h), h <= 0, ACTIVATION). (For act(h) h <= 0
-    serves as well.) A NaN passes, as in torch.
+    act(h) is rectified(h, h < 0, ACTIVATION), or with h <= 0; dL/dh is rectified(dL/dact(h), h <= 0, ACTIVATION). A NaN
+    passes, as in torch.
     """
     if ACTIVATION == "relu":
         x = tl.where(below, 0.0, x)
