@@ -38,7 +38,7 @@ from .wgrad import reduce_kernel, rowwalk_weights_kernel, weight_gradient_kernel
 
 SHARES_PRODUCTS = NORMALISES = True
 OF_TORCH = MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = READS_NORMALISED = False
-MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu")
+MEMORY_FORMAT, KNOWS = torch.channels_last, (None, "relu", "leaky_relu")
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -191,14 +191,6 @@ def input_gradient(
 
 def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     x, kept_product, packed, spec, scale, shift, activation = formula
-    if scale is not None and shift is not None and len(scale) > 1:  # scale and shift of each image: one by one
-        parts = zip(x, dundrawn, scale, shift, x if kept_product is None else kept_product, strict=True)
-        dz = dundrawn.new_zeros((), dtype=_sums(x.dtype)[0])
-        for image, df, a, b, product in parts:
-            kept = None if kept_product is None else product[None]
-            one = formula._replace(x=image[None], kept_product=kept, scale=a[None], shift=b[None])
-            dz = dz + gate_gradient(one, df[None])
-        return dz
     p = config.passes(spec, packed.kernel, x.dtype, config.device_of(x.device))[0]
     size = spec.geometry.output_size((x.shape[2], x.shape[3]), packed.kernel)
     channels = (p.out_groups - 1) * p.out_channels
@@ -207,12 +199,12 @@ def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     _check(kept_product, "the kept product", (x.shape[0], p.out_channels, *size))
     x, df = _nhwc(x), _nhwc(dundrawn)
     torch_sum, sum_type = _sums(x.dtype)
-    affine = scale is not None
+    affine, each_image = scale is not None, scale is not None and len(scale) > 1
     scale, shift = (
-        df if values is None else values[0].to(torch_sum).expand(p.out_groups - 1, -1).contiguous()
+        df if values is None else values.to(torch_sum).expand(-1, p.out_groups - 1, -1).contiguous()
         for values in (scale, shift)
     )
-    fused = activation == "relu", False, packed.bias is not None, _wide(x, df)
+    fused = False, False, packed.bias is not None, _wide(x, df)
     bits, device = x.element_size() * 8, config.device_of(x.device)
     launch = config.plan(p, bits, x.shape[0], size, device, *fused, gates=True)
     partial = torch.empty(launch.programs // (p.columns // p.block_n), channels, dtype=torch_sum, device=x.device)
@@ -221,7 +213,7 @@ def gate_gradient(formula: UndrawnFormula, dundrawn: Tensor) -> Tensor:
     arrays = x, weight, bias, df if kept_product is None else _nhwc(kept_product), df, scale, shift, partial
     if len(partial):
         sizes = spec.rows.offsets, spec.columns.offsets, x.shape[2], x.shape[3], *size
-        options = p, launch.tiles, kept_product is not None, affine, sum_type
+        options = p, launch.tiles, kept_product is not None, affine, each_image, activation, sum_type
         if launch.kernel == "rowwalk_gates":
             _launch(rowwalk_gates_kernel, launch, *arrays, *sizes, launch.steps, *options)
         else:
@@ -275,36 +267,33 @@ def normalise(
     u: Tensor, norm: Norm, residual: Tensor | None, *, moves: MovingStatistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(residual, "the residual", tuple(u.shape))
-    if norm.each_image:
-        residuals = [None] * len(u) if residual is None else [one[None] for one in residual]
-        one_image = norm._replace(each_image=False)
-        found = [normalise(one[None], one_image, add) for one, add in zip(u, residuals, strict=True)]
-        ys, means, variances, affines = zip(*found, strict=True)
-        return torch.cat(ys), torch.stack(means), torch.stack(variances), torch.stack(affines, 1)
-    weight, bias, order, eps, activation, _ = norm
+    weight, bias, order, eps, activation, each_image = norm
     u, (torch_sum, sum_type) = _nhwc(u), _sums(u.dtype)
-    channels, launch = u.shape[1], _norm(u)
+    channels, launch = u.shape[1], _norm(u, norm)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
-    partial = torch.empty(launch.parts, 2, channels, **new)
-    mean, var, affine = (torch.empty(*size, channels, **new) for size in ((), (), (2,)))
+    of_each = (len(u),) if each_image else ()
+    partial = torch.empty(*of_each, launch.parts, 2, channels, **new)
+    mean, var, affine = (torch.empty(*of_each, *size, channels, **new) for size in ((), (), (2,)))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     blocks = launch.block_p, launch.block_c
-    _launch(moments_kernel, launch.sums, u, partial, launch.pixels, launch.parts, channels, sum_type, *blocks)
+    _launch(
+        moments_kernel, launch.sums, u, partial, launch.pixels, launch.parts, channels, each_image, sum_type, *blocks
+    )
     moving: tuple[Tensor, ...] = (mean,) * 6
     momentum, groups = 0.0, 0
     if moves is not None:
         moving, momentum, groups = (moves.assignment, *moves.running), moves.momentum, len(moves.running.mean)
     _launch(
         statistics_kernel, launch.columns, partial, _order(order, weight), weight, bias, mean, var, affine, *moving,
-        launch.pixels, launch.parts, eps, momentum, channels, order is not None, groups, sum_type, launch.together,
-        launch.block_p, launch.block_few,
+        launch.pixels, launch.parts, eps, momentum, channels, order is not None, each_image, groups, sum_type,
+        launch.together, launch.block_p, launch.block_few,
     )  # fmt: skip
     added = u if residual is None else _nhwc(residual)
     _launch(
         affine_kernel, launch.all, u, added, affine, y, launch.pixels,
-        channels, activation == "relu", residual is not None, *blocks,
+        channels, each_image, activation, residual is not None, *blocks,
     )  # fmt: skip
-    return y, mean, var, affine
+    return y, mean, var, affine.movedim(-2, 0)
 
 
 def normalise_gradient(
@@ -312,40 +301,38 @@ def normalise_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(dy, "the gradient", tuple(u.shape))
     _check(shortcut, "the shortcut's gradient", tuple(u.shape))
-    if norm.each_image:
-        shortcuts = [None] * len(u) if shortcut is None else [one[None] for one in shortcut]
-        one_image = norm._replace(each_image=False)
-        parts = zip(dy, u, mean, var, shortcuts, strict=True)
-        found = [normalise_gradient(d[None], one[None], one_image, m, v, s) for d, one, m, v, s in parts]
-        dus, dweights, dbiases = zip(*found, strict=True)
-        return torch.cat(dus), torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0)
-    weight, bias, order, eps, activation, _ = norm
+    weight, bias, order, eps, activation, each_image = norm
     dy, u, (torch_sum, sum_type) = _nhwc(dy), _nhwc(u), _sums(u.dtype)
-    channels, launch = u.shape[1], _norm(u)
+    channels, launch = u.shape[1], _norm(u, norm)
     new: dict[str, Any] = {"dtype": torch_sum, "device": u.device}
-    partial = torch.empty(launch.parts, 2, channels, **new)
-    dweight, dbias, slope, offset = (torch.empty(channels, **new) for _ in range(4))
+    of_each = (len(u),) if each_image else ()
+    partial = torch.empty(*of_each, launch.parts, 2, channels, **new)
+    dweight, dbias, slope, offset = (torch.empty(*of_each, channels, **new) for _ in range(4))
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     known = _order(order, weight), weight, bias, mean, var
-    ordered, relu, blocks = order is not None, activation == "relu", (launch.block_p, launch.block_c)
+    how, blocks = (order is not None, each_image), (launch.block_p, launch.block_c)
     _launch(
         gradient_sums_kernel, launch.sums, dy, u, *known, partial, launch.pixels, launch.parts, eps,
-        channels, ordered, relu, sum_type, *blocks,
+        channels, *how, activation, sum_type, *blocks,
     )  # fmt: skip
     _launch(
         slopes_kernel, launch.columns, partial, *known, dweight, dbias, slope, offset, launch.pixels, launch.parts, eps,
-        channels, ordered, launch.together, launch.block_few,
+        channels, *how, launch.together, launch.block_few,
     )  # fmt: skip
     added = u if shortcut is None else _nhwc(shortcut)
     _launch(
         affine_gradient_kernel, launch.all, dy, u, *known, slope, offset, added, du, launch.pixels, eps,
-        channels, ordered, relu, shortcut is not None, *blocks,
+        channels, *how, activation, shortcut is not None, *blocks,
     )  # fmt: skip
-    return du, dweight, dbias
+    return (du, dweight.sum(0), dbias.sum(0)) if each_image else (du, dweight, dbias)
 
 
-def _norm(u: Tensor) -> config.Norm:
-    return config.norm(u.shape[0] * u.shape[2] * u.shape[3], u.shape[1], config.device_of(u.device))
+def _norm(u: Tensor, norm: Norm) -> config.Norm:
+    images, channels, height, width = u.shape
+    device = config.device_of(u.device)
+    if norm.each_image:
+        return config.norm(height * width, channels, device, images)
+    return config.norm(images * height * width, channels, device)
 
 
 def _strides(weight: Tensor) -> tuple[int, int, int]:

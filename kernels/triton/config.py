@@ -461,8 +461,8 @@ def _power_of_two(size: int, least: int = 16) -> int:
 class Norm(NamedTuple):
     """How the kernels of a normalisation are launched."""
 
-    pixels: int
-    parts: int  # of the pixels, summed by a program each
+    pixels: int  # that are normalised together
+    parts: int  # of these pixels, summed by a program each
     together: int  # parts that are added up together
     block_p: int  # pixels and channels that are looked at together
     block_c: int
@@ -472,14 +472,15 @@ class Norm(NamedTuple):
     all: tuple[int, int]  # and for every number
 
 
-def norm(pixels: int, channels: int, device: Device) -> Norm:
-    """The launches of a batch normalisation of so many pixels (of all images) and channels: about eight programs for
-    each multiprocessor read the image, so that enough of it is under way."""
+def norm(pixels: int, channels: int, device: Device, images: int = 1) -> Norm:
+    """The launches of a normalisation of so many channels: `images` times, of so many pixels together. (A batch
+    normalisation is one time, of the pixels of all images.) About eight programs for each multiprocessor read the
+    pixels, so that enough of them are under way."""
     block_c = min(_power_of_two(channels, 1), 64)
     block_p, columns = 4096 // block_c, cdiv(channels, block_c)
-    parts = min(max(1, 8 * device.multiprocessors // columns), max(1, cdiv(pixels, block_p)))
+    parts = min(max(1, 8 * device.multiprocessors // (columns * max(1, images))), max(1, cdiv(pixels, block_p)))
     few = min(16, block_c)
-    grids = (parts, columns), cdiv(channels, few), (cdiv(pixels, block_p), columns)
+    grids = (images * parts, columns), images * cdiv(channels, few), (images * cdiv(pixels, block_p), columns)
     return Norm(pixels, parts, min(_power_of_two(parts, 1), 128), block_p, block_c, few, *grids)
 
 

@@ -20,6 +20,7 @@ n-th group if n < place, else in the next one.
 import triton
 import triton.language as tl
 
+from .activation import activated
 from .convolve import accumulate, pixels, store_tile, taps_of
 from .pack import group_of
 
@@ -221,11 +222,13 @@ def convolve_undrawn_kernel(
 @triton.jit
 def gate_gradient_kernel(
     x, w, bias, kept_product, df, scale, shift, partial, out_offsets, in_offsets, H, W, OH, OW,
-    P: tl.constexpr, T: tl.constexpr, KEPT: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, KEPT: tl.constexpr, AFFINE: tl.constexpr, EACH_IMAGE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz = <dL/dF, act(scale * u + shift)> for the undrawn gates of all rows; u is never stored.
 
-    One tile of pixels x one tile of kernels -> partial[pixel tile, n-th undrawn row, k]; torch adds the tiles.
+    One tile of pixels x one tile of kernels -> partial[pixel tile, n-th undrawn row, k]; torch adds the tiles. Where
+    AFFINE, scale and shift are [undrawn rows, k]; where EACH_IMAGE, too, they are [images, undrawn rows, k].
     KEPT: the kept product of the forward pass is u of the shared group, and the tasks' products are added to it.
     """
     BLOCK_N: tl.constexpr = P.block_n
@@ -239,6 +242,10 @@ def gate_gradient_kernel(
     image_in = tl.cast(H, tl.int64) * W * P.channels
     image_in, image, i, j = pixels(tile, OH, OW, image_in, tl.cast(OH, tl.int64) * OW, T)
     x += image_in
+    if EACH_IMAGE:
+        number = (tile // (tl.cdiv(OH, T.pixels_h) * tl.cdiv(OW, T.pixels_w))).to(tl.int64)
+        scale += number * ALL
+        shift += number * ALL
     valid = n < P.out_channels
     inside = (i < OH) & (j < OW)
     mask = inside[:, None] & valid[None, :]
@@ -264,8 +271,7 @@ def gate_gradient_kernel(
             if AFFINE:
                 u = u * tl.load(scale + c, mask=valid, other=0.0)[None, :]
                 u += tl.load(shift + c, mask=valid, other=0.0)[None, :]
-            if T.relu:
-                u = tl.where(u <= 0, 0.0, u)
+            u = activated(u, u <= 0, ACTIVATION)
             d = tl.load(df + image * ALL + (position * ALL)[:, None] + c[None, :], mask=mask, other=0.0)
             dz = tl.sum(tl.where(inside[:, None], u, 0.0) * d.to(ACC), 0)
             tl.store(partial + tile.to(tl.int64) * ALL + c, dz, mask=valid)

@@ -1,4 +1,7 @@
-"""Batch normalisation, the activation and the shortcut behind it, of channels_last images: P pixels of C channels.
+"""Batch and instance normalisation, the activation and the shortcut behind it, of channels_last images of C channels.
+
+P pixels are normalised together: those of all images, or, with EACH_IMAGE, those of one image. In that case every image
+has programs of its own, and its own part of each array that holds statistics.
 
 Statistics are sums over pixels. Programs make them of a part of the pixels each (`PARTS` parts), and a last one adds
 these up, so that the bits are the same every time.
@@ -7,12 +10,23 @@ these up, so that the bits are the same every time.
 import triton
 import triton.language as tl
 
+from .activation import activated, through_activation
+
 
 @triton.jit
-def block_at(parts, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def image_and_number(programs, EACH_IMAGE: tl.constexpr):
+    """The image of a program, and the program's number (along the first axis) among the `programs` of its image."""
+    if EACH_IMAGE:
+        return (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    else:
+        return 0, tl.program_id(0)
+
+
+@triton.jit
+def block_at(part, parts, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Of a program (part, channels): its first pixel, the pixel behind its last, and its channels."""
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
-    first = tl.program_id(0) * per_part
+    first = part * per_part
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return first, tl.minimum(first + per_part, P), c
 
@@ -32,10 +46,12 @@ def affine_of(order, weight, bias, mean, var, eps, c, C: tl.constexpr, ORDER: tl
 @triton.jit
 def moments_kernel(
     u, partial, P, parts,
-    C: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, EACH_IMAGE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each part, and sum of squares about it -> partial [parts, 2, C]."""
-    first, last, c = block_at(parts, P, C, BLOCK_P, BLOCK_C)
+    """Mean of each part, and sum of squares about it -> partial [images, parts, 2, C]."""
+    image, part = image_and_number(parts, EACH_IMAGE)
+    u += image * P * C
+    first, last, c = block_at(part, parts, P, BLOCK_P, BLOCK_C)
     valid = c < C
     # Sums of differences to one of the values: with a mean far from zero those of the values themselves would cancel.
     pivot = tl.load(u + first.to(tl.int64) * C + c, mask=valid & (first < P), other=0.0).to(ACC)
@@ -99,12 +115,17 @@ def part_at(partial, first, parts, per_part, P, c, C: tl.constexpr, PARTS: tl.co
 def statistics_kernel(
     partial, order, weight, bias, mean, var, affine, assignment, running_mean, running_var, draws, pooled_mean,
     pooled_var, P, parts, eps, momentum,
-    C: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, ORDER: tl.constexpr, EACH_IMAGE: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of all parts: mean and variance [C] of each channel's kernel, and scale and shift [2, C] of each channel. Where
-    there are GROUPS the running statistics move, too."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Of all parts: mean and variance [images, C] of each channel's kernel, and scale and shift [images, 2, C] of each
+    channel. Where there are GROUPS the running statistics move, too."""
+    image, block = image_and_number(tl.cdiv(C, BLOCK_C), EACH_IMAGE)
+    partial += image * parts * 2 * C
+    mean += image * C
+    var += image * C
+    affine += image * 2 * C
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = c < C
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), parts) * BLOCK_P
     sums = tl.zeros((BLOCK_C,), ACC)
@@ -135,48 +156,56 @@ def statistics_kernel(
 @triton.jit
 def affine_kernel(
     u, residual, affine, y, P,
-    C: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, EACH_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * u + shift) + residual, where affine [2, C] are scale and shift."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """y = act(scale * u + shift) + residual, where affine [images, 2, C] are scale and shift."""
+    image, block = image_and_number(tl.cdiv(P, BLOCK_P), EACH_IMAGE)
+    u += image * P * C
+    residual += image * P * C
+    affine += image * 2 * C
+    y += image * P * C
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (p < P)[:, None] & (c < C)[None, :]
     at = p.to(tl.int64)[:, None] * C + c[None, :]
     scale = tl.load(affine + c, mask=c < C, other=0.0)
     shift = tl.load(affine + C + c, mask=c < C, other=0.0)
     value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype) * scale[None, :] + shift[None, :]
-    if RELU:
-        value = tl.where(value < 0, 0.0, value)  # a NaN passes, as in torch
+    value = activated(value, value < 0, ACTIVATION)
     if RESIDUAL:
         value += tl.load(residual + at, mask=mask, other=0.0).to(scale.dtype)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gradient_at(dy, u, at, mask, scale, shift, RELU: tl.constexpr):
-    """u, and dy where scale * u + shift passes the ReLU, otherwise 0."""
+def gradient_at(dy, u, at, mask, scale, shift, ACTIVATION: tl.constexpr):
+    """u, and g = dL/d(scale * u + shift)."""
     value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype)
     g = tl.load(dy + at, mask=mask, other=0.0).to(scale.dtype)
-    if RELU:
-        g = tl.where(value * scale[None, :] + shift[None, :] <= 0, 0.0, g)
-    return value, g
+    return value, through_activation(g, value * scale[None, :] + shift[None, :], ACTIVATION)
 
 
 @triton.jit
 def gradient_sums_kernel(
     dy, u, order, weight, bias, mean, var, partial, P, parts, eps,
-    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    C: tl.constexpr, ORDER: tl.constexpr, EACH_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g * (u - mean) over each part -> partial [parts, 2, C]; g = dL/d(scale * u + shift)."""
-    first, last, c = block_at(parts, P, C, BLOCK_P, BLOCK_C)
+    """Sums of g and of g * (u - mean) over each part -> partial [images, parts, 2, C]; g = dL/d(scale * u + shift)."""
+    image, part = image_and_number(parts, EACH_IMAGE)
+    dy += image * P * C
+    u += image * P * C
+    mean += image * C
+    var += image * C
+    first, last, c = block_at(part, parts, P, BLOCK_P, BLOCK_C)
     _, scale, shift, average = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
     sums = tl.zeros((BLOCK_C,), ACC)
     moments = tl.zeros((BLOCK_C,), ACC)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < last)[:, None] & (c < C)[None, :]
-        value, g = gradient_at(dy, u, p.to(tl.int64)[:, None] * C + c[None, :], mask, scale, shift, RELU)
+        value, g = gradient_at(dy, u, p.to(tl.int64)[:, None] * C + c[None, :], mask, scale, shift, ACTIVATION)
         g = tl.where(mask, g, 0.0)
         sums += tl.sum(g, 0)
         moments += tl.sum(g * (value - average[None, :]), 0)
@@ -188,10 +217,18 @@ def gradient_sums_kernel(
 @triton.jit
 def slopes_kernel(
     partial, order, weight, bias, mean, var, dweight, dbias, slope, offset, P, parts, eps,
-    C: tl.constexpr, ORDER: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, ORDER: tl.constexpr, EACH_IMAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias [K], and what makes du = scale * g + slope * u + offset."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """dweight and dbias [images, K], and slope and offset [images, C] of du = scale * g + slope * u + offset."""
+    image, block = image_and_number(tl.cdiv(C, BLOCK_C), EACH_IMAGE)
+    partial += image * parts * 2 * C
+    mean += image * C
+    var += image * C
+    dweight += image * C
+    dbias += image * C
+    slope += image * C
+    offset += image * C
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     kernel, scale, _, average = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
     plain = tl.zeros((BLOCK_C,), scale.dtype)
     moment = tl.zeros((BLOCK_C,), scale.dtype)
@@ -213,16 +250,25 @@ def slopes_kernel(
 @triton.jit
 def affine_gradient_kernel(
     dy, u, order, weight, bias, mean, var, slope, offset, add, du, P, eps,
-    C: tl.constexpr, ORDER: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    C: tl.constexpr, ORDER: tl.constexpr, EACH_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """du = scale * g + slope * u + offset + add."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, block = image_and_number(tl.cdiv(P, BLOCK_P), EACH_IMAGE)
+    dy += image * P * C
+    u += image * P * C
+    mean += image * C
+    var += image * C
+    slope += image * C
+    offset += image * C
+    add += image * P * C
+    du += image * P * C
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     _, scale, shift, _ = affine_of(order, weight, bias, mean, var, eps, c, C, ORDER)
     mask = (p < P)[:, None] & (c < C)[None, :]
     at = p.to(tl.int64)[:, None] * C + c[None, :]
-    value, g = gradient_at(dy, u, at, mask, scale, shift, RELU)
+    value, g = gradient_at(dy, u, at, mask, scale, shift, ACTIVATION)
     gradient = scale[None, :] * g + tl.load(slope + c, mask=c < C, other=0.0)[None, :] * value
     gradient += tl.load(offset + c, mask=c < C, other=0.0)[None, :]
     if ADD:

@@ -18,6 +18,7 @@ one product) that costs less than reading the input nine times.
 import triton
 import triton.language as tl
 
+from .activation import activated
 from .convolve import walk_at
 from .pack import group_of, undrawn_group
 
@@ -176,7 +177,8 @@ def rowwalk_kernel(
 @triton.jit(do_not_specialize=["steps"])
 def rowwalk_gates_kernel(
     x, w, bias, kept_product, df, scale, shift, partial, out_offsets, in_offsets, H, W, OH, OW, steps,
-    P: tl.constexpr, T: tl.constexpr, KEPT: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, KEPT: tl.constexpr, AFFINE: tl.constexpr, EACH_IMAGE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """As `gate_gradient_kernel` (every_group.py): dz of the undrawn gates of one strip, `steps` rows and one tile of
     kernels -> partial[number of the walk, undrawn row, k]."""
@@ -188,6 +190,9 @@ def rowwalk_gates_kernel(
     n, j, m0, residue, image, number = where_to(OH, OW, steps, P, T)
     x += image * H * W * P.channels
     image_out = image * OH * OW
+    if EACH_IMAGE:
+        scale += image * ALL
+        shift += image * ALL
     c = tl.arange(0, CHUNK)
     valid = n < P.out_channels
     start = tl.zeros((STRIP, BLOCK_N), ACC)
@@ -226,8 +231,7 @@ def rowwalk_gates_kernel(
             if AFFINE:
                 u = u * tl.load(scale + k, mask=valid, other=0.0)[None, :]
                 u += tl.load(shift + k, mask=valid, other=0.0)[None, :]
-            if T.relu:
-                u = tl.where(u <= 0, 0.0, u)
+            u = activated(u, u <= 0, ACTIVATION)
             d = tl.load(df + image_out * ALL + pixel * ALL + k[None, :], mask=mask, other=0.0)
             more = more + (dz[index] + tl.where(mask, u, 0.0) * d.to(ACC),)  # noqa: RUF005
         dz = more

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..backends import backend, load
 from ..groups import FilterGroups, Routing
 from ..kernels.contract import normalises
@@ -121,9 +122,10 @@ def checks(device: torch.device, widths: tuple[int, ...] = ()) -> dict[str, Call
             for relu in (False,) if case.kind == "relaxed" or interpreted else both:
                 label = f"{name} {case}{', ReLU' if relu else ''}"
                 found[label] = partial(within, name, partial(check_layer, case, name, relu, device))
-        for channels in NORMS[: 1 if interpreted else None]:
-            label = f"{name} normalisation of {channels} channels"
-            found[label] = partial(within, name, partial(check_norm, channels, name, device))
+        norms = NORMS[: 1 if interpreted else None]
+        for channels, each_image in [*((n, False) for n in norms), (norms[-1], True)]:
+            label = f"{name} normalisation of {channels} channels{' of each image' if each_image else ''}"
+            found[label] = partial(within, name, partial(check_norm, channels, each_image, name, device))
     found["draw of 100 kernels"] = partial(check_draw, 100, device)
     return found
 
@@ -213,20 +215,25 @@ def check_layer(case: Case, precision: str, relu: bool, device: torch.device) ->
         of_rows = rows.undrawn_groups * k + rows.order
         u = everything.detach()[:, of_rows.flatten()].unflatten(1, of_rows.shape)
         df = random(2, (groups - 1) * k, *u.shape[3:])
-        scale, shift = (None, None) if relu else (torch.randn(groups - 1, k, device=device) for _ in range(2))
-        if scale is not None and shift is not None:
-            u = u * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
-        a, b = (None if one is None else one[None, :, :, None, None] for one in (scale, shift))
-        formula = undrawn.formula(a, b, "relu")
-        dz, dz_again = (load("triton").gate_gradient(formula, df) for _ in range(2))
-        _same_bits([dz], [dz_again])
-        pairs["gates"] = (dz, (df.double().unflatten(1, of_rows.shape) * u.relu()).sum((0, 3, 4)))
+        # Without a norm; or behind a batch norm, and behind a norm of each image.
+        forms = [("gates", 1, "relu"), *([] if relu else [("gates, each image", 2, "leaky_relu")])]
+        for name, images, activation in forms:
+            h, scale, shift = u, None, None
+            if not relu:
+                scale, shift = torch.randn(2, images, groups - 1, k, 1, 1, device=device)
+                h = u * scale.double() + shift.double()
+            formula = undrawn.formula(scale, shift, activation)
+            dz, dz_again = (load("triton").gate_gradient(formula, df) for _ in range(2))
+            _same_bits([dz], [dz_again])
+            h = ACTIVATIONS[activation](h)
+            pairs[name] = (dz, (df.double().unflatten(1, of_rows.shape) * h).sum((0, 3, 4)))
     return _errors(pairs)
 
 
-def check_norm(channels: int, precision: str, device: torch.device) -> dict[str, float]:
-    """The relative errors of batch normalisation, ReLU and shortcut in one go, forward and backward, against torch's
-    own in float64."""
+def check_norm(channels: int, each_image: bool, precision: str, device: torch.device) -> dict[str, float]:
+    """The relative errors of a normalisation, its activation and the shortcut in one go, forward and backward, against
+    torch's own in float64: of a batch normalisation and ReLU, or, with each_image, of an instance normalisation and
+    leaky ReLU."""
     torch.manual_seed(0)
     size = (9, 7) if device.type == "cpu" else (37, 70)
     dtype, kernels = PRECISIONS[precision].dtype, load("triton")
@@ -238,9 +245,9 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
     )
     u = u + torch.linspace(-3, 3, channels, device=device).to(dtype)[:, None, None]
     weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+    norm = Norm(weight, bias, order, 1e-5, "leaky_relu" if each_image else "relu", each_image)
 
     def run() -> list[Tensor]:
-        norm = Norm(weight, bias, order, 1e-5, "relu")
         y, mean, var, _ = kernels.normalise(u, norm, residual)
         gradients = kernels.normalise_gradient(dy, u, norm, mean, var, add)
         return [y, mean, var, *gradients]
@@ -248,11 +255,15 @@ def check_norm(channels: int, precision: str, device: torch.device) -> dict[str,
     found, again = run(), run()
     _same_bits(found, again)
     exact_u, exact_weight, exact_bias = (t.double().requires_grad_() for t in (u, weight, bias))
-    h = F.batch_norm(exact_u, None, None, exact_weight[order], exact_bias[order], True, 0.0, 1e-5).relu()
+    of_rows = exact_weight[order], exact_bias[order], True, 0.0, 1e-5
+    if each_image:
+        h = F.leaky_relu(F.instance_norm(exact_u, None, None, *of_rows))
+    else:
+        h = F.batch_norm(exact_u, None, None, *of_rows).relu()
     du, dweight, dbias = torch.autograd.grad(h, (exact_u, exact_weight, exact_bias), dy.double())
-    var, mean = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(u.double(), (2, 3) if each_image else (0, 2, 3), correction=0)
     inverse = torch.argsort(order)
-    exact = [h + residual.double(), mean[inverse], var[inverse], du + add.double(), dweight, dbias]
+    exact = [h + residual.double(), mean[..., inverse], var[..., inverse], du + add.double(), dweight, dbias]
     names = ("forward", "mean", "variance", "dx", "dweight", "dbias")
     return _errors(dict(zip(names, zip(found, exact, strict=True), strict=True)))
 

@@ -16,10 +16,11 @@ CHECKS = checks.checks(torch.device("cpu"))
 UNDRAWN = "float32 16->16 in 3 groups, undrawn, arrow, 3x3"
 PACKED = "float32 16->16 in 3 groups, packed, arrow, 3x3"
 NORM = "float32 normalisation of 16 channels"
+OF_EACH_IMAGE = NORM + " of each image"
 DRAW = "draw of 100 kernels"
 
 
-@pytest.mark.parametrize("name", [PACKED, UNDRAWN, NORM, DRAW])
+@pytest.mark.parametrize("name", [PACKED, UNDRAWN, NORM, OF_EACH_IMAGE, DRAW])
 def test_the_kernels_are_right(name):
     errors = CHECKS[name]()
     assert errors
@@ -46,6 +47,31 @@ SLIGHTLY = off(lambda t: t * 1.0001)
 NOISY = off(lambda t: t * (1 + 1e-6 * torch.rand(())))
 
 
+def without_slope(function):
+    """The leaky ReLU as a plain one."""
+    return lambda dy, u, norm, *rest: function(dy, u, norm._replace(activation="relu"), *rest)
+
+
+def of_the_first_image(function):
+    """All images have the scale and shift of the first one."""
+
+    def wrong(formula, dundrawn):
+        first = (None if values is None else values[:1] for values in (formula.scale, formula.shift))
+        return function(formula._replace(**dict(zip(("scale", "shift"), first, strict=True))), dundrawn)
+
+    return wrong
+
+
+def of_the_batch(function):
+    """All images have the statistics of the batch."""
+
+    def wrong(u, norm, residual, **options):
+        y, mean, var, affine = function(u, norm._replace(each_image=False), residual, **options)
+        return y, mean.repeat(len(u), 1), var.repeat(len(u), 1), affine
+
+    return wrong
+
+
 @pytest.mark.parametrize(
     ("check", "function", "planted", "said"),
     [
@@ -54,6 +80,9 @@ NOISY = off(lambda t: t * (1 + 1e-6 * torch.rand(())))
         (UNDRAWN, "gate_gradient", SLIGHTLY, "relative errors {'gates'"),
         (NORM, "normalise", SLIGHTLY, "relative errors {'forward'"),
         (NORM, "normalise_gradient", SLIGHTLY, "relative errors {'dx'"),
+        (OF_EACH_IMAGE, "normalise", of_the_batch, "relative errors {'forward'"),
+        (OF_EACH_IMAGE, "normalise_gradient", without_slope, "relative errors {'dx'"),
+        (UNDRAWN, "gate_gradient", of_the_first_image, "relative errors {'gates, each image'"),
         (PACKED, "_convolve", NOISY, "a second run gave other bits"),
         (NORM, "normalise", NOISY, "a second run gave other bits"),
         (DRAW, "normalise", lambda f: lambda u, *a, **o: f(u * 1.01, *a, **o), "relative errors"),

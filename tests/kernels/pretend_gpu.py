@@ -119,15 +119,15 @@ def step(layers: list[SFGConv2d]) -> dict[str, int]:
     return counts
 
 
-def of_a_layer(estimator: str) -> dict[str, int]:
-    """The same for one layer more, behind a normalisation, amid others; its groups are drawn already."""
+def of_a_layer(estimator: str, norm: str = "batch", activation: str = "relu") -> dict[str, int]:
+    """The same for one layer more, with a normalisation, amid others; its groups are drawn already."""
     kernels.missing, kernels.cannot, kernels.sample = lambda: None, lambda x: None, sampled
     run.through_operators = lambda kernels: False  # a count is no graph
     options: dict[str, Any] = {
         "padding": 1,
         "tasks": 2,
-        "norm": "batch",
-        "activation": "relu",
+        "norm": norm,
+        "activation": activation,
         "bias": False,
         "estimator": estimator,
     }
@@ -149,10 +149,12 @@ def main() -> None:
     affine = torch.ones(32), torch.zeros(32)
     for _ in range(50):
         norm = Norm(*affine, torch.randperm(32), 1e-5, "relu")
+        each_image = Norm(*affine, torch.randperm(32), 1e-5, "leaky_relu", each_image=True)
         running = RunningStatistics(torch.zeros(3, 32), torch.ones(3, 32), torch.zeros(3, 32), *affine)
         moves = MovingStatistics(running, torch.zeros(32, dtype=torch.int64), 0.1)
-        y, mean, var, _ = kernels.normalise(x, norm, x, moves=moves)
-        kernels.normalise_gradient(y, x, norm, mean, var, x)
+        for how, moved in ((norm, moves), (each_image, None)):
+            y, mean, var, _ = kernels.normalise(x, how, x, moves=moved)
+            kernels.normalise_gradient(y, x, how, mean, var, x)
     for stride in (1, 2):
         for _ in range(50):
             kernels.sample(torch.randn(32, 3), torch.randn(32, 3))
@@ -172,12 +174,15 @@ def main() -> None:
                         df = y.new_empty(2, 64, *y.shape[2:])
                         undrawn = UndrawnFormula(read, kept_product, packed, spec, None, None, "relu")
                         kernels.gate_gradient(undrawn, df)
+                        scale, shift = torch.ones(2, 1, 32), torch.zeros(2, 1, 32)  # of each image
+                        kernels.gate_gradient(undrawn._replace(scale=scale, shift=shift, activation="leaky_relu"), df)
     found = {}
     for name in names:
         function = getattr(kernels, name + "_kernel")
         found[name] = sum(len(caches[0]) for caches in function.device_caches.values())
     launched = len(Launcher.launched)
     layers = {estimator: of_a_layer(estimator) for estimator in ("straight_through", "selected")}
+    layers["straight_through, instance norm"] = of_a_layer("straight_through", "instance", "leaky_relu")
     print(json.dumps({"compiled": found, "launched": launched, "of a layer": layers}))
 
 

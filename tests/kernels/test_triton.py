@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sfg_fast.kernels.spec import Geometry, Norm, RoutedConv, ShortcutGradient, UndrawnFormula
 
@@ -171,20 +171,13 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
     """What undrawn gates get. x and weight in the layer's own order."""
     rows, columns = (dataclasses.replace(side, all_gates=True) for side in (spec.rows, spec.columns))
     spec = spec._replace(rows=rows, columns=columns)
-    arrow, into, dtype, eps = p.routing == "arrow", columns.assignment, p.dtype, torch.finfo(p.dtype).eps
-    everywhere, gets = [], []  # u of every kernel in every group, and what every channel gets from every group's rows
+    arrow, dtype, eps = p.routing == "arrow", p.dtype, torch.finfo(p.dtype).eps
+    everywhere, gets = of_every_group(spec, x, weight, bias), []  # gets: every channel, from every group's rows
     for group in range(len(rows.names)):
-        read = (into == group) | ((into == 0) & arrow)
-        everywhere.append(F.conv2d(x * read[:, None, None], weight, bias, *spec.geometry)[:, rows.order])
         by = (rows.assignment == group) | torch.tensor(arrow and group == 0)
         zeros = torch.zeros_like(x).requires_grad_()
         y = F.conv2d(zeros, weight * by[:, None, None, None], None, *spec.geometry)[:, rows.order]
         gets.append(torch.autograd.grad(y, zeros, dy)[0][:, columns.order])
-
-    def undrawn(tensors, groups):
-        """[N, T, channels, H, W]"""
-        found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn_groups]
-        return torch.stack(found, 1)
 
     px, terms = x[:, columns.order].to(dtype), sum(p.columns) * p.kernel[0] * p.kernel[1] + 2
     bias = None if bias is None else bias.to(dtype)
@@ -213,6 +206,22 @@ def check_undrawn(p, spec, x, weight, bias, dy, random):
     bound = 8 * eps * (terms * u[0, 0, 0].numel() * u.shape[0]) ** 0.5 * terms**0.5
     assert (dz.double() - exact).abs().max() <= bound
     assert torch.equal(dz, kernels.gate_gradient(features, df.flatten(1, 2).to(dtype)))
+
+
+def of_every_group(spec, x, weight, bias):
+    """u [N, rows, H, W] that every kernel would have in every group, in the order of the rows. x and weight in the
+    layer's own order."""
+    found = []
+    for group in range(len(spec.rows.names)):
+        read = (spec.columns.assignment == group) | ((spec.columns.assignment == 0) & (spec.routing is Routing.ARROW))
+        found.append(F.conv2d(x * read[:, None, None], weight, bias, *spec.geometry)[:, spec.rows.order])
+    return found
+
+
+def undrawn(tensors, groups):
+    """Those of the undrawn rows, [N, T, channels, H, W], from the tensors of every group."""
+    found = [torch.stack([tensors[int(g)][:, c] for c, g in enumerate(n)], 1) for n in groups.undrawn_groups]
+    return torch.stack(found, 1)
 
 
 def close(actual, exact, eps, terms, what):
@@ -326,12 +335,43 @@ def test_wide_layers_are_convolved_by_cudnn(monkeypatch, width, fused):
     assert used == ([False] * forward + [True] * backward if width == 64 else [])
 
 
-def small_problem(dtype=torch.float32):
+def small_problem(all_gates=False):
     into, out = torch.tensor([1, 0, 2, 2, 0]), torch.tensor([2, 2, 0, 1])
-    spec = RoutedConv(
-        *(FilterGroups.from_assignment(side) for side in (out, into)), Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1))
-    )
-    return torch.randn(2, 5, 6, 5, dtype=dtype), torch.randn(4, 5, 3, 3, dtype=dtype), spec
+    sides = (FilterGroups.from_assignment(side, 2, all_gates=all_gates) for side in (out, into))
+    spec = RoutedConv(*sides, Routing.ARROW, Geometry((1, 1), (1, 1), (1, 1)))
+    return torch.randn(2, 5, 6, 5), torch.randn(4, 5, 3, 3), spec
+
+
+SLOPES = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}  # of each activation, below zero
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "activation", "dtype"),
+    [
+        (1, 1, None, torch.float32),
+        (1, 2, "leaky_relu", torch.float16),
+        (2, 1, "leaky_relu", torch.float32),
+        (2, 2, "relu", torch.float16),
+        (2, 2, "leaky_relu", torch.float32),
+    ],
+)
+def test_the_gates_gradient_behind_a_scale_and_shift(path, poisoned, images, groups, activation, dtype):
+    """Of each image or of all, of each group or of all. An image has several tiles, strips and walks."""
+    _, weight, spec = small_problem(all_gates=True)
+    x, weight, bias = torch.randn(2, 5, 9, 20).to(dtype), weight.to(dtype), torch.randn(4).to(dtype)
+    u = undrawn(of_every_group(spec, x.double(), weight.double(), bias.double()), spec.rows)
+    df = torch.randn(2, 2, 4, 9, 20).to(dtype)
+    scale, shift = torch.randn(2, images, groups, 4)
+    h = u * scale[..., None, None].double() + shift[..., None, None].double()
+    exact = (df.double() * torch.where(h > 0, h, SLOPES[activation] * h)).sum((0, 3, 4))
+
+    packed, read = kernels.pack(weight, bias, spec, dtype), x[:, spec.columns.order]
+    _, kept_product = kernels.forward(read, packed, spec, keep_product=True)
+    formula = UndrawnFormula(read, kept_product, packed, spec, scale, shift, activation)
+    dz = kernels.gate_gradient(formula, df.flatten(1, 2))
+    terms, positions = 5 * 9 + 2, 2 * 9 * 20  # as in check_undrawn
+    assert (dz.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * terms * positions**0.5
+    assert torch.equal(dz, kernels.gate_gradient(formula, df.flatten(1, 2)))
 
 
 def test_64_bit_offsets_give_the_same(monkeypatch):
@@ -558,15 +598,20 @@ def test_sums_of_many_tasks_are_no_walk(tasks, device):
 @settings(max_examples=30, deadline=None, **FORCED)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(2, 13), st.integers(1, 13)),
-    st.sampled_from([None, "relu"]),
+    st.booleans(),
+    st.sampled_from(list(SLOPES)),
     st.booleans(),
     st.sampled_from([torch.float64, torch.float32, torch.float16]),
     st.sampled_from([0.0, 30.0]),
     st.sampled_from([1, 3, 100]),
     st.integers(0, 2**16),
 )
-def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiprocessors, seed):
-    """Against torch's batch normalisation in float64, and autograd through it; the same bits twice."""
+@example((1, 5, 1, 2), True, "leaky_relu", True, torch.float16, 0.0, 1, 0)
+@example((3, 67, 9, 13), True, "leaky_relu", True, torch.float32, 30.0, 100, 0)
+@example((3, 67, 9, 13), True, "relu", False, torch.float16, 0.0, 3, 0)
+def test_normalise(poisoned, shape, each_image, activation, residual, dtype, mean, multiprocessors, seed):
+    """Batch and instance normalisation against their formula in float64, and autograd through it; the same bits
+    twice."""
     generator, c = torch.Generator().manual_seed(seed), shape[1]
 
     def random(*size, like=dtype):
@@ -577,42 +622,62 @@ def test_normalise(poisoned, shape, activation, residual, dtype, mean, multiproc
     weight, bias, order = random(c, like=sums), random(c, like=sums), torch.randperm(c, generator=generator)
     add, more = (random(*shape) if residual else None for _ in range(2))
     exact = [t.double().requires_grad_() for t in (u, weight, bias)]
-    v = F.batch_norm(exact[0], None, None, exact[1][order], exact[2][order], True, 0.1, 1e-5)
+    over = (2, 3) if each_image else (0, 2, 3)
+    var0, mean0 = torch.var_mean(exact[0], over, correction=0, keepdim=True)
+    scale0 = exact[1][order, None, None] / (var0 + 1e-5).sqrt()
+    shift0 = exact[2][order, None, None] - mean0 * scale0
+    v = scale0 * exact[0] + shift0
     eps = torch.finfo(sums).eps
+    # As on the CPU (test_native.py), and results rounded to the dtype. What is lost of u - mean, `lost`, is divided by
+    # the standard deviation; with few values this may be small.
+    narrow = (var0.detach() + 1e-5).sqrt().min().item()
+    lost = 1 + u.abs().max().item() / narrow
     if activation:  # within rounding of 0 either side of the ReLU is right: there dy is 0
-        dy.masked_fill_(v.detach().abs() < 1e3 * eps * (1 + mean), 0)
-    expected = F.relu(v) if activation else v
+        dy.masked_fill_(v.detach().abs() < 1e2 * eps * lost, 0)
+    expected = torch.where(v > 0, v, SLOPES[activation] * v)
     expected.backward(dy.double())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "device_of", lambda _: config.Device(multiprocessors, 90, 227 << 10))
-        norm = Norm(weight, bias, order, 1e-5, activation)
-        y, average, var, _ = kernels.normalise(u, norm, add)
+        norm = Norm(weight, bias, order, 1e-5, activation, each_image)
+        y, average, var, affine = kernels.normalise(u, norm, add)
         arguments = dy, u, norm, average, var, more
         du, dweight, dbias = kernels.normalise_gradient(*arguments)
         again = kernels.normalise_gradient(*arguments)
     assert all(map(torch.equal, (du, dweight, dbias), again))
-    var0, mean0 = (moment[torch.argsort(order)] for moment in torch.var_mean(u.double(), (0, 2, 3), correction=0))
-    # As on the CPU (test_native.py), and results rounded to the dtype.
-    condition = (mean0.abs() / var0.sqrt()).max().item()  # of u - mean: two values may be close to one another
-    bound, rounding = 32 * eps * (1 + condition), torch.finfo(dtype).eps
-    count = u.numel() // c
+    of_each = (shape[0],) if each_image else ()
+    by_kernel = [moment.reshape(*of_each, c)[..., torch.argsort(order)] for moment in (mean0, var0)]
+    bound, rounding, count = 32 * eps * lost, torch.finfo(dtype).eps, u.numel() // c
     for found, wanted, scale, precision in (
-        (y, expected.detach() + (0 if add is None else add), 4, rounding),
-        (average, mean0, 3 + mean, eps),
-        (var, var0, 9, eps),
-        (du, exact[0].grad + (0 if more is None else more), 4, rounding),
+        (y, expected + (0 if add is None else add), 4, rounding),
+        (average, by_kernel[0], 3 + mean, eps),
+        (var, by_kernel[1], 9, eps),
+        (affine, torch.stack([scale0, shift0]).reshape(2, *of_each, c), (4 + mean) / narrow, eps),
+        (du, exact[0].grad + (0 if more is None else more), 4 + 4 / narrow, rounding),
         (dweight, exact[1].grad, 4 * count**0.5, eps),
         (dbias, exact[2].grad, 4 * count**0.5, eps),
     ):
         wanted = wanted.detach()
+        assert found.shape == wanted.shape
         assert ((found.double() - wanted).abs() <= bound * scale + precision * (1 + wanted.abs())).all()
 
 
-def test_normalise_lets_nan_through():
+def test_normalise_each_image_of_none(poisoned):
+    u, norm = torch.zeros(0, 5, 3, 4), Norm(torch.ones(5), torch.zeros(5), None, 1e-5, "relu", each_image=True)
+    y, mean, var, affine = kernels.normalise(u, norm, u)
+    assert y.shape == u.shape
+    assert affine.shape == (2, 0, 5)
+    du, dweight, dbias = kernels.normalise_gradient(y, u, norm, mean, var, None)
+    assert du.shape == u.shape
+    assert torch.equal(dweight, torch.zeros(5))
+    assert torch.equal(dbias, torch.zeros(5))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_normalise_lets_nan_through(activation):
     u = torch.randn(1, 2, 5, 5)
     u[0, 1, 2, 2] = float("nan")
-    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, "relu")
+    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, activation)
     y, mean, var, _ = kernels.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
