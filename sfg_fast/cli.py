@@ -280,8 +280,9 @@ def freeze(run: str, out: str, tasks: list[str] | None = None) -> None:
 
     Args:
         run: folder of a trained run.
-        out: file to be made. It maps a normalised MR [N, channels, H, W], or an image of 0 .. 255, to numbers in their
-            unit, such as a CT in HU, and probabilities of labels or classes.
+        out: file to be made. It maps a normalised MR [N, channels, H, W] (patches [N, channels, D, H, W] of a run with
+            3-D patches), or an image of 0 .. 255, to numbers in their unit, such as a CT in HU, and probabilities of
+            labels or classes.
         tasks: which outputs, by default all of the run.
     """
     from .evaluation.export import export_run

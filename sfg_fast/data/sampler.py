@@ -1,18 +1,20 @@
-"""Samplers give random axial slices, or images, for training, as a function of the seed and the position in the run
-alone.
+"""Samplers give random axial slices, 3-D patches, or images, for training, as a function of the seed and the position
+in the run alone.
 
 So a resumed run needs no state, several processes share the work without talking to each other, and it doesn't matter
-how many workers read ahead. Slices are read through the memory maps of a few cases at a time, so that the memory of a
-process does not grow with the cohort.
+how many workers read ahead. Slices and patches are read through the memory maps of a few cases at a time, so that the
+memory of a process does not grow with the cohort.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from ..errors import InputError
 from .cache import DTYPES, BlockArrays, Cache, CaseArrays
@@ -25,7 +27,7 @@ class _Sampler:
     """Batches of a split, each a function of the seed and the step. Several processes (`rank` of `ranks`) take turns:
     their batches of one step together are the batch of a single process with `batch * ranks` examples."""
 
-    examples: ClassVar[str]
+    examples: str
     """What the examples are, in a word."""
     open_at_a_time: ClassVar[int]
     """How many cases, or blocks, stay open."""
@@ -46,7 +48,7 @@ class _Sampler:
         self._open = lru_cache(self.open_at_a_time)(self._opened)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_open")}
+        return {name: value for name, value in self.__dict__.items() if not hasattr(value, "cache_info")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -73,21 +75,23 @@ class _Sampler:
 
 
 class SliceSampler(_Sampler):
-    """Batches of random slices of a split.
+    """Batches of random slices of a split, or of random 3-D patches of its volumes.
 
-    The cases come up in a new random order in every epoch, each once. An example is a slice of its case, or with
-    `patch` (height, width) a random window of the slice. Without `patch` whole slices are given, which then need one
-    shape in all cases of the split. `foreground` is the share of examples (of cases with labels) that must show a
-    labelled voxel, of any label map; the others are drawn uniformly. A slice smaller than the window is centred in it
-    and padded: the MR with the slice's own minimum per channel, intensities with their `Target.padding`, labels with 0,
-    the mask with False.
+    The cases come up in a new random order in every epoch, each once. `patch` says what an example of a case is:
+    (height, width), a random window of a slice; (depth, height, width), a random window of the volume; or None, a whole
+    slice, which then needs one shape in all cases of the split. `foreground` is the share of examples (of cases with
+    labels) that must show a labelled voxel, of any label map; the others are drawn uniformly. A slice, or volume, that
+    is smaller than the window is centred in it and padded: the MR with the slice's, or volume's, own minimum per
+    channel, intensities with their `Target.padding`, labels with 0, the mask with False.
     With `bias` the MR of each example is multiplied, on the scanner's scale, by a random field as a receive coil makes
-    it: exp(bias * (a + b y + c x)), where a, b, c are standard normal and y, x go from -1 to 1 over the window.
+    it: exp(bias * (a + b y + c x)), where a, b, c are standard normal and y, x go from -1 to 1 over the window. In 3-D
+    patches the depth has a term of its own.
 
     Several processes (`rank` of `ranks`) take turns: their batches of one step together are the batch of a single
-    process with `batch * ranks` examples. len() is the number of slices in the split. The sampler is a map-style
-    dataset of steps for torch's DataLoader. Raises InputError for an empty split or values out of range, and at an
-    example whose files have changed since its case was first opened.
+    process with `batch * ranks` examples. len() is the number of slices in the split. It is so for 3-D patches, too:
+    as N of eq. 2 it gives the penalties the same weight in both. The sampler is a map-style dataset of steps for
+    torch's DataLoader. Raises InputError for an empty split or values out of range, and at an example whose files have
+    changed since its case was first opened.
     """
 
     examples = "slices"
@@ -98,7 +102,7 @@ class SliceSampler(_Sampler):
         cache: Cache,
         split: str,
         batch: int,
-        patch: tuple[int, int] | None,
+        patch: Sequence[int] | None,
         seed: int,
         bias: float = 0.0,
         foreground: float = 0.0,
@@ -109,10 +113,11 @@ class SliceSampler(_Sampler):
         super().__init__(cache, split, batch, seed, rank, ranks)
         if cache.images is not None:
             raise InputError(f"{cache.path}: a cohort of images, expected one of volumes")
-        if batch < 1 or seed < 0 or (patch is not None and min(patch) < 1) or not 0 <= foreground <= 1:
+        good = patch is None or (len(patch) in (2, 3) and min(patch) >= 1)
+        if batch < 1 or seed < 0 or not good or not 0 <= foreground <= 1:
             raise InputError(
                 f"batch {batch}, patch {patch}, seed {seed}, foreground {foreground}: expected batch and patch >= 1, "
-                "seed >= 0, foreground from 0 to 1"
+                "seed >= 0, foreground from 0 to 1, two or three numbers in patch"
             )
         if patch is None:
             patch = tuple(self._entries[0]["shape"][1:])
@@ -122,10 +127,18 @@ class SliceSampler(_Sampler):
                         f"{cache.path}: slices of {self.names[0]} are {patch}, of {name} {tuple(entry['shape'][1:])}; "
                         "train on patches (patch=(height, width)) or resample to one shape"
                     )
-        self.patch, self.bias, self.foreground = patch, bias, foreground
+        self.patch, self.bias, self.foreground = tuple(patch), bias, foreground
+        if len(self.patch) == 3:
+            self.examples = "patches"
+        self._sizes = (1,) * (3 - len(self.patch)) + self.patch  # a slice is a window of depth 1
 
     def __len__(self) -> int:
         return sum(entry["shape"][0] for entry in self._entries)
+
+    @override
+    def _remember(self) -> None:
+        super()._remember()
+        self._minimum = lru_cache(None)(self._minimum_of)
 
     def _opened(self, name: str) -> CaseArrays:
         return self._cache.case(name)
@@ -134,64 +147,77 @@ class SliceSampler(_Sampler):
         return len(self.names)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names.
+        """The batch of a step: "inputs" float32 [N, C, H, W], "mask" bool [N, 1, H, W], "case" a list of N names. For
+        3-D patches [D, H, W] stands in the place of [H, W].
 
         For each target that any case of the split has, the batch also holds, by the target's name, intensities float32
         [N, 1, H, W] or labels int64 [N, H, W], and "has_NAME" bool [N]. Where an example's case has no such target,
         "has_NAME" is False and the target is padding alone.
         """
-        n, (h, w) = self.batch_size, self.patch
+        n = self.batch_size
         arrays: dict[str, np.ndarray] = {
-            "inputs": np.empty((n, self._cache.in_channels, h, w), np.float32),
-            "mask": np.zeros((n, 1, h, w), bool),
+            "inputs": np.empty((n, self._cache.in_channels, *self._sizes), np.float32),
+            "mask": np.zeros((n, 1, *self._sizes), bool),
         }
         for target in self._targets:
             if target.kind == "labels":
-                arrays[target.name] = np.zeros((n, h, w), np.int64)
+                arrays[target.name] = np.zeros((n, *self._sizes), np.int64)
             else:
-                arrays[target.name] = np.full((n, 1, h, w), target.padding, np.float32)
-        arrays |= {f"has_{target.name}": np.zeros(n, bool) for target in self._targets}
+                arrays[target.name] = np.full((n, 1, *self._sizes), target.padding, np.float32)
+        there = {f"has_{target.name}": np.zeros(n, bool) for target in self._targets}
         names = [
-            self._example(position, {key: array[i : i + 1] for key, array in arrays.items()})
+            self._example(position, {key: array[i : i + 1] for key, array in (arrays | there).items()})
             for i, position in enumerate(self._positions(step))
         ]
-        return {key: torch.from_numpy(array) for key, array in arrays.items()} | {"case": names}
+        found = {key: array.reshape(*array.shape[:-3], *self.patch) for key, array in arrays.items()} | there
+        return {key: torch.from_numpy(array) for key, array in found.items()} | {"case": names}
 
     def _example(self, position: int, out: dict[str, np.ndarray]) -> str:
-        """Writes the example at this position of the run to the arrays [1, ..] of `out`; returns its case's name."""
+        """Writes the example at this position of the run to the arrays [1, .., D, H, W] of `out`; returns its case's
+        name."""
         index = self._index(position)
-        entry, case = self._entries[index], self._open(self.names[index])
-        self._cache.check_unchanged(self.names[index])
+        name, entry = self.names[index], self._entries[index]
+        case = self._open(name)
+        self._cache.check_unchanged(name)
         rng = np.random.default_rng([self.seed, 1, position])
-        (height, width), (h, w) = case.mask.shape[1:], self.patch
-        z, around = self._slice(rng, entry, case)
-        from_y, to_y = _window(rng, height, h, around and around[0])
-        from_x, to_x = _window(rng, width, w, around and around[1])
-        inputs = case.inputs[z]
-        if height < h or width < w:
-            out["inputs"][0] = inputs.min(axis=(1, 2), keepdims=True)
-        out["inputs"][0, :, to_y, to_x] = inputs[:, from_y, from_x]
+        voxel, shape = self._labelled_voxel(rng, entry, case), case.mask.shape
+        windows = [
+            _window(rng, size, wanted, voxel and voxel[axis])
+            for axis, (size, wanted) in enumerate(zip(shape, self._sizes, strict=True))
+        ]
+        (z, to_z), (y, to_y), (x, to_x) = windows
+        place = (..., to_z, to_y, to_x)
+        if any(size < wanted for size, wanted in zip(shape, self._sizes, strict=True)):
+            lowest = case.inputs[z].min(axis=(0, 2, 3)) if len(self.patch) == 2 else self._minimum(name)
+            out["inputs"][0] = lowest[:, None, None, None]
+        out["inputs"][place] = case.inputs[z, :, y, x].swapaxes(0, 1)
         if self.bias:  # the field multiplies on the scanner's scale, whose zero is another number among z-scores
-            zero = np.array([-one["mean"] / one["sd"] for one in entry["mr_foreground"]], np.float32)[:, None, None]
-            out["inputs"][0] = (out["inputs"][0] - zero) * _coil(rng, self.bias, h, w) + zero
-        out["mask"][0, ..., to_y, to_x] = case.mask[z, from_y, from_x]
-        for name, values in case.targets.items():
-            out[name][0, ..., to_y, to_x] = values[z, from_y, from_x]
-            out[f"has_{name}"][0] = True
-        return self.names[index]
+            zero = np.array([-one["mean"] / one["sd"] for one in entry["mr_foreground"]], np.float32)
+            zero = zero[:, None, None, None]
+            out["inputs"][0] = (out["inputs"][0] - zero) * _coil(rng, self.bias, self.patch) + zero
+        out["mask"][place] = case.mask[z, y, x]
+        for target, values in case.targets.items():
+            out[target][place] = values[z, y, x]
+            out[f"has_{target}"][0] = True
+        return name
 
-    def _slice(
+    def _minimum_of(self, name: str) -> np.ndarray:
+        """The minimum [C] of each channel of a case's MR."""
+        return self._open(name).inputs.min(axis=(0, 2, 3))
+
+    def _labelled_voxel(
         self, rng: np.random.Generator, entry: dict[str, Any], case: CaseArrays
-    ) -> tuple[int, tuple[int, int] | None]:
-        """Draws a slice: its index, and the place (y, x) of a labelled voxel that has to be in the window, or None."""
+    ) -> tuple[int, int, int] | None:
+        """Draws the place (z, y, x) of a labelled voxel that the window has to show; None if it may show anything. The
+        slice is drawn first, so that the labels of this slice alone are read."""
         runs = entry["foreground_slices"]
         if not runs or rng.random() >= self.foreground:
-            return int(rng.integers(entry["shape"][0])), None
+            return None
         z = int(rng.choice(np.concatenate([np.arange(first, last) for first, last in runs])))
         maps = [array[z] for name, array in case.targets.items() if self._cache.targets[name].kind == "labels"]
         labelled = np.flatnonzero(np.any(maps, axis=0))
         y, x = divmod(int(labelled[rng.integers(len(labelled))]), case.mask.shape[2])
-        return z, (y, x)
+        return z, y, x
 
 
 class ImageSampler(_Sampler):
@@ -288,7 +314,7 @@ class ImageSampler(_Sampler):
 
 
 def _window(rng: np.random.Generator, size: int, wanted: int, around: int | None) -> tuple[slice, slice]:
-    """Draws a window along one axis: which part of the slice is taken (with `around` in it), and where in the window
+    """Draws a window along one axis: which part of the volume is taken (with `around` in it), and where in the window
     that part goes."""
     length = min(size, wanted)
     lowest, highest = 0, size - length
@@ -299,10 +325,13 @@ def _window(rng: np.random.Generator, size: int, wanted: int, around: int | None
     return slice(start, start + length), slice(before, before + length)
 
 
-def _coil(rng: np.random.Generator, strength: float, height: int, width: int) -> np.ndarray:
-    """A smooth positive field [height, width] around 1."""
-    level, slope_y, slope_x = (strength * rng.normal(size=3)).astype(np.float32)
-    return np.exp(level + slope_y * _from_minus_one_to_one(height)[:, None] + slope_x * _from_minus_one_to_one(width))
+def _coil(rng: np.random.Generator, strength: float, sizes: tuple[int, ...]) -> np.ndarray:
+    """A smooth positive field around 1, of these sizes."""
+    level, *slopes = (strength * rng.normal(size=1 + len(sizes))).astype(np.float32)
+    log = np.full(sizes, level, np.float32)
+    for axis, (slope, size) in enumerate(zip(slopes, sizes, strict=True)):
+        log += slope * _from_minus_one_to_one(size).reshape(-1, *[1] * (len(sizes) - 1 - axis))
+    return np.exp(log)
 
 
 @lru_cache(8)

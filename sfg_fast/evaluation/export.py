@@ -27,8 +27,9 @@ class Deployed(nn.Module):
     """A frozen network whose outputs are in the units of users: {task: `Task.deployed` of the task's output}.
 
     It reads MR slices [N, channels, H, W] that are normalised as `preprocess` does it: minus the mean of the volume's
-    foreground, divided by its SD. With `images` it reads images [N, channels, H, W] of 0 .. 255, of the size that the
-    network was trained on, and normalises them itself.
+    foreground, divided by its SD. A network of 3-D patches reads patches [N, channels, D, H, W] of it, of the size that
+    it was trained on. With `images` it reads images [N, channels, H, W] of 0 .. 255, of the size that the network was
+    trained on, and normalises them itself.
     """
 
     mean: Tensor
@@ -51,9 +52,10 @@ class Deployed(nn.Module):
 def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Deployed:
     """Write the learnt architecture of a run (argmax p) to OUT.onnx or OUT.pt2.
 
-    The exported network takes any number of MR slices of any size, or of images of the size that the run was trained
-    on. The file says as JSON (`tasks.to_json`) what its outputs are, with units, labels and classes: in ONNX's metadata
-    as "tasks", in a .pt2 as the extra file "tasks.json". tasks: the tasks that it has as outputs; None: all.
+    The exported network takes any number of MR slices of any size, or of 3-D patches or images of the size that the run
+    was trained on. The file says as JSON (`tasks.to_json`) what its outputs are, with units, labels and classes: in
+    ONNX's metadata as "tasks", in a .pt2 as the extra file "tasks.json". tasks: the tasks that it has as outputs; None:
+    all.
 
     Returns the network that was exported. Raises InputError for another file ending, a file that is there already, a
     run with a constant p, unknown tasks, or ONNX without the packages for it.
@@ -69,9 +71,13 @@ def export_run(run: Path, out: Path, tasks: Sequence[str] | None = None) -> Depl
         raise InputError(f"{run}: its grouping is drawn from a constant p, there is no learnt architecture to freeze")
     images, channels = trained.images, len(trained.channel_names)
     dynamic = {0: torch.export.Dim("batch")}
-    if images is None:
+    sizes: Sequence[int] = (48, 40) if images is None else images.size
+    if trained.config.spatial_dims == 3:
+        assert trained.config.patch is not None
+        sizes = trained.config.patch
+    elif images is None:
         dynamic |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    example = torch.zeros(2, channels, *((48, 40) if images is None else images.size))
+    example = torch.zeros(2, channels, *sizes)
     try:
         frozen = freeze(trained.model, tasks=tasks, example=example)
     except ValueError as error:

@@ -33,7 +33,8 @@ from .evaluate import ABOUT, TABLE, About, file_name, file_that_differs, hashes_
 SLICES_AT_ONCE = 16
 IMAGES_AT_ONCE = 64
 PATCH_OVERLAP = 0.5
-# A Gaussian weights the pixels of a patch most at its centre, where the network has seen most context.
+# A Gaussian weights the voxels of a patch most at its centre, where the network has seen most context. Its SD is an
+# eighth of the patch.
 PATCH_WEIGHTING = "gaussian"
 BY = {
     "map": "the most probable architecture",
@@ -74,7 +75,7 @@ class Predictor:
 
     def volume(self, inputs: np.ndarray, draws: int, by: str = "map", statistics: str = "running") -> Predicted:
         """Predict one volume slice by slice. A run that was trained on patches predicts overlapping patches of each
-        slice, which are averaged.
+        slice, or of the volume if its patches are 3-D, which are averaged.
 
         inputs: the MR as scanned, [C, Z, Y, X]. draws: how many drawn architectures the uncertainty comes from, the
         same for all slices; with 0 the uncertainty is 0. by: what the prediction itself comes from: "map", the most
@@ -83,7 +84,11 @@ class Predictor:
         uncertainty of classes is then that of these choices). statistics: features are normalised by the "running"
         statistics of training, or by those of each "batch" of slices, as the authors' public code does.
         """
-        slices = torch.from_numpy(np.ascontiguousarray(normalise(inputs).swapaxes(0, 1)))
+        normalised = normalise(inputs)
+        if self.config.spatial_dims == 3:
+            found = self._predicted(torch.from_numpy(normalised)[None], draws, by, statistics)
+            return {name: {key: array[0] for key, array in parts.items()} for name, parts in found.items()}
+        slices = torch.from_numpy(np.ascontiguousarray(normalised.swapaxes(0, 1)))
         return self._predicted(slices, draws, by, statistics)
 
     def of_images(
@@ -106,7 +111,7 @@ class Predictor:
         }
 
     def _predicted(self, x: Tensor, draws: int, by: str, statistics: str) -> Predicted:
-        """Predicts x [N, C, H, W], which is normalised as the network reads it."""
+        """Predicts x [N, C, H, W] or [N, C, D, H, W], which is normalised as the network reads it."""
         averaged = self.constant_p or (by != "map" and self.draws_anything)
         votes = averaged and by == "mode"
         mean, variance = self._moments(x, draws if averaged else 0, votes, statistics)
@@ -124,7 +129,7 @@ class Predictor:
         batches = _batches(len(x), IMAGES_AT_ONCE if self.images is not None else SLICES_AT_ONCE, statistics)
         for chosen in batches:
             with torch.random.fork_rng():
-                y = self._patches(x[torch.from_numpy(chosen)].to(self.device), draws, votes, statistics).cpu()
+                y = self._patches(x[torch.from_numpy(chosen)], draws, votes, statistics).cpu()
             mean, variance = y.chunk(2, 1)
             means.append(mean)
             variances.append(variance)
@@ -132,26 +137,35 @@ class Predictor:
         return torch.cat(means)[order], torch.cat(variances)[order]
 
     def _patches(self, batch: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
+        """Mean and variance of images [N, C, ..], in patches if the run was trained on them."""
         if self.config.patch is None:
-            return self._predict(batch, draws, votes, statistics)
+            return self._predict(batch.to(self.device), draws, votes, statistics)
         from monai.inferers import sliding_window_inference
+        from tqdm import tqdm
 
-        height, width = self.config.patch
-        # Smaller slices are padded as in training. (The sliding window itself would pad with 0, which is tissue.)
-        missing = [max(0, wanted - size) for wanted, size in zip((height, width), batch.shape[2:], strict=True)]
-        top, left = missing[0] // 2, missing[1] // 2
-        padded = batch.amin((2, 3), keepdim=True).repeat(1, 1, batch.shape[2] + missing[0], batch.shape[3] + missing[1])
-        padded[:, :, top : top + batch.shape[2], left : left + batch.shape[3]] = batch
-        y = sliding_window_inference(
-            padded,
-            (height, width),
-            SLICES_AT_ONCE,
-            lambda patches: self._predict(patches, draws, votes, statistics),
-            overlap=PATCH_OVERLAP,
-            mode=PATCH_WEIGHTING,
-        )
+        patch, volume = tuple(self.config.patch), self.config.spatial_dims == 3
+        padded, inside = padded_to(batch, patch)
+        count = count_patches(padded.shape[2:], patch)
+        quiet = {} if volume else {"disable": True}  # a slice takes no time; of volumes a bar does as TQDM_DISABLE says
+        # The outputs of a whole volume are put together on the CPU, so that a GPU holds no more than some patches.
+        with tqdm(total=count, desc="patches", unit="patch", leave=False, **quiet) as bar:
+
+            def predicted(patches: Tensor) -> Tensor:
+                y = self._predict(patches, draws, votes, statistics)
+                bar.update(len(patches))
+                return y
+
+            y = sliding_window_inference(
+                padded if volume else padded.to(self.device),
+                patch,
+                self.config.schedule.batch if volume else SLICES_AT_ONCE,
+                predicted,
+                overlap=PATCH_OVERLAP,
+                mode=PATCH_WEIGHTING,
+                sw_device=self.device,
+            )
         assert isinstance(y, Tensor)
-        return y[:, :, top : top + batch.shape[2], left : left + batch.shape[3]]
+        return y[(slice(None), slice(None), *inside)]
 
     def _predict(self, x: Tensor, draws: int, votes: bool, statistics: str) -> Tensor:
         torch.manual_seed(self.config.seed)
@@ -302,6 +316,29 @@ class Predictor:
             for key, values in found.items():
                 columns.append([repr(float(value)) if key else self.tasks[name].cell(value) for value in values])
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def padded_to(batch: Tensor, patch: Sequence[int]) -> tuple[Tensor, list[slice]]:
+    """The images [N, C, ..], where they are smaller than the patch padded as in training: each is centred, and its
+    minimum in each channel is around it. (The sliding window itself would pad with 0, which is tissue.) Also returns
+    where the images are in there, a slice for each axis."""
+    sizes = batch.shape[2:]
+    missing = [max(0, wanted - size) for wanted, size in zip(patch, sizes, strict=True)]
+    inside = [slice(more // 2, more // 2 + size) for more, size in zip(missing, sizes, strict=True)]
+    if not any(missing):
+        return batch, inside
+    lowest = batch.flatten(2).amin(2).view(*batch.shape[:2], *[1] * len(sizes))
+    padded = lowest.repeat(1, 1, *(more + size for more, size in zip(missing, sizes, strict=True)))
+    padded[(slice(None), slice(None), *inside)] = batch
+    return padded, inside
+
+
+def count_patches(sizes: Sequence[int], patch: Sequence[int]) -> int:
+    """How many patches the sliding window takes of an image of these sizes, which are none below the patch's."""
+    steps = [max(1, int(wanted * (1 - PATCH_OVERLAP))) for wanted in patch]
+    return math.prod(
+        math.ceil((size - wanted) / step) + 1 for size, wanted, step in zip(sizes, patch, steps, strict=True)
+    )
 
 
 def _batches(count: int, at_once: int, statistics: str) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..data.cases import Case, Cohort, LoadedCase
 from ..data.cohort import check_same_channels, check_same_targets, load_case
@@ -38,7 +39,7 @@ from .evaluate import (
     tasks_differ,
 )
 from .html import write_report
-from .predict import BY, Predictor
+from .predict import BY, Predictor, padded_to
 
 Drawn = list[tuple[str, str, Figure]]  # (name of the file without .png, caption, figure)
 
@@ -100,7 +101,8 @@ def report_on(run: Path, cohort: Cohort, predictions: Path, metrics: Path, out: 
 def _learnt(history: dict[str, Any], predictor: Predictor) -> Drawn:
     """The figures of what the network learnt, and how."""
     whose = "held-out" if any(predictor.splits.get(split) for split in ("val", "test")) else "training"
-    scored = f"a few {whose} images" if predictor.images is not None else f"one {whose} slice"
+    one = "patch" if predictor.config.spatial_dims == 3 else "slice"
+    scored = f"a few {whose} images" if predictor.images is not None else f"one {whose} {one}"
     return [
         (
             "allocation",
@@ -143,12 +145,12 @@ def _cases(
         predicted = read_prediction(predictions, case, loaded, tasks)
         uncertainty = read_uncertainty(predictions, case, loaded, tasks)
         z = telling_slice(loaded, targets)
-        image, in_plane = loaded.inputs[0, z], loaded.grid.spacing[1:]
+        in_plane = loaded.grid.spacing[1:]
         if index == 0:
-            maps = activation_maps(predictor, loaded.inputs, z)
+            seen, maps = activation_maps(predictor, loaded.inputs, z)
             caption = "Activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
-            drawn.append(("activation_maps", caption, figures.activation_maps(image, maps, in_plane)))
-        panels = [background := figures.mr_panel(image)]
+            drawn.append(("activation_maps", caption, figures.activation_maps(seen, maps, in_plane)))
+        panels = [background := figures.mr_panel(loaded.inputs[0, z])]
         for name, task in tasks.items():
             panels += task.panels(background, _slice(loaded.targets, task.target, z), _slice(predicted, name, z))
         for name, volume in uncertainty.items():
@@ -175,13 +177,21 @@ def _history(run: Path, predictor: Predictor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[str, list[tuple[str, np.ndarray]]]:
-    """The activations of the `KERNELS_SHOWN` kernels of lowest entropy in each group, from all layers: {group: [(title,
-    activation [Y, X]), ..]}.
+def activation_maps(
+    predictor: Predictor, inputs: np.ndarray, z: int
+) -> tuple[np.ndarray, dict[str, list[tuple[str, np.ndarray]]]]:
+    """The normalised MR [Y, X] that the network sees, and the activations of the `KERNELS_SHOWN` kernels of lowest
+    entropy in each group, from all layers: {group: [(title, activation [Y, X]), ..]}.
 
-    inputs: the MR as scanned, [C, Z, Y, X]. z: the index of the slice. A kernel's group is argmax p, or a draw if p is
+    inputs: the MR as scanned, [C, Z, Y, X]. z: the index of the slice. A network that was trained on 3-D patches sees a
+    patch in the middle of this slice, of which that slice is shown. A kernel's group is argmax p, or a draw if p is
     constant.
     """
+    volume, patch = torch.from_numpy(normalise(inputs))[None], predictor.config.patch
+    if patch is None or predictor.config.spatial_dims == 2:
+        x, at = volume[:, :, z], 0.0
+    else:
+        x, at = _patch_around(volume, patch, z)
     layers = sfg_layers(predictor.model)
     outputs: dict[str, Any] = {}
     hooks = [
@@ -190,7 +200,7 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
     ]
     with torch.random.fork_rng():
         torch.manual_seed(predictor.config.seed)  # a network with a constant p draws its groups here
-        predictor.model(torch.from_numpy(normalise(inputs)[None, :, z]).to(predictor.device))
+        predictor.model(x.to(predictor.device))
     for hook in hooks:
         hook.remove()
     groups = next(iter(layers.values())).group_names
@@ -204,8 +214,27 @@ def activation_maps(predictor: Predictor, inputs: np.ndarray, z: int) -> dict[st
         maps[group] = []
         for value, name, kernel in sorted(kernels, key=lambda row: row[0])[:KERNELS_SHOWN]:
             features: Features = outputs[name]
-            maps[group].append((f"{name} #{kernel}\nH = {value:.2f}", features.dense(group)[0, kernel].cpu().numpy()))
-    return maps
+            activation = _plane(features.dense(group)[0, kernel], at)
+            maps[group].append((f"{name} #{kernel}\nH = {value:.2f}", activation.cpu().numpy()))
+    return _plane(x[0, 0], at).numpy(), maps
+
+
+def _patch_around(volume: Tensor, patch: Sequence[int], z: int) -> tuple[Tensor, float]:
+    """The patch in the middle of the slice z of a volume [1, C, Z, Y, X], and at which share of its depth the middle of
+    that slice lies."""
+    padded, inside = padded_to(volume, patch)
+    middle = (z + inside[0].start, *(size // 2 for size in padded.shape[3:]))
+    starts = [
+        min(max(0, at - length // 2), size - length)
+        for at, length, size in zip(middle, patch, padded.shape[2:], strict=True)
+    ]
+    window = [slice(start, start + length) for start, length in zip(starts, patch, strict=True)]
+    return padded[(slice(None), slice(None), *window)], (middle[0] - starts[0] + 0.5) / patch[0]
+
+
+def _plane(values: Tensor, at: float) -> Tensor:
+    """The values [Y, X] themselves; of values [Z, Y, X] the slice at this share of the depth."""
+    return values if values.dim() == 2 else values[int(at * len(values))]
 
 
 def telling_slice(case: LoadedCase, targets: Mapping[str, Target]) -> int:

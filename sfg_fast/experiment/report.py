@@ -172,10 +172,10 @@ def _learnt(
         if shown is not None:
             case = load_case(shown, targets)
             z = telling_slice(case, targets)
-            maps = activation_maps(predictor, case.inputs, z)
+            seen, maps = activation_maps(predictor, case.inputs, z)
             caption = "activations of the kernels whose group is surest, lowest entropy first (paper, Fig. 3 right)."
             spacing = (case.grid.spacing[1], case.grid.spacing[2])
-            picture = figures.activation_maps(case.inputs[0, z], maps, spacing)
+            picture = figures.activation_maps(seen, maps, spacing)
             drawn.append((f"activation_maps {job.row}", f"{of}: {caption}", picture))
     return drawn
 

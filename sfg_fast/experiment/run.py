@@ -202,7 +202,7 @@ def _score_images(
 
 
 def _example(predictor: Predictor, case: Case) -> Tensor:
-    """An image of zeros [1, C, H, W], of the size that the network is run on."""
+    """An image of zeros [1, C, H, W], or a 3-D patch [1, C, D, H, W], of the size that the network is run on."""
     if predictor.images is not None:
         shape = (predictor.images.channels, *predictor.images.size)
     else:

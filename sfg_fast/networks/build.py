@@ -3,6 +3,7 @@ size."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from .vgg import SFGVGG
 
 NETWORKS: dict[str, Any] = {"highresnet": SFGHighResNet, "vgg": SFGVGG}
 """The networks by name. A class says whether its outputs are `per_image`, the `least_size` of its images, and which
-options set its size (`sizes`)."""
+options set its size (`sizes`). One that has the option `spatial_dims` reads volumes [N, C, D, H, W] with 3."""
 
 
 def build(
@@ -28,14 +29,15 @@ def build(
     **options: Any,
 ) -> nn.Module:
     """A network that takes images [N, in_channels, H, W] and returns {task: [N, outputs[task], H, W]}, or {task: [N,
-    outputs[task]]} if its outputs are per image.
+    outputs[task]]} if its outputs are per image. With `spatial_dims=3` images and outputs are [N, C, D, H, W].
 
     Args:
         name: one of `NETWORKS`.
         method: one of `methods.METHODS`.
         norm: "batch", or None for no normalisation.
-        options: further options of the network (`width`, `init` ..); for one that is None the network has a default.
-            The method `cross_stitch` draws nothing, so it ignores `init`, `estimator`, `noise_on` and `explore`.
+        options: further options of the network (`width`, `spatial_dims`, `init` ..); for one that is None the network
+            has a default. The method `cross_stitch` draws nothing, so it ignores `init`, `estimator`, `noise_on` and
+            `explore`.
 
     Raises ValueError for an unknown name, for an option that this network doesn't have, and for values that the network
     refuses.
@@ -43,15 +45,21 @@ def build(
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown, expected one of {', '.join(NETWORKS)}")
     network = NETWORKS[name]
-    known = (*network.sizes, "init", "estimator", "noise_on", "explore", "shared", "dropout")
+    own = dict.fromkeys([*network.sizes, *(["spatial_dims"] if reads_volumes(name) else [])])  # each once
+    known = (*own, "init", "estimator", "noise_on", "explore", "shared", "dropout")
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         if option not in known:
             raise ValueError(f"{option}={value!r}: {name} has no such option, expected {', '.join(known)}")
     if method == "cross_stitch":
-        sizes = {option: value for option, value in given.items() if option in (*network.sizes, "dropout")}
+        sizes = {option: value for option, value in given.items() if option in (*own, "dropout")}
         return CrossStitch(network, in_channels, outputs, norm=norm, **sizes)
     return network(in_channels, outputs, method=method, norm=norm, **given)
+
+
+def reads_volumes(name: str) -> bool:
+    """Whether the network of this name in `NETWORKS` reads volumes, if it is made with `spatial_dims=3`."""
+    return "spatial_dims" in inspect.signature(NETWORKS[name]).parameters
 
 
 def head_bias(network: Any, task: str) -> Tensor:
@@ -64,5 +72,5 @@ def head_bias(network: Any, task: str) -> Tensor:
 
 
 def least_size(network: Any) -> int:
-    """How many rows and columns the images of the network must have at least."""
+    """How many voxels the images of the network must have at least along each axis."""
     return network.least_size

@@ -234,7 +234,8 @@ def entropy(layer: SFGLayer) -> Tensor:
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], drawn: bool = False, *, image: int | str | None = None
 ) -> None:
-    """Re-estimate all running statistics from batches of images [N, C, H, W]; all batches have the same weight.
+    """Re-estimate all running statistics from batches of images [N, C, H, W], or volumes [N, C, D, H, W]; all batches
+    have the same weight.
 
     The running statistics of training are a mixture over draws, but a prediction by argmax p, and `freeze`, need those
     of this one assignment. So the statistics are estimated for argmax p, or the fixed assignment; with `drawn` for
@@ -306,9 +307,11 @@ def _image_in(batch: Any, where: int | str | None, like: Tensor) -> Tensor:
             raise ValueError(
                 f"recalibrate: image={where!r} is not in a batch that is a {type(batch).__name__}"
             ) from error
-    if not isinstance(found, Tensor) or found.dim() != 4:
+    if not isinstance(found, Tensor) or found.dim() not in (4, 5):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
-        raise ValueError(f"recalibrate got a batch whose images have {what}, expected a tensor [N, C, H, W]")
+        raise ValueError(
+            f"recalibrate got a batch whose images have {what}, expected a tensor [N, C, H, W] or [N, C, D, H, W]"
+        )
     if not torch.isfinite(found).all():
         raise ValueError("recalibrate got a batch with values that are NaN or infinite, expected images without")
     return found.to(like)
@@ -347,11 +350,12 @@ def predict(
     *,
     statistics: str = "running",
 ) -> dict[str, Prediction]:
-    """The prediction of a multi-task model for images x [N, C, H, W]: {task: (mean, variance)}.
+    """The prediction of a multi-task model for images x [N, C, H, W], or volumes x [N, C, D, H, W]: {task: (mean,
+    variance)}.
 
     Args:
         model: a network that returns {task: output}.
-        x: the images.
+        x: the images, or volumes.
         draws: 0: the prediction of argmax p, with variance zero. S > 0: mean and variance (divided by S) over S drawn
             architectures. A constant p (estimator `none`) needs draws, because its argmax means nothing.
         links: functions that are applied to a task's output before averaging, e.g. {"organs": lambda y: y.softmax(1)}.

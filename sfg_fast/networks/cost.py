@@ -38,7 +38,7 @@ def flops(model: nn.Module, example: Tensor) -> float:
     are the same in every call. Convolutions and matrix products count, as the current backend computes them: they are
     nearly all of the work. Normalisations, activations, poolings and cross-stitch units don't count.
 
-    `example` is [N, C, H, W] on the model's device; the operations of the pass are divided by N.
+    `example` is [N, C, H, W] or [N, C, D, H, W] on the model's device; the operations of the pass are divided by N.
     """
     draws = DRAWS if draws_from_constant_p(model) else 1
     devices = [] if example.device.type == "cpu" else [example.device]

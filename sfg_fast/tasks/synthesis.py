@@ -81,7 +81,7 @@ class Synthesis(NumberTask, kind="synthesis"):
         """Over the voxels in the mask: the sum of squared errors, the number of voxels, and the peak of the PSNR times
         that number."""
         assert mask is not None
-        inside = mask & there[:, None, None, None]
+        inside = mask & there.view(-1, *[1] * (mask.dim() - 1))
         true = target[inside]
         error = (output[:, :1] * self.output_unit - target)[inside].double()
         return {"squared": error.square().sum(), "voxels": inside.sum().double()} | self._width(true)

@@ -208,7 +208,7 @@ class Task(ABC):
     @abstractmethod
     def tally(self, output: Tensor, target: Tensor, there: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Sums over the examples of a batch, float64, which may be added up over batches. Only examples that have the
-        target count (`there`, bool [M]); of slices only the voxels in the `mask`, bool [M, 1, H, W]."""
+        target count (`there`, bool [M]); of volumes only the voxels in the `mask`, bool [M, 1, ..]."""
 
     @abstractmethod
     def scored(self, sums: Mapping[str, Tensor]) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import check_shape, one_line, read_text
-from ..networks.build import NETWORKS
+from ..networks.build import NETWORKS, reads_volumes
 from ..networks.methods import METHODS
 from ..tasks import USUAL, of_images, read_tasks
 
@@ -151,7 +151,8 @@ class TrainConfig:
         folds: train on k - 1 of k parts of the cohort's train and val cases and validate on the other, one after the
             other, to OUT/fold_0 ..; the parts are in DATA/splits_final.json. null: the cohort's own split.
         fold: only this one of the folds, 0 .. k - 1.
-        patch: height and width of random in-plane patches in voxels; null for whole slices. (Of volumes.)
+        patch: height and width of random in-plane patches in voxels; or depth, height and width of 3-D patches, for a
+            network that reads volumes; null for whole slices. (Of volumes.)
         foreground: share of the slices (or patches) that must show a label. (Of volumes.)
         bias: augmentation: strength of a random smooth bias field on the MR (log scale); 0 for none. (Of
             volumes.)
@@ -171,7 +172,7 @@ class TrainConfig:
             whole batch). Otherwise each process draws its own.
         log_every: steps between looks at held-out examples and at the grouping.
         checkpoint_every: steps between checkpoints, and between looks at the validation split.
-        validation_slices: how many slices (or images) of the validation split are looked at.
+        validation_slices: how many slices (or patches, or images) of the validation split are looked at.
         keep: how many checkpoints to resume from are kept.
         max_bad_steps: how many steps with a gradient that isn't finite are left out before the run gives up.
     """
@@ -202,6 +203,11 @@ class TrainConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
+
+    @property
+    def spatial_dims(self) -> int:
+        """How many axes an example has: 3 with 3-D patches, else 2."""
+        return 2 if self.patch is None else len(self.patch)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -265,8 +271,8 @@ def check(config: TrainConfig) -> None:
     check_shape(dataclasses.asdict(config), TrainConfig, "the configuration")
     schedule, objective, network = config.schedule, config.objective, config.network
     _check_examples(config)
-    if config.patch is not None and (len(config.patch) != 2 or min(config.patch) < 1):
-        refuse("patch", config.patch, "null, or height and width in voxels")
+    if config.patch is not None and (len(config.patch) not in (2, 3) or min(config.patch) < 1):
+        refuse("patch", config.patch, "null, or height and width in voxels, or depth, height and width")
     for key, count in {
         "schedule.steps": schedule.steps,
         "schedule.batch": schedule.batch,
@@ -326,6 +332,8 @@ def check(config: TrainConfig) -> None:
         refuse("seed", config.seed, "less than 2**63")
     if config.patch is not None and config.network.norm is not None and math.prod(config.patch) * schedule.batch == 1:
         refuse("patch", config.patch, "more than one voxel in a batch: one alone can't be normalised")
+    if config.spatial_dims == 3 and not reads_volumes(network.name):
+        refuse("patch", config.patch, f"null, or height and width, because network.name {network.name} reads slices")
     if schedule.patience is not None and schedule.patience < 1:
         refuse("schedule.patience", schedule.patience, "null, or at least 1")
     if config.folds is not None and config.folds < 2:

@@ -41,6 +41,7 @@ def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Tas
             explore=network.explore,
             shared=network.shared,
             dropout=network.dropout,
+            spatial_dims=3 if config.spatial_dims == 3 else None,
         )
         if network.method == "sfg":
             set_estimator(model, network.estimator, network.every)
@@ -164,8 +165,9 @@ def check_size(model: Any, config: TrainConfig, cache: Cache) -> None:
     least = least_size(model)
     if size is not None and min(size) < least:
         what = f"{config.data}: its images are" if config.patch is None else "patch is"
-        expected = f"expected at least {least} x {least} for network {config.network.name} (preprocess --size)"
-        raise InputError(f"{what} {size[0]} x {size[1]}, {expected}")
+        found, expected = (" x ".join(map(str, sizes)) for sizes in (size, [least] * len(size)))
+        how = " (preprocess --size)" if config.patch is None else ""
+        raise InputError(f"{what} {found}, expected at least {expected} for network {config.network.name}{how}")
 
 
 def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Task]) -> nn.Module:

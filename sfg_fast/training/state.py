@@ -94,7 +94,7 @@ class TrainingState:
         if config.same_assignment and self.processes.count > 1:
             synchronise(self.model)
         self.model.to(self.device)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and config.spatial_dims == 2:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = Objective(self.tasks, config.objective).to(self.device)
         self.optimiser = build_optimiser(config.schedule, self.model, self.objective, waits=not self.processes.one_gpu)
@@ -155,8 +155,9 @@ class TrainingState:
         own: dict[str, Any] = {"rank": processes.rank, "ranks": processes.count}
         make: Callable[..., SliceSampler | ImageSampler]
         if cache.images is None:
-            patch = None if config.patch is None else (config.patch[0], config.patch[1])
-            make = functools.partial(SliceSampler, cache, batch=config.schedule.batch, patch=patch, seed=config.seed)
+            make = functools.partial(
+                SliceSampler, cache, batch=config.schedule.batch, patch=config.patch, seed=config.seed
+            )
             augmented: dict[str, Any] = {"bias": config.bias, "foreground": config.foreground}
         else:
             make = functools.partial(ImageSampler, cache, batch=config.schedule.batch, seed=config.seed)
@@ -164,7 +165,7 @@ class TrainingState:
         self.sampler = make(split="train", **augmented, **own)
         self.calibration = make(split="train", **augmented)  # the same in all processes
         self.validation = make(split="val", **own) if cache.names("val") else None
-        self.monitored = held_out(cache)
+        self.monitored = held_out(cache, config.patch)
         if config.schedule.patience is not None and self.validation is None:
             raise InputError(
                 f"schedule.patience={config.schedule.patience!r}: {config.data} has no case of split val, expected one"

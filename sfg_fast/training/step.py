@@ -25,13 +25,14 @@ Batch = dict[str, Any]
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The mini-batch with its tensors on the device. On a GPU images are channels_last, as the network is there."""
-    gpu = device.type == "cuda"
+    """The mini-batch with its tensors on the device. On a GPU images [N, C, H, W] are channels_last, as the network is
+    there. A network of volumes stays as it was made, and so do its batches."""
+    images = device.type == "cuda" and batch["inputs"].dim() == 4
     return {
         name: value.to(
             device,
             non_blocking=True,
-            memory_format=torch.channels_last if gpu and value.dim() == 4 else torch.preserve_format,
+            memory_format=torch.channels_last if images and value.dim() == 4 else torch.preserve_format,
         )
         if isinstance(value, Tensor)
         else value

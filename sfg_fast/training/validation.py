@@ -7,7 +7,7 @@ Results come from whole volumes, or all images: `sfg-fast predict` and `sfg-fast
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.cache import Cache
-from ..data.sampler import ImageSampler
+from ..data.sampler import ImageSampler, SliceSampler
 from ..networks.controls import draws_from_constant_p, norm_buffers, recalibrate
 from ..tasks import Task
 from .objective import Objective
@@ -84,13 +84,15 @@ def validate(
     return sums
 
 
-def held_out(cache: Cache) -> dict[str, Any]:
+def held_out(cache: Cache, patch: Sequence[int] | None = None) -> dict[str, Any]:
     """A batch of the val split, else of the test split, else of the training cases. Of volumes it is one slice of the
-    first case, the one with most labelled voxels (the middle one without labels); of images it is a random batch,
-    always the same."""
+    first case, the one with most labelled voxels (the middle one without labels). Where `patch` has three numbers, it
+    is a random 3-D patch that shows labels, always the same; of images it is a random batch, always the same."""
     split = next(split for split in ("val", "test", "train") if cache.names(split))
     if cache.images is not None:
         return ImageSampler(cache, split, IMAGES_WATCHED, seed=0)[0]
+    if patch is not None and len(patch) == 3:
+        return SliceSampler(cache, split, 1, patch, seed=0, foreground=1.0)[0]
     case = cache.case(cache.names(split)[0])
     labelled = [case.targets[name] > 0 for name in case.targets if cache.targets[name].kind == "labels"]
     z = int(np.sum([one.sum((1, 2)) for one in labelled], 0).argmax()) if labelled else len(case.inputs) // 2

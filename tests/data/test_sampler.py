@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sfg_fast.data import Grid, SliceSampler, preprocess, write_volume
+from sfg_fast.data.cache import CaseArrays
 from sfg_fast.errors import InputError
 
 from .small_cohort import AFFINE, SHAPES, write_cohort
@@ -213,3 +214,116 @@ def test_a_batch_is_a_copy(cache):
 def test_bad_sampling_is_refused(cache, arguments, message):
     with pytest.raises(InputError, match=message):
         SliceSampler(cache, *arguments)
+
+
+# --- 3-D patches ------------------------------------------------------------------------------------------------------
+
+
+def test_3d_patches_are_pieces_of_the_volumes(cache):
+    batch = SliceSampler(cache, "train", batch=200, patch=(2, 3, 4), seed=1)[0]
+    assert {key: (tuple(v.shape), v.dtype) for key, v in batch.items() if key != "case"} == {
+        "inputs": ((200, 2, 2, 3, 4), torch.float32),
+        "ct": ((200, 1, 2, 3, 4), torch.float32),
+        "labels": ((200, 2, 3, 4), torch.int64),
+        "mask": ((200, 1, 2, 3, 4), torch.bool),
+        "has_ct": ((200,), torch.bool),
+        "has_labels": ((200,), torch.bool),
+    }
+    places = {"a": set(), "b": set()}
+    for i, name in enumerate(batch["case"]):
+        case = cache.case(name)
+        z, y, x = place_of(batch["inputs"][i, 0, 0].numpy(), case.inputs[:, 0])
+        places[name].add((z, y, x))
+        piece = (slice(z, z + 2), slice(y, y + 3), slice(x, x + 4))
+        for channel in (0, 1):
+            np.testing.assert_array_equal(batch["inputs"][i, channel], case.inputs[:, channel][piece])
+        np.testing.assert_array_equal(batch["ct"][i, 0], case.targets["ct"][piece])
+        np.testing.assert_array_equal(batch["labels"][i], case.targets["labels"][piece])
+        np.testing.assert_array_equal(batch["mask"][i, 0], case.mask[piece])
+    for name, found in places.items():  # every start along every axis comes up
+        for axis, (size, length) in enumerate(zip(SHAPES[name], (2, 3, 4), strict=True)):
+            assert {place[axis] for place in found} == set(range(size - length + 1))
+
+
+def test_small_volumes_are_centred_and_padded(cache):
+    """Case b, 3 x 5 x 9, in patches of 6 x 5 x 4: a slice below, two above; a crop across."""
+    batch = SliceSampler(cache, "train", batch=16, patch=(6, 5, 4), seed=0)[3]
+    i, case = batch["case"].index("b"), cache.case("b")
+    window = batch["inputs"][i].numpy()
+    _, _, x = place_of(window[0, 1], case.inputs[:, 0])
+    wide, piece = ((1, 2), (0, 0), (0, 0)), (..., slice(x, x + 4))
+    for channel in (0, 1):
+        volume = case.inputs[:, channel]
+        expected = np.pad(volume[piece], wide, constant_values=volume.min())  # of the whole volume, not of the crop
+        np.testing.assert_array_equal(window[channel], expected)
+    ct = np.pad(case.targets["ct"][piece], wide, constant_values=-1024)
+    np.testing.assert_array_equal(batch["ct"][i, 0], ct)
+    np.testing.assert_array_equal(batch["labels"][i], np.pad(case.targets["labels"][piece], wide))
+    np.testing.assert_array_equal(batch["mask"][i, 0], np.pad(case.mask[piece], wide))
+
+
+def test_the_bias_field_of_a_3d_patch_has_a_slope_along_each_axis(cache):
+    plain, biased = (SliceSampler(cache, "train", 1, (2, 3, 4), 1, bias) for bias in (0.0, 0.3))
+    axes = np.meshgrid(*(np.linspace(-1, 1, size) for size in (2, 3, 4)), indexing="ij")
+    design = np.stack([np.ones(24), *(axis.ravel() for axis in axes)], 1)
+    planes = []
+    for step in range(60):
+        a, b = plain[step], biased[step]
+        one = cache.cases[a["case"][0]]["mr_foreground"][0]
+        raw, field = (one["mean"] + one["sd"] * batch["inputs"][0, 0].double().numpy().ravel() for batch in (a, b))
+        seen = np.abs(raw) > 0.1 * np.abs(raw).max()
+        logs = np.log(field[seen] / raw[seen])
+        plane, *_ = np.linalg.lstsq(design[seen], logs, rcond=None)
+        np.testing.assert_allclose(design[seen] @ plane, logs, atol=1e-3)
+        planes.append(plane)
+        assert torch.equal(a["ct"], b["ct"])
+    np.testing.assert_allclose(np.std(planes, axis=0), 0.3, atol=0.12)
+
+
+def test_a_share_of_the_3d_patches_shows_foreground(tmp_path):
+    """The voxel (2, 0, 5) of 4 x 7 x 6 is in windows at two of three depths, one of five rows, one of four columns."""
+    cache = rare(tmp_path)
+    for share in (0.0, 0.5, 1.0):
+        batch = SliceSampler(cache, "train", 1000, (2, 3, 3), 0, foreground=share)[0]
+        ours = np.array(batch["case"]) == "a"
+        seen = batch["labels"].flatten(1).any(1).numpy()[ours]
+        expected = share + (1 - share) * 2 / 3 / 5 / 4
+        assert abs(seen.mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / len(seen)) + 1e-9
+    places = {place_of(one[0, 0].numpy(), cache.case("a").inputs[:, 0]) for one in batch["inputs"][ours]}
+    assert places == {(1, 0, 3), (2, 0, 3)}
+
+
+class Watched:
+    """An array that writes down how many values are taken of it."""
+
+    def __init__(self, array, taken):
+        self.array, self.taken, self.shape = array, taken, array.shape
+
+    def __getitem__(self, place):
+        self.taken.append(self.array[place].size)
+        return self.array[place]
+
+
+def test_nothing_is_read_beside_the_patch_and_a_slice_of_labels(cache, monkeypatch):
+    taken, case = {name: [] for name in ("inputs", "mask", "ct", "labels")}, cache.case
+
+    def watched(name):
+        found = case(name)
+        targets = {key: Watched(array, taken[key]) for key, array in found.targets.items()}
+        return CaseArrays(Watched(found.inputs, taken["inputs"]), targets, Watched(found.mask, taken["mask"]))
+
+    monkeypatch.setattr(cache, "case", watched)
+    SliceSampler(cache, "train", 1, (2, 3, 3), 0, foreground=1.0)[0]
+    assert taken["inputs"] == [2 * 2 * 3 * 3]
+    assert taken["mask"] == taken["ct"] == [2 * 3 * 3]
+    assert taken["labels"] in ([7 * 6, 2 * 3 * 3], [5 * 9, 2 * 3 * 3])
+
+
+def test_3d_patches_of_processes_and_workers_are_those_of_one(cache):
+    whole = SliceSampler(cache, "train", 6, (4, 3, 3), 5, 0.1, 0.5)
+    parts = [SliceSampler(cache, "train", 2, (4, 3, 3), 5, 0.1, 0.5, rank=rank, ranks=3) for rank in range(3)]
+    whole[0]
+    parts = pickle.loads(pickle.dumps(parts))
+    for key in ("inputs", "ct", "labels", "mask"):
+        assert torch.equal(torch.cat([part[7][key] for part in parts]), whole[7][key])
+    assert len(whole) == 7  # slices, as N of eq. 2 in two dimensions

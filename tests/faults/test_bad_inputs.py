@@ -475,6 +475,7 @@ VALUES = [
     ("--tasks", "[ct,ct]", "tasks=['ct', 'ct']"),
     ("--patch", "[0,4]", "patch=[0, 4]"),
     ("--patch", "[4]", "patch=[4]"),
+    ("--patch", "[2,4,4]", "because network.name highresnet reads slices"),
     ("--folds", "1", "folds=1"),
     ("--fold", "0", "fold=0"),
     ("--folds", "99", "folds=99: "),

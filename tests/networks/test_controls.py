@@ -426,14 +426,43 @@ def test_recalibrate_takes_loaders_as_people_have_them(loader):
         torch.testing.assert_close(a, b)
 
 
+class OfVolumes(nn.Module):
+    """Batch normalisation of volumes, with dropout in the place of drawn architectures."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)
+
+    def forward(self, x):
+        return {"ct": torch.rand(()).to(x) * self.head(self.norm(x))}
+
+
+def test_volumes_are_recalibrated_and_predicted(float64):
+    net, batches = OfVolumes(), [torch.randn(3, 2, 4, 5, 6), 2 + torch.randn(3, 2, 4, 5, 6)]
+    recalibrate(net, batches)
+    moments = [(x.mean((0, 2, 3, 4)), x.transpose(0, 1).flatten(1).var(1)) for x in batches]
+    mean, variance = (sum(one) / 2 for one in zip(*moments, strict=True))
+    torch.testing.assert_close(net.norm.running_mean, mean)
+    torch.testing.assert_close(net.norm.running_var, variance)
+    torch.manual_seed(5)
+    found = predict(net, batches[0], draws=4)["ct"]
+    torch.manual_seed(5)
+    scales = torch.stack([torch.rand(()) for _ in range(4)])
+    mean, variance = (one[:, None, None, None] for one in (mean, variance))
+    y = ((batches[0] - mean) / (variance + net.norm.eps).sqrt() * net.head.weight[0]).sum(1, keepdim=True)
+    y = (y + net.head.bias).detach()
+    torch.testing.assert_close(found.mean, scales.mean() * y)
+    torch.testing.assert_close(found.variance, scales.var(correction=0) * y.square())
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "said"),
     [
         ([{"mr": MR, "ct": CT}], {}, "a dict of 'mr', 'ct': expected image=<the key of the images>"),
         ([{"mr": MR}], {"image": "t1"}, "image='t1' is not in a batch that is a dict"),
         ([(MR,)], {"image": 3}, "image=3 is not in a batch that is a tuple"),
-        ([(["a", "b"], MR)], {}, r"images have type list, expected a tensor \[N, C, H, W\]"),
-        ([MR[0]], {}, r"images have shape \(1, 16, 16\), expected a tensor \[N, C, H, W\]"),
+        ([(["a", "b"], MR)], {}, r"images have type list, expected a tensor \[N, C, H, W\] or \[N, C, D"),
+        ([MR[0]], {}, r"images have shape \(1, 16, 16\), expected a tensor \[N, C, H, W\] or \[N, C, D"),
         ([MR.new_full(MR.shape, torch.nan)], {}, "NaN or infinite"),
         ([], {}, "no batch"),
     ],
