@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .networks.freeze import freeze
     from .networks.highresnet import SFGHighResNet
     from .networks.transfer import transfer
+    from .networks.unet import SFGUNet
     from .networks.vgg import SFGVGG
 
 # Where each name is. A new one stands here, above for mypy and editors, and in `__all__`.
@@ -47,6 +48,7 @@ _MODULES = {
     "SFGConvTranspose3d": "layers.conv",
     "SFGFeatures": "features",
     "SFGHighResNet": "networks.highresnet",
+    "SFGUNet": "networks.unet",
     "assign": "networks.controls",
     "backend": "backends",
     "convert": "networks.convert",
@@ -75,6 +77,7 @@ __all__ = [
     "SFGConvTranspose3d",
     "SFGFeatures",
     "SFGHighResNet",
+    "SFGUNet",
     "assign",
     "backend",
     "convert",

@@ -93,6 +93,8 @@ class CrossStitch(nn.Module):
         **sizes: Any,
     ) -> None:
         super().__init__()
+        if not hasattr(network, "column"):
+            raise ValueError(f"method='cross_stitch': {network.__name__} has no stages that can be mixed, because of its shortcuts; expected another method")
         tasks = tuple(outputs)
         self.in_channels, self.outputs = in_channels, dict(outputs)
         self.per_image, self.least_size = network.per_image, network.least_size

@@ -18,7 +18,7 @@ from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
-from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between
+from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between, start_from_biases
 
 RESIDUAL = ("separate", "routed")
 
@@ -93,7 +93,7 @@ class SFGHighResNet(nn.Module):
         self.heads = Heads(channels, outputs)
         self.dropout = ChannelDropout(dropout)
         he_initialise(self)
-        _start_from_biases(self.heads.conv)
+        start_from_biases(self.heads.conv)
         fix_grouping(self, method, noise_on, explore, shared)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class SFGHighResNet(nn.Module):
             channels = wide
         final = [_layer(channels, channels, options), _layer(channels, channels, options), ReadTask(task)]
         head = nn.Conv2d(channels, outputs, 1)
-        _start_from_biases(head)
+        start_from_biases(head)
         return Column(stages, final, head)
 
 
@@ -147,10 +147,3 @@ def _layer(channels: int, kernels: int, options: Mapping[str, Any]) -> SFGConv2d
 
 def _routed(trunk: SFGConv2d, blocks: int, stage: int, options: Mapping[str, Any]) -> Iterable[nn.Module]:
     return (RoutedBlock(trunk, 2**stage, **options) for _ in range(blocks))
-
-
-def _start_from_biases(head: nn.Conv2d) -> None:
-    """Give a head small weights, so that its first outputs are about its biases."""
-    nn.init.normal_(head.weight, 0.0, 0.05)
-    assert head.bias is not None
-    nn.init.zeros_(head.bias)
