@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 
 from . import undrawn_features
 from .groups import FilterGroups, Routing
-from .kernels.packing import of_channels, select_channels
+from .kernels.packing import memory_format, of_channels, select_channels
 from .plain_ops import TensorLike
 
 
@@ -110,12 +111,11 @@ class SFGFeatures(TensorLike):
             streams = [one.streams().unflatten(1, (len(self), -1)) for one in every]
             return SFGFeatures(torch.cat(streams, 2).flatten(1, 2), groups, self.routing)
         starts = itertools.accumulate([0, *(one.groups.width for one in every[:-1])])
-        rows = torch.cat([one.groups.inverse + start for one, start in zip(every, starts, strict=True)])[groups.order]
-        packed = select_channels(torch.cat([one.packed for one in every], 1), rows)
+        places = [groups.inverse[start + one.groups.order] for one, start in zip(every, starts, strict=True)]
+        packed = _Concatenated.apply(places, *(one.packed for one in every))
         of_all = None
         if groups.all_gates:
-            counts = [one.packed.shape[1] for one in every]
-            of_all = undrawn_features.of_concatenation(rows, counts, [one.undrawn for one in every])
+            of_all = undrawn_features.of_concatenation(places, [one.undrawn for one in every])
         return SFGFeatures(packed, groups, self.routing, of_all)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
@@ -194,6 +194,28 @@ class _Dense(torch.autograd.Function):
             rows = _one_of(ctx.groups.undrawn_groups, ctx.wanted)
             dundrawn = torch.cat([df.where(of_channels(row, df), 0) for row in rows], 1)
         return df.where(of_channels(here, df), 0), dundrawn, None, None
+
+
+class _Concatenated(torch.autograd.Function):
+    """Packed tensors [N, rows, H, W] -> one with the rows of all; row r of a part becomes row places[r], which its
+    int64 [rows] in `places` says. Nothing is copied twice."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Sequence[Tensor], *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*places)
+        ctx.dtypes = [part.dtype for part in parts]
+        dtype = functools.reduce(torch.promote_types, ctx.dtypes)
+        n, _, *size = parts[0].shape
+        shape, layout = (n, sum(part.shape[1] for part in parts), *size), memory_format(parts[0])
+        whole = torch.empty(shape, dtype=dtype, device=parts[0].device, memory_format=layout)
+        for place, part in zip(places, parts, strict=True):
+            whole.index_copy_(1, place, part.to(dtype))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        parts = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(select_channels(df, place).to(dtype) for place, dtype in parts)
 
 
 class _Streams(torch.autograd.Function):
