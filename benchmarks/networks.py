@@ -6,7 +6,8 @@ and five stages), two tasks, and mean
 squares as loss. There is no optimiser. The contestants of a training step are:
 
     dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG and the
-                    U-Net, which runs as fast as a plain script (results/reference.md); eager, and compiled by torch.compile
+                    U-Net, which runs as fast as a plain script (results/reference.md); eager, and compiled by
+                    torch.compile
     masked          our network on `backend("masked")`: one torch convolution on the packed tensor
     ours            our network with straight_through (default), selected, or straight_through with every=4
     one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
@@ -112,7 +113,9 @@ class PlainUNet(nn.Module):
         super().__init__()
         widths = [width * 2**stage for stage in range(STAGES)]
         ups = list(reversed(widths[:-1]))
-        self.encoder = nn.ModuleList(unet_stage(c, k, i > 0) for i, (c, k) in enumerate(zip([1, *widths], widths)))
+        self.encoder = nn.ModuleList(
+            unet_stage(c, k, i > 0) for i, (c, k) in enumerate(zip([1, *widths[:-1]], widths, strict=True))
+        )
         self.ups = nn.ModuleList(nn.ConvTranspose2d(2 * k, k, 2, 2) for k in ups)
         self.decoder = nn.ModuleList(unet_stage(2 * k, k) for k in ups)
         self.head = nn.Conv2d(width, sum(OUTPUTS.values()), 1)
@@ -219,7 +222,9 @@ def names(kind: str, device: str = "cpu", full: bool = True) -> list[str]:
     every = ["dense", "masked", "one plain"]
     own = ["straight_through"]
     if full:
-        every += ["one plain compiled"] if kind in ("vgg", "unet") else ["one plain compiled", "dense compiled", "MONAI"]
+        every += (
+            ["one plain compiled"] if kind in ("vgg", "unet") else ["one plain compiled", "dense compiled", "MONAI"]
+        )
         own += ["selected", f"straight_through={EVERY}"]
     return [*(name + layout for name in every for layout in (("", LAST) if device == "cpu" else (LAST,))), *own]
 

@@ -18,7 +18,7 @@ from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
 from ..kernels.masked import CONVOLUTIONS
 from ..kernels.spec import Geometry, RoutedConv
-from ..norm import folded, running_affine
+from ..norm import NormName, folded, running_affine
 from ..reference import DenseFeatures
 from ..routed_conv import convolve, routed_conv
 from ..routed_conv.normalised_conv import normalised_conv
@@ -34,7 +34,7 @@ class StreamBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: str | None = "batch"
+        self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: NormName = "batch"
     ) -> None:
         super().__init__()
         names = group_names(tasks)

@@ -50,7 +50,7 @@ def build(
     own = dict.fromkeys([*network.sizes, *(["spatial_dims"] if reads_volumes(name) else [])])  # each once
     known = (*own, "init", "estimator", "noise_on", "explore", "shared", "dropout")
     given = {option: value for option, value in options.items() if value is not None}
-    normed = {} if norm == "auto" else {"norm": norm}
+    normed: dict[str, Any] = {} if norm == "auto" else {"norm": norm}
     for option, value in given.items():
         if option not in known:
             raise ValueError(f"{option}={value!r}: {name} has no such option, expected {', '.join(known)}")
@@ -65,13 +65,13 @@ def reads_volumes(name: str) -> bool:
     return "spatial_dims" in inspect.signature(NETWORKS[name]).parameters
 
 
-def head_bias(network: Any, task: str) -> Tensor:
-    """The biases [outputs] of a task's head. Writing to this tensor changes the head."""
-    heads = network.heads
-    if isinstance(heads, Heads):
-        assert heads.conv.bias is not None
-        return heads.conv.bias.data[heads.rows(task)]
-    return heads[task].bias.data
+def head_biases(network: Any, task: str) -> list[Tensor]:
+    """The biases [outputs] of each head of a task: of its output, and of those that deep supervision adds. Writing to
+    these tensors changes the heads."""
+    if isinstance(network.heads, nn.ModuleDict):
+        return [network.heads[task].bias.data]  # type: ignore[list-item]
+    every: list[Heads] = [network.heads, *getattr(network, "coarse_heads", ())]
+    return [heads.conv.bias.data[heads.rows(task)] for heads in every if heads.conv.bias is not None]
 
 
 def least_size(network: Any) -> int:

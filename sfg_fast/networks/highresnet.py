@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
+from ..norm import NormName
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
 from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between, start_from_biases
@@ -61,7 +62,7 @@ class SFGHighResNet(nn.Module):
         residual: str = "separate",
         *,
         method: str = "sfg",
-        norm: str | None = "batch",
+        norm: NormName = "batch",
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
         noise_on: str = "log_p",
@@ -70,7 +71,7 @@ class SFGHighResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        widths = _widths(width, residual)
+        widths = _widths(width, residual, norm)
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
         tasks = tuple(outputs)
         options = layer_options(method, tasks, norm, init, estimator)
@@ -118,7 +119,7 @@ class SFGHighResNet(nn.Module):
         `residual="separate"` it has one stack of residual blocks in each stage, and nothing to merge."""
         stages: list[list[nn.Module]] = []
         channels = in_channels
-        for stage, wide in enumerate(_widths(width, residual)):
+        for stage, wide in enumerate(_widths(width, residual, options["norm"])):
             sfg, read = _layer(channels, wide, options), ReadTask(task)
             if residual == "separate":
                 plain = (ResidualBlock(wide, 2**stage, block == 0, options["norm"]) for block in range(blocks))
@@ -132,9 +133,13 @@ class SFGHighResNet(nn.Module):
         return Column(stages, final, head)
 
 
-def _widths(width: int | Sequence[int], residual: str) -> tuple[int, ...]:
+def _widths(width: int | Sequence[int], residual: str, norm: NormName) -> tuple[int, ...]:
     if residual not in RESIDUAL:
         raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
+    if residual == "separate" and norm not in (None, "batch"):
+        raise ValueError(
+            f"norm={norm!r}: separate residual blocks have 'batch' or None, expected that, or residual='routed'"
+        )
     widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
     if len(widths) != 3:
         raise ValueError(f"width={width!r}: expected a number or three, one for each stage")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from ..norm import NormName
+
 
 class Column(NamedTuple):
     """A network for one task, which the networks of other tasks can read between its stages. Each of the `stages` takes
@@ -59,7 +61,7 @@ class ResidualBlock(nn.Module):
     """A `StreamBlock` for a single stream, on tensors: x + conv(relu(bn(conv(relu(bn(x)))))). The `first` block of a
     stage starts with the convolution, because its input is normalised and activated already."""
 
-    def __init__(self, channels: int, dilation: int, first: bool, norm: str | None) -> None:
+    def __init__(self, channels: int, dilation: int, first: bool, norm: NormName) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)

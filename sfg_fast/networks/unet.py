@@ -94,13 +94,13 @@ class SFGUNet(nn.Module):
         options = layer_options(method, tuple(outputs), norm, init, estimator)
 
         self.encoder = nn.ModuleList()
-        channels = in_channels
+        channels, before = in_channels, None
         for stage, wide in enumerate(widths):
             stride = 2 if stage and down == "strided" else 1
             made = _residual_stage if residual else _plain_stage
-            before = self.encoder[-1][-1] if stage else None
-            self.encoder.append(made(spatial_dims, channels, wide, blocks, stride, before, options))
-            channels = wide
+            parts = made(spatial_dims, channels, wide, blocks, stride, before, options)
+            self.encoder.append(parts)
+            channels, before = wide, parts[-1]
         self.ups, self.decoder = nn.ModuleList(), nn.ModuleList()
         for wide in reversed(widths[:-1]):
             up = _TRANSPOSED[spatial_dims](channels, wide, 2, 2, **options | {"norm": None, "bias": True})
@@ -113,7 +113,7 @@ class SFGUNet(nn.Module):
         self.dropout = ChannelDropout(dropout)
         he_initialise(self)
         for heads in (self.heads, *self.coarse_heads):
-            start_from_biases(heads.conv)  # type: ignore[arg-type]
+            start_from_biases(heads.conv)
         fix_grouping(self, method, noise_on, explore, shared)
 
     def forward(self, x: Tensor) -> dict[str, Any]:
@@ -133,18 +133,18 @@ class SFGUNet(nn.Module):
             y = pass_through(_parts(stage, self.dropout), y, draws)
             skips.append(y)
         skips.pop()
-        levels = []
-        supervised = [*self.coarse_heads, self.heads] if self.training else [self.heads]
-        for stage, up in enumerate(self.ups):
-            y = torch.cat([pass_through(_parts(up), y, draws), skips.pop()], 1)
-            y = pass_through(_parts(self.decoder[stage], self.dropout), y, draws)
-            left = len(self.ups) - 1 - stage
-            if left < len(supervised):
-                levels.append({task: _cropped(one, sizes, 2**left) for task, one in supervised[-1 - left](y).items()})
-            y = self.dropout(y) if left else y
+        levels: list[dict[str, Tensor]] = []  # that of all positions first
+        for number, (up, stage) in enumerate(zip(self.ups, self.decoder, strict=True)):
+            y = torch.cat([pass_through([up], y, draws), skips.pop()], 1)
+            y = pass_through(_parts(stage, self.dropout), y, draws)
+            finer = len(self.ups) - 1 - number  # stages that follow
+            if not finer or (self.training and len(self.coarse_heads)):
+                heads = self.coarse_heads[number] if finer else self.heads
+                levels.insert(0, {task: _cropped(one, sizes, 2**finer) for task, one in heads(y).items()})
+            y = self.dropout(y) if finer else y
         if len(levels) == 1:
             return levels[0]
-        return {task: [level[task] for level in reversed(levels)] for task in self.outputs}
+        return {task: [level[task] for level in levels] for task in self.outputs}
 
     def _padded(self, x: Tensor) -> Tensor:
         """The image, padded to a size that the network takes. Raises ValueError for one of another number of axes."""
@@ -209,7 +209,7 @@ class BasicBlock(nn.Module):
             shortcut = self.project(shortcut, of_shortcut)
         y = self.conv2(self.conv1(x, groups), groups=shortcut.groups, residual=shortcut)
         # The sum has passed its gates. A LeakyReLU of it keeps zeros, and is not flat there.
-        return F.leaky_relu(y)
+        return y.channelwise(F.leaky_relu)
 
 
 def _plain_stage(
@@ -251,7 +251,9 @@ def _check(stages: int, blocks: int, residual: Any, down: str, spatial_dims: int
     if blocks < 1:
         raise ValueError(f"blocks={blocks}: expected at least 1 in each stage")
     if not isinstance(residual, bool):
-        raise ValueError(f"residual={residual!r}: expected True or False, whether the encoder is one of residual blocks")
+        raise ValueError(
+            f"residual={residual!r}: expected True or False, whether the encoder is one of residual blocks"
+        )
     if down not in DOWN:
         raise ValueError(f"down={down!r} is unknown, expected one of {', '.join(DOWN)}")
     if spatial_dims not in _CONVOLUTIONS:
@@ -268,4 +270,5 @@ def _widths(width: int | Sequence[int], stages: int, most: int) -> tuple[int, ..
 
 def _cropped(y: Tensor, sizes: Sequence[int], stride: int) -> Tensor:
     """The outputs [N, C, ..] of every `stride`-th position of an image of these sizes, without those of the padding."""
-    return y[(..., *(slice(-(-size // stride)) for size in sizes))]
+    inside: tuple[Any, ...] = tuple(slice(-(-size // stride)) for size in sizes)
+    return y[(..., *inside)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sfg_fast import SFGVGG, SFGHighResNet
-from sfg_fast.networks.build import NETWORKS, build, head_bias, least_size
+from sfg_fast.networks.build import NETWORKS, build, head_biases, least_size
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.cross_stitch import CrossStitch
 
@@ -80,8 +80,9 @@ def test_head_biases_are_those_of_the_outputs(name, method):
         before = model(x)
         added = {task: torch.arange(1.0, size + 1) for task, size in OUTPUTS.items()}
         for task, size in OUTPUTS.items():
-            assert head_bias(model, task).shape == (size,)
-            head_bias(model, task).add_(added[task])
+            (bias,) = head_biases(model, task)
+            assert bias.shape == (size,)
+            bias.add_(added[task])
         for task, y in model(x).items():
             change = (y - before[task]).transpose(0, 1).flatten(1)
             torch.testing.assert_close(change, added[task][:, None].expand_as(change))
