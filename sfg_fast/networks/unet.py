@@ -22,6 +22,7 @@ from ..layer import SFGLayer
 from ..layers.conv import Features, SFGConv2d, SFGConv3d, SFGConvTranspose2d, SFGConvTranspose3d
 from ..layers.streams import Heads
 from ..norm import NormName
+from ..tracing import in_graph
 from .controls import draws_of, pass_through
 from .methods import fix_grouping, he_initialise, layer_options
 from .parts import ChannelDropout, dropout_between, start_from_biases
@@ -39,8 +40,8 @@ class SFGUNet(nn.Module):
     """A multi-task U-Net with stochastic filter groups.
 
     Images of any size are taken: they are padded by their border at the end of each axis, to a multiple of 2^(stages -
-    1), and the outputs are cropped. (If all of an image were one position in the last stage, it is padded to two:
-    normalisation needs more than one.)
+    1), and the outputs are cropped. Height and width become at least twice as large as that number, because
+    normalisation needs more than one position in the last stage.
 
     Args:
         in_channels: channels of the image.
@@ -151,12 +152,10 @@ class SFGUNet(nn.Module):
         if x.dim() != self.dims + 2:
             size = ("D, H, W", "H, W")[self.dims == 2]
             raise ValueError(f"the input has shape {tuple(x.shape)}, expected [N, {self.in_channels}, {size}]")
-        cells = [-(-size // self.cell) for size in x.shape[2:]]
-        if max(cells) == 1:
-            cells[-1] = 2
-        missing = [count * self.cell - size for count, size in zip(cells, x.shape[2:], strict=True)]
-        around = [pad for more in reversed(missing) for pad in (0, more)]
-        return F.pad(x, around, "replicate") if any(around) else x
+        cells = [(size + self.cell - 1) // self.cell for size in x.shape[2:]]
+        cells[-2:] = (torch.sym_max(count, 2) for count in cells[-2:])
+        sizes = [count * self.cell for count in cells]
+        return F.pad(x, _behind(x, sizes), "replicate") if in_graph() or x.shape[2:] != torch.Size(sizes) else x
 
 
 class BasicBlock(nn.Module):
@@ -270,5 +269,13 @@ def _widths(width: int | Sequence[int], stages: int, most: int) -> tuple[int, ..
 
 def _cropped(y: Tensor, sizes: Sequence[int], stride: int) -> Tensor:
     """The outputs [N, C, ..] of every `stride`-th position of an image of these sizes, without those of the padding."""
-    inside: tuple[Any, ...] = tuple(slice(-(-size // stride)) for size in sizes)
-    return y[(..., *inside)]
+    sizes = [(size + stride - 1) // stride for size in sizes]
+    return F.pad(y, _behind(y, sizes)) if in_graph() or y.shape[2:] != torch.Size(sizes) else y
+
+
+def _behind(x: Tensor, sizes: Sequence[int]) -> list[int]:
+    """By how much x [N, C, ..] has to be padded at the end of each axis to have these sizes, as `F.pad` wants it. (In
+    a graph F.pad is called whatever the sizes are, and with negative numbers for less: then the graph takes any
+    size.)"""
+    more = [wanted - size for wanted, size in zip(sizes, x.shape[2:], strict=True)]
+    return [pad for one in reversed(more) for pad in (0, one)]

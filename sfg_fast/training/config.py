@@ -63,7 +63,7 @@ class NetworkConfig:
     name: str = "highresnet"
     width: int | list[int] | None = None
     blocks: int | None = None
-    residual: str | bool | None = None
+    residual: bool | str | None = None
     stages: int | None = None
     down: str | None = None
     deep_supervision: bool | None = None
