@@ -111,11 +111,12 @@ class SFGFeatures(TensorLike):
             streams = [one.streams().unflatten(1, (len(self), -1)) for one in every]
             return SFGFeatures(torch.cat(streams, 2).flatten(1, 2), groups, self.routing)
         starts = itertools.accumulate([0, *(one.groups.width for one in every[:-1])])
-        places = [groups.inverse[start + one.groups.order] for one, start in zip(every, starts, strict=True)]
-        packed = _Concatenated.apply(places, *(one.packed for one in every))
+        kernels = torch.cat([start + one.groups.order for one, start in zip(every, starts, strict=True)])
+        places, counts = groups.inverse[kernels], [one.groups.width for one in every]
+        packed = _Concatenated.apply(places, counts, *(one.packed for one in every))
         of_all = None
         if groups.all_gates:
-            of_all = undrawn_features.of_concatenation(places, [one.undrawn for one in every])
+            of_all = undrawn_features.of_concatenation(places, counts, [one.undrawn for one in every])
         return SFGFeatures(packed, groups, self.routing, of_all)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
@@ -197,25 +198,29 @@ class _Dense(torch.autograd.Function):
 
 
 class _Concatenated(torch.autograd.Function):
-    """Packed tensors [N, rows, H, W] -> one with the rows of all; row r of a part becomes row places[r], which its
-    int64 [rows] in `places` says. Nothing is copied twice."""
+    """Packed tensors [N, rows, H, W] -> one with the rows of all, each copied once. Row r of all parts, one behind the
+    other, becomes row places[r]; `counts`: the rows of each part."""
 
     @staticmethod
-    def forward(ctx: Any, places: Sequence[Tensor], *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*places)
-        ctx.dtypes = [part.dtype for part in parts]
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """`given`: places, counts, and the parts. (torch.compile counts arguments to see whether there is a `ctx`. With
+        names for the first two it would be wrong about two parts.)"""
+        places, counts, *parts = given
+        ctx.save_for_backward(places)
+        ctx.counts, ctx.dtypes = counts, [part.dtype for part in parts]
         dtype = functools.reduce(torch.promote_types, ctx.dtypes)
         n, _, *size = parts[0].shape
-        shape, layout = (n, sum(part.shape[1] for part in parts), *size), memory_format(parts[0])
+        shape, layout = (n, sum(counts), *size), memory_format(parts[0])
         whole = torch.empty(shape, dtype=dtype, device=parts[0].device, memory_format=layout)
-        for place, part in zip(places, parts, strict=True):
+        for place, part in zip(places.split(counts), parts, strict=True):
             whole.index_copy_(1, place, part.to(dtype))
         return whole
 
     @staticmethod
     def backward(ctx: Any, df: Tensor) -> Any:
-        parts = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(select_channels(df, place).to(dtype) for place, dtype in parts)
+        (places,) = ctx.saved_tensors
+        parts = zip(places.split(ctx.counts), ctx.dtypes, strict=True)
+        return None, None, *(select_channels(df, place).to(dtype) for place, dtype in parts)
 
 
 class _Streams(torch.autograd.Function):

@@ -15,6 +15,7 @@ from ..tasks import USUAL, of_images, read_tasks
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 GRAPHS = ("auto", "on", "off")
+NORMS = ("auto", "batch", "instance", "layer")
 DECAYS = ("cosine", "polynomial", "constant")
 # These options may differ in a run that is resumed: they change files and time, but no result. (`graph`: a step on one
 # GPU is the same operations in a CUDA graph and eagerly, with the same optimiser and the same random numbers.)
@@ -342,6 +343,8 @@ def check(config: TrainConfig) -> None:
     ):
         if value not in choices:
             refuse(key, value, f"one of {', '.join(choices)}")
+    if network.norm not in (*NORMS, None):
+        refuse("network.norm", network.norm, f"one of {', '.join(NORMS)}, or null")
     if config.seed >= 2**63:
         refuse("seed", config.seed, "less than 2**63")
     if config.patch is not None and config.network.norm is not None and math.prod(config.patch) * schedule.batch == 1:
