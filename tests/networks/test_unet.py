@@ -15,6 +15,7 @@ from sfg_fast.networks.build import NETWORKS, build, head_biases
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.methods import METHODS, he_initialise
 from sfg_fast.networks.parts import ChannelDropout
+from sfg_fast.networks.unet import leaky_relu_behind_gate
 from tests.backends import FAST
 from tests.oracle import assert_close, merge
 from tests.training.small_run import make_cache
@@ -281,6 +282,13 @@ def test_other_networks_take_instance_norm(name):
             results.append(model(x))
     for task in OUTPUTS:
         torch.testing.assert_close(results[0][task], results[1][task], rtol=1e-3, atol=1e-4)
+
+
+def test_a_leaky_relu_behind_a_gate_has_its_mean_slope_at_zero(float64):
+    x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    y = leaky_relu_behind_gate(x)
+    torch.testing.assert_close(y, F.leaky_relu(x))
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == pytest.approx([0.01, 0.505, 1.0])
 
 
 def test_weights_start_after_he_of_every_convolution():
