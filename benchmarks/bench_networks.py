@@ -1,7 +1,7 @@
 """Compares whole networks with everything that one could use instead: a training step, inference, and memory.
 
     python -m pytest benchmarks/bench_networks.py    on the CPU or a GPU: rows of the table that conftest.py prints
-    python -m benchmarks.bench_networks [FILE.md] [--networks routed separate vgg] [--sizes 96 160] [--rounds 9]
+    python -m benchmarks.bench_networks [FILE.md] [--networks routed vgg unet ..] [--sizes 96 128 160] [--rounds 9]
 
 networks.py has the cases and the contestants. Ratios are medians (quartiles) of interleaved rounds; each contestant has
 its faster memory format. The memory is the peak of a process of its own in a training step (or inference), less what
@@ -141,7 +141,7 @@ TABLES = {
     "Training step": (
         training,
         "network | dense / straight_through | dense / every=4 | dense / selected | dense / masked | straight_through / "
-        "one plain | / the faster of one plain and it compiled | / MONAI (VGG: one plain) | dense: eager / faster",
+        "one plain | / the faster of one plain and it compiled | / MONAI (else: one plain) | dense: eager / faster",
     ),
     "Inference": (inference, "network | frozen / two plain networks | itself in `eval()` / two plain networks"),
     "Memory": (
@@ -154,8 +154,8 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path)
-    parser.add_argument("--networks", nargs="+", default=["routed", "separate", "vgg"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[96, 160])
+    parser.add_argument("--networks", nargs="+", default=["routed", "separate", "vgg", "unet"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[96, 128, 160])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tables", nargs="+", default=list(TABLES))
     parser.add_argument("--peak", nargs=4, metavar=("PHASE", "KIND", "SIZE", "NAME"), help=argparse.SUPPRESS)

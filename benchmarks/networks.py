@@ -1,11 +1,13 @@
 """The networks of the benchmarks, and for each network the contestants that one could use instead, all with the same
 work.
 
-The networks have the paper's widths (16, 32, 64; three blocks in a stage; or VGG-11 of width 32), two tasks, and mean
+The networks have the paper's widths (16, 32, 64; three blocks in a stage; VGG-11 of width 32; or a U-Net of width 32
+and five stages), two tasks, and mean
 squares as loss. There is no optimiser. The contestants of a training step are:
 
-    dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG, which runs
-                    as fast as a plain script (results/reference.md); eager, and compiled by torch.compile
+    dense masking   `PlainNetwork` in plain torch (plain_network.py), or `backend("reference")` for the VGG and the
+                    U-Net, which runs as fast as a plain script (results/reference.md); eager, and compiled by
+                    torch.compile
     masked          our network on `backend("masked")`: one torch convolution on the packed tensor
     ours            our network with straight_through (default), selected, or straight_through with every=4
     one plain       ONE network of plain convolutions of the same widths: no tasks, nothing to learn about sharing
@@ -26,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_network import PlainNetwork
-from sfg_fast import SFGVGG, SFGHighResNet, assign, backend, freeze, recalibrate, set_estimator
+from sfg_fast import SFGVGG, SFGHighResNet, SFGUNet, assign, backend, freeze, recalibrate, set_estimator
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.vgg import VGG11
 
 EVERY = 4
+STAGES = 5  # of the U-Net
 OUTPUTS = {"ct": 1, "organs": 6}
 LAST = ", channels_last"  # the name of a contestant in that memory format ends so
 HALF = {"cpu": None, "cuda": torch.bfloat16}  # of autocast
@@ -40,10 +43,10 @@ Step = Callable[[], None]
 class Case(NamedTuple):
     """A network, and the size of its images."""
 
-    kind: str  # routed, separate or vgg
+    kind: str  # routed, separate, vgg or unet
     size: int
     batch: int = 4
-    widths: tuple[int, int, int] = (16, 32, 64)  # of the stages; the VGG starts with the second
+    widths: tuple[int, int, int] = (16, 32, 64)  # of the stages; VGG and U-Net start with the second
     blocks: int = 3
     device: str = "cpu"
     half: torch.dtype | None = None  # of autocast
@@ -56,10 +59,16 @@ class Case(NamedTuple):
 
 
 CASES = {  # of each kind the smallest comes first
-    "cpu": [Case(kind, size) for kind in ("routed", "separate", "vgg") for size in (96, 160)],
+    "cpu": [Case(kind, size) for kind in ("routed", "separate", "vgg") for size in (96, 160)] + [Case("unet", 128)],
     "cuda": [
         Case(kind, size, batch, device="cuda", half=HALF["cuda"])
-        for kind, size, batch in (("routed", 128, 10), ("routed", 256, 16), ("separate", 128, 10), ("vgg", 256, 16))
+        for kind, size, batch in (
+            ("routed", 128, 10),
+            ("routed", 256, 16),
+            ("separate", 128, 10),
+            ("vgg", 256, 16),
+            ("unet", 256, 16),
+        )
     ],
 }
 
@@ -99,10 +108,43 @@ class PlainVGG(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+class PlainUNet(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        widths = [width * 2**stage for stage in range(STAGES)]
+        ups = list(reversed(widths[:-1]))
+        self.encoder = nn.ModuleList(
+            unet_stage(c, k, i > 0) for i, (c, k) in enumerate(zip([1, *widths[:-1]], widths, strict=True))
+        )
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(2 * k, k, 2, 2) for k in ups)
+        self.decoder = nn.ModuleList(unet_stage(2 * k, k) for k in ups)
+        self.head = nn.Conv2d(width, sum(OUTPUTS.values()), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        skips.pop()
+        for up, stage in zip(self.ups, self.decoder, strict=True):
+            x = stage(torch.cat([up(x), skips.pop()], 1))
+        return self.head(x)
+
+
+def unet_stage(c: int, k: int, strided: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels, stride in ((c, 1 + strided), (k, 1)):
+        conv = nn.Conv2d(channels, k, 3, stride, 1, bias=False)
+        layers += [conv, nn.InstanceNorm2d(k, affine=True), nn.LeakyReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
 def plain(case: Case) -> nn.Module:
     """One plain network with the same convolutions as `routed`, without groups. `separate` is compared with it, too."""
     if case.kind == "vgg":
         return PlainVGG(case.widths[1])
+    if case.kind == "unet":
+        return PlainUNet(case.widths[1])
     layers, c = [], 1
     for stage, k in enumerate(case.widths):
         layers += [conv_norm(c, k), *(PlainBlock(k, 2**stage) for _ in range(case.blocks))]
@@ -128,6 +170,8 @@ def monai(case: Case) -> nn.Module:
 def ours(case: Case) -> nn.Module:
     if case.kind == "vgg":
         return SFGVGG(1, OUTPUTS, case.widths[1])
+    if case.kind == "unet":
+        return SFGUNet(1, OUTPUTS, case.widths[1], STAGES)
     return SFGHighResNet(1, OUTPUTS, case.widths, case.blocks, case.kind)
 
 
@@ -155,7 +199,7 @@ def contestant(case: Case, name: str, fast: str = "auto") -> Step:
     what, _, layout = name.partition(", ")
     last = layout == "channels_last"
     if what in ("dense", "dense compiled"):
-        if case.kind == "vgg":
+        if case.kind in ("vgg", "unet"):
             return step(ours(case), case, "reference", last)
         network: nn.Module = PlainNetwork((1, 6), case.widths, case.blocks, case.kind)
         return step(torch.compile(network) if what == "dense compiled" else network, case, last=last)  # type: ignore[arg-type]
@@ -178,7 +222,9 @@ def names(kind: str, device: str = "cpu", full: bool = True) -> list[str]:
     every = ["dense", "masked", "one plain"]
     own = ["straight_through"]
     if full:
-        every += ["one plain compiled"] if kind == "vgg" else ["one plain compiled", "dense compiled", "MONAI"]
+        every += (
+            ["one plain compiled"] if kind in ("vgg", "unet") else ["one plain compiled", "dense compiled", "MONAI"]
+        )
         own += ["selected", f"straight_through={EVERY}"]
     return [*(name + layout for name in every for layout in (("", LAST) if device == "cpu" else (LAST,))), *own]
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .networks.freeze import freeze
     from .networks.highresnet import SFGHighResNet
     from .networks.transfer import transfer
+    from .networks.unet import SFGUNet
     from .networks.vgg import SFGVGG
 
 # Where each name is. A new one stands here, above for mypy and editors, and in `__all__`.
@@ -48,6 +49,7 @@ _MODULES = {
     "SFGConvTranspose3d": "layers.conv",
     "SFGFeatures": "features",
     "SFGHighResNet": "networks.highresnet",
+    "SFGUNet": "networks.unet",
     "StreamConv2d": "layers.stream_conv",
     "assign": "networks.controls",
     "backend": "backends",
@@ -77,6 +79,7 @@ __all__ = [
     "SFGConvTranspose3d",
     "SFGFeatures",
     "SFGHighResNet",
+    "SFGUNet",
     "StreamConv2d",
     "assign",
     "backend",

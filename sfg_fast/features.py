@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 
 from . import undrawn_features
 from .groups import FilterGroups, Routing, indices
-from .kernels.packing import of_channels, select_channels
+from .kernels.packing import memory_format, of_channels, select_channels
 from .plain_ops import TensorLike, as_plain, check_factor, check_image, check_taken
 
 
@@ -182,12 +183,12 @@ class SFGFeatures(TensorLike):
             streams = [one.streams().unflatten(1, (len(self), -1)) for one in every]
             return SFGFeatures(torch.cat(streams, 2).flatten(1, 2), groups, self.routing)
         starts = itertools.accumulate([0, *(one.groups.width for one in every[:-1])])
-        rows = torch.cat([one.groups.inverse + start for one, start in zip(every, starts, strict=True)])[groups.order]
-        packed = select_channels(torch.cat([one.packed for one in every], 1), rows)
+        kernels = torch.cat([start + one.groups.order for one, start in zip(every, starts, strict=True)])
+        places, counts = groups.inverse[kernels], [one.groups.width for one in every]
+        packed = _Concatenated.apply(places, counts, *(one.packed for one in every))
         of_all = None
         if groups.all_gates:
-            counts = [one.packed.shape[1] for one in every]
-            of_all = undrawn_features.of_concatenation(rows, counts, [one.undrawn for one in every])
+            of_all = undrawn_features.of_concatenation(places, counts, [one.undrawn for one in every])
         return SFGFeatures(packed, groups, self.routing, of_all)
 
     def channelwise(self, operation: Callable[[Tensor], Tensor]) -> SFGFeatures:
@@ -266,6 +267,32 @@ class _Dense(torch.autograd.Function):
             rows = _one_of(ctx.groups.undrawn_groups, ctx.wanted)
             dundrawn = torch.cat([df.where(of_channels(row, df), 0) for row in rows], 1)
         return df.where(of_channels(here, df), 0), dundrawn, None, None
+
+
+class _Concatenated(torch.autograd.Function):
+    """Packed tensors [N, rows, H, W] -> one with the rows of all, each copied once. Row r of all parts, one behind the
+    other, becomes row places[r]; `counts`: the rows of each part."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """`given`: places, counts, and the parts. (torch.compile counts arguments to see whether there is a `ctx`. With
+        names for the first two it would be wrong about two parts.)"""
+        places, counts, *parts = given
+        ctx.save_for_backward(places)
+        ctx.counts, ctx.dtypes = counts, [part.dtype for part in parts]
+        dtype = functools.reduce(torch.promote_types, ctx.dtypes)
+        n, _, *size = parts[0].shape
+        shape, layout = (n, sum(counts), *size), memory_format(parts[0])
+        whole = torch.empty(shape, dtype=dtype, device=parts[0].device, memory_format=layout)
+        for place, part in zip(places.split(counts), parts, strict=True):
+            whole.index_copy_(1, place, part.to(dtype))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> Any:
+        (places,) = ctx.saved_tensors
+        parts = zip(places.split(ctx.counts), ctx.dtypes, strict=True)
+        return None, None, *(select_channels(df, place).to(dtype) for place, dtype in parts)
 
 
 class _Streams(torch.autograd.Function):

@@ -340,19 +340,33 @@ NORMS: dict[str, tuple[str, ...]] = {
 """The norms that an SFG layer can have, and their arguments."""
 
 
-class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with the statistics of all processes. It also runs on the CPU, where torch's SyncBatchNorm
     does not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `nn.BatchNorm2d`."""
+        """As `nn.BatchNorm2d` and `nn.BatchNorm3d`."""
         if not self.training:
             return super().forward(x)
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x, over_positions(x), correction=0)
         mean, var, count = _over_processes(mean, var, values_of_each_channel(x))
         move_statistics(self, mean, var, count)
         scale, shift = affine_of(self.weight, self.bias, mean, var, self.eps)
         return x * of_channels(scale, x) + of_channels(shift, x)
+
+
+class SynchronisedBatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with the statistics of all processes."""
+
+
+class SynchronisedBatchNorm3d(_Synchronised, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` with the statistics of all processes."""
+
+
+_SYNCHRONISED: dict[type[nn.Module], type[_Synchronised]] = {
+    nn.BatchNorm2d: SynchronisedBatchNorm2d,
+    nn.BatchNorm3d: SynchronisedBatchNorm3d,
+}
 
 
 def folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,7 +384,7 @@ def running_affine(norm: nn.BatchNorm2d, rows: slice = slice(None)) -> tuple[Ten
     return affine_of(norm.weight[rows], norm.bias[rows], mean, var, norm.eps)
 
 
-def count_batch(norm: nn.BatchNorm2d) -> float:
+def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
     """Counts one more batch, and returns the rate at which the running statistics go towards its own."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
@@ -378,7 +392,7 @@ def count_batch(norm: nn.BatchNorm2d) -> float:
 
 
 @torch.no_grad()
-def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def move_statistics(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves the running statistics of a plain batch normalisation towards mean and (biased) variance of a batch, of
     `count` values for each channel."""
     assert norm.running_mean is not None
@@ -394,8 +408,8 @@ def synchronise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, KernelNorm):
             module.synchronised = True
-        elif type(module) is nn.BatchNorm2d:
-            module.__class__ = SynchronisedBatchNorm2d
+        elif type(module) in _SYNCHRONISED:
+            module.__class__ = _SYNCHRONISED[type(module)]
 
 
 def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:

@@ -37,11 +37,11 @@ def of_sum(*parts: Tensor | None) -> Tensor | None:
     return no_memory(inputs[0].shape, inputs[0].dtype, *inputs) if inputs else None
 
 
-def of_concatenation(rows: Tensor, counts: list[int], parts: Sequence[Tensor | None]) -> Tensor:
-    """The undrawn features of concatenated features. `counts` are the rows of each part; row r of the result is row
-    `rows[r]` of all parts, one behind the other. A part that is None gets no gradient."""
+def of_concatenation(places: Tensor, counts: list[int], parts: Sequence[Tensor | None]) -> Tensor:
+    """The undrawn features of concatenated features. `counts` are the rows of each part; row r of all parts, one behind
+    the other, is row places[r] of the result. A part that is None gets no gradient."""
     has = [part is not None for part in parts]
-    return _Concatenated.apply(rows, counts, has, *(part for part in parts if part is not None))
+    return _Concatenated.apply(places, counts, has, *(part for part in parts if part is not None))
 
 
 def channelwise(undrawn: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -76,17 +76,17 @@ class _NoMemory(torch.autograd.Function):
 
 class _Concatenated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], has: list[bool], *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, places: Tensor, counts: list[int], has: list[bool], *parts: Tensor) -> Tensor:
         ctx.counts, ctx.has, ctx.tasks = counts, has, parts[0].shape[1] // counts[has.index(True)]
-        ctx.save_for_backward(rows)
+        ctx.save_for_backward(places)
         n, _, *size = parts[0].shape
-        return zeros(parts[0], n, ctx.tasks * len(rows), *size)
+        return zeros(parts[0], n, ctx.tasks * sum(counts), *size)
 
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        by_part = dundrawn.unflatten(1, (ctx.tasks, -1)).index_select(2, torch.argsort(rows)).split(ctx.counts, 2)
-        return None, None, None, *(d.flatten(1, 2) for d, has in zip(by_part, ctx.has, strict=True) if has)
+        (places,) = ctx.saved_tensors
+        by_task, of_parts = dundrawn.unflatten(1, (ctx.tasks, -1)), zip(places.split(ctx.counts), ctx.has, strict=True)
+        return None, None, None, *(by_task.index_select(2, place).flatten(1, 2) for place, has in of_parts if has)
 
 
 class _Operation(torch.autograd.Function):

@@ -6,7 +6,17 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from sfg_fast import SFGVGG, SFGConv2d, SFGConvTranspose2d, SFGHighResNet, backend, penalties, sampling, set_estimator
+from sfg_fast import (
+    SFGVGG,
+    SFGConv2d,
+    SFGConvTranspose2d,
+    SFGHighResNet,
+    SFGUNet,
+    backend,
+    penalties,
+    sampling,
+    set_estimator,
+)
 from sfg_fast.backends import available
 from tests.backends import EVERY, FAST
 from tests.oracle import assert_close
@@ -162,6 +172,11 @@ def test_highresnet(residual, float64):
 
 def test_vgg(float64):
     check(lambda: SFGVGG(1, TASKS, 2), "auto", (32, 32), steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True, "down": "pooled"}])
+def test_unet(options, float64):
+    check(lambda: SFGUNet(1, TASKS, 2, stages=3, blocks=1, **options), "auto", (13, 10), steps=2)
 
 
 @pytest.mark.slow

@@ -251,7 +251,8 @@ def _slice(volumes: Mapping[str, np.ndarray], name: str, z: int) -> np.ndarray |
 def _notes(predictor: Predictor, cases: int, about: Mapping[str, Any]) -> list[str]:
     """The notes of the report. cases: how many cases were predicted. about: what `predict` says of them."""
     config = predictor.config
-    residual = "" if config.network.residual is None else f", residual blocks {config.network.residual}"
+    kind = config.network.residual  # None; a word of highresnet, or a bool of unet
+    residual = f", residual blocks {kind}" if isinstance(kind, str) else ", residual encoder" if kind else ""
     of = "images" if predictor.images is not None else "cases"
     by = about.get("by", "")
     if by == "map" and predictor.constant_p:

@@ -185,7 +185,7 @@ def _check_row(config: ExperimentConfig, name: str, row: dict[str, Any]) -> None
         learnt = config.methods.get(str(row["grouping_of"]), {})
         if learnt.get("method") != "sfg":
             raise InputError(f"{where}: grouping_of={row['grouping_of']!r}, expected the name of a row of method sfg")
-        for key in ("name", "width", "blocks", "residual"):
+        for key in ("name", "width", "blocks", "residual", "stages"):
             option = f"network.{key}"
             common = getattr(config.train.network, key)
             if (mine := row.get(option, common)) != (theirs := learnt.get(option, common)):

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
+from ..kernels.masked import CONVOLUTIONS
 from ..kernels.spec import Geometry, RoutedConv
-from ..norm import folded, running_affine
+from ..norm import NormName, folded, running_affine
 from ..reference import DenseFeatures
 from ..routed_conv import convolve, routed_conv
 from ..routed_conv.normalised_conv import normalised_conv
@@ -33,7 +34,7 @@ class StreamBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: str | None = "batch"
+        self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: NormName = "batch"
     ) -> None:
         super().__init__()
         names = group_names(tasks)
@@ -153,6 +154,11 @@ class RoutedBlock(nn.Module):
         self.conv2 = SFGConv2d(channels, channels, 3, **options)
         self.conv2.share_grouping(trunk)
 
+    @property
+    def drawn(self) -> list[nn.Module]:
+        """The layer that needs a draw."""
+        return [self.conv1]
+
     def forward(self, x: Features, groups: FilterGroups | None = None) -> Features:
         """`groups`: a draw for the first layer instead of a new one."""
         return self.conv2(self.conv1(x, groups), groups=x.groups, residual=x)
@@ -161,13 +167,14 @@ class RoutedBlock(nn.Module):
 class Heads(nn.Module):
     """One 1x1 convolution per task on the merged features [F_t | F_s].
 
-    `outputs`: channels of each task. Returns {task: [N, channels, H, W]}.
+    `outputs`: channels of each task. `dims`: 2, or 3 for volumes. Returns {task: [N, channels, H, W]}.
     """
 
-    def __init__(self, channels: int, outputs: Mapping[str, int]) -> None:
+    def __init__(self, channels: int, outputs: Mapping[str, int], dims: int = 2) -> None:
         super().__init__()
-        self.outputs = dict(outputs)
-        self.conv = nn.Conv2d(channels, sum(outputs.values()), 1)
+        self.outputs, self.dims = dict(outputs), dims
+        plain = nn.Conv2d if dims == 2 else nn.Conv3d
+        self.conv = plain(channels, sum(outputs.values()), 1)
 
     def rows(self, task: str) -> slice:
         """Which rows of `conv` belong to a task."""
@@ -180,11 +187,13 @@ class Heads(nn.Module):
         x = for_backend(x)
         if isinstance(x, DenseFeatures):
             assert self.conv.bias is not None
+            convolve_one = CONVOLUTIONS[self.dims]
             return {
-                task: F.conv2d(x.merged(task), self.conv.weight[self.rows(task)], self.conv.bias[self.rows(task)])
+                task: convolve_one(x.merged(task), self.conv.weight[self.rows(task)], self.conv.bias[self.rows(task)])
                 for task in self.outputs
             }
         rows = FilterGroups.blocks([0, *self.outputs.values()], group_names(self.outputs), x.packed.device)
-        spec = RoutedConv(rows, x.groups, x.routing, Geometry((1, 1), (0, 0), (1, 1)))
+        one, none = (1,) * self.dims, (0,) * self.dims
+        spec = RoutedConv(rows, x.groups, x.routing, Geometry(one, none, one))
         y = routed_conv(x.packed, self.conv.weight, self.conv.bias, spec, undrawn=x.undrawn, deferred=x.deferred)
         return dict(zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True))

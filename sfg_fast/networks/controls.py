@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree  # torch has no public one; torch.expo
 
 from ..estimators import Estimator
 from ..gates import GroupGates, draw_together
+from ..groups import FilterGroups
 from ..layer import SFGLayer
-from ..layers.streams import RoutedBlock
 from ..norm import KernelNorm
 from .parts import ChannelDropout
 
@@ -411,8 +411,22 @@ def drawn_first(parts: Iterable[nn.Module], x: Any) -> Any:
     also in the backward pass.
     """
     parts = list(parts)
-    layers = [part.conv1 if isinstance(part, RoutedBlock) else part for part in parts]
-    groups = iter(draw_together([layer for layer in layers if isinstance(layer, GroupGates)]))
-    for part, layer in zip(parts, layers, strict=True):
-        x = part(x, next(groups)) if isinstance(layer, GroupGates) else part(x)
+    return pass_through(parts, x, draws_of(parts))
+
+
+def draws_of(parts: Iterable[nn.Module]) -> Iterator[FilterGroups]:
+    """A draw for every layer of the parts that needs one (`draw_together`), in order, for `pass_through`."""
+    return iter(draw_together([layer for part in parts for layer in _drawn(part)]))
+
+
+def pass_through(parts: Iterable[nn.Module], x: Any, draws: Iterator[FilterGroups]) -> Any:
+    """x behind one part after the other; `draws` has the next draws for their layers."""
+    for part in parts:
+        x = part(x, *(next(draws) for _ in _drawn(part)))
     return x
+
+
+def _drawn(part: nn.Module) -> list[GroupGates]:
+    """The layers of a part that need a draw: the part itself, or those that it names (`drawn`). A frozen layer needs
+    none."""
+    return [layer for layer in getattr(part, "drawn", [part]) if isinstance(layer, GroupGates)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import SFGLayer
+from ..norm import NormName
 from .methods import he_initialise, layer_options
 from .parts import ChannelDropout, check_size
 
@@ -88,11 +89,13 @@ class CrossStitch(nn.Module):
         in_channels: int,
         outputs: Mapping[str, int],
         *,
-        norm: str | None = "batch",
+        norm: NormName = "batch",
         dropout: float = 0.0,
         **sizes: Any,
     ) -> None:
         super().__init__()
+        if not hasattr(network, "column"):
+            raise ValueError(f"method='cross_stitch': {network.__name__} has none, expected another method")
         tasks = tuple(outputs)
         self.in_channels, self.outputs = in_channels, dict(outputs)
         self.per_image, self.least_size = network.per_image, network.least_size

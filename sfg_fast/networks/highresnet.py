@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
 from ..layers.streams import Heads, Merge, RoutedBlock, StreamBlock
+from ..norm import NormName
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
-from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between
+from .parts import ChannelDropout, Column, ReadTask, ResidualBlock, dropout_between, start_from_biases
 
 RESIDUAL = ("separate", "routed")
 
@@ -61,7 +62,7 @@ class SFGHighResNet(nn.Module):
         residual: str = "separate",
         *,
         method: str = "sfg",
-        norm: str | None = "batch",
+        norm: NormName = "batch",
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
         noise_on: str = "log_p",
@@ -70,7 +71,7 @@ class SFGHighResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        widths = _widths(width, residual)
+        widths = _widths(width, residual, norm)
         self.in_channels, self.outputs, self.method = in_channels, dict(outputs), method
         tasks = tuple(outputs)
         options = layer_options(method, tasks, norm, init, estimator)
@@ -93,7 +94,7 @@ class SFGHighResNet(nn.Module):
         self.heads = Heads(channels, outputs)
         self.dropout = ChannelDropout(dropout)
         he_initialise(self)
-        _start_from_biases(self.heads.conv)
+        start_from_biases(self.heads.conv)
         fix_grouping(self, method, noise_on, explore, shared)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ class SFGHighResNet(nn.Module):
         `residual="separate"` it has one stack of residual blocks in each stage, and nothing to merge."""
         stages: list[list[nn.Module]] = []
         channels = in_channels
-        for stage, wide in enumerate(_widths(width, residual)):
+        for stage, wide in enumerate(_widths(width, residual, options["norm"])):
             sfg, read = _layer(channels, wide, options), ReadTask(task)
             if residual == "separate":
                 plain = (ResidualBlock(wide, 2**stage, block == 0, options["norm"]) for block in range(blocks))
@@ -128,13 +129,17 @@ class SFGHighResNet(nn.Module):
             channels = wide
         final = [_layer(channels, channels, options), _layer(channels, channels, options), ReadTask(task)]
         head = nn.Conv2d(channels, outputs, 1)
-        _start_from_biases(head)
+        start_from_biases(head)
         return Column(stages, final, head)
 
 
-def _widths(width: int | Sequence[int], residual: str) -> tuple[int, ...]:
+def _widths(width: int | Sequence[int], residual: str, norm: NormName) -> tuple[int, ...]:
     if residual not in RESIDUAL:
         raise ValueError(f"residual={residual!r} is unknown, expected one of {', '.join(RESIDUAL)}")
+    if residual == "separate" and norm not in (None, "batch"):
+        raise ValueError(
+            f"norm={norm!r}: separate residual blocks have 'batch' or None, expected that, or residual='routed'"
+        )
     widths = (width, 2 * width, 4 * width) if isinstance(width, int) else tuple(width)
     if len(widths) != 3:
         raise ValueError(f"width={width!r}: expected a number or three, one for each stage")
@@ -147,10 +152,3 @@ def _layer(channels: int, kernels: int, options: Mapping[str, Any]) -> SFGConv2d
 
 def _routed(trunk: SFGConv2d, blocks: int, stage: int, options: Mapping[str, Any]) -> Iterable[nn.Module]:
     return (RoutedBlock(trunk, 2**stage, **options) for _ in range(blocks))
-
-
-def _start_from_biases(head: nn.Conv2d) -> None:
-    """Give a head small weights, so that its first outputs are about its biases."""
-    nn.init.normal_(head.weight, 0.0, 0.05)
-    assert head.bias is not None
-    nn.init.zeros_(head.bias)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.conv import SFGConv2d
+from ..layer import SFGLayer
+from ..norm import NormName
 
 METHODS = {
     "one_task": "all kernels belong to the only task: p(shared) = 0",
@@ -29,7 +30,7 @@ FIXED: dict[str, float | None] = {"one_task": 0.0, "hard_sharing": 1.0, "even_sp
 
 
 def layer_options(
-    method: str, tasks: Sequence[str], norm: str | None, init: str | Sequence[Any] | Tensor, estimator: str
+    method: str, tasks: Sequence[str], norm: NormName, init: str | Sequence[Any] | Tensor, estimator: str
 ) -> dict[str, Any]:
     """The options of the network's SFG layers.
 
@@ -70,7 +71,7 @@ def fix_grouping(
 
     Raises ValueError for `shared` with another method, a share outside 0 .. 1, or another number of shares.
     """
-    layers = [m for m in network.modules() if isinstance(m, SFGConv2d) and not m.shares_grouping]
+    layers = [m for m in network.modules() if isinstance(m, SFGLayer) and not m.shares_grouping]
     shares = _shares(method, shared, len(layers))
     for module, share in zip(layers, shares, strict=True):
         if method in FIXED:
@@ -103,9 +104,11 @@ def _mask(kernels: int, groups: int, share: float | None) -> Tensor:
 
 
 def he_initialise(network: nn.Module) -> None:
-    """Initialise all convolutions after He et al. for ReLU, their biases with zeros."""
+    """Initialise all convolutions after He et al. for ReLU, or for the LeakyReLU of the layer; their biases with
+    zeros."""
     for module in network.modules():
-        if isinstance(module, SFGConv2d | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, SFGLayer | nn.Conv2d | nn.Conv3d):
+            slope = 0.01 if getattr(module, "activation", None) == "leaky_relu" else 0.0
+            nn.init.kaiming_normal_(module.weight, slope, nonlinearity="leaky_relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

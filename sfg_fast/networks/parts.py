@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from ..norm import NormName
+
 
 class Column(NamedTuple):
     """A network for one task, which the networks of other tasks can read between its stages. Each of the `stages` takes
@@ -27,9 +29,12 @@ class ChannelDropout(nn.Dropout2d):
     sampling: bool = False
 
     def forward(self, x: Any) -> Any:
-        """x, features or a tensor [N, C, H, W] -> the same, with some channels zero and the others scaled."""
-        drops = self.p > 0 and (self.training or self.sampling)
-        return F.dropout2d(x, self.p, True) if drops else x
+        """x, features or a tensor [N, C, H, W] or [N, C, D, H, W] -> the same, with some channels zero and the others
+        scaled."""
+        if not self.p or not (self.training or self.sampling):
+            return x
+        drop = F.dropout2d if x.dim() == 4 else F.dropout3d
+        return drop(x, self.p) if isinstance(x, Tensor) else x.channelwise(lambda one: drop(one, self.p))
 
 
 class PathDropout(nn.Module):
@@ -79,7 +84,7 @@ class ResidualBlock(nn.Module):
     """A `StreamBlock` for a single stream, on tensors: x + conv(relu(bn(conv(relu(bn(x)))))). The `first` block of a
     stage starts with the convolution, because its input is normalised and activated already."""
 
-    def __init__(self, channels: int, dilation: int, first: bool, norm: str | None) -> None:
+    def __init__(self, channels: int, dilation: int, first: bool, norm: NormName) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
@@ -92,6 +97,13 @@ class ResidualBlock(nn.Module):
         """x [N, channels, H, W] -> a tensor of the same shape."""
         h = x if self.first else F.relu(self.norm1(x))
         return x + self.conv2(F.relu(self.norm2(self.conv1(h))))
+
+
+def start_from_biases(head: nn.Conv2d | nn.Conv3d) -> None:
+    """Give a head small weights, so that its first outputs are about its biases."""
+    nn.init.normal_(head.weight, 0.0, 0.05)
+    assert head.bias is not None
+    nn.init.zeros_(head.bias)
 
 
 def check_size(x: Tensor, least: int) -> None:

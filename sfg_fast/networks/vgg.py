@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.conv import SFGConv2d
+from ..norm import NormName
 from .controls import drawn_first
 from .methods import fix_grouping, he_initialise, layer_options
 from .parts import ChannelDropout, Column, ReadTask, check_size, dropout_between
@@ -43,7 +44,7 @@ class SFGVGG(nn.Module):
         width: int = 64,
         *,
         method: str = "sfg",
-        norm: str | None = "batch",
+        norm: NormName = "batch",
         init: str | Sequence[Any] | Tensor = "uniform",
         estimator: str = "straight_through",
         noise_on: str = "log_p",

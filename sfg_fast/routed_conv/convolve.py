@@ -83,7 +83,8 @@ def convolve(
     passed_on: Sequence[Any] = ()
     if run.way is Way.ONCE:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
-        u = _convolve(x, None, weight, bias, None, one)[0].repeat(1, len(spec.rows.names), 1, 1)
+        u = _convolve(x, None, weight, bias, None, one)[0]
+        u = u.repeat(1, len(spec.rows.names), *[1] * (u.dim() - 2))
     elif run.way is Way.FOLDED:
         one = Call(run._replace(spec=plain(spec, *sizes)), relu)
         u = unfold_rows(_convolve(fold(x, spec), None, weight, bias, None, one)[0], spec)

@@ -4,7 +4,7 @@ image."""
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Places(NamedTuple):
 
     def shuffled(self, small: Tensor) -> Tensor:
         """[N, R * number, H, W] -> [N, R, *size]."""
+        return _Shuffled.apply(small, self)
+
+    def _together(self, small: Tensor) -> Tensor:
         dims, layout = len(self.strides), memory_format(small)
         cells = small.unflatten(1, (-1, *self.strides))  # [N, R, places, cells]
         pairs = [axis for dim in range(dims) for axis in (2 + dims + dim, 2 + dim)]
@@ -48,6 +51,20 @@ class Places(NamedTuple):
         cells = large.reshape(*large.shape[:2], *shape)
         cells = cells.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))
         return cells.flatten(1, 1 + dims).contiguous(memory_format=layout)
+
+
+class _Shuffled(torch.autograd.Function):
+    """`Places.shuffled`. Torch's own gradient of it would not be contiguous, and each kernel that reads it would copy
+    it."""
+
+    @staticmethod
+    def forward(ctx: Any, small: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return places._together(small)
+
+    @staticmethod
+    def backward(ctx: Any, dlarge: Tensor) -> Any:
+        return ctx.places.apart(dlarge), None
 
 
 class Taps(NamedTuple):

@@ -15,6 +15,7 @@ from ..tasks import USUAL, of_images, read_tasks
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 GRAPHS = ("auto", "on", "off")
+NORMS = ("auto", "batch", "instance", "layer")
 DECAYS = ("cosine", "polynomial", "constant")
 # These options may differ in a run that is resumed: they change files and time, but no result. (`graph`: a step on one
 # GPU is the same operations in a CUDA graph and eagerly, with the same optimiser and the same random numbers.)
@@ -26,13 +27,22 @@ class NetworkConfig:
     """The network.
 
     Args:
-        name: "highresnet" (`SFGHighResNet`), for a value per voxel, or "vgg" (`SFGVGG`), for a value per image.
-        width: channels of highresnet's three stages, or of vgg's first convolution; null: [16, 32, 64], or 64.
-        blocks: of highresnet: residual blocks in each stage; null: 3.
-        residual: of highresnet: "separate" (the paper's) or "routed" (cheaper); null: separate.
+        name: "highresnet" (`SFGHighResNet`) or "unet" (`SFGUNet`), for a value per voxel, or "vgg" (`SFGVGG`), for a
+            value per image.
+        width: channels of highresnet's three stages, of unet's stages (or of its first, and each has twice as many as
+            the one before), or of vgg's first convolution; null: [16, 32, 64], 32, or 64.
+        blocks: of highresnet: residual blocks in each stage; null: 3. Of unet: convolutions in each stage, or residual
+            blocks; null: 2.
+        residual: of highresnet: "separate" (the paper's) or "routed" (cheaper); null: separate. Of unet: true for an
+            encoder of residual blocks; null: false.
+        stages: of unet: stages of the encoder, each but the first of which halves the image; null: 5.
+        down: of unet: what halves the image, "strided" convolutions, or "pooled" for means; null: strided.
+        deep_supervision: of unet: true to learn from outputs of each stage of the decoder, too, which are weighed by
+            1, 1/2, 1/4 .. as in nnU-Net; null: false.
         method: "sfg", or another: one_task, hard_sharing, constant_mask, constant_p, even_split, cross_stitch, retrain
             (docs/network.md).
-        norm: "batch", or null for none.
+        norm: "auto" (highresnet and vgg: batch; unet: instance), "batch", "instance", "layer", or null for none.
+            Highresnet with separate residual blocks has batch or none.
         init: initial p: a name (uniform, dirichlet, mostly_shared, mostly_specific, vertex), or probabilities, shared
             first.
         estimator: gradient estimator of the grouping: straight_through, gumbel_softmax, gumbel_rao, reinmax or
@@ -54,9 +64,12 @@ class NetworkConfig:
     name: str = "highresnet"
     width: int | list[int] | None = None
     blocks: int | None = None
-    residual: str | None = None
+    residual: bool | str | None = None
+    stages: int | None = None
+    down: str | None = None
+    deep_supervision: bool | None = None
     method: str = "sfg"
-    norm: str | None = "batch"
+    norm: str | None = "auto"
     init: str | list[float] = "mostly_shared"
     estimator: str = "straight_through"
     noise_on: str = "log_p"
@@ -241,10 +254,11 @@ def from_saved(saved: Any, path: Path) -> TrainConfig:
 
 def difference(now: dict[str, Any], before: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first option that makes two configurations (`dataclasses.asdict`) train differently, and its values now and
-    before; None if both train alike. The precision `auto` is now whatever it was before."""
+    before; None if both train alike. A precision or norm `auto` is now whatever it was before."""
     here, there = _flat(now), _flat(before)
-    if here.get("precision") == "auto":
-        here["precision"] = there.get("precision")
+    for key in ("precision", "network.norm"):
+        if here.get(key) == "auto":
+            here[key] = there.get(key)
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key) and key not in OPERATIONAL:
             return key, here.get(key), there.get(key)
@@ -279,6 +293,7 @@ def check(config: TrainConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "network.blocks": 1 if network.blocks is None else network.blocks,
+        "network.stages": 1 if network.stages is None else network.stages,
         "network.every": network.every,
         "schedule.accumulate": schedule.accumulate,
         "validation_slices": config.validation_slices,
@@ -328,6 +343,8 @@ def check(config: TrainConfig) -> None:
     ):
         if value not in choices:
             refuse(key, value, f"one of {', '.join(choices)}")
+    if network.norm not in (*NORMS, None):
+        refuse("network.norm", network.norm, f"one of {', '.join(NORMS)}, or null")
     if config.seed >= 2**63:
         refuse("seed", config.seed, "less than 2**63")
     if config.patch is not None and config.network.norm is not None and math.prod(config.patch) * schedule.batch == 1:

@@ -13,7 +13,7 @@ from ..data.images import ImageForm
 from ..data.targets import Target, TargetAsJson
 from ..errors import InputError
 from ..files import check_shape, one_line, read_json, shown
-from ..networks.build import build, head_bias, least_size
+from ..networks.build import build, head_biases, least_size
 from ..networks.controls import assign, draws_from_constant_p, map_assignment, set_estimator, sfg_layers
 from ..networks.transfer import transfer
 from ..tasks import Task, read_tasks
@@ -33,6 +33,9 @@ def build_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, Tas
             width=network.width,
             blocks=network.blocks,
             residual=network.residual,
+            stages=network.stages,
+            down=network.down,
+            deep_supervision=network.deep_supervision,
             method=network.method,
             norm=network.norm,
             init=network.init,
@@ -175,7 +178,8 @@ def starting_network(config: TrainConfig, in_channels: int, tasks: Mapping[str, 
     grouping of another run, if the configuration says so. Raises InputError for options that it can't have."""
     model = build_network(config, in_channels, tasks)
     for name, task in tasks.items():
-        head_bias(model, name).copy_(task.start())
+        for bias in head_biases(model, name):
+            bias.copy_(task.start())
     if config.transfer.run is not None:
         _transfer(model, config.transfer, tasks)
     if config.network.grouping is not None:

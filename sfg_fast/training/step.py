@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..networks.controls import norm_buffers, pool_gradients
 from ..tasks import Task
 from .config import ScheduleConfig
-from .objective import Objective
+from .objective import Objective, levels
 
 Batch = dict[str, Any]
 """A mini-batch: tensors by name, and the names of its M cases, `case`."""
@@ -51,18 +51,22 @@ class Loss(nn.Module):
         self.total, self.precision = total, precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns L of eq. 2 divided by N, the mean negative log-likelihood of each task, and the outputs of each task.
+        """Returns L of eq. 2 divided by N, the mean negative log-likelihood of each task, and the output of each task
+        (with deep supervision that of all voxels).
 
         L is divided so that the learning rate doesn't depend on the cohort's size.
         """
         inputs = batch["inputs"]
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.model(inputs)
-        outputs = {task: y.to(torch.promote_types(y.dtype, torch.float32)) for task, y in outputs.items()}
+        outputs = {
+            task: [y.to(torch.promote_types(y.dtype, torch.float32)) for y in levels(every)]
+            for task, every in outputs.items()
+        }
         targets = {name: batch[task.target] for name, task in self.tasks.items()}
         present = {name: batch[f"has_{task.target}"] for name, task in self.tasks.items()}
         value, nll = self.objective(self.model, outputs, targets, self.total, present)
-        return value / self.total, nll, outputs
+        return value / self.total, nll, {task: every[0] for task, every in outputs.items()}
 
 
 class Outcome(NamedTuple):

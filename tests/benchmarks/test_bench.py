@@ -50,13 +50,13 @@ def test_every_case_is_there_once_and_full_adds_to_them():
     assert len(set(quick)) == len(quick)
     assert set(quick) < set(full)
     assert {f"benchmarks/{case}" for case in CASES} < set(quick)
-    for kind in ("routed", "separate", "vgg"):
-        assert f"benchmarks/bench_networks.py::test_network[{kind}-96-training]" in quick
+    for kind in ("routed-96", "separate-96", "vgg-96", "unet-128"):
+        assert f"benchmarks/bench_networks.py::test_network[{kind}-training]" in quick
     assert sum("test_layer" in line for line in full) == 2 * len(layers.layers(full=True))
 
 
 def test_every_case_exists_for_a_gpu():
-    assert {case.kind for case in networks.cases("cuda", full=False)} == {"routed", "separate", "vgg"}
+    assert {case.kind for case in networks.cases("cuda", full=False)} == {"routed", "separate", "vgg", "unet"}
     for case in networks.cases("cuda", full=True):
         assert case.device == "cuda"
         assert all(", channels_last" in name for name in networks.names(case.kind, "cuda", full=False)[:-1])

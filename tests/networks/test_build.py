@@ -4,12 +4,17 @@ import pytest
 import torch
 
 from sfg_fast import SFGVGG, SFGHighResNet
-from sfg_fast.networks.build import NETWORKS, build, head_bias, least_size
+from sfg_fast.networks.build import NETWORKS, build, head_biases, least_size
 from sfg_fast.networks.controls import sfg_layers
 from sfg_fast.networks.cross_stitch import CrossStitch
 
 OUTPUTS = {"a": 1, "b": 3}
-SMALL = {"highresnet": {"width": [3, 4, 5], "blocks": 1}, "vgg": {"width": 2}}
+SMALL = {
+    "highresnet": {"width": [3, 4, 5], "blocks": 1},
+    "vgg": {"width": 2},
+    "unet": {"width": 2, "stages": 3, "blocks": 1},
+}
+MIXED = [name for name in NETWORKS if hasattr(NETWORKS[name], "column")]  # by cross-stitch units
 
 
 def same_state(one, other):
@@ -43,7 +48,7 @@ def test_what_is_none_is_left_to_the_network(name):
     assert same_state(seeded(build, name, 1, {"a": 1}, **nothing), seeded(NETWORKS[name], 1, {"a": 1}))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MIXED)
 def test_cross_stitch_is_built_by_the_same_call(name):
     given = {"init": "uniform", "estimator": "selected", "noise_on": "p", "blocks": None}
     found = seeded(build, name, 1, OUTPUTS, "cross_stitch", norm=None, **(given | SMALL[name]))
@@ -55,7 +60,9 @@ def test_cross_stitch_is_built_by_the_same_call(name):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("unet", 1, OUTPUTS), {}, "network 'unet' is unknown, expected one of highresnet, vgg"),
+        (("resnet", 1, OUTPUTS), {}, "network 'resnet' is unknown, expected one of highresnet, vgg, unet"),
+        (("unet", 1, OUTPUTS, "cross_stitch"), {}, "method='cross_stitch': SFGUNet has none, expected another method"),
+        (("highresnet", 1, OUTPUTS), {"norm": "instance"}, "norm='instance': separate residual blocks have 'batch' or"),
         (("vgg", 1, OUTPUTS), {"blocks": 2}, "blocks=2: vgg has no such option, expected width, init, estimator"),
         (("vgg", 1, OUTPUTS, "cross_stitch"), {"residual": "routed"}, "residual='routed': vgg has no such option"),
         (("highresnet", 1, OUTPUTS), {"depth": 2}, "depth=2: highresnet has no such option, expected width, blocks"),
@@ -71,8 +78,7 @@ def test_what_can_t_be_is_refused_in_a_sentence(arguments, options, message):
         build(*arguments, **options)
 
 
-@pytest.mark.parametrize("method", ["sfg", "cross_stitch"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "method"), [*((n, "sfg") for n in NETWORKS), *((n, "cross_stitch") for n in MIXED)])
 def test_head_biases_are_those_of_the_outputs(name, method):
     model = build(name, 1, OUTPUTS, method, init="mostly_shared", **SMALL[name]).eval()
     x = torch.randn(2, 1, 40, 40)
@@ -80,19 +86,19 @@ def test_head_biases_are_those_of_the_outputs(name, method):
         before = model(x)
         added = {task: torch.arange(1.0, size + 1) for task, size in OUTPUTS.items()}
         for task, size in OUTPUTS.items():
-            assert head_bias(model, task).shape == (size,)
-            head_bias(model, task).add_(added[task])
+            (bias,) = head_biases(model, task)
+            assert bias.shape == (size,)
+            bias.add_(added[task])
         for task, y in model(x).items():
             change = (y - before[task]).transpose(0, 1).flatten(1)
             torch.testing.assert_close(change, added[task][:, None].expand_as(change))
 
 
-@pytest.mark.parametrize("method", ["sfg", "cross_stitch"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "method"), [*((n, "sfg") for n in NETWORKS), *((n, "cross_stitch") for n in MIXED)])
 def test_smallest_images_and_what_comes_out(name, method):
     model = build(name, 1, OUTPUTS, method, init="mostly_shared", **SMALL[name]).eval()
     size = least_size(model)
-    assert size == {"highresnet": 1, "vgg": 32}[name]
+    assert size == {"highresnet": 1, "vgg": 32, "unet": 1}[name]
     y = model(torch.zeros(2, 1, size, size))["b"]
     assert model.per_image == NETWORKS[name].per_image == (y.dim() == 2)
     assert y.shape[:2] == (2, 3)

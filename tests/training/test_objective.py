@@ -48,6 +48,44 @@ def test_equation_2(float64):
     assert math.isclose(float(nll["ct"] + nll["organs"]), -log_likelihood / m, rel_tol=1e-10)
 
 
+def test_deep_supervision_weighs_coarser_outputs_by_halves(float64):
+    """Voxel by voxel: those of a coarser output are every second, or fourth, of the target."""
+    model = SFGHighResNet(1, {"ct": 1, "organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
+    objective = Objective(both(), ObjectiveConfig(lambda1=0.0, lambda2=0.0))
+    m, n, size, coarse = 2, 10, (7, 5), [(7, 5), (4, 3), (2, 2)]
+    outputs = {task: [torch.randn(m, k, *one) for one in coarse] for task, k in (("ct", 1), ("organs", 3))}
+    targets = {"ct": torch.randn(m, 1, *size) * 500, "organs": torch.randint(3, (m, *size))}
+    expected = {"ct": 0.0, "organs": 0.0}
+    for level, (weight, (height, width)) in enumerate(zip((4 / 7, 2 / 7, 1 / 7), coarse, strict=True)):
+        for i in range(m):
+            for y in range(height):
+                for x in range(width):
+                    at = i, 0, y * 2**level, x * 2**level
+                    ct = Normal(outputs["ct"][level][i, 0, y, x], 1.0).log_prob(targets["ct"][at] / 400)
+                    logits = outputs["organs"][level][i, :, y, x]
+                    organ = Categorical(logits=logits).log_prob(targets["organs"][at[0], at[2], at[3]])
+                    for task, one in (("ct", ct), ("organs", organ)):
+                        expected[task] -= weight * float(one) / (height * width * m)
+    present = {task: there(m) for task in expected}
+    value, nll = objective(model, outputs, targets, n, present)
+    assert {task: one.item() for task, one in nll.items()} == pytest.approx(expected, rel=1e-10)
+    assert value.item() == pytest.approx(n * sum(expected.values()), rel=1e-10)
+    one_level = {task: every[:1] for task, every in outputs.items()}
+    plain = {task: every[0] for task, every in outputs.items()}
+    assert torch.equal(*(objective(model, found, targets, n, present)[0] for found in (one_level, plain)))
+
+
+def test_deep_supervision_of_volumes(float64):
+    model = SFGHighResNet(1, {"organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
+    objective = Objective(read_tasks(["organs"], {"labels": LABELS}), ObjectiveConfig(lambda1=0.0, lambda2=0.0))
+    outputs, target = [torch.zeros(1, 3, 3, 4, 5), torch.zeros(1, 3, 2, 2, 3)], torch.ones(1, 3, 4, 5).long()
+    target[:, ::2, ::2, ::2] = 2  # all that the coarser output is compared with
+    outputs[1][:, 2] = 1.0
+    second = -Categorical(logits=torch.tensor([0.0, 0.0, 1.0])).log_prob(torch.tensor(2)).item()
+    nll = objective(model, {"organs": outputs}, {"organs": target}, 1, {"organs": there(1)})[1]["organs"]
+    assert nll.item() == pytest.approx(2 / 3 * math.log(3) + 1 / 3 * second)
+
+
 def test_one_task_leaves_the_other_out():
     model = SFGHighResNet(1, {"organs": 3}, width=(3, 3, 3), blocks=1, residual="routed")
     objective = Objective(read_tasks(["organs"], {"labels": LABELS}), ObjectiveConfig())

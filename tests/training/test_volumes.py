@@ -158,7 +158,6 @@ def test_networks_are_built_for_volumes_where_they_can_be():
     assert build("volumes", 2, {"ct": 1}, spatial_dims=3)(torch.zeros(1, 2, 3, 4, 5))["ct"].shape == (1, 1, 3, 4, 5)
 
 
-@pytest.mark.skipif("unet" not in NETWORKS, reason="the U-Net that reads volumes is not there yet")
 def test_the_unet_is_trained_on_patches(cache, tmp_path):
     network = build("unet", 1, {"ct": 1, "organs": 3}, spatial_dims=3)
     shapes = {task: tuple(y.shape) for task, y in network(torch.randn(2, 1, 16, 16, 16)).items()}
