@@ -279,7 +279,7 @@ class GroupGates(FixedAssignment):
         weight: Tensor = self.weight  # type: ignore[assignment]
         if groups.learns or not self.logits.requires_grad or not torch.is_grad_enabled():
             return weight
-        return _WithZeroGradient.apply(weight, self.logits)
+        return with_zero_gradient(weight, self.logits)
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         errors = args[-1]
@@ -334,13 +334,16 @@ def draw_together(layers: Sequence[GroupGates]) -> list[FilterGroups]:
     return [layer.draw() for layer in layers]
 
 
-class _WithZeroGradient(torch.autograd.Function):
-    """The weight as it is; in the backward pass the logits get zeros."""
+def with_zero_gradient(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor as it is. In the backward pass `other`, on which nothing depends, gets zeros."""
+    return _WithZeroGradient.apply(tensor, other)
 
+
+class _WithZeroGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
-        ctx.like = (logits.shape, logits.dtype, logits.device)
-        return weight.view_as(weight)
+    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
+        ctx.like = (other.shape, other.dtype, other.device)
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor) -> Any:

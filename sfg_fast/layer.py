@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activations import ACTIVATIONS, Activation
-from .gates import GroupGates
+from .gates import GroupGates, with_zero_gradient
 from .groups import FilterGroups
-from .norm import NormName, make_norm
+from .norm import ImageNorm, NormName, make_norm
 
 Sizes = int | tuple[int, ...]
 
@@ -88,6 +88,19 @@ class SFGLayer(GroupGates):
     def pad(self, x: Tensor) -> Tensor:
         """The input, padded where `zero_padding` can't do it."""
         return x
+
+    def parameters_of(self, groups: FilterGroups) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the convolution for a step with these groups.
+
+        In front of an instance norm there is no bias, because the norm takes away whatever it adds. In a row that reads
+        no channel it would be all there is, and the norm would multiply its rounding errors by 1/sqrt(eps), in one
+        layer after the other. (The bias gets a gradient of zeros, as `weight_of` gives the logits.)"""
+        weight = self.weight_of(groups)
+        if self.bias is None or not isinstance(self.norm, ImageNorm) or self.norm.kind != "instance":
+            return weight, self.bias
+        if self.bias.requires_grad and torch.is_grad_enabled():
+            weight = with_zero_gradient(weight, self.bias)
+        return weight, None
 
     def kernels_first(self, weight: Tensor) -> Tensor:
         """The weight as [K, C, kH, kW], also of a transposed convolution of one group of channels."""

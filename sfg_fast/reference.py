@@ -144,12 +144,12 @@ def forward(layer: SFGLayer, x: Tensor | Sequence[Tensor], groups: FilterGroups 
     """The forward pass of an SFG layer by dense masking: F_g = z_g * act(norm(u_g)) for every group g."""
     groups = layer.draw() if groups is None else layer.check_groups(groups)
     assert groups.gates is not None
-    weight = layer.weight_of(groups)
+    weight, bias = layer.parameters_of(groups)
     if isinstance(x, Tensor):
-        u = [layer.plain(x, weight, layer.bias)]  # every group reads the same image: convolve once, then mask
+        u = [layer.plain(x, weight, bias)]  # every group reads the same image: convolve once, then mask
     else:
         layer.check_sequence(x)
-        u = [layer.plain(read, weight, layer.bias) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
+        u = [layer.plain(read, weight, bias) for read in merge(list(x), getattr(x, "routing", Routing.ARROW))]
     if layer.norm is not None:
         u = normalise(u, layer.norm, groups)
     h = [activate(tensor, layer.activation) for tensor in u]

@@ -47,7 +47,7 @@ class _Routed(SFGLayer):
         refuse_tracers(x, self._parameters.get("weight"))  # (not self.weight: a parametrised one would be computed)
         features = self._packed(x)
         groups = self.draw() if groups is None else self.check_groups(groups)
-        weight, bias, norm = self.weight_of(groups), self.bias, self.norm
+        (weight, bias), norm = self.parameters_of(groups), self.norm
         if self.groups == 1:
             weight = self.kernels_first(weight)
             if isinstance(norm, KernelNorm) and norm.folds(groups):

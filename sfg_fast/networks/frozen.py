@@ -369,7 +369,8 @@ class FrozenConv(Frozen):
     def _group(self, x: Tensor | GroupTensors, group: int) -> Tensor:
         rows = self.kernels[group]
         if self.groups_of_channels > 1:
-            depthwise = not isinstance(x, Tensor) and self.groups_of_channels == x.width == self.width
+            depthwise = not self.reach.transposed and not isinstance(x, Tensor)
+            depthwise = depthwise and self.groups_of_channels == x.width == self.width  # type: ignore[union-attr]
             if depthwise and list(x.kernels[group]) == rows:  # type: ignore[union-attr]
                 read, taken = x[group], rows
             else:  # torch does all kernels, which lie anywhere in their groups of channels
@@ -405,7 +406,8 @@ class FrozenConv(Frozen):
     def _weight_and_bias(self, source: SFGLayer, group: int, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of these kernels, kernels first, with the batch normalisation."""
         weight = source.kernels_first(source.weight)[rows]
-        bias = None if source.bias is None else source.bias[rows]
+        without = isinstance(source.norm, ImageNorm) and source.norm.kind == "instance"  # see SFGLayer.parameters_of
+        bias = None if source.bias is None or without else source.bias[rows]
         if isinstance(source.norm, KernelNorm):
             scale, shift = (affine[group, rows] for affine in source.norm.running_affine())
             weight, bias = folded(weight, bias, scale, shift)

@@ -342,3 +342,23 @@ def test_the_weights_of_torchs_layers_fit():
         layer.assign([0] * 4)
         x = torch.randn(1, 2, *[6] * layer.dims)
         assert_close(layer(x).merged(0), of_torch(x), 1e-10)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_rows_that_read_nothing_are_exactly_the_shift_of_an_instance_norm(name):
+    """There is no bias in front of the norm, whose rounding errors the norm would multiply by 300. Biases have
+    gradients of zeros."""
+    torch.manual_seed(0)
+    first, second = (SFGConv2d(4, 4, 3, norm="instance") for _ in range(2))
+    first.assign([1, 1, 1, 1])
+    second.assign([1, 2, 0, 1])  # nothing is in group 2 or 0
+    for layer in (first, second):
+        nn.init.normal_(layer.bias, 3.0), nn.init.normal_(layer.norm.bias)
+    with backend(name):
+        out = second(first(torch.randn(2, 4, 9, 7)))
+        dense = list(out)
+        sum(one.square().sum() for one in dense).backward()
+    for kernel, group in ((1, 2), (2, 0)):
+        found = dense[group][:, kernel]
+        assert torch.equal(found, second.norm.bias[kernel].expand_as(found))
+    assert all(layer.bias.grad is not None and not layer.bias.grad.any() for layer in (first, second))
