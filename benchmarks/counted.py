@@ -22,6 +22,11 @@ from sfg_fast.groups import FilterGroups, Routing
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "tf32": "tf32", "ieee": "float32"}  # short for checks.PRECISIONS
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1))
+EACH_IMAGE = ", each image"  # ends the names of launches behind an instance norm
+NORMS: dict[str, dict[str, Any]] = {
+    "": {"EACH_IMAGE": False, "ACTIVATION": "relu"},
+    EACH_IMAGE: {"EACH_IMAGE": True, "ACTIVATION": "leaky_relu"},
+}
 
 
 class Architecture(NamedTuple):
@@ -131,7 +136,9 @@ def layer_configurations(
             yield one(f"forward, {kind}", kind_forward, True)
             yield one(f"input gradient, {kind}", kind_adjoint, False)
             if kind == "undrawn":
-                yield one(f"gates' gradient, {kind}", kind_forward, True, gates=True, KEPT=True, AFFINE=True, EACH_IMAGE=False, ACTIVATION="relu")
+                gates: dict[str, Any] = {"gates": True, "KEPT": True, "AFFINE": True}
+                yield one(f"gates' gradient, {kind}", kind_forward, True, **gates, **NORMS[""])
+                yield one(f"gates' gradient of each image, {kind}", kind_forward, True, **gates, **NORMS[EACH_IMAGE])
     sizes, together = {"G": gradient, "K": k, "C": c, "BIAS": True}, config.reduction(launch.second)
     small = {
         "pack": {"F": forward, "B": adjoint, **sizes, "BLOCK": 1024, "PLACES": 64},
@@ -140,23 +147,35 @@ def layer_configurations(
     }
     if c == 1:  # the normalisation behind any layer of k kernels
         small |= norm_constants(k, architecture, image)
-    for kernel, constants in small.items():
-        yield Configuration(kernel, c, k, dtype, architecture, kernel, gradient, None, constants, image)
+    for direction, constants in small.items():
+        kernel = direction.removesuffix(EACH_IMAGE)
+        yield Configuration(direction, c, k, dtype, architecture, kernel, gradient, None, constants, image)
 
 
 def norm_constants(
     k: int, architecture: Architecture, image: tuple[int, int, int], shortcut: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """What the kernels of a normalisation of k channels are compiled for. `shortcut`: a residual is added to what the
-    normalisation returns, and a gradient to its gradient."""
+    """What the kernels of a normalisation of k channels are compiled for: of a batch norm and ReLU, and, by names that
+    end with EACH_IMAGE, of an instance norm and leaky ReLU. `shortcut`: a residual is added to what the normalisation
+    returns, and a gradient to its gradient."""
+    found = {}
+    for suffix, how in NORMS.items():
+        norm = norm_launch(k, architecture, image, how["EACH_IMAGE"])
+        usual = {"C": k, "ORDER": True, **how, "ACC": tl.float32, "BLOCK_P": norm.block_p, "BLOCK_C": norm.block_c}
+        usual |= {"PARTS": norm.together, "RESIDUAL": shortcut, "ADD": shortcut}
+        usual |= {"GROUPS": 0 if how["EACH_IMAGE"] else 3}  # running statistics are those of batches
+        few = {**usual, "BLOCK_C": norm.block_few}
+        found |= {kernel + suffix: usual for kernel in ("moments", "affine", "gradient_sums", "affine_gradient")}
+        found |= {kernel + suffix: few for kernel in ("statistics", "slopes")}
+    return found
+
+
+def norm_launch(k: int, architecture: Architecture, image: tuple[int, int, int], each_image: bool) -> config.Norm:
+    """The launches of a normalisation of k channels, of the batch or of each image."""
     batch, height, width = image
-    norm = config.norm(batch * height * width, k, architecture.device)
-    usual = {"C": k, "ORDER": True, "EACH_IMAGE": False, "ACTIVATION": "relu", "ACC": tl.float32, "BLOCK_P": norm.block_p}
-    usual |= {"BLOCK_C": norm.block_c, "PARTS": norm.together, "RESIDUAL": shortcut, "ADD": shortcut}
-    usual |= {"GROUPS": 3}
-    few = {**usual, "BLOCK_C": norm.block_few}
-    constants = dict.fromkeys(("moments", "affine", "gradient_sums", "affine_gradient"), usual)
-    return constants | dict.fromkeys(("statistics", "slopes"), few)
+    if each_image:
+        return config.norm(height * width, k, architecture.device, batch)
+    return config.norm(batch * height * width, k, architecture.device)
 
 
 class Work(NamedTuple):

@@ -151,9 +151,13 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
     dundrawn = torch.cat([dy, dy], 1)
     scale, shift = torch.ones(1, 2, k, device=DEVICE), torch.zeros(1, 2, k, device=DEVICE)
     undrawn = UndrawnFormula(x, kept_product, everything, all_specs, scale, shift, "relu")
+    of_each = {"scale": scale.expand(batch, -1, -1), "shift": shift.expand(batch, -1, -1), "activation": "leaky_relu"}
+    undrawn_of_each = undrawn._replace(**of_each)
     affine = torch.ones(k, device=DEVICE), torch.zeros(k, device=DEVICE)
     norm = Norm(*affine, drawn.order, 1e-5, "relu")
+    instance_norm = norm._replace(activation="leaky_relu", each_image=True)
     _, mean, var, _ = kernels.normalise(x, norm, None)
+    _, *statistics_of_each, _ = kernels.normalise(x, instance_norm, None)
     conv = (1, 1), (1, 1), (1, 1)  # stride, padding, dilation
     backward = functools.partial(
         torch.ops.aten.convolution_backward, bias_sizes=None, stride=conv[0], padding=conv[1], dilation=conv[2],
@@ -187,11 +191,19 @@ def passes(k: int, batch: int) -> dict[str, dict[str, Callable[[], Any]]]:
         "forward, kept": {"ours": lambda: kernels.forward(x, everything, all_specs, relu=True, keep_product=True)},
         "input gradient, undrawn": {"ours": lambda: kernels.input_gradient(dy, everything, all_specs, shape[2:])},
         "gates' gradient": {"ours": lambda: kernels.gate_gradient(undrawn, dundrawn)},
+        "gates' gradient of each image": {"ours": lambda: kernels.gate_gradient(undrawn_of_each, dundrawn)},
         "norm + ReLU": {
             "ours": lambda: kernels.normalise(x, norm, None),
             "cuDNN": lambda: F.batch_norm(x, *running, *affine, True).relu_(),
         },
         "norm + ReLU, gradient": {"ours": lambda: kernels.normalise_gradient(dy, x, norm, mean, var, None)},
+        "instance norm + leaky ReLU": {
+            "ours": lambda: kernels.normalise(x, instance_norm, None),
+            "cuDNN": lambda: F.leaky_relu_(F.instance_norm(x, None, None, *affine)),
+        },
+        "instance norm + leaky ReLU, gradient": {
+            "ours": lambda: kernels.normalise_gradient(dy, x, instance_norm, *statistics_of_each, None)
+        },
         "pack": {"ours": lambda: kernels.pack(weight, bias, spec, HALF)},
     }
 
@@ -206,6 +218,7 @@ COUNTED = {  # pass -> its name in counted.py
     "forward + ReLU": "forward", "input gradient": "input gradient",
     "weight gradient": "weight gradient", "forward, kept": "forward, undrawn",
     "input gradient, undrawn": "input gradient, undrawn", "gates' gradient": "gates' gradient, undrawn",
+    "gates' gradient of each image": "gates' gradient of each image, undrawn",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import torch
 import triton
 
 from benchmarks import counted, variants
-from benchmarks.counted import Architecture, Configuration
+from benchmarks.counted import EACH_IMAGE, Architecture, Configuration
 from benchmarks.gpu_tables import table
 from benchmarks.roofline import DEMANDS, H100, H200, LAUNCH, LIMITS, Demand, Gpu, Prediction, convolution, estimate
 from benchmarks.static_report import ARCHITECTURES, Binary, binary, warnings
@@ -46,6 +46,11 @@ PASSES = {
     "gates' gradient": ("gates' gradient, undrawn",),
     "norm + ReLU": ("moments", "statistics", "affine"),
     "norm + ReLU, gradient": ("gradient_sums", "slopes", "affine_gradient"),
+    "instance norm + leaky ReLU": tuple(part + EACH_IMAGE for part in ("moments", "statistics", "affine")),
+    "instance norm + leaky ReLU, gradient": tuple(
+        part + EACH_IMAGE for part in ("gradient_sums", "slopes", "affine_gradient")
+    ),
+    "gates' gradient of each image": ("gates' gradient of each image, undrawn",),
     "pack": ("pack",),
 }
 STEPS = {  # of one layer without norm
@@ -95,8 +100,9 @@ def layer_launches(
 ) -> dict[str, Configuration]:
     """Every launch of a layer k -> k and of the normalisation behind it, without a shortcut."""
     found = {one.direction: one for one in counted.layer_configurations(k, k, dtype, architecture, image)}
-    for kernel, constants in counted.norm_constants(k, architecture, image, shortcut=False).items():
-        found[kernel] = found["pack"]._replace(direction=kernel, kernel=kernel, constants=constants)
+    for direction, constants in counted.norm_constants(k, architecture, image, shortcut=False).items():
+        kernel = direction.removesuffix(EACH_IMAGE)
+        found[direction] = found["pack"]._replace(direction=direction, kernel=kernel, constants=constants)
     return found
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sfg_fast.kernels.triton import config
 
-from benchmarks.counted import DTYPES, Configuration, work
+from benchmarks.counted import DTYPES, Configuration, norm_launch, work
 from benchmarks.static_report import LOADS, STORES, Binary, Instruction, binary, loops, width
 from sfg_fast.gpu.checks import PRECISIONS
 
@@ -131,8 +131,8 @@ def streamed(tensors: int, looped: int) -> Callable[[Configuration], Demand]:
 
 def per_channel(one: Configuration) -> Demand:
     """A kernel of the normalisation that adds up the parts: two sums of each part and channel, which lie in L2."""
-    norm = _norm(one)
-    return Demand(norm.columns, 2 * one.kernels * 4, norm.parts * 2 * one.kernels * 4, 0, 0)
+    norm, images = _norm(one), one.image[0] if one.constants["EACH_IMAGE"] else 1
+    return Demand(norm.columns, images * 2 * one.kernels * 4, norm.sums[0] * 2 * one.kernels * 4, 0, 0)
 
 
 def reduced(one: Configuration) -> Demand:
@@ -166,7 +166,7 @@ def packed(one: Configuration) -> Demand:
 
 
 def _norm(one: Configuration) -> config.Norm:
-    return config.norm(one.pixels, one.kernels, one.architecture.device)
+    return norm_launch(one.kernels, one.architecture, one.image, one.constants["EACH_IMAGE"])
 
 
 # Kernel -> what a launch needs and requests, for the kernels that do not multiply.

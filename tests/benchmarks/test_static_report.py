@@ -35,7 +35,7 @@ def run(*arguments):
 
 @pytest.mark.parametrize(
     ("options", "kernels"),
-    [(["--channels", "64"], 23), pytest.param([], 68, marks=pytest.mark.slow)],
+    [(["--channels", "64"], 30), pytest.param([], 84, marks=pytest.mark.slow)],
     ids=["64 channels", "64 and 128 channels"],
 )
 def test_guarantees_hold_on_hopper(options, kernels):
