@@ -1,4 +1,7 @@
-"""The activation behind a norm and in front of a gate, and the way back through it."""
+"""The activation behind a norm and in front of a gate, and the way back through it.
+
+A kernel is compiled for one ACTIVATION: None, "relu" or "leaky_relu", as in activations.py. A NaN passes, as in torch.
+"""
 
 import triton
 import triton.language as tl
@@ -7,15 +10,20 @@ LEAKY_SLOPE = tl.constexpr(0.01)  # of "leaky_relu"
 
 
 @triton.jit
-def rectified(x, below, ACTIVATION: tl.constexpr):
-    """x, times the activation's slope where the argument of the activation is `below` zero. ACTIVATION: None, "relu" or
-    "leaky_relu", as in activations.py.
-
-    act(h) is rectified(h, h < 0, ACTIVATION), or with h <= 0; dL/dh is rectified(dL/dact(h), h <= 0, ACTIVATION). A NaN
-    passes, as in torch.
-    """
+def activated(h, below, ACTIVATION: tl.constexpr):
+    """act(h). `below`: which h a ReLU sets to zero, h < 0 or h <= 0. Both are right, but compile to different code."""
     if ACTIVATION == "relu":
-        x = tl.where(below, 0.0, x)
+        h = tl.where(below, 0.0, h)
     elif ACTIVATION == "leaky_relu":
-        x = tl.where(below, x * LEAKY_SLOPE, x)
-    return x
+        h = tl.maximum(h, h * LEAKY_SLOPE)  # `where` takes more registers: a tile of the gates' gradient would spill
+    return h
+
+
+@triton.jit
+def through_activation(g, h, ACTIVATION: tl.constexpr):
+    """dL/dh, where g is dL/dact(h)."""
+    if ACTIVATION == "relu":
+        g = tl.where(h <= 0, 0.0, g)
+    elif ACTIVATION == "leaky_relu":
+        g = tl.where(h <= 0, g * LEAKY_SLOPE, g)
+    return g

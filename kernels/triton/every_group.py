@@ -20,7 +20,7 @@ n-th group if n < place, else in the next one.
 import triton
 import triton.language as tl
 
-from .activation import rectified
+from .activation import activated
 from .convolve import accumulate, pixels, store_tile, taps_of
 from .pack import group_of
 
@@ -271,7 +271,7 @@ def gate_gradient_kernel(
             if AFFINE:
                 u = u * tl.load(scale + c, mask=valid, other=0.0)[None, :]
                 u += tl.load(shift + c, mask=valid, other=0.0)[None, :]
-            u = rectified(u, u <= 0, ACTIVATION)
+            u = activated(u, u <= 0, ACTIVATION)
             d = tl.load(df + image * ALL + (position * ALL)[:, None] + c[None, :], mask=mask, other=0.0)
             dz = tl.sum(tl.where(inside[:, None], u, 0.0) * d.to(ACC), 0)
             tl.store(partial + tile.to(tl.int64) * ALL + c, dz, mask=valid)

@@ -10,7 +10,7 @@ these up, so that the bits are the same every time.
 import triton
 import triton.language as tl
 
-from .activation import rectified
+from .activation import activated, through_activation
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def affine_kernel(
     scale = tl.load(affine + c, mask=c < C, other=0.0)
     shift = tl.load(affine + C + c, mask=c < C, other=0.0)
     value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype) * scale[None, :] + shift[None, :]
-    value = rectified(value, value < 0, ACTIVATION)
+    value = activated(value, value < 0, ACTIVATION)
     if RESIDUAL:
         value += tl.load(residual + at, mask=mask, other=0.0).to(scale.dtype)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -183,7 +183,7 @@ def gradient_at(dy, u, at, mask, scale, shift, ACTIVATION: tl.constexpr):
     """u, and g = dL/d(scale * u + shift)."""
     value = tl.load(u + at, mask=mask, other=0.0).to(scale.dtype)
     g = tl.load(dy + at, mask=mask, other=0.0).to(scale.dtype)
-    return value, rectified(g, value * scale[None, :] + shift[None, :] <= 0, ACTIVATION)
+    return value, through_activation(g, value * scale[None, :] + shift[None, :], ACTIVATION)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ one product) that costs less than reading the input nine times.
 import triton
 import triton.language as tl
 
-from .activation import rectified
+from .activation import activated
 from .convolve import walk_at
 from .pack import group_of, undrawn_group
 
@@ -231,7 +231,7 @@ def rowwalk_gates_kernel(
             if AFFINE:
                 u = u * tl.load(scale + k, mask=valid, other=0.0)[None, :]
                 u += tl.load(shift + k, mask=valid, other=0.0)[None, :]
-            u = rectified(u, u <= 0, ACTIVATION)
+            u = activated(u, u <= 0, ACTIVATION)
             d = tl.load(df + image_out * ALL + pixel * ALL + k[None, :], mask=mask, other=0.0)
             more = more + (dz[index] + tl.where(mask, u, 0.0) * d.to(ACC),)  # noqa: RUF005
         dz = more
