@@ -478,7 +478,7 @@ def norm(pixels: int, channels: int, device: Device, images: int = 1) -> Norm:
     pixels, so that enough of them are under way."""
     block_c = min(_power_of_two(channels, 1), 64)
     block_p, columns = 4096 // block_c, cdiv(channels, block_c)
-    parts = min(max(1, 8 * device.multiprocessors // (columns * images)), max(1, cdiv(pixels, block_p)))
+    parts = min(max(1, 8 * device.multiprocessors // (columns * max(1, images))), max(1, cdiv(pixels, block_p)))
     few = min(16, block_c)
     grids = (images * parts, columns), images * cdiv(channels, few), (images * cdiv(pixels, block_p), columns)
     return Norm(pixels, parts, min(_power_of_two(parts, 1), 128), block_p, block_c, few, *grids)

@@ -36,7 +36,7 @@ def test_dry_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ended = check_dry_run(tmp_path / "out", done.stdout)
-    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 12
+    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 14
 
 
 def test_dry_run_without_what_repeats_itself(tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_dry_run_without_what_repeats_itself(tmp_path, capsys):
     jobs = {name: job for name, job in checking.jobs.items() if not name.startswith(again)}
     assert gpu_suite.suite(tmp_path, 6, [checking._replace(jobs=jobs), *others]) == 0
     ended = check_dry_run(tmp_path, capsys.readouterr().out)
-    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 4
+    assert sum(name.startswith(("float16 ", "float32 ")) for name in ended) == 5
 
 
 def check_dry_run(out, printed):

@@ -174,8 +174,8 @@ def main() -> None:
                         df = y.new_empty(2, 64, *y.shape[2:])
                         undrawn = UndrawnFormula(read, kept_product, packed, spec, None, None, "relu")
                         kernels.gate_gradient(undrawn, df)
-                        scales = {"scale": torch.ones(2, 1, 32), "shift": torch.zeros(2, 1, 32)}  # of each image
-                        kernels.gate_gradient(undrawn._replace(**scales, activation="leaky_relu"), df)
+                        scale, shift = torch.ones(2, 1, 32), torch.zeros(2, 1, 32)  # of each image
+                        kernels.gate_gradient(undrawn._replace(scale=scale, shift=shift, activation="leaky_relu"), df)
     found = {}
     for name in names:
         function = getattr(kernels, name + "_kernel")

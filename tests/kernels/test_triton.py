@@ -662,10 +662,22 @@ def test_normalise(poisoned, shape, each_image, activation, residual, dtype, mea
         assert ((found.double() - wanted).abs() <= bound * scale + precision * (1 + wanted.abs())).all()
 
 
-def test_normalise_lets_nan_through():
+def test_normalise_each_image_of_none(poisoned):
+    u, norm = torch.zeros(0, 5, 3, 4), Norm(torch.ones(5), torch.zeros(5), None, 1e-5, "relu", each_image=True)
+    y, mean, var, affine = kernels.normalise(u, norm, u)
+    assert y.shape == u.shape
+    assert affine.shape == (2, 0, 5)
+    du, dweight, dbias = kernels.normalise_gradient(y, u, norm, mean, var, None)
+    assert du.shape == u.shape
+    assert torch.equal(dweight, torch.zeros(5))
+    assert torch.equal(dbias, torch.zeros(5))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_normalise_lets_nan_through(activation):
     u = torch.randn(1, 2, 5, 5)
     u[0, 1, 2, 2] = float("nan")
-    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, "relu")
+    norm = Norm(torch.ones(2), torch.zeros(2), None, 1e-5, activation)
     y, mean, var, _ = kernels.normalise(u, norm, None)
     assert y[0, 0].isfinite().all()
     assert y[0, 1].isnan().all()
