@@ -33,7 +33,6 @@ MOST = {2: 512, 3: 320}
 
 _CONVOLUTIONS: dict[int, Any] = {2: SFGConv2d, 3: SFGConv3d}
 _TRANSPOSED: dict[int, Any] = {2: SFGConvTranspose2d, 3: SFGConvTranspose3d}
-_POOLS: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class SFGUNet(nn.Module):
@@ -95,18 +94,18 @@ class SFGUNet(nn.Module):
         options = layer_options(method, tuple(outputs), norm, init, estimator)
 
         self.encoder = nn.ModuleList()
-        channels, before = in_channels, None
+        channels, trunk = in_channels, None
         for stage, wide in enumerate(widths):
             stride = 2 if stage and down == "strided" else 1
-            made = _residual_stage if residual else _plain_stage
-            parts = made(spatial_dims, channels, wide, blocks, stride, before, options)
+            how = spatial_dims, channels, wide, blocks, stride, options
+            parts = _residual_stage(*how, trunk) if residual else _plain_stage(*how)
             self.encoder.append(parts)
-            channels, before = wide, parts[-1]
+            channels, trunk = wide, getattr(parts[-1], "trunk", None)
         self.ups, self.decoder = nn.ModuleList(), nn.ModuleList()
         for wide in reversed(widths[:-1]):
             up = _TRANSPOSED[spatial_dims](channels, wide, 2, 2, **options | {"norm": None, "bias": True})
             self.ups.append(up)
-            self.decoder.append(_plain_stage(spatial_dims, 2 * wide, wide, blocks, 1, None, options))
+            self.decoder.append(_plain_stage(spatial_dims, 2 * wide, wide, blocks, 1, options))
             channels = wide
         self.heads = Heads(channels, outputs, spatial_dims)
         coarse = reversed(widths[1:-1]) if deep_supervision else ()
@@ -130,8 +129,8 @@ class SFGUNet(nn.Module):
         skips: list[Any] = []
         for stage in self.encoder:
             if skips and self.down == "pooled":
-                y = y.channelwise(lambda one: _POOLS[self.dims](one, 2))
-            y = pass_through(_parts(stage, self.dropout), y, draws)
+                y = y.channelwise(halved)
+            y = self.dropout(pass_through(_parts(stage, self.dropout), y, draws))
             skips.append(y)
         skips.pop()
         levels: list[dict[str, Tensor]] = []  # that of all positions first
@@ -166,6 +165,7 @@ class BasicBlock(nn.Module):
 
     Args:
         dims: 2, or 3 for volumes.
+        stride: 1, or 2 to halve the image.
         trunk: the layer that has the grouping of x.
         options: those of the SFG layers.
 
@@ -179,7 +179,7 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         layer = _CONVOLUTIONS[dims]
-        self.dims, self.stride = dims, stride
+        self.stride = stride
         self.conv1 = layer(channels, kernels, 3, stride, 1, activation="leaky_relu", **options)
         self.conv2 = layer(kernels, kernels, 3, 1, 1, **options)
         self.project = layer(channels, kernels, 1, **options) if channels != kernels else None
@@ -202,12 +202,18 @@ class BasicBlock(nn.Module):
         """x [N, C, H, W] -> [N, K, H / stride, W / stride]. `groups`, `of_shortcut`: draws for the first layer and for
         that of the shortcut, instead of new ones."""
         shortcut: Any = x
-        if self.stride > 1:
-            shortcut = x.channelwise(lambda one: _POOLS[self.dims](one, self.stride))
+        if self.stride == 2:
+            shortcut = x.channelwise(halved)
         if self.project is not None:
             shortcut = self.project(shortcut, of_shortcut)
         y = self.conv2(self.conv1(x, groups), groups=shortcut.groups, residual=shortcut)
         return y.channelwise(leaky_relu_behind_gate)
+
+
+def halved(x: Tensor) -> Tensor:
+    """The means of 2x2 (2x2x2) positions. (Torch has no such mean of volumes in bfloat16 on a CPU.)"""
+    pool = F.avg_pool2d if x.dim() == 4 else F.avg_pool3d
+    return pool(x.to(torch.promote_types(x.dtype, torch.float32)), 2).to(x.dtype)
 
 
 def leaky_relu_behind_gate(x: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ def leaky_relu_behind_gate(x: Tensor) -> Tensor:
 
 
 def _plain_stage(
-    dims: int, channels: int, wide: int, blocks: int, stride: int, before: Any, options: Mapping[str, Any]
+    dims: int, channels: int, wide: int, blocks: int, stride: int, options: Mapping[str, Any]
 ) -> nn.Sequential:
     """SFG layers, the first of which has the stride."""
     sizes = [(channels, stride)] + [(wide, 1)] * (blocks - 1)
@@ -226,18 +232,22 @@ def _plain_stage(
 
 
 def _residual_stage(
-    dims: int, channels: int, wide: int, blocks: int, stride: int, before: Any, options: Mapping[str, Any]
+    dims: int,
+    channels: int,
+    wide: int,
+    blocks: int,
+    stride: int,
+    options: Mapping[str, Any],
+    trunk: SFGLayer | None,
 ) -> nn.Sequential:
-    """Residual blocks, the first of which has the stride. `before`: the last block of the stage before; None: there is
-    no stage before, so a convolution stands before the blocks."""
+    """Residual blocks, the first of which has the stride. `trunk`: the layer that has the grouping of their input;
+    None: the input is the image, so a convolution stands before the blocks."""
     parts: list[nn.Module] = []
-    if before is None:
-        parts += _plain_stage(dims, channels, wide, 1, stride, None, options)
-        trunk, channels, stride = parts[0], wide, 1
-    else:
-        trunk = before.trunk
+    if trunk is None:
+        trunk = _CONVOLUTIONS[dims](channels, wide, 3, stride, 1, activation="leaky_relu", **options)
+        parts, channels, stride = [trunk], wide, 1
     for _ in range(blocks):
-        block = BasicBlock(dims, channels, wide, stride, trunk, options)  # type: ignore[arg-type]
+        block = BasicBlock(dims, channels, wide, stride, trunk, options)
         parts.append(block)
         trunk, channels, stride = block.trunk, wide, 1
     return nn.Sequential(*parts)

@@ -351,7 +351,7 @@ def cache(tmp_path_factory):
     [
         ("null", ["--network.norm", "batch", "--network.dropout", "0.1"]),  # slices of 24 x 24
         ("[20,17]", ["--network.deep_supervision", "true", "--network.residual", "true"]),
-        ("[4,9,10]", ["--network.deep_supervision", "true", "--network.down", "pooled"]),
+        ("[4,9,10]", ["--network.deep_supervision", "true", "--network.down", "pooled", "--precision", "bfloat16"]),
     ],
 )
 def test_it_is_trained_and_predicts(cache, tmp_path, patch, options):

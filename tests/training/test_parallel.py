@@ -10,10 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sfg_fast.data import Cache, SliceSampler
 from sfg_fast.errors import Preempted
 from sfg_fast.networks.controls import sfg_layers
+from sfg_fast.norm import synchronise
 from sfg_fast.training import checkpoint
 from sfg_fast.training.parallel import merged_statistics
 from sfg_fast.training.trainer import Trainer
@@ -147,6 +149,25 @@ def test_a_bad_step_is_left_out_by_all_and_names_the_case_of_one(cache, tmp_path
     assert found["history"]["bad_steps"] == [{"step": step, "cases": ["phantom_002"]} for step in met]
     assert met
     assert all(torch.isfinite(value).all() for value in found["model"].values())
+
+
+@pytest.mark.parametrize(("norm", "size"), [(nn.BatchNorm2d, (4, 5)), (nn.BatchNorm3d, (3, 4, 5))])
+def test_a_synchronised_norm_of_one_process_is_torch_s(tmp_path, norm, size, float64):
+    plain = norm(3)
+    nn.init.normal_(plain.weight)
+    ours = nn.Sequential(copy.deepcopy(plain))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        synchronise(ours)
+        assert type(ours[0]) is not norm
+        x = torch.randn(2, 3, *size, requires_grad=True)
+        results = [(y := one(x), torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), x)[0])
+                   for one in (plain, ours)]  # fmt: skip
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(ours[0].state_dict(), plain.state_dict())
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
 def test_merging_the_statistics_of_one_process_changes_nothing():

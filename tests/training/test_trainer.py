@@ -331,6 +331,13 @@ def test_no_tasks_to_transfer_are_others_than_those_of_the_same_name():
     assert difference(one, {**one, "out": "elsewhere", "workers": 3}) is None
 
 
+def test_a_norm_that_is_chosen_for_the_network_is_that_of_the_run_before():
+    now = dataclasses.asdict(config("data", "out"))
+    before = {**now, "network": {**now["network"], "norm": "batch"}}  # of a version without "auto"
+    assert difference(now, before) is None
+    assert difference(before, now) == ("network.norm", "batch", "auto")
+
+
 def test_resume_refuses_a_finished_run(cache, tmp_path):
     Trainer(config(cache, tmp_path / "run", steps=2)).run()
     with pytest.raises(InputError, match="finished"):
