@@ -103,7 +103,8 @@ class GroupGates(FixedAssignment):
         self._estimator = estimator
         found = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
         self.rule = dataclasses.replace(self.rule, estimator=found)
-        self.logits.requires_grad_(found.gates is not None)
+        never_draws = self.shares_grouping and self._owner[0] is self
+        self.logits.requires_grad_(found.gates is not None and not never_draws)
 
     @property
     def every(self) -> int:
@@ -184,6 +185,12 @@ class GroupGates(FixedAssignment):
         self.shares_grouping = True
         self._owner = (owner,)  # in a tuple: not a submodule
         owner._sharing.append(self)
+
+    def take_draws(self) -> None:
+        """From now on this layer never draws: the caller must give it a draw of another layer, or of several, such as
+        that of concatenated features (`conv(x, groups=x.groups)`). Its logits are not learnt."""
+        self.shares_grouping, self._owner = True, (self,)
+        self.logits.requires_grad_(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of any module. But a move (`to_empty`, from the meta device) makes a new parameter in every module, and

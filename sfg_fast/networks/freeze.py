@@ -112,7 +112,8 @@ def _keep_outputs(network: fx.GraphModule, tasks: Sequence[str]) -> None:
 def _plain(original: nn.Module, twin: nn.Module, by_logits: Mapping[int, list[int]], tasks: Sequence[str]) -> nn.Module:
     if isinstance(twin, SFGLayer):
         assert isinstance(original, SFGLayer)
-        return FrozenConv(twin, by_logits[id(original.logits)])
+        # A layer that takes the draw of its input has none of its own: it is given one at its first call.
+        return FrozenConv(twin, by_logits.get(id(original.logits), [0] * original.out_channels))
     if isinstance(twin, StreamBlock):
         return FrozenStreamBlock(twin)
     if isinstance(twin, StreamConv2d):

@@ -113,7 +113,9 @@ class Rewriting:
         self.kind: dict[fx.Node, str] = {}
         self.stream: dict[fx.Node, Any] = {}  # features: the convolution whose grouping they have
         self.selection = Selection(network)
-        self.same: dict[fx.Node, fx.Node] = {}  # convolution -> one whose grouping it takes (sums)
+        # Convolution -> a convolution whose grouping it takes (sums), or concatenated or taken features.
+        self.same: dict[fx.Node, fx.Node] = {}
+        self.order = {node: number for number, node in enumerate(graph.nodes)}
         self.factors: set[fx.Node] = set()  # convolutions whose output becomes streams, because it is a factor
         self.streams: set[fx.Node] = set()  # features that are streams
         self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
@@ -342,14 +344,7 @@ class Rewriting:
     def _depthwise(self, node: fx.Node) -> None:
         """Let a depthwise convolution take the draw of its input: a kernel in another group than its channel would read
         nothing."""
-        owner = self._owner(self.stream[node.all_input_nodes[0]])
-        if owner.op != "call_module":
-            self.obstacles.append(
-                f"{node.target!r} is a depthwise convolution of features that are joined of others or taken out of "
-                "others, which have no draw of their own that it could take; expected it behind a convolution"
-            )
-        else:
-            self.same[node] = owner
+        self.same[node] = self._owner(self.stream[node.all_input_nodes[0]])
 
     def _put(self, name: str, make: Callable[..., nn.Module], before: nn.Module, norm: nn.Module | None) -> None:
         """Put the module that `make` makes in place of the module `before`; `norm`: the one behind it, which the new
@@ -687,13 +682,24 @@ class Rewriting:
             self._call(node, operator.add, *values)  # also where the network adds in place
         first, *rest = (self._owner(self.stream[one]) for one in features)
         for other in rest:
-            if other is not first and (first.op != "call_module" or other.op != "call_module"):
+            if other is not first and not self._agree(first, other):
                 self.obstacles.append(
                     f"{_place(node)} adds features of which one is joined of others or taken out of others, so their "
                     "groupings differ"
                 )
-            elif other is not first:
-                self.same[other] = first
+
+    def _agree(self, first: fx.Node, other: fx.Node) -> bool:
+        """Can two convolutions, or a convolution and features that are joined or taken, have one grouping? Then they
+        will. Features that are joined or taken have theirs already, so the convolution must come behind them."""
+        if first.op == other.op == "call_module":
+            self.same[other] = first
+            return True
+        conv, joined = (first, other) if first.op == "call_module" else (other, first)
+        members = [conv, *(one for one in self.same if self._owner(one) is conv)]
+        if conv.op != "call_module" or any(self.order[one] < self.order[joined] for one in members):
+            return False
+        self.same[conv] = joined
+        return True
 
     def _can_be_added(self, value: Any, like: fx.Node) -> bool:
         """Is it features, or something plain of their shape, or with 1 in place of a size, or a number?"""
@@ -750,17 +756,21 @@ class Rewriting:
     # --- groupings and heads ------------------------------------------------------------------------------------------
 
     def _share_groupings(self) -> None:
-        """Let convolutions whose outputs are added up share the grouping, and the draw, of the first of them."""
-        order = {node: number for number, node in enumerate(self.graph.nodes)}
+        """Let convolutions whose outputs are added up share the grouping, and the draw, of the first of them, or of
+        features that are joined or taken."""
         classes: dict[fx.Node, list[fx.Node]] = {}
         for node in {node for pair in self.same.items() for node in pair}:
             classes.setdefault(self._owner(node), []).append(node)
         for members in classes.values():
-            owner, *others = sorted(members, key=order.__getitem__)
+            owner, *others = sorted(members, key=self.order.__getitem__)
             with self.graph.inserting_after(owner):
                 groups = self.graph.call_function(getattr, (owner, "groups"))
             for node in others:
-                self._module(node).share_grouping(self._module(owner))  # type: ignore[union-attr, operator]
+                layer: Any = self._module(node)
+                if owner.op == "call_module":
+                    layer.share_grouping(self._module(owner))
+                else:
+                    layer.take_draws()
                 node.kwargs = {**node.kwargs, "groups": groups}
 
     def _tails(self, output: fx.Node) -> None:

@@ -64,6 +64,24 @@ class Separable(nn.Module):
         return self.last(x + self.drop(self.grouped(self.deep(x))))
 
 
+class Joined(nn.Module):
+    """A sum of concatenated features and a convolution of them, and a depthwise convolution of half of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.again = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ELU())
+        self.deep = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4), nn.ELU())
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.elu(self.first(x))
+        x = torch.cat([x, F.elu(self.second(x))], 1)
+        x = x + self.again(x)
+        one, other = x.chunk(2, 1)
+        return self.last(torch.cat([one, self.deep(other)], 1))
+
+
 def group_norm(width):
     return nn.GroupNorm(2, width)
 
@@ -84,6 +102,7 @@ NETWORKS = {
     "volumes with group norm": (lambda: UNet(group_norm, 3, residual=True), (8, 6, 4)),
     "depthwise and grouped": (Separable, (10, 9)),
     "grouped and transposed": (lambda: Separable(transposed=True), (10, 9)),
+    "joined": (Joined, (10, 9)),
     "groups of one": (lambda: Separable(groups=8), (10, 9)),
 }
 
