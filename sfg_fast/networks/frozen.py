@@ -197,7 +197,7 @@ class Frozen(nn.Module):
 def _plain_conv(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> Any:
     """A layer of torch with the geometry of `like`, and this weight [K, C / groups, ..], of a transposed convolution
     [C, K / groups, ..]."""
-    kind: Any = getattr(like, "PLAIN", nn.Conv2d)
+    kind: Any = getattr(like, "PLAIN", nn.Conv2d if len(like.kernel_size) == 2 else nn.Conv3d)
     names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
     transposed = getattr(like, "transposed", False)
     options: dict[str, Any] = {name: getattr(like, name) for name in names + ["output_padding"] * transposed} | changes

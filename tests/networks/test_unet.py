@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sfg_fast import SFGUNet, assign, backend, penalties, predict, recalibrate, sampling
+from sfg_fast import SFGUNet, assign, backend, freeze, penalties, predict, recalibrate, sampling
 from sfg_fast.cli import main
 from sfg_fast.layer import SFGLayer
 from sfg_fast.networks.build import NETWORKS, build, head_biases
@@ -195,6 +195,25 @@ def test_equals_itself_under_dense_masking(shape, dims, options, name, float64):
 
 
 # --- deep supervision, sizes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", SIZES)
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"down": "pooled"}, {"norm": "batch"}], ids=str)
+def test_frozen_it_is_the_same(dims, options, float64):
+    """With a mixed assignment, on another image size, and exported."""
+    torch.manual_seed(0)
+    net = SFGUNet(1, {"a": 1, "b": 3}, width=6, stages=3, spatial_dims=dims, **options)
+    x, other = (torch.randn(2, 1, *size) for size in (((21, 18), (26, 9)) if dims == 2 else ((5, 9, 8), (8, 6, 9))))
+    with torch.no_grad():
+        for _ in range(3):  # running statistics of a batch norm
+            net(x)
+        assign(net, {name: torch.randint(3, (layer.out_channels,)) for name, layer in sfg_layers(net).items()})
+        frozen = freeze(net.eval(), example=x)
+        exported = torch.export.export(frozen, (x,)).module()
+        for one, image in ((frozen, x), (frozen, other), (exported, x)):
+            found, expected = one(image), net(image)
+            for task, y in expected.items():
+                assert_close(found[task], y, 1e-9, task)
 
 
 def test_deep_supervision_adds_outputs_of_coarser_grids_in_training():
