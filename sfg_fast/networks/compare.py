@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..plain_ops import INSTEAD
 from .controls import sfg_layers
+from .functional import DROPOUTS
 from .parts import PathDropout
 from .record import AnotherWay, drops_paths, results_of
-from .rewrite import DROPOUTS
 
 FIRST = "the example"
 

@@ -1,181 +1,26 @@
-"""What the layers of a frozen network are: plain convolutions for each group, and the features between them
-(freeze.py makes the network).
-
-Where the C++ kernels are there, they do all groups of a layer as one routed convolution (`_together`); elsewhere, and
-in a graph, torch does one after the other.
-"""
+"""What the layers of a frozen network are: plain convolutions and norms for each group (plain_convs.py does the
+convolutions, group_tensors.py has the features between the layers, freeze.py makes the network)."""
 
 from __future__ import annotations
 
 import collections
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import backends
 from ..activations import activate
-from ..groups import SHARED, FilterGroups, Routing, indices
+from ..groups import SHARED, Routing, indices
 from ..kernels.packing import of_channels
-from ..kernels.spec import Geometry
 from ..layer import SFGLayer
 from ..layers.feature_norm import FeatureNorm
 from ..layers.stream_conv import StreamConv2d
 from ..layers.streams import Heads, Merge, StreamBlock
 from ..norm import ImageNorm, KernelNorm, folded, running_affine
-from ..plain_ops import TensorLike, check_taken
-from ..routed_conv import RoutedConv, routed_conv
-from ..routed_conv.run import decide
-from ..tracing import in_graph, watched
-
-
-class GroupTensors(TensorLike):
-    """Features of a frozen network: for each group the channels of its own kernels alone, [N, K_g, H, W]. A group is
-    computed when somebody first reads it.
-
-    `kernels`: for each group the indices of its kernels, [] for none. `width`: K. `zero`: one channel of zeros of the
-    features' size, which stands in where a group has nothing. `side_by_side`: all groups that anybody reads, in order,
-    in one tensor, or None; `sizes`: how many channels of it are whose.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[[int], Tensor],
-        zero: Callable[[], Tensor],
-        kernels: Sequence[Sequence[int]],
-        width: int,
-        names: tuple[str, ...],
-        routing: Routing = Routing.ARROW,
-        side_by_side: Tensor | None = None,
-        sizes: Sequence[int] = (),
-    ) -> None:
-        self.zero, self.kernels, self.width, self.names, self.routing = zero, kernels, width, names, routing
-        self.groups = kernels  # what another layer takes as its draw
-        self.side_by_side, self.sizes = side_by_side, list(sizes)
-        self._compute, self._known = compute, {}  # type: ignore[var-annotated]
-
-    def __getitem__(self, group: int) -> Tensor:
-        """The channels of a group that has kernels, [N, K_g, H, W]."""
-        if group not in self._known:
-            if self.side_by_side is not None and self.sizes[group]:
-                self._known[group] = self.side_by_side.narrow(1, sum(self.sizes[:group]), self.sizes[group])
-            else:
-                self._known[group] = self._compute(group)
-        return self._known[group]
-
-    def read(self, group: int) -> list[int]:
-        """The groups that a group of the next layer reads, and that have kernels."""
-        both = (group, 0) if self.routing is Routing.ARROW and group else (group,)
-        return [one for one in both if self.kernels[one]]
-
-    def dense(self, group: int | str) -> Tensor:
-        """[N, K, H, W], zero where a kernel is in another group."""
-        group = self.names.index(group) if isinstance(group, str) else group
-        kernels = self.kernels[group]
-        if list(kernels) == list(range(self.width)):
-            return self[group]
-        channels = torch.cat([self[group], self.zero()], 1) if kernels else self.zero()
-        place = {kernel: row for row, kernel in enumerate(kernels)}
-        rows = tuple(place.get(kernel, len(kernels)) for kernel in range(self.width))
-        return channels.index_select(1, indices(rows, channels))
-
-    def merged(self, task: int | str) -> Tensor:
-        """[F_task | F_shared] by summation, [N, K, H, W]."""
-        group = self.names.index(task) if isinstance(task, str) else task
-        parts = [self.dense(one) for one in self.read(group)] or [self.dense(group)]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """That of one dense tensor, [N, K, H, W]."""
-        n, _, *size = self.zero().shape
-        return torch.Size((n, self.width, *size))
-
-    def channelwise(self, operation: Callable[[Tensor], Tensor]) -> GroupTensors:
-        """`operation` on every group: it must treat each channel alone, and keep zeros."""
-        return GroupTensors(
-            lambda group: operation(self[group]), lambda: operation(self.zero()),
-            self.kernels, self.width, self.names, self.routing,
-        )  # fmt: skip
-
-    def of_kernels(self, operation: Callable[[Tensor, int], Tensor]) -> GroupTensors:
-        """`operation` on every group that has kernels, and the group's number; it must not change the size."""
-        return GroupTensors(
-            lambda group: operation(self[group], group), self.zero, self.kernels, self.width, self.names, self.routing
-        )
-
-    def _own(self, x: Tensor, group: int) -> Tensor:
-        """The channels of a group's kernels in x [N, K, H, W], or x itself if it has one channel."""
-        if x.numel() == 1:
-            return x.reshape(1, 1, 1, 1)
-        kernels = tuple(self.kernels[group])
-        alike = x.shape[1] == 1 or kernels == tuple(range(self.width))
-        return x if alike else x.index_select(1, indices(kernels, x))
-
-    @property
-    def streams_of_groups(self) -> bool:
-        """See `TensorLike.streams_of_groups`."""
-        return self.routing is Routing.OWN
-
-    def as_shared(self, x: Tensor) -> GroupTensors:
-        """See `TensorLike.as_shared`."""
-        kernels = [list(range(x.shape[1])), *([] for _ in self.names[1:])]
-        return GroupTensors(lambda group: x, lambda: x[:, :1] * 0, kernels, x.shape[1], self.names)
-
-    def plus(self, x: float | Tensor) -> GroupTensors:
-        """See `TensorLike.plus`."""
-        x = x.reshape(1, 1, 1, 1) if isinstance(x, Tensor) and x.numel() == 1 else x
-        return self.of_kernels(lambda f, group: f + (self._own(x, group) if isinstance(x, Tensor) else x))
-
-    def times(self, factor: Tensor | GroupTensors) -> GroupTensors:
-        """See `TensorLike.times`."""
-        return self.of_kernels(
-            lambda f, group: f * self._own(factor if isinstance(factor, Tensor) else factor[group], group)
-        )
-
-    def take(self, kernels: Sequence[int]) -> GroupTensors:
-        """See `TensorLike.take`."""
-        chosen = check_taken(kernels, self.width)
-        taken = [[new for new, old in enumerate(chosen) if old in own] for own in self.kernels]
-        rows = [tuple(list(own).index(chosen[new]) for new in of) for own, of in zip(self.kernels, taken, strict=True)]
-
-        def of_group(group: int) -> Tensor:
-            before = self[group]
-            return before.index_select(1, indices(rows[group], before))
-
-        return GroupTensors(of_group, self.zero, taken, len(chosen), self.names, self.routing)
-
-    def prelu(self, slopes: Tensor) -> GroupTensors:
-        """See `TensorLike.prelu`."""
-        return self.of_kernels(lambda f, group: F.prelu(f, self._own(slopes[None], group).flatten()))
-
-    def __add__(self, other: GroupTensors | float | Tensor) -> GroupTensors:
-        if isinstance(other, int | float | Tensor):
-            return self.plus(other)
-        if [list(one) for one in self.kernels] != [list(one) for one in other.kernels]:
-            raise ValueError(f"features of different groupings can't be added: {self.kernels} and {other.kernels}")
-        return GroupTensors(
-            lambda group: self[group] + other[group], self.zero, self.kernels, self.width, self.names, self.routing
-        )
-
-    __radd__ = __add__
-
-    def concatenate(self, *more: GroupTensors) -> GroupTensors:
-        """[F | F' | ..] along the channels: the kernels of all features, each in its own group."""
-        every = (self, *more)
-        kernels: list[list[int]] = [[] for _ in self.names]
-        width = 0
-        for one in every:
-            for group, own in enumerate(one.kernels):
-                kernels[group] += [kernel + width for kernel in own]
-            width += one.width
-        return GroupTensors(
-            lambda group: torch.cat([one[group] for one in every if one.kernels[group]], 1), self.zero,
-            kernels, width, self.names, self.routing,
-        )  # fmt: skip
+from .group_tensors import GroupTensors
+from .plain_convs import convolve, plain_conv, together
 
 
 class Frozen(nn.Module):
@@ -192,85 +37,6 @@ class Frozen(nn.Module):
                 raise RuntimeError(f"the frozen network was built without {name!r}: freeze it with that task")
             self.convolutions[name] = make(self.source)
         return self.convolutions[name]
-
-
-def _plain_conv(weight: Tensor, bias: Tensor | None, like: Any, **changes: Any) -> Any:
-    """A layer of torch with the geometry of `like`, and this weight [K, C / groups, ..], of a transposed convolution
-    [C, K / groups, ..]."""
-    kind: Any = getattr(like, "PLAIN", nn.Conv2d if len(like.kernel_size) == 2 else nn.Conv3d)
-    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-    transposed = getattr(like, "transposed", False)
-    options: dict[str, Any] = {name: getattr(like, name) for name in names + ["output_padding"] * transposed} | changes
-    first, second = weight.shape[0], weight.shape[1] * options.get("groups", 1)
-    channels = (first, second) if transposed else (second, first)
-    conv = kind(*channels, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
-    conv.weight.data = weight.detach().clone()
-    if bias is not None and conv.bias is not None:
-        conv.bias.data = bias.detach().clone()
-    return conv.requires_grad_(False)
-
-
-def _only_torch(conv: Any, x: Tensor) -> bool:
-    """Has torch to do this convolution of x? It has to in a graph (export, compile) and for what a routed convolution
-    is not; and it shall where the kernels are torch's own. The C++ kernels are faster for few and odd numbers of
-    channels."""
-    if not isinstance(conv, nn.Conv2d) or conv.groups > 1:
-        return True
-    torch_knows_alone = conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dtype != conv.weight.dtype
-    looked_at = in_graph() or watched() or x.requires_grad
-    return torch_knows_alone or looked_at or x.device.type != "cpu" or backends.current() == "reference"
-
-
-def _convolve(conv: Any, x: Tensor, relu: bool = False) -> Tensor:
-    """conv(x), or relu of it."""
-    if not _only_torch(conv, x):
-        rows, columns = (FilterGroups.blocks([n], ("all",), x.device) for n in conv.weight.shape[:2])
-        spec = RoutedConv(rows, columns, Routing.ALL, _geometry(conv))
-        run = decide(x, conv.weight, spec)
-        if not run.kernels.OF_TORCH:
-            return routed_conv(x, conv.weight, conv.bias, spec, relu, run=run)
-    return F.relu(conv(x)) if relu else conv(x)
-
-
-def _together(
-    convolutions: Mapping[int, Any],
-    x: Tensor | GroupTensors,
-    groups: int,
-    relu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor | None:
-    """The convolutions of several groups, {group: plain convolution}, as one routed convolution, with outputs side by
-    side and nothing copied; None where that can't be. `relu` and `residual`: as in `convolve`."""
-    read = x if isinstance(x, Tensor) else x.side_by_side
-    if read is None or not convolutions or any(_only_torch(conv, read) for conv in convolutions.values()):
-        return None
-    ordered = dict(sorted(convolutions.items()))
-    columns = [read.shape[1]] if isinstance(x, Tensor) else x.sizes
-    reads = {group: [0] if isinstance(x, Tensor) else x.read(group) for group in ordered}
-    if any(conv.weight.shape[1] != sum(columns[one] for one in reads[group]) for group, conv in ordered.items()):
-        return None  # zeros stand in for something
-    sizes = [ordered[group].weight.shape[0] if group in ordered else 0 for group in range(groups)]
-    names = tuple(map(str, range(groups)))
-    rows, read_from = (FilterGroups.blocks(side, names[: len(side)], read.device) for side in (sizes, columns))
-    some = next(iter(ordered.values()))
-    routing = Routing.ALL if isinstance(x, Tensor) else x.routing
-    spec = RoutedConv(rows, read_from, routing, _geometry(some))
-    run = decide(read, some.weight, spec)
-    if run.kernels.OF_TORCH:
-        return None
-    weights, starts = [], [0, *itertools.accumulate(columns)]
-    for group, conv in ordered.items():
-        weight, at = conv.weight.new_zeros(sizes[group], sum(columns), *conv.weight.shape[2:]), 0
-        for one in reads[group]:
-            weight[:, starts[one] : starts[one + 1]] = conv.weight[:, at : at + columns[one]]
-            at += columns[one]
-        weights.append(weight)
-    bias = None if some.bias is None else torch.cat([conv.bias for conv in ordered.values()])
-    return routed_conv(read, torch.cat(weights), bias, spec, relu, residual, run=run)
-
-
-def _geometry(conv: Any) -> Geometry:
-    return Geometry(conv.stride, conv.padding, conv.dilation)
 
 
 class _Reach:
@@ -321,14 +87,14 @@ class FrozenConv(Frozen):
         add = None
         if residual is not None and self.activation is None and not self.normalises and residual.sizes == sizes:
             add = residual.side_by_side
-        together = None
+        every = None
         if "source" not in self.__dict__:  # all convolutions have been made
-            together = _together(made, x, len(self.names), self._relu, add)
+            every = together(made, x, len(self.names), self._relu, add)
         own = GroupTensors(
             lambda group: self._group(x, group), lambda: self._zero(x), self.kernels, self.width, self.names,
-            side_by_side=None if together is None else self._behind(together, list(made)), sizes=sizes,
+            side_by_side=None if every is None else self._behind(every, list(made)), sizes=sizes,
         )  # fmt: skip
-        added = add is not None and together is not None
+        added = add is not None and every is not None
         return own if residual is None or added else residual + own
 
     @property
@@ -381,19 +147,19 @@ class FrozenConv(Frozen):
             return self._behind(F.relu(y) if self._relu else y, [group])
         read, columns = _columns(x, group)
         conv = self._convolution(self.names[group], lambda source: self._make(source, group, columns))
-        return self._behind(_convolve(conv, read, self._relu), [group])
+        return self._behind(convolve(conv, read, self._relu), [group])
 
     def _make(self, source: SFGLayer, group: int, columns: list[int] | None) -> nn.Module:
         rows = self.kernels[group]
         weight, bias = self._weight_and_bias(source, group, rows)
         weight = _columns_of(weight, columns)
-        return _plain_conv(source.kernels_first(weight), bias, source)
+        return plain_conv(source.kernels_first(weight), bias, source)
 
     def _make_grouped(self, source: SFGLayer, group: int, rows: list[int] | None) -> nn.Module:
         """`rows`: of a depthwise convolution the kernels to take; None: all."""
         if source.transposed:
             bias = source.bias
-            conv = _plain_conv(source.weight, bias, source, groups=source.groups)
+            conv = plain_conv(source.weight, bias, source, groups=source.groups)
             if not isinstance(source.norm, KernelNorm):
                 return conv
             scale, shift = source.norm.running_affine()
@@ -401,7 +167,7 @@ class FrozenConv(Frozen):
         rows = list(range(self.width)) if rows is None else rows
         weight, bias = self._weight_and_bias(source, group, rows)
         groups = len(rows) if source.groups == self.width else source.groups
-        return _plain_conv(weight, bias, source, groups=groups)
+        return plain_conv(weight, bias, source, groups=groups)
 
     def _weight_and_bias(self, source: SFGLayer, group: int, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of these kernels, kernels first, with the batch normalisation."""
@@ -510,9 +276,9 @@ class FrozenStreamConv(Frozen):
             weight, bias = _columns_of(source.weight, columns), source.bias
             if source.norm is not None:
                 weight, bias = folded(weight, bias, *running_affine(source.norm, source.rows(group)))
-            return _plain_conv(weight, bias, source)
+            return plain_conv(weight, bias, source)
 
-        return activate(_convolve(self._convolution(self.names[group], make), read), self.activation)
+        return activate(convolve(self._convolution(self.names[group], make), read), self.activation)
 
 
 class FrozenStreamBlock(Frozen):
@@ -543,15 +309,15 @@ class FrozenStreamBlock(Frozen):
             bias = None if bias is None else bias[rows]
             if source.norm2 is not None:
                 weight, bias = folded(weight, bias, *running_affine(source.norm2, rows))
-            return _plain_conv(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
+            return plain_conv(weight, bias, source.conv1, dilation=source.dilation, padding=source.dilation)
 
         def second(source: StreamBlock) -> nn.Module:
             bias = None if source.conv2.bias is None else source.conv2.bias[rows]
             geometry = {"dilation": source.dilation, "padding": source.dilation}
-            return _plain_conv(source.conv2.weight[rows], bias, source.conv2, **geometry)
+            return plain_conv(source.conv2.weight[rows], bias, source.conv2, **geometry)
 
-        h = _convolve(self._convolution(f"{name}_1", first), h, True)
-        return shortcut + _convolve(self._convolution(f"{name}_2", second), h)
+        h = convolve(self._convolution(f"{name}_1", first), h, True)
+        return shortcut + convolve(self._convolution(f"{name}_2", second), h)
 
 
 def _slice_of(norm: nn.BatchNorm2d | None, rows: slice) -> nn.Module:
@@ -600,9 +366,9 @@ class FrozenMerge(Frozen):
 
         def make(source: Merge) -> nn.Module:
             bias = None if source.conv.bias is None else source.conv.bias[rows]
-            return _plain_conv(source.conv.weight[rows], bias, source.conv)
+            return plain_conv(source.conv.weight[rows], bias, source.conv)
 
-        return _convolve(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
+        return convolve(self._convolution(self.names[group], make), torch.cat([x.dense(group), x.dense(SHARED)], 1))
 
 
 class FrozenHeads(Frozen):
@@ -615,7 +381,7 @@ class FrozenHeads(Frozen):
     def forward(self, x: GroupTensors) -> dict[str, Tensor]:
         """The outputs of the tasks, {task: [N, channels, H, W]}."""
         if "source" not in self.__dict__:
-            y = _together({g: self.convolutions[task] for task, g in self.tasks.items()}, x, len(x.names))
+            y = together({g: self.convolutions[task] for task, g in self.tasks.items()}, x, len(x.names))
             if y is not None:
                 by_group = sorted(self.tasks, key=self.tasks.__getitem__)
                 sizes: list[int] = [self.convolutions[task].out_channels for task in by_group]  # type: ignore[misc]
@@ -629,6 +395,6 @@ class FrozenHeads(Frozen):
         def make(source: Heads) -> nn.Module:
             rows = source.rows(task)
             bias = None if source.conv.bias is None else source.conv.bias[rows]
-            return _plain_conv(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
+            return plain_conv(_columns_of(source.conv.weight[rows], columns), bias, source.conv)
 
-        return _convolve(self._convolution(task, make), read)
+        return convolve(self._convolution(task, make), read)

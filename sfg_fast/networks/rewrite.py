@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ..plain_ops import CHANNELWISE, ELEMENTWISE
 from .controls import sfg_layers
 from .conversion_report import COPIED, HEAD, PLAIN, SFG, UNREACHED, Report, Row
+from .functional import DROPOUTS, FunctionsAsModules, held
 from .parts import PathDropout
 from .products import MULTIPLIES, can_be_broadcast, factor_layers
 from .record import (
@@ -32,7 +32,6 @@ from .record import (
     name_of,
     output_of,
     pads_channels,
-    remove_unused,
     results_of,
 )
 from .replacements import SFG_LAYERS, feature_norm, is_norm, sfg_layer, stream_conv
@@ -43,29 +42,9 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     for function in (F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.relu6, F.selu, F.celu, F.softplus,
                      torch.sigmoid, torch.tanh)
 }  # fmt: skip
-DROPOUTS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}  # fmt: skip
 _NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm
 _NAMES = "nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d and nn.ConvTranspose3d"
 _NOT_ELEMENTWISE = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
-
-# The functions of a weight for which torch.nn has a module, and the names of their arguments in order.
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_PLAIN: dict[Any, Any] = {F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.conv_transpose2d: nn.ConvTranspose2d,
-          F.conv_transpose3d: nn.ConvTranspose3d}  # fmt: skip
-_FUNCTIONS: dict[Any, tuple[str, ...]] = {
-    F.conv2d: _CONV,
-    F.conv3d: _CONV,
-    F.conv_transpose2d: _TRANSPOSED,
-    F.conv_transpose3d: _TRANSPOSED,
-    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
-    F.linear: ("input", "weight", "bias"),
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-}
 
 # What functions do to features of SFG layers. The names of the functions stand here without underscores.
 _SAME = {"contiguous", "as_tensor", "clone", "requires_grad"}
@@ -115,7 +94,7 @@ class Rewriting:
         self.selection = Selection(network)
         # Convolution -> a convolution whose grouping it takes (sums), or concatenated or taken features.
         self.same: dict[fx.Node, fx.Node] = {}
-        self.order = {node: number for number, node in enumerate(graph.nodes)}
+        self.order: dict[fx.Node, int] = {}  # which node comes first
         self.factors: set[fx.Node] = set()  # convolutions whose output becomes streams, because it is a factor
         self.streams: set[fx.Node] = set()  # features that are streams
         self.ended: dict[fx.Node, str] = {}  # tail: what ended the SFG layers before it
@@ -128,10 +107,10 @@ class Rewriting:
     def run(self) -> None:
         """Rewrite the graph, and fill the report. With `obstacles` the graph is left half done."""
         self._without_gradients()
-        self._modules_of_functions()
-        self._dropouts()
+        FunctionsAsModules(self.network, self.graph, self.modules, self.modes, self.told).run()
         convolutions = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         self._find_factors()
+        self.order = {node: number for number, node in enumerate(self.graph.nodes)}
         output = output_of(self.graph)
         self.heads = self._heads(results_of(output.args[0]))
         for node in list(self.graph.nodes):
@@ -157,113 +136,6 @@ class Rewriting:
                     f"{name!r} can't be skipped, because it does not stand in front of the SFG layers (a normalisation "
                     "or an activation goes with its convolution, and what gives the output is a head)"
                 )
-
-    # --- modules in place of functions --------------------------------------------------------------------------------
-
-    def _modules_of_functions(self) -> None:
-        """Put modules in place of F.conv2d, F.linear, F.batch_norm and the like that read parameters of the network. (A
-        subclass of nn.Conv2d with another forward pass calls them.)"""
-        for node in list(self.graph.nodes):
-            if node.op != "call_function" or node.target not in _FUNCTIONS:
-                continue
-            given = dict(zip(_FUNCTIONS[node.target], node.args, strict=False)) | dict(node.kwargs)
-            x, parts = given.pop("input"), {}
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                value = given.pop(key, None)
-                parts[key] = self._held(value) if isinstance(value, fx.Node) else value
-                if isinstance(value, fx.Node) and parts[key] is None:
-                    break  # the forward pass computes it
-            else:
-                self._as_module(node, x, parts, given)
-        remove_unused(self.graph)  # nodes that read the parameters
-
-    def _held(self, node: fx.Node) -> Tensor | None:
-        """The parameter or buffer that a node reads; None for another node."""
-        return operator.attrgetter(str(node.target))(self.network) if node.op == "get_attr" else None
-
-    def _as_module(self, node: fx.Node, x: fx.Node, parts: Mapping[str, Tensor | None], given: dict[str, Any]) -> None:
-        weight, bias = parts["weight"], parts["bias"]
-        if any(isinstance(value, fx.Node) for value in given.values()):
-            return
-        module: Any
-        if node.target in (F.batch_norm, torch.batch_norm):
-            module = self._batch_norm(node, parts, given)
-        elif weight is None:
-            return
-        elif node.target is F.group_norm:
-            module = nn.GroupNorm(given["num_groups"], len(weight), given.get("eps", 1e-5), device="meta")
-        elif node.target is F.linear:
-            module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        else:
-            groups = given.get("groups", 1)
-            channels = weight.shape[1] * groups, weight.shape[0]
-            if node.target in (F.conv_transpose2d, F.conv_transpose3d):
-                channels = weight.shape[0], weight.shape[1] * groups
-            how: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in given.items()}
-            how |= {"bias": bias is not None, "device": "meta"}
-            module = _PLAIN[node.target](*channels, tuple(weight.shape[2:]), **how)
-        if module is None:
-            return
-        if not isinstance(module, nn.BatchNorm2d):
-            module.weight, module.bias = weight, bias
-        name = self._place_for(module, _weight_name(node))
-        with self.graph.inserting_before(node):
-            made = self.graph.call_module(name, (x,))
-        made.meta |= node.meta
-        node.replace_all_uses_with(made)
-        self.graph.erase_node(node)
-
-    def _place_for(self, module: nn.Module, weight: str) -> str:
-        """The name of a module that has this weight and does the same as `module`. If there is none, `module` is added:
-        in place of the weight's owner, if that is a subclass without children, else beside the weight."""
-        owner, _, own = weight.rpartition(".")
-        before = self.modules[owner]
-        if type(before) is type(module) and _settings(before) == _settings(module):
-            return owner
-        if (
-            owner
-            and isinstance(before, type(module))
-            and type(before) is not type(module)
-            and not _has_children(before)
-        ):
-            name = owner
-            self.network.set_submodule(name, module)
-        else:
-            name = f"{owner}.{own}_{type(module).__name__.lower()}".lstrip(".")
-            if name not in self.modules:
-                before.add_module(name.rpartition(".")[2], module)
-        if self.network.get_submodule(name) is module:
-            self.modules[name], self.modes[module] = module, self.modes[before]
-        return name
-
-    def _batch_norm(
-        self, node: fx.Node, parts: Mapping[str, Tensor | None], given: Mapping[str, Any]
-    ) -> nn.BatchNorm2d | None:
-        """The nn.BatchNorm2d that does the same in both modes; None if there is none."""
-        mean, var, weight, bias = (parts[key] for key in ("running_mean", "running_var", "weight", "bias"))
-        if node not in self.told or mean is None or var is None or weight is None or bias is None:
-            return None
-        norm = nn.BatchNorm2d(len(weight), given.get("eps", 1e-5), given.get("momentum", 0.1), device="meta")
-        norm.weight, norm.bias = weight, bias  # type: ignore[assignment]
-        norm.running_mean, norm.running_var = mean, var
-        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
-        return norm
-
-    def _dropouts(self) -> None:
-        """Put modules in place of F.dropout(x, p, self.training). The recorded function, in `eval()`, would never
-        drop."""
-        for node in [one for one in self.graph.nodes if one in self.told and one.target in DROPOUTS]:
-            number = next(n for n in itertools.count() if not hasattr(self.network, f"dropout_{n}"))
-            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            name, dropout = f"dropout_{number}", DROPOUTS[node.target](p)
-            self.network.add_module(name, dropout)
-            owner = self.modules.get(node.meta[WHERE], self.network)
-            self.modules[name], self.modes[dropout] = dropout, self.modes[owner]
-            with self.graph.inserting_before(node):
-                made = self.graph.call_module(name, (node.kwargs.get("input", *node.args[:1]),))
-            made.meta |= node.meta
-            node.replace_all_uses_with(made)
-            self.graph.erase_node(node)
 
     # --- node by node -------------------------------------------------------------------------------------------------
 
@@ -612,8 +484,8 @@ class Rewriting:
         scale = scales[0]
         if isinstance(scale, fx.Node) and not scale.meta.get(NUMBER):
             shape = scale.meta.get(SHAPE, ())
-            held = self._held(scale)
-            if held is not None and held.numel() == 1:
+            value = held(self.network, scale)
+            if value is not None and value.numel() == 1:
                 return scale
             multiplies = _SCALES[name_of(node)] is operator.mul
             like = next(one for one in values if self.kind.get(one) == "features")
@@ -778,7 +650,7 @@ class Rewriting:
         features. A result that is features of SFG layers is what the task reads of them."""
         for node in self.graph.nodes:
             if node.op == "get_attr" and all(self.kind.get(user) == "tail" for user in node.users):
-                self.kind[node] = "tail" if isinstance(self._held(node), nn.Parameter) else self.kind[node]
+                self.kind[node] = "tail" if isinstance(held(self.network, node), nn.Parameter) else self.kind[node]
         tail = [node for node in self.graph.nodes if self.kind.get(node) == "tail"]
         self.main, self.sized = self._sized(results_of(output.args[0]))
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
@@ -828,7 +700,7 @@ class Rewriting:
     def _copied(self, node: fx.Node) -> nn.Module | Tensor | None:
         """A copy of a module of the tail, or of a parameter, for one task."""
         module = self._module(node)
-        own = copy.deepcopy(self._held(node) if module is None else module)
+        own = copy.deepcopy(held(self.network, node) if module is None else module)
         if module is not None and isinstance(own, nn.Module):
             pairs = zip(module.modules(), own.modules(), strict=True)
             self.modes |= {twin: self.modes[child] for child, twin in pairs if child in self.modes}
@@ -935,25 +807,6 @@ def hook_of(module: nn.Module) -> str:
     return next((getattr(hook, "__name__", type(hook).__name__) for one in hooks for hook in one.values()), "")
 
 
-def _settings(module: nn.Module) -> list[Any]:
-    """Everything that determines what a layer computes, except the values of its parameters."""
-    names = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "momentum")
-    pairs = [(one, one) if isinstance(one, int) else one for one in (getattr(module, name, None) for name in names)]
-    return [*pairs, getattr(module, "bias", None) is None]
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
 def _described(conv: nn.Module) -> str:
     size = "x".join(map(str, conv.kernel_size))  # type: ignore[arg-type]
     return f"{type(conv).__name__}({conv.in_channels}, {conv.out_channels}, {size})"
-
-
-def _weight_name(node: fx.Node) -> str:
-    """The name of the weight that a function of `_FUNCTIONS` reads."""
-    given = dict(zip(_FUNCTIONS[node.target], node.args, strict=False)) | dict(node.kwargs)
-    weight = given["weight"]
-    assert isinstance(weight, fx.Node)
-    return str(weight.target)
