@@ -72,7 +72,7 @@ class GroupGates(FixedAssignment):
         self._foreseen = False  # was the next step looked at already (`_looks_everywhere`)?
         self.sampling = False
         self.rule = DrawRule(names, ESTIMATORS["none"], noise_on="log_p", explore=0.0, every=1)
-        self.shares_grouping = False
+        self.shares_grouping = self.takes_draws = False  # the second: with nobody that owns it
         self._sharing: list[GroupGates] = []  # the layers that share this one's grouping (a list: no submodules)
         self.reset_grouping()
         self.estimator = estimator
@@ -103,8 +103,7 @@ class GroupGates(FixedAssignment):
         self._estimator = estimator
         found = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
         self.rule = dataclasses.replace(self.rule, estimator=found)
-        never_draws = self.shares_grouping and self._owner[0] is self
-        self.logits.requires_grad_(found.gates is not None and not never_draws)
+        self.logits.requires_grad_(found.gates is not None and not self.takes_draws)
 
     @property
     def every(self) -> int:
@@ -169,13 +168,16 @@ class GroupGates(FixedAssignment):
     def assign(self, assignment: Tensor | Sequence[int] | None) -> None:
         """As `FixedAssignment.assign`. Raises ValueError for a layer that shares another layer's grouping, too."""
         if self.shares_grouping:
-            raise ValueError("this layer shares another layer's grouping: assign that one")
+            whose = "takes the draw that it is given" if self.takes_draws else "shares another layer's grouping"
+            raise ValueError(f"this layer {whose}: assign the layer that draws")
         super().assign(assignment)
 
     def share_grouping(self, owner: GroupGates) -> None:
         """From now on this layer has no grouping of its own: it uses the owner's logits, and the caller must give it
         the owner's draw (`conv(x, groups=...)`). All convolutions that write to one residual stream do so. Raises
         ValueError for an owner with other numbers of kernels or other groups."""
+        if self.takes_draws or owner.takes_draws:
+            raise ValueError("a layer that takes the draw that it is given has no grouping to share")
         if owner.logits.shape != self.logits.shape or owner.group_names != self.group_names:
             raise ValueError(
                 f"a layer of {tuple(self.logits.shape)} (kernels, groups) can't share the grouping of one of "
@@ -189,14 +191,17 @@ class GroupGates(FixedAssignment):
     def take_draws(self) -> None:
         """From now on this layer never draws: the caller must give it a draw of another layer, or of several, such as
         that of concatenated features (`conv(x, groups=x.groups)`). Its logits are not learnt."""
-        self.shares_grouping, self._owner = True, (self,)
+        if self.shares_grouping:
+            raise ValueError("this layer shares another layer's grouping, it can't take other draws")
+        self.shares_grouping = self.takes_draws = True
         self.logits.requires_grad_(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of any module. But a move (`to_empty`, from the meta device) makes a new parameter in every module, and
         all layers that share a grouping have one tensor of logits."""
         found = super()._apply(fn, recurse)
-        for layer in (self._owner[0] if self.shares_grouping else self)._sharing:
+        owns = not self.shares_grouping or self.takes_draws
+        for layer in (self if owns else self._owner[0])._sharing:
             layer.logits = layer._owner[0].logits
         return found
 
@@ -210,7 +215,8 @@ class GroupGates(FixedAssignment):
         The noise comes from torch's default generator before any backend is chosen: same seed, same assignment.
         """
         if self.shares_grouping:
-            raise ValueError("this layer shares another layer's grouping: call it with groups=<the owner's draw>")
+            whose = "takes the draw that it is given" if self.takes_draws else "shares another layer's grouping"
+            raise ValueError(f"this layer {whose}: call it with groups=<the draw of the layer that owns it>")
         if self._draws_by_formula():
             return self._draw_by_formula([self])[0]
         draws = self.training or self.sampling
@@ -300,7 +306,7 @@ class GroupGates(FixedAssignment):
             state[f"{prefix}fixed_gates"] = one_hot(old, len(self.group_names), torch.float32)
         super()._load_from_state_dict(state, prefix, metadata, *args)
         self.phase = 0 if self.learning_steps.is_meta else int(self.learning_steps) % self.every
-        if self.shares_grouping:  # load_state_dict(assign=True) brings new parameters
+        if self.shares_grouping and not self.takes_draws:  # load_state_dict(assign=True) brings new parameters
             self.logits = self._owner[0].logits
 
 

@@ -95,12 +95,16 @@ class SFGLayer(GroupGates):
         In front of an instance norm there is no bias, because the norm takes away whatever it adds. In a row that reads
         no channel it would be all there is, and the norm would multiply its rounding errors by 1/sqrt(eps), in one
         layer after the other. (The bias gets a gradient of zeros, as `weight_of` gives the logits.)"""
-        weight = self.weight_of(groups)
-        if self.bias is None or not isinstance(self.norm, ImageNorm) or self.norm.kind != "instance":
-            return weight, self.bias
-        if self.bias.requires_grad and torch.is_grad_enabled():
+        weight, used = self.weight_of(groups), self.used_bias
+        if used is not self.bias and self.bias.requires_grad and torch.is_grad_enabled():
             weight = with_zero_gradient(weight, self.bias)
-        return weight, None
+        return weight, used
+
+    @property
+    def used_bias(self) -> Tensor | None:
+        """The bias [K] that the convolution adds: None in front of an instance norm (`parameters_of`)."""
+        without = isinstance(self.norm, ImageNorm) and self.norm.kind == "instance"
+        return None if without else self.bias
 
     def kernels_first(self, weight: Tensor) -> Tensor:
         """The weight as [K, C, kH, kW], also of a transposed convolution of one group of channels."""

@@ -234,7 +234,7 @@ def test_what_features_can_not_be_joined_with(kind):
         y.take([5])
     with pytest.raises(ValueError, match="what would a task read of it"):
         type(y)(y.packed.repeat(1, 3, 1, 1) if kind == "packed" else list(y), FilterGroups.streams(5, 2)) + 1
-    with pytest.raises(ValueError, match=r"a tensor \(4, 4\) can't be features, expected \[N, C, H, W\]"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) can't be features beside \(2, 5, 4, 4\), expected \[N, C, ..\]"):
         y.as_shared(torch.zeros(4, 4))
     with pytest.raises(TypeError, match=r"expected dim=\(2, 3\), keepdim=True"):
         torch.mean(y, 1, keepdim=True)

@@ -158,8 +158,7 @@ class FrozenConv(Frozen):
     def _make_grouped(self, source: SFGLayer, group: int, rows: list[int] | None) -> nn.Module:
         """`rows`: of a depthwise convolution the kernels to take; None: all."""
         if source.transposed:
-            bias = source.bias
-            conv = plain_conv(source.weight, bias, source, groups=source.groups)
+            conv = plain_conv(source.weight, source.used_bias, source, groups=source.groups)
             if not isinstance(source.norm, KernelNorm):
                 return conv
             scale, shift = source.norm.running_affine()
@@ -172,8 +171,7 @@ class FrozenConv(Frozen):
     def _weight_and_bias(self, source: SFGLayer, group: int, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of these kernels, kernels first, with the batch normalisation."""
         weight = source.kernels_first(source.weight)[rows]
-        without = isinstance(source.norm, ImageNorm) and source.norm.kind == "instance"  # see SFGLayer.parameters_of
-        bias = None if source.bias is None or without else source.bias[rows]
+        bias = None if source.used_bias is None else source.used_bias[rows]
         if isinstance(source.norm, KernelNorm):
             scale, shift = (affine[group, rows] for affine in source.norm.running_affine())
             weight, bias = folded(weight, bias, scale, shift)

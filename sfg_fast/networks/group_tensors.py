@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..groups import Routing, indices
-from ..plain_ops import TensorLike, check_taken
+from ..plain_ops import TensorLike, as_plain, check_image, check_taken
 
 
 class GroupTensors(TensorLike):
@@ -89,8 +89,6 @@ class GroupTensors(TensorLike):
 
     def _own(self, x: Tensor, group: int) -> Tensor:
         """The channels of a group's kernels in x [N, K, H, W], or x itself if it has one channel."""
-        if x.numel() == 1:
-            return x.reshape(1, 1, 1, 1)
         kernels = tuple(self.kernels[group])
         alike = x.shape[1] == 1 or kernels == tuple(range(self.width))
         return x if alike else x.index_select(1, indices(kernels, x))
@@ -102,19 +100,19 @@ class GroupTensors(TensorLike):
 
     def as_shared(self, x: Tensor) -> GroupTensors:
         """See `TensorLike.as_shared`."""
+        check_image(x, self.shape)
         kernels = [list(range(x.shape[1])), *([] for _ in self.names[1:])]
         return GroupTensors(lambda group: x, lambda: x[:, :1] * 0, kernels, x.shape[1], self.names)
 
     def plus(self, x: float | Tensor) -> GroupTensors:
         """See `TensorLike.plus`."""
-        x = x.reshape(1, 1, 1, 1) if isinstance(x, Tensor) and x.numel() == 1 else x
+        x = as_plain(x, self.shape)
         return self.of_kernels(lambda f, group: f + (self._own(x, group) if isinstance(x, Tensor) else x))
 
     def times(self, factor: Tensor | GroupTensors) -> GroupTensors:
         """See `TensorLike.times`."""
-        return self.of_kernels(
-            lambda f, group: f * self._own(factor if isinstance(factor, Tensor) else factor[group], group)
-        )
+        plain = as_plain(factor, self.shape) if isinstance(factor, Tensor) else None
+        return self.of_kernels(lambda f, group: f * self._own(factor[group] if plain is None else plain, group))
 
     def take(self, kernels: Sequence[int]) -> GroupTensors:
         """See `TensorLike.take`."""

@@ -20,8 +20,8 @@ _ELEMENTWISE = {"relu", "sigmoid", "hardsigmoid", "silu", "gelu", "leaky_relu", 
 
 
 def can_be_broadcast(shape: Sequence[int], features: Sequence[int]) -> bool:
-    """Are these four sizes those of the features, or 1 in place of any of them?"""
-    return len(shape) == len(features) == 4 and all(a in (1, b) for a, b in zip(shape, features, strict=True))
+    """Are these sizes those of the features, or 1 in place of any of them?"""
+    return len(shape) == len(features) > 2 and all(a in (1, b) for a, b in zip(shape, features, strict=True))
 
 
 def factor_layers(network: nn.Module, graph: fx.Graph) -> set[fx.Node]:

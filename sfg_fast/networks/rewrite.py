@@ -327,7 +327,7 @@ class Rewriting:
     def _function(self, node: fx.Node, features: list[fx.Node]) -> bool:
         """Is it known what a function does to features? Then the node is rewritten to do it. (It is known, too, for a
         function that adds an obstacle.)"""
-        name, rest = name_of(node), _given(node)[1:]
+        name, rest, dims = name_of(node), _given(node)[1:], len(features[0].meta.get(SHAPE, ()))
         alone = len(inputs_of(node)) == 1
         if len(features) > 1 and (name in MULTIPLIES or self.streams.intersection(features)):
             return self._product(node, features)
@@ -339,7 +339,7 @@ class Rewriting:
         elif name in _ADDS | _SUBTRACTS:
             self._add(node, features, name)
         elif name in _SCALES and (scale := self._scale(node)) is not None:
-            if isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == 4:
+            if isinstance(scale, fx.Node) and len(scale.meta.get(SHAPE, ())) == dims > 2:
                 self._method(node, "times", features[0], scale)
             else:
                 self._call(node, _SCALES[name], features[0], scale)
@@ -353,8 +353,8 @@ class Rewriting:
             self._cast(node, features[0], name, rest)
         elif name in ("detach", "data"):
             self._method(node, "detach", features[0])
-        elif name == "getitem" and _crops(rest[0]):
-            self._method(node, "crop", features[0], _four(rest[0]))
+        elif name == "getitem" and _crops(rest[0], dims):
+            self._method(node, "crop", features[0], _written_out(rest[0], dims))
         elif name == "mean" and _of_positions(node):
             node.op, node.target = "call_function", torch.mean
         elif name.endswith("with_indices"):
@@ -388,13 +388,14 @@ class Rewriting:
     def _taken(self, node: fx.Node, before: fx.Node) -> bool:
         """Rewrite a node that takes some of the channels, or gives them another order, alone or together with the nodes
         behind it. Is it such a node?"""
-        index = _four(_given(node)[1]) if name_of(node) == "getitem" else ()
+        dims = len(before.meta.get(SHAPE, ()))
+        index = _written_out(_given(node)[1], dims) if name_of(node) == "getitem" else ()
         if isinstance(index, tuple) and len(index) > 1 and index[0] == slice(None):
             if isinstance(index[1], int):
                 self._single_channel(node)
                 return True
             crop = (*index[:1], slice(None), *index[2:])
-            if index[1] != slice(None) and _crops(crop) and any(one != slice(None) for one in crop):
+            if index[1] != slice(None) and _crops(crop, dims) and any(one != slice(None) for one in crop):
                 # The channels first, and then the positions.
                 with self.graph.inserting_before(node):
                     channels = self.graph.call_function(operator.getitem, (before, (slice(None), index[1])))
@@ -722,12 +723,13 @@ class Rewriting:
 
 
 def _of_positions(node: fx.Node) -> bool:
-    """Is the node a mean over height and width that keeps the four dimensions, and the dtype?"""
+    """Is the node a mean over height and width (and depth) that keeps the dimensions, and the dtype?"""
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    dims = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type]
+    over: list[Any] = [dims] if isinstance(dims, int) else list(dims or ())  # type: ignore[arg-type]
     keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     named = node.kwargs.keys() <= {"dim", "keepdim"}
-    return bool(dims and keeps and named) and all(dim in (2, 3, -1, -2) for dim in dims)
+    number = len(inputs_of(node)[0].meta.get(SHAPE, ()))
+    return bool(over and keeps and named and number > 2) and all(dim % number >= 2 for dim in over)
 
 
 def same(x: Any) -> Any:
@@ -771,17 +773,17 @@ def _changes_nothing(node: fx.Node, name: str, rest: list[Any]) -> bool:
     return name in _SAME and not any(isinstance(one, torch.dtype) for one in rest)
 
 
-def _crops(index: Any) -> bool:
-    """Is the index [:, :, from:to, from:to]?"""
-    whole, index = slice(None), _four(index)
-    slices = isinstance(index, tuple) and len(index) <= 4 and all(isinstance(one, slice) for one in index)
+def _crops(index: Any, dims: int) -> bool:
+    """Is the index of a tensor of so many dimensions [:, :, from:to, ..]?"""
+    whole, index = slice(None), _written_out(index, dims)
+    slices = isinstance(index, tuple) and len(index) <= dims and all(isinstance(one, slice) for one in index)
     return slices and all(one == whole for one in index[:2])
 
 
-def _four(index: Any) -> Any:
-    """The index of a tensor of four dimensions, with `..` written out."""
+def _written_out(index: Any, dims: int) -> Any:
+    """The index of a tensor of so many dimensions, with `..` written out."""
     if isinstance(index, tuple) and index[0] is Ellipsis:
-        return (*[slice(None)] * (5 - len(index)), *index[1:])
+        return (*[slice(None)] * (dims + 1 - len(index)), *index[1:])
     return index
 
 

@@ -86,9 +86,9 @@ def _places(node: fx.Node) -> Tensor:
 
 def _channels(found: Any, places: Tensor) -> list[int] | None:
     """The channels that were taken, if `found` is channels of `places` and nothing else."""
-    if not isinstance(found, Tensor) or found.dim() != 4 or not found.numel():
+    if not isinstance(found, Tensor) or found.dim() != places.dim() or found.dim() < 3 or not found.numel():
         return None
-    channels = (found[0, :, 0, 0] // places[0, 0].numel()).long() % places.shape[1]
+    channels = (found[0].flatten(1)[:, 0] // places[0, 0].numel()).long() % places.shape[1]
     same = torch.equal(found, places[:, channels])
     return channels.tolist() if same and channels.unique().numel() == channels.numel() else None
 
