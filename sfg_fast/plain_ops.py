@@ -99,7 +99,7 @@ class TensorLike:
         return self.channelwise(lambda x: x[index])
 
     def dim(self) -> int:
-        """4."""
+        """4, of volumes 5."""
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
@@ -174,7 +174,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
             f"{name} is not known to act on each channel alone and to keep zeros, so it can't act on SFG features: "
             f"{INSTEAD}"
         )
-    _check_keeps_zeros(function, name, rest, kwargs)
+    _check_keeps_zeros(function, name, features.dim(), rest, kwargs)
     if kwargs.get("inplace"):  # the packed tensor is the layer's own
         kwargs = {**kwargs, "inplace": False}
     if function in _FLAT_AT_ZERO and getattr(features, "undrawn", None) is not None:
@@ -187,24 +187,25 @@ def _are_features(x: Any) -> bool:
 
 
 def as_plain(x: float | Tensor, shape: Sequence[int]) -> Any:
-    """x, to be added to features of this shape [N, K, H, W] or multiplied with them: a number, or a tensor of four
+    """x, to be added to features of this shape [N, K, H, W] or multiplied with them: a number, or a tensor of as many
     dimensions. Raises ValueError for a tensor that can't be broadcast to this shape."""
     if not isinstance(x, Tensor):
         return x
     if x.numel() == 1:
-        return x.reshape(1, 1, 1, 1)
-    if x.dim() != 4 or not all(a in (1, b) for a, b in zip(x.shape, shape, strict=True)):
+        return x.reshape([1] * len(shape))
+    if x.dim() != len(shape) or not all(a in (1, b) for a, b in zip(x.shape, shape, strict=True)):
         raise ValueError(
-            f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same four sizes, or 1 for any of "
-            "them"
+            f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same {len(shape)} sizes, or 1 for "
+            "any of them"
         )
     return x
 
 
-def check_image(x: Tensor) -> None:
-    """Raises ValueError unless x has four dimensions."""
-    if x.dim() != 4:
-        raise ValueError(f"a tensor {tuple(x.shape)} can't be features, expected [N, C, H, W]")
+def check_image(x: Tensor, dims: int) -> None:
+    """Raises ValueError unless x has `dims` dimensions, those of features."""
+    if x.dim() != dims:
+        size = ("D, H, W", "H, W")[dims == 4]
+        raise ValueError(f"a tensor {tuple(x.shape)} can't be features, expected [N, C, {size}]")
 
 
 def check_taken(kernels: Sequence[int], width: int) -> tuple[int, ...]:
@@ -224,8 +225,8 @@ def check_factor(names: Sequence[str], width: int, of: Any, groups: Any) -> None
         )
 
 
-def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Some functions keep zeros only with the right arguments."""
+def _check_keeps_zeros(function: Any, name: str, axes: int, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Some functions keep zeros only with the right arguments. `axes`: the dimensions of the features."""
     if function is F.pad:
         mode = kwargs.get("mode", rest[1] if len(rest) > 1 else "constant")
         value = kwargs.get("value", rest[2] if len(rest) > 2 else None)
@@ -233,14 +234,16 @@ def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: 
             raise TypeError(
                 f"pad(value={value}) would give values to the channels that the grouping zeroes, expected 0"
             )
-        if len(rest[0] if rest else kwargs["pad"]) > 4:
-            raise TypeError(f"pad={rest[0] if rest else kwargs['pad']}: only height and width can be padded")
+        if len(rest[0] if rest else kwargs["pad"]) > 2 * (axes - 2):
+            sizes = ("depth, height and width", "height and width")[axes == 4]
+            raise TypeError(f"pad={rest[0] if rest else kwargs['pad']}: only {sizes} can be padded")
     elif function in (torch.mean, Tensor.mean):
         dims = rest[0] if rest else kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
         keeps = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
-        if not dims or not keeps or any(dim not in (2, 3, -1, -2) for dim in dims):
-            raise TypeError(f"mean(dim={dims}, keepdim={keeps}): expected dim=(2, 3), keepdim=True")
+        if not dims or not keeps or any(dim % axes < 2 for dim in dims):
+            positions = tuple(range(2, axes))
+            raise TypeError(f"mean(dim={dims}, keepdim={keeps}): expected dim={positions}, keepdim=True")
     elif function in (F.hardtanh, F.threshold):
         zero = torch.zeros(1)
         if function(zero, *rest, **{**kwargs, "inplace": False}) != 0:
@@ -248,7 +251,7 @@ def _check_keeps_zeros(function: Any, name: str, rest: tuple[Any, ...], kwargs: 
 
 
 def _concatenate(features: Any, dim: int = 0, **other: Any) -> Any:
-    if dim not in (1, -3) or other or not all(map(_are_features, features)):
+    if other or not all(map(_are_features, features)) or dim not in (1, 1 - features[0].dim()):
         raise TypeError(
             f"torch.cat(dim={dim}) of {', '.join(type(one).__name__ for one in features)}: SFG features can be "
             "concatenated along their channels (dim=1), and only with one another"

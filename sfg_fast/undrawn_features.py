@@ -109,14 +109,14 @@ class _Taken(torch.autograd.Function):
     def forward(ctx: Any, undrawn: Tensor, rows: Tensor, count: int) -> Tensor:
         ctx.count, ctx.tasks = count, undrawn.shape[1] // count
         ctx.save_for_backward(rows)
-        n, _, height, width = undrawn.shape
-        return zeros(undrawn, n, ctx.tasks * len(rows), height, width)
+        n, _, *size = undrawn.shape
+        return zeros(undrawn, n, ctx.tasks * len(rows), *size)
 
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
-        n, _, height, width = dundrawn.shape
-        every = dundrawn.new_zeros(n, ctx.tasks, ctx.count, height, width)
+        n, _, *size = dundrawn.shape
+        every = dundrawn.new_zeros(n, ctx.tasks, ctx.count, *size)
         every.index_copy_(2, rows, dundrawn.unflatten(1, (ctx.tasks, -1)))
         return every.flatten(1, 2), None, None
 
@@ -130,5 +130,5 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:
         scale, rows = ctx.saved_tensors
-        scale = scale if rows is None else scale.index_select(-3, rows)
+        scale = scale if rows is None else scale.index_select(1, rows)
         return dundrawn * scale.to(dundrawn.dtype), None, None

@@ -110,7 +110,7 @@ class GroupTensors(TensorLike):
     def _own(self, x: Tensor, group: int) -> Tensor:
         """The channels of a group's kernels in x [N, K, H, W], or x itself if it has one channel."""
         if x.numel() == 1:
-            return x.reshape(1, 1, 1, 1)
+            return x.reshape([1] * self.dim())
         kernels = tuple(self.kernels[group])
         alike = x.shape[1] == 1 or kernels == tuple(range(self.width))
         return x if alike else x.index_select(1, indices(kernels, x))
@@ -127,7 +127,6 @@ class GroupTensors(TensorLike):
 
     def plus(self, x: float | Tensor) -> GroupTensors:
         """See `TensorLike.plus`."""
-        x = x.reshape(1, 1, 1, 1) if isinstance(x, Tensor) and x.numel() == 1 else x
         return self.of_kernels(lambda f, group: f + (self._own(x, group) if isinstance(x, Tensor) else x))
 
     def times(self, factor: Tensor | GroupTensors) -> GroupTensors:
