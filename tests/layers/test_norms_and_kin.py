@@ -172,6 +172,13 @@ def test_transposed_convolutions(name, geometry):
     Chain(SFGConv2d(2, 6, 3, activation="relu", norm="batch"), second, MIXED, size=(8, 7)).check(name)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_transposed_convolution_whose_padding_cuts_off_the_whole_image(name):
+    """All that is left of the output is the bias, as in torch."""
+    second = SFGConvTranspose2d(6, 4, 1, 1, (2, 0), (4, 0), dilation=5, activation="relu")
+    Chain(SFGConv2d(2, 6, 3, activation="relu", norm="batch"), second, MIXED, size=(3, 7)).check(name)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("which", ASSIGNMENTS)
 @pytest.mark.parametrize("name", FAST)
