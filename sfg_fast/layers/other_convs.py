@@ -94,6 +94,7 @@ def grouped(
             u = select_channels(streams, groups.rows_in_streams)
             index = groups.undrawn_groups * groups.width + groups.order if groups.all_gates else ()
             undrawn = tuple(select_channels(streams, rows) for rows in index)
+    u = u.to(run.dtype)  # under autocast torch may have convolved in another dtype than the kernels that normalise want
     known = KnownRows(tuple(one.detach() for one in undrawn), len(groups.tasks)) if groups.all_gates else None
     return Convolved(u, known, features.packed, features.undrawn, run)
 
