@@ -103,7 +103,7 @@ class SFGFeatures(TensorLike):
         if isinstance(x, Tensor) and x.shape[1] > 1:
             x = select_channels(x, groups.order)
         if groups.full and groups.gates is not None:  # a relaxed draw; the drawn gates of others are one
-            x = of_channels(groups.gates.detach().t().reshape(-1).to(self.dtype), self.packed) * x
+            x = of_channels(groups.gates.detach().t().reshape(-1), self.packed).to(self.dtype) * x
         elif groups.gates is None and self.routing is not Routing.OWN:
             raise ValueError(f"{self} and something else can't be added: what would a task read of it?")
         return SFGFeatures(self.packed + x, groups, self.routing, self.undrawn)
@@ -137,7 +137,7 @@ class SFGFeatures(TensorLike):
 
     def as_shared(self, x: Tensor) -> SFGFeatures:
         """See `TensorLike.as_shared`."""
-        check_image(x, self.shape)
+        check_image(x, self.dim())
         return SFGFeatures(x, FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device))
 
     def take(self, kernels: Sequence[int]) -> SFGFeatures:
@@ -161,7 +161,7 @@ class SFGFeatures(TensorLike):
             of_rows = slopes[self.groups.order]
         if behind is not None:  # the derivative at zero is the slope
             repeated = of_rows.expand(self.groups.width).repeat(len(self.groups.tasks))
-            behind = undrawn_features.scaled(behind, of_channels(repeated.detach(), behind))
+            behind = undrawn_features.scaled(behind, of_channels(repeated.detach(), self.packed))
         return SFGFeatures(F.prelu(self.packed, of_rows), self.groups, self.routing, behind)
 
     def check_same_draw(self, groups: FilterGroups, routing: Routing = Routing.ARROW) -> None:

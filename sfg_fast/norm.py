@@ -453,7 +453,10 @@ def of_channels(values: Tensor, like: Tensor) -> Tensor:
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(Biased) variance and mean [N, R] over the positions of each image, at least float32."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return torch.var_mean(rows, tuple(range(2, rows.dim())), correction=0)
+    positions = tuple(range(2, rows.dim()))
+    if rows.shape[0] == 0:  # an empty batch, of which torch's `var_mean` warns
+        return rows.sum(positions), rows.sum(positions)
+    return torch.var_mean(rows, positions, correction=0)
 
 
 def _mean_of_equals(values: Tensor, which: Tensor, count: int) -> Tensor:

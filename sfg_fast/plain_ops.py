@@ -95,11 +95,11 @@ class TensorLike:
         return self.channelwise(Tensor.detach)
 
     def crop(self, index: tuple[slice, ...]) -> Self:
-        """[:, :, from:to, from:to] of a tensor, or three ranges for volumes."""
+        """[:, :, from:to, from:to] of a tensor."""
         return self.channelwise(lambda x: x[index])
 
     def dim(self) -> int:
-        """4, or 5 for volumes."""
+        """4, of volumes 5."""
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
@@ -174,7 +174,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
             f"{name} is not known to act on each channel alone and to keep zeros, so it can't act on SFG features: "
             f"{INSTEAD}"
         )
-    _check_keeps_zeros(function, name, len(features.shape) - 2, rest, kwargs)
+    _check_keeps_zeros(function, name, features.dim(), rest, kwargs)
     if kwargs.get("inplace"):  # the packed tensor is the layer's own
         kwargs = {**kwargs, "inplace": False}
     if function in _FLAT_AT_ZERO and getattr(features, "undrawn", None) is not None:
@@ -195,15 +195,17 @@ def as_plain(x: float | Tensor, shape: Sequence[int]) -> Any:
         return x.reshape([1] * len(shape))
     if x.dim() != len(shape) or not all(a in (1, b) for a, b in zip(x.shape, shape, strict=True)):
         raise ValueError(
-            f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same sizes, or 1 for any of them"
+            f"a tensor {tuple(x.shape)} meets features {tuple(shape)}, expected the same {len(shape)} sizes, or 1 for "
+            "any of them"
         )
     return x
 
 
-def check_image(x: Tensor, like: Sequence[int]) -> None:
-    """Raises ValueError unless x has as many dimensions as features of the shape `like`."""
-    if x.dim() != len(like):
-        raise ValueError(f"a tensor {tuple(x.shape)} can't be features beside {tuple(like)}, expected [N, C, ..]")
+def check_image(x: Tensor, dims: int) -> None:
+    """Raises ValueError unless x has `dims` dimensions, those of features."""
+    if x.dim() != dims:
+        size = ("D, H, W", "H, W")[dims == 4]
+        raise ValueError(f"a tensor {tuple(x.shape)} can't be features, expected [N, C, {size}]")
 
 
 def check_taken(kernels: Sequence[int], width: int) -> tuple[int, ...]:
@@ -223,8 +225,8 @@ def check_factor(names: Sequence[str], width: int, of: Any, groups: Any) -> None
         )
 
 
-def _check_keeps_zeros(function: Any, name: str, dims: int, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Some functions keep zeros only with the right arguments. `dims`: of an image."""
+def _check_keeps_zeros(function: Any, name: str, axes: int, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Some functions keep zeros only with the right arguments. `axes`: the dimensions of the features."""
     if function is F.pad:
         mode = kwargs.get("mode", rest[1] if len(rest) > 1 else "constant")
         value = kwargs.get("value", rest[2] if len(rest) > 2 else None)
@@ -232,16 +234,16 @@ def _check_keeps_zeros(function: Any, name: str, dims: int, rest: tuple[Any, ...
             raise TypeError(
                 f"pad(value={value}) would give values to the channels that the grouping zeroes, expected 0"
             )
-        pad = rest[0] if rest else kwargs["pad"]
-        if len(pad) > 2 * dims:
-            raise TypeError(f"pad={pad}: only the {dims} axes of an image can be padded, not channels or images")
+        if len(rest[0] if rest else kwargs["pad"]) > 2 * (axes - 2):
+            sizes = ("depth, height and width", "height and width")[axes == 4]
+            raise TypeError(f"pad={rest[0] if rest else kwargs['pad']}: only {sizes} can be padded")
     elif function in (torch.mean, Tensor.mean):
-        given = rest[0] if rest else kwargs.get("dim")
-        over = [given] if isinstance(given, int) else given
+        dims = rest[0] if rest else kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
         keeps = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
-        axes = tuple(range(2, 2 + dims))
-        if not over or not keeps or any(dim % (2 + dims) not in axes for dim in over):
-            raise TypeError(f"mean(dim={given}, keepdim={keeps}): expected dim={axes}, keepdim=True")
+        if not dims or not keeps or any(dim % axes < 2 for dim in dims):
+            positions = tuple(range(2, axes))
+            raise TypeError(f"mean(dim={dims}, keepdim={keeps}): expected dim={positions}, keepdim=True")
     elif function in (F.hardtanh, F.threshold):
         zero = torch.zeros(1)
         if function(zero, *rest, **{**kwargs, "inplace": False}) != 0:
@@ -249,8 +251,7 @@ def _check_keeps_zeros(function: Any, name: str, dims: int, rest: tuple[Any, ...
 
 
 def _concatenate(features: Any, dim: int = 0, **other: Any) -> Any:
-    at = dim % features[0].dim() if hasattr(features[0], "dim") else dim
-    if at != 1 or other or not all(map(_are_features, features)):
+    if other or not all(map(_are_features, features)) or dim not in (1, 1 - features[0].dim()):
         raise TypeError(
             f"torch.cat(dim={dim}) of {', '.join(type(one).__name__ for one in features)}: SFG features can be "
             "concatenated along their channels (dim=1), and only with one another"

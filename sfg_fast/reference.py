@@ -76,7 +76,7 @@ class DenseFeatures(TensorLike, list[Tensor]):
 
     def as_shared(self, x: Tensor) -> DenseFeatures:
         """See `TensorLike.as_shared`."""
-        check_image(x, self.shape)
+        check_image(x, self.dim())
         groups = FilterGroups.all_shared(x.shape[1], self.groups.tasks, x.device)
         return DenseFeatures([x, *(torch.zeros_like(x) for _ in groups.tasks)], groups)
 
@@ -87,7 +87,7 @@ class DenseFeatures(TensorLike, list[Tensor]):
             if self.routing is not Routing.OWN:
                 raise ValueError(f"{self.groups} and something else can't be added: what would a task read of it?")
             return DenseFeatures([f + x for f in self], self.groups, self.routing)
-        z = of_channels(self.groups.gates.detach().t(), self[0])
+        z = of_channels(self.groups.gates.detach().to(self.dtype).t(), self[0])
         return DenseFeatures([f + z[g] * x for g, f in enumerate(self)], self.groups, self.routing)
 
     def times(self, factor: Tensor | DenseFeatures) -> DenseFeatures:

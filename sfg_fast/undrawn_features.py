@@ -130,5 +130,5 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dundrawn: Tensor) -> Any:
         scale, rows = ctx.saved_tensors
-        scale = scale if rows is None else scale.index_select(1 - dundrawn.dim(), rows)
+        scale = scale if rows is None else scale.index_select(1, rows)
         return dundrawn * scale.to(dundrawn.dtype), None, None

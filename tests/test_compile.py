@@ -9,7 +9,9 @@ from torch import nn
 from sfg_fast import (
     SFGVGG,
     SFGConv2d,
+    SFGConv3d,
     SFGConvTranspose2d,
+    SFGConvTranspose3d,
     SFGHighResNet,
     SFGUNet,
     backend,
@@ -77,6 +79,25 @@ def check(make, name, size, steps=3, compiler="aot_eager"):
 @pytest.mark.parametrize("name", ["reference", *FAST])
 def test_layers(name, estimator, float64):
     check(lambda: Chain(estimator), name, (11, 12))
+
+
+class Volumes(nn.Module):
+    def __init__(self, estimator):
+        super().__init__()
+        options = {"tasks": tuple(TASKS), "activation": "leaky_relu", "estimator": estimator}
+        first = SFGConv3d(1, 4, (3, 2, 1), norm="batch", **options)
+        middle = SFGConvTranspose3d(4, 4, 2, (2, 1, 2), norm="instance", **options)
+        self.layers = nn.Sequential(first, middle, nn.AvgPool3d(2), SFGConv3d(4, 3, 2, padding=(0, 1, 0), **options))
+
+    def forward(self, x):
+        y = self.layers(x)
+        return {task: y.merged(task) for task in TASKS}
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "none"])
+@pytest.mark.parametrize("name", ["reference", "masked", "auto"])
+def test_layers_of_volumes(name, estimator, float64):
+    check(lambda: Volumes(estimator), name, (5, 4, 3), steps=2)
 
 
 @pytest.mark.skipif(not available("triton"), reason="Triton is not installed")

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from sfg_fast import FilterGroups, SFGConv2d, SFGFeatures, backend
+from sfg_fast import FilterGroups, SFGConv2d, SFGConv3d, SFGFeatures, backend
 from sfg_fast.groups import Routing
 from sfg_fast.reference import DenseFeatures
 from tests.backends import EVERY
@@ -153,8 +153,16 @@ WITH_PLAIN = {  # what is done to features of 5 kernels; the same with a dense t
         lambda f, x, p, z, group: F.prelu(f, p["each"].flatten()[:1]),
     ),
     "mean over positions": (
-        lambda f, x, p: torch.mean(f, (2, 3), keepdim=True),
-        lambda f, x, p, z, group: f.mean((2, 3), keepdim=True),
+        lambda f, x, p: torch.mean(f, tuple(range(2, f.dim())), keepdim=True),
+        lambda f, x, p, z, group: f.mean(tuple(range(2, f.dim())), keepdim=True),
+    ),
+    "padded": (
+        lambda f, x, p: F.pad(f, [1, 0] * (f.dim() - 2)),
+        lambda f, x, p, z, group: F.pad(f, [1, 0] * (f.dim() - 2)),
+    ),
+    "joined by a negative number": (
+        lambda f, x, p: torch.cat([f, f * 2], 1 - f.dim()),
+        lambda f, x, p, z, group: torch.cat([f, f * 2], 1),
     ),
     "times streams": (
         lambda f, x, p: f * streams_of(f, p["streams"]),
@@ -174,26 +182,30 @@ def streams_of(like, tensors):
     return kind(torch.cat(list(tensors), 1) if kind is SFGFeatures else tensors, groups, Routing.OWN)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 3])
+@pytest.mark.parametrize(("tasks", "dims"), [(1, 2), (2, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel_softmax", "selected"])
 @pytest.mark.parametrize("what", WITH_PLAIN)
-def test_features_as_by_masks_written_out(what, estimator, tasks, float64):
-    """Values, and all gradients: of the layer before and behind, its logits, and of what is plain."""
+def test_features_as_by_masks_written_out(what, estimator, tasks, dims, float64):
+    """Values, and all gradients: of the layer before and behind, its logits, and of what is plain. `dims`: 3 for
+    volumes."""
     torch.manual_seed(0)
     on_features, on_tensors = WITH_PLAIN[what]
-    first = SFGConv2d(1, 5, 3, tasks=NAMES[:tasks], estimator=estimator, activation="relu")
-    x = torch.randn(2, 2, 4, 3, requires_grad=True)
-    p = {"wide": torch.randn(2, 5, 4, 3), "each": torch.rand(1, 5, 1, 1), "streams": torch.randn(tasks + 1, 2, 5, 1, 1),
-         "planes": torch.randn(tasks + 1, 2, 1, 4, 3)}  # fmt: skip
-    for one in p.values():
-        one.requires_grad_()
-    image, found = torch.randn(2, 1, 6, 5), []
+    layer, plain, names = {2: (SFGConv2d, F.conv2d, EVERY), 3: (SFGConv3d, F.conv3d, ("reference", "masked"))}[dims]
+    first = layer(1, 5, 3, tasks=NAMES[:tasks], estimator=estimator, activation="relu")
+    size, one = (4, 3, 2)[:dims], (1,) * dims
+    x = torch.randn(2, 2, *size, requires_grad=True)
+    p = {"wide": torch.randn(2, 5, *size), "each": torch.rand(1, 5, *one),
+         "streams": torch.randn(tasks + 1, 2, 5, *one),
+         "planes": torch.randn(tasks + 1, 2, 1, *size)}  # fmt: skip
+    for tensor in p.values():
+        tensor.requires_grad_()
+    image, found = torch.randn(2, 1, *(length + 2 for length in size)), []
     with torch.no_grad():
         width = on_features(first(image), x, p).shape[1]
-    second = SFGConv2d(width, 4, 1, tasks=NAMES[:tasks], estimator=estimator)
+    second = layer(width, 4, 1, tasks=NAMES[:tasks], estimator=estimator)
     parameters = [*first.parameters(), *second.parameters(), x, *p.values()]
-    weights = [torch.randn(2, 4, 1, 1) for _ in range(tasks)]
-    for name in EVERY:
+    weights = [torch.randn(2, 4, *one) for _ in range(tasks)]
+    for name in names:
         torch.manual_seed(1)
         with backend(name):
             features = on_features(first(image), x, p)
@@ -202,15 +214,15 @@ def test_features_as_by_masks_written_out(what, estimator, tasks, float64):
             found.append((total, torch.autograd.grad(total, parameters, allow_unused=True)))
     torch.manual_seed(1)
     z = first.draw().gates
-    h = F.conv2d(image, first.weight, first.bias).relu()
-    gates = [z[:, g, None, None] for g in range(tasks + 1)]
+    h = plain(image, first.weight, first.bias).relu()
+    gates = [z[:, g].view(-1, *one) for g in range(tasks + 1)]
     dense = [on_tensors(h * gate, x, p, gate, g) for g, gate in enumerate(gates)]
     read = [dense[0], *(one + dense[0] for one in dense[1:])]
     z = second.draw().gates
-    y = [F.conv2d(one, second.weight, second.bias) * z[:, g, None, None] for g, one in enumerate(read)]
+    y = [plain(each, second.weight, second.bias) * z[:, g].view(-1, *one) for g, each in enumerate(read)]
     total = sum((w * (one + y[0]).square()).sum() for w, one in zip(weights, y[1:], strict=True))
     expected = total, torch.autograd.grad(total, parameters, allow_unused=True)
-    for name, (value, gradients) in zip(EVERY, found, strict=True):
+    for name, (value, gradients) in zip(names, found, strict=True):
         assert_close(value, expected[0], what=name)
         for parameter, a, b in zip(parameters, gradients, expected[1], strict=True):
             wanted = torch.zeros_like(parameter) if b is None else b
@@ -234,7 +246,7 @@ def test_what_features_can_not_be_joined_with(kind):
         y.take([5])
     with pytest.raises(ValueError, match="what would a task read of it"):
         type(y)(y.packed.repeat(1, 3, 1, 1) if kind == "packed" else list(y), FilterGroups.streams(5, 2)) + 1
-    with pytest.raises(ValueError, match=r"\(4, 4\) can't be features beside \(2, 5, 4, 4\), expected \[N, C, ..\]"):
+    with pytest.raises(ValueError, match=r"a tensor \(4, 4\) can't be features, expected \[N, C, H, W\]"):
         y.as_shared(torch.zeros(4, 4))
     with pytest.raises(TypeError, match=r"expected dim=\(2, 3\), keepdim=True"):
         torch.mean(y, 1, keepdim=True)

@@ -136,7 +136,7 @@ REFUSED = {
     "PixelShuffle": (nn.PixelShuffle(1), "pixel_shuffle is not known"),
     "mean": (lambda h: torch.mean(h), r"mean.dim=None.*expected dim=\(2, 3\)"),
     "pad with one": (nn.ConstantPad2d(1, 1.0), r"pad\(value=1.0\) would give values.*expected 0"),
-    "pad channels": (lambda h: F.pad(h, (0, 0, 0, 0, 1, 1)), "only the 2 axes of an image can be padded"),
+    "pad channels": (lambda h: F.pad(h, (0, 0, 0, 0, 1, 1)), "only height and width can be padded"),
     "Hardtanh": (nn.Hardtanh(0.5, 1), "hardtanh with these limits moves zero"),
     "Threshold": (nn.Threshold(0.5, 2.0), "threshold with these limits moves zero"),
     "indices": (nn.MaxPool2d(2, return_indices=True), "no indices, expected return_indices=False"),

@@ -46,7 +46,7 @@ def transposed(
     padding = tuple(before for before, _ in pads)
     if any(before != behind or before < 0 for before, behind in pads):
         around = [pad for pair in reversed(pads) for pad in pair]
-        features, padding = features.channelwise(lambda x: F.pad(x, around)), (0,) * layer.dims
+        features, padding = features.channelwise(lambda x: _padded(x, around)), (0,) * layer.dims
     rows = groups.repeated(places.number)
     one = (1,) * layer.dims
     spec = RoutedConv(rows, features.groups, features.routing, Geometry(one, padding, one))
@@ -59,6 +59,13 @@ def transposed(
     assert undrawn_rows is None or not isinstance(undrawn_rows, KnownRows | ShuffledRows)
     behind = None if undrawn_rows is None else ShuffledRows(undrawn_rows, places)
     return found._replace(u=places.shuffled(found.u), undrawn_rows=behind)
+
+
+def _padded(x: Tensor, around: list[int]) -> Tensor:
+    """As `F.pad`, which refuses to cut off more than x has, even where as much is added on the other side."""
+    if min(around) >= 0:
+        return F.pad(x, around)
+    return F.pad(F.pad(x, [max(pad, 0) for pad in around]), [min(pad, 0) for pad in around])
 
 
 def grouped(
@@ -87,6 +94,7 @@ def grouped(
             u = select_channels(streams, groups.rows_in_streams)
             index = groups.undrawn_groups * groups.width + groups.order if groups.all_gates else ()
             undrawn = tuple(select_channels(streams, rows) for rows in index)
+    u = u.to(run.dtype)  # under autocast torch may have convolved in another dtype than the kernels that normalise want
     known = KnownRows(tuple(one.detach() for one in undrawn), len(groups.tasks)) if groups.all_gates else None
     return Convolved(u, known, features.packed, features.undrawn, run)
 

@@ -100,7 +100,7 @@ class GroupTensors(TensorLike):
 
     def as_shared(self, x: Tensor) -> GroupTensors:
         """See `TensorLike.as_shared`."""
-        check_image(x, self.shape)
+        check_image(x, self.dim())
         kernels = [list(range(x.shape[1])), *([] for _ in self.names[1:])]
         return GroupTensors(lambda group: x, lambda: x[:, :1] * 0, kernels, x.shape[1], self.names)
 

@@ -73,12 +73,13 @@ def feature_norm(norm: Any, width: int, tasks: Sequence[str]) -> FeatureNorm:
 def stream_conv(conv: Any, norm: Any, activation: Any, tasks: Sequence[str]) -> StreamConv2d:
     """The convolution of streams that takes the place of the last one before a product. Raises ValueError for another
     convolution than nn.Conv2d, and for a norm other than batch normalisation."""
+    plain: Any = conv
     if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
         raise ValueError(f"is the last convolution before a product, expected nn.Conv2d of groups=1, got {conv}")
     if norm is not None and NORMS[base_of(norm)] != "batch":
         raise ValueError(f"is {type(norm).__name__} behind the last convolution before a product, expected batch norm")
     layer = StreamConv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1,
+        conv.in_channels, conv.out_channels, plain.kernel_size, conv.stride, conv.padding, conv.dilation, 1,
         conv.bias is not None, conv.padding_mode, device=conv.weight.device, dtype=conv.weight.dtype,
         tasks=tasks, norm=None if norm is None else "batch", activation=activation,
     )  # fmt: skip

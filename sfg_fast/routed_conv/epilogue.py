@@ -52,7 +52,7 @@ def _kernels_in_one_go(found: Convolved, epilogue: Epilogue) -> Normalises | Non
     if isinstance(norm, KernelNorm):
         values = values_of_each_channel(found.u)
         return found.run.normalising(values) if norm.training and not norm.synchronised else None
-    can = norm.kind == "instance" and norm.weight is not None
+    can = norm.kind == "instance" and norm.weight is not None and found.u.shape[0] > 0  # a batch may be empty
     return found.run.normalising(found.u.shape[2:].numel()) if can else None
 
 

@@ -138,7 +138,7 @@ def _(
     keep_product: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    size = _geometry(geometry).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = _geometry(geometry).output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
     y = _empty(x, sides[0].shape[0], size, kernels)
     return y, _empty(x, sides[0].shape[0], size, kernels) if keep_product else x.new_empty(0)
 
@@ -161,7 +161,7 @@ def _backward(
     gradients = run.backward(dy, x, run.pack(weight, None, x.dtype), wants, relu_output=relu_output)
     dx, dundrawn, dw, db = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     layout = _format(kernels, x)
-    dx, dundrawn = (d.contiguous(memory_format=layout) if d.dim() == 4 else d for d in (dx, dundrawn))
+    dx, dundrawn = (d.contiguous(memory_format=layout) if d.dim() > 1 else d for d in (dx, dundrawn))
     return dx, dundrawn, dw.to(weight.dtype).contiguous(), db.to(weight.dtype)
 
 
@@ -179,7 +179,7 @@ def _(
     wants: Sequence[bool],
     wants_undrawn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = (x.shape[2], x.shape[3])
+    size = tuple(x.shape[2:])
     dx = _empty(x, x.shape[1], size, kernels) if wants[0] else x.new_empty(0)
     dundrawn = _empty(x, (sizes[2] - 1) * x.shape[1], size, kernels) if wants_undrawn else x.new_empty(0)
     dw, db = weight.new_empty(weight.shape if wants[1] else 0), weight.new_empty(sizes[1] if wants[2] else 0)
@@ -253,7 +253,7 @@ def _(
     geometry: Sequence[int],
     routing: Any,
 ) -> Tensor:
-    size = _geometry(geometry).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = _geometry(geometry).output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
     return x.new_empty((x.shape[0], (sizes[0] - 1) * sides[0].shape[0], *size))
 
 
@@ -323,7 +323,7 @@ def _of_undrawn_rows(
 
 def _of_pairs(pairs: float, weight: Tensor, image: Tensor) -> int:
     """FLOPs of a convolution that multiplies so many pairs of a row and a column, in images of this size."""
-    return round(2 * pairs * weight.shape[2] * weight.shape[3] * image.shape[0] * image.shape[2] * image.shape[3])
+    return round(2 * pairs * weight.shape[2:].numel() * image.shape[0] * image.shape[2:].numel())
 
 
 def _shares(sides: Sequence[Tensor], sizes: Sequence[int]) -> list[list[float]]:
@@ -353,5 +353,5 @@ def _empty(x: Tensor, channels: int, size: tuple[int, ...], kernels: str) -> Ten
 
 
 def _geometry(numbers: Sequence[int]) -> Geometry:
-    pairs = [(numbers[i], numbers[i + 1]) for i in (0, 2, 4)]
-    return Geometry(*pairs)
+    dims = len(numbers) // 3
+    return Geometry(*(tuple(numbers[start : start + dims]) for start in range(0, len(numbers), dims)))

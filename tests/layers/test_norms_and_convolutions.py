@@ -174,6 +174,13 @@ def test_transposed_convolutions(name, geometry):
     Chain(SFGConv2d(2, 6, 3, activation="relu", norm="batch"), second, MIXED, size=(8, 7)).check(name)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_transposed_convolution_whose_padding_cuts_off_the_whole_image(name):
+    """All that is left of the output is the bias, as in torch."""
+    second = SFGConvTranspose2d(6, 4, 1, 1, (2, 0), (4, 0), dilation=5, activation="relu")
+    Chain(SFGConv2d(2, 6, 3, activation="relu", norm="batch"), second, MIXED, size=(3, 7)).check(name)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("which", ASSIGNMENTS)
 @pytest.mark.parametrize("name", FAST)
@@ -317,6 +324,40 @@ def test_layers_of_three_dimensions_run_where_they_can():
         layer(x)
     with pytest.raises(ValueError, match=r"shape \(1, 5, 5, 5\), expected \[N, 1, D, H, W\]; of one image: x\[None\]"):
         layer(x[0])
+
+
+@pytest.mark.parametrize("norm", ["instance", "instance without affine", "group", "layer"])
+@pytest.mark.parametrize("name", EVERY)
+def test_an_empty_batch_has_no_features_and_gradients_of_zero(name, norm):
+    layer = SFGConv2d(2, 6, 3, norm=NORMS[norm], activation="leaky_relu")
+    with backend(name):
+        features = layer(torch.randn(0, 2, 6, 5))
+        task = features.merged(1)
+        task.sum().backward()
+    assert task.shape == (0, 6, 4, 3)
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "grouped", "of an image"])
+@pytest.mark.parametrize("name", EVERY)
+def test_grouped_convolutions_under_autocast(name, kind):
+    """The output is that in float32, within the precision of bfloat16, and every parameter gets a gradient."""
+    torch.manual_seed(0)
+    how = {"norm": "batch", "activation": "relu", "dtype": torch.float32}
+    first = SFGConv2d(2, 6, 3, **how)
+    second = SFGConv2d(6, 6, 3, groups={"depthwise": 6, "grouped": 2, "of an image": 2}[kind], **how)
+    x = torch.randn(2, 2 if kind != "of an image" else 6, 9, 8, dtype=torch.float32)
+    found = []
+    for on in (False, True):
+        with backend(name), torch.autocast("cpu", torch.bfloat16, enabled=on):
+            z = [drawn(gates(MIXED[0], 2).float(), 2) for _ in range(2)]
+            features = x if kind == "of an image" else first(x, z[0])
+            y = second(features, features.groups if kind == "depthwise" else z[1])
+            found.append(torch.cat(list(y), 1).float())
+    found[1].square().sum().backward()
+    assert_close(found[1], found[0], 0.1, kind)
+    assert second.weight.grad is not None
+    assert second.weight.grad.isfinite().all()
 
 
 def test_the_output_of_a_transposed_layer_has_torchs_size():
