@@ -9,6 +9,14 @@ from torch.nn import functional as F
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
+LEAKY_SLOPE = 0.01
+"""The slope of "leaky_relu" below zero, in layers, kernels and networks."""
+
+
+def leaky_relu(h: Tensor) -> Tensor:
+    """LeakyReLU of slope `LEAKY_SLOPE`."""
+    return F.leaky_relu(h, LEAKY_SLOPE)
+
 
 def relu_pool(h: Tensor) -> Tensor:
     """ReLU, and then the maximum of each 2x2 window of [N, C, H, W]; an odd last row or column is left out."""
@@ -17,9 +25,19 @@ def relu_pool(h: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
-    "leaky_relu": F.leaky_relu,  # of slope 0.01
+    "leaky_relu": leaky_relu,
     "relu_pool": relu_pool,
 }
+
+
+def check_activation(activation: Activation) -> None:
+    """Raises ValueError for an activation with an unknown name, and for a class in place of an instance."""
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
+    if isinstance(activation, type):
+        name = activation.__name__
+        raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
 
 
 def activate(x: Tensor, activation: Activation, kernels: Tensor | None = None) -> Tensor:

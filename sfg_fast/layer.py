@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .activations import ACTIVATIONS, Activation
+from .activations import Activation, check_activation
 from .gates import GroupGates, with_zero_gradient
 from .groups import FilterGroups
 from .norm import ImageNorm, NormName, make_norm
@@ -48,12 +48,7 @@ class SFGLayer(GroupGates):
     ) -> None:
         """`make_plain(device=.., dtype=..)` makes a layer of torch, which checks the geometry and gives the initial
         weights."""
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation={activation!r} is unknown, expected None, {known} or a callable")
-        if isinstance(activation, type):
-            name = activation.__name__
-            raise ValueError(f"activation is the class {name}, expected an instance: {name}()")
+        check_activation(activation)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: expected one of real floating point numbers")
         slopes = isinstance(activation, nn.PReLU) and activation.num_parameters == out_channels
@@ -82,7 +77,10 @@ class SFGLayer(GroupGates):
 
     @property
     def zero_padding(self) -> tuple[int, ...] | None:
-        """Zero padding of each dimension that the convolution itself can do, or None: pad the input before."""
+        """Zero padding of each dimension that the convolution itself can do, or None: the input is padded before.
+
+        A transposed layer has None, too, but nothing is padded before it: its `padding` crops the output, which its
+        forward pass does (layers/other_convs.py)."""
         return None
 
     def pad(self, x: Tensor) -> Tensor:

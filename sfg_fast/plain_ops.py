@@ -28,7 +28,10 @@ CHANNELWISE = _FLAT_AT_ZERO | {
     F.max_pool3d, F.avg_pool3d, F.lp_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d,
     F.interpolate, F.upsample, F.pad, torch.mean, Tensor.mean,
 }  # fmt: skip
-_NORMS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.local_response_norm, torch.batch_norm}
+_NORMS: dict[Any, str] = {  # what the `norm` of a layer is that does the same
+    F.batch_norm: "'batch'", torch.batch_norm: "'batch'", F.instance_norm: "'instance'", F.layer_norm: "'layer'",
+    F.group_norm: "('group', {'num_groups': ..})",
+}  # fmt: skip
 _CONVOLUTIONS = {F.conv2d, torch.conv2d, F.conv_transpose2d, F.conv3d, F.conv_transpose3d, F.linear}
 # They treat every value alone, but give values to zeros: only streams, which no gate has zeroed, may be given to them.
 ELEMENTWISE = {F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, torch.exp, torch.cos, torch.log}
@@ -151,7 +154,7 @@ def act_on_features(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
     if function in _NORMS:
         raise TypeError(
             f"{name} would give values to the channels that the grouping zeroes: let the layer before do it, "
-            "SFGConv2d(..., norm='batch')"
+            f"SFGConv2d(..., norm={_NORMS[function]})"
         )
     if function in _CONVOLUTIONS:
         raise TypeError(

@@ -123,8 +123,10 @@ def test_dropout_drops_and_keeps_the_mean(backend_name):
 
 REFUSED = {
     "BatchNorm2d": (nn.BatchNorm2d(5), r"batch_norm would give values to the channels.*norm='batch'"),
-    "InstanceNorm2d": (nn.InstanceNorm2d(5), r"instance_norm would give values.*norm='batch'"),
-    "GroupNorm": (nn.GroupNorm(1, 5), r"group_norm would give values.*norm='batch'"),
+    "InstanceNorm2d": (nn.InstanceNorm2d(5), r"instance_norm would give values.*norm='instance'"),
+    "GroupNorm": (nn.GroupNorm(1, 5), r"group_norm would give values.*norm=\('group', \{'num_groups': ..\}\)\)$"),
+    "LayerNorm": (nn.LayerNorm(10), r"layer_norm would give values.*norm='layer'"),
+    "LocalResponseNorm": (nn.LocalResponseNorm(2), "local_response_norm is not known .*: take dense tensors"),
     "Sigmoid": (nn.Sigmoid(), r"sigmoid would give values.*activation=torch.sigmoid"),
     "Softplus": (nn.Softplus(), r"softplus would give values"),
     "Hardsigmoid": (nn.Hardsigmoid(), r"activation=torch.nn.functional.hardsigmoid"),

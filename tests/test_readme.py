@@ -47,7 +47,7 @@ def test_files_that_the_documentation_names_exist(page):
 
 def test_messages_that_the_documentation_explains_are_there():
     root = Path(__file__).parent.parent
-    source = " ".join(path.read_text() for path in (root / "sfg_fast").rglob("*.py"))
+    source = " ".join(path.read_text() for part in ("sfg_fast", "kernels") for path in (root / part).rglob("*.py"))
     source = re.sub(r'"\s+f?"', "", source)  # parts of one string
     rows = re.findall(r"^\| `(.*?)`", (root / "docs/errors.md").read_text(), re.MULTILINE)
     assert len(rows) >= 12

@@ -12,6 +12,7 @@ import torch  # its OpenMP runtime must be loaded first: the extension then uses
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from ...activations import LEAKY_SLOPE
 from ...groups import Routing
 from .. import formulas
 from ..masked import missing
@@ -55,8 +56,6 @@ __all__ = [
 MASKS_GRADIENTS = COMPUTES_GATE_GRADIENTS = NORMALISES = READS_NORMALISED = True
 OF_TORCH = SHARES_PRODUCTS = False
 MEMORY_FORMAT, KNOWS = torch.contiguous_format, (None, "relu", "leaky_relu", "relu_pool")
-
-LEAKY_SLOPE = 0.01  # of "leaky_relu"
 
 KEPT_FROM = 128 << 10  # bytes: malloc's own limit, from which it asks the system
 

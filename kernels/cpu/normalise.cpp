@@ -1,5 +1,6 @@
-// Batch normalisation, and the activation and the residual behind it. One thread does a whole channel: its planes fit
-// into the second-level cache, so the second and the third pass over them don't go to memory.
+// Batch normalisation, and the activation and the residual behind it. (An instance norm comes as the batch norm of one
+// image that has the channels of all images.) One thread does a whole channel: its planes fit into the second-level
+// cache, so the second and the third pass over them don't go to memory.
 #include <algorithm>
 #include <cmath>
 

@@ -113,7 +113,8 @@ void weight_gradient(const InnerLoops<T>&, const T* x, const T* dy, const T* rel
                      const Blocks&, int threads);
 
 // Batch normalisation of u [n][c][h][w] and the activation behind it. Weight, bias and statistics stand in the layer's
-// own order: order[c] is the place of channel c there, as in Blocks.
+// own order: order[c] is the place of channel c there, as in Blocks. (Instance normalisation of n images of c channels
+// is batch normalisation of one image of n * c channels.)
 template <typename T>
 struct Norm {
     const T *u, *weight, *bias;

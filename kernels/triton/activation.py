@@ -6,7 +6,9 @@ A kernel is compiled for one ACTIVATION: None, "relu" or "leaky_relu", as in act
 import triton
 import triton.language as tl
 
-LEAKY_SLOPE = tl.constexpr(0.01)  # of "leaky_relu"
+from ... import activations
+
+LEAKY_SLOPE = tl.constexpr(activations.LEAKY_SLOPE)
 
 
 @triton.jit

@@ -126,7 +126,8 @@ class SFGConv2d(_Routed, Conv2dLayer):
 
     Attributes:
         weight: [K, C / groups, kH, kW].
-        bias: [K] or None.
+        bias: [K] or None. In front of an instance norm, which would take it away, it is not used, and its gradient is
+            zero.
         norm: a `KernelNorm`, an `ImageNorm` or None.
         logits: [K, T+1], temperature: 0-dim, every: see `GroupGates`.
 

@@ -8,19 +8,20 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from ..activations import Activation, activate
+from ..activations import Activation, activate, check_activation
 from ..features import SFGFeatures
 from ..groups import FilterGroups, Routing, group_names
 from ..kernels.spec import Geometry, RoutedConv
+from ..norm import NormName
 from ..reference import DenseFeatures, merge
 from ..routed_conv import routed_conv
 from .conv import Features, for_backend
-from .streams import slice_of_norm
+from .streams import check_plain_norm, slice_of_norm
 
 
 class StreamConv2d(nn.Conv2d):
-    """A convolution that has all K channels for every group, computed from what that group reads: streams s. No draw
-    and no gate zeroes any of them. All groups have the same weights.
+    """A convolution for images that has all K channels for every group, computed from what that group reads: streams s.
+    No draw and no gate zeroes any of them. All groups have the same weights.
 
     `features * streams` is F'_g = F_g * s_g, for s_g of as many channels as F_g, or of one. So the last convolution
     of a squeeze-and-excite block is a `StreamConv2d` (on features of one position its T+1 times K channels cost next to
@@ -32,7 +33,8 @@ class StreamConv2d(nn.Conv2d):
         The others are those of `nn.Conv2d`, and `tasks` as in `SFGConv2d`.
 
     Raises:
-        ValueError: for groups other than 1 and an unknown `norm`.
+        ValueError: for groups other than 1, another `norm`, and an activation that `SFGConv2d` refuses by its name or
+            as a class.
     """
 
     def __init__(
@@ -42,13 +44,15 @@ class StreamConv2d(nn.Conv2d):
         kernel_size: int | tuple[int, int],
         *arguments: Any,
         tasks: int | Iterable[str] = 2,
-        norm: str | None = None,
+        norm: NormName = None,
         activation: Activation = None,
         **options: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, *arguments, **options)
-        if self.groups != 1 or norm not in (None, "batch"):
-            raise ValueError(f"groups={self.groups}, norm={norm!r}: expected groups=1, and norm=None or 'batch'")
+        if self.groups != 1:
+            raise ValueError(f"groups={self.groups}: expected groups=1, because each group reads all its channels")
+        check_plain_norm(norm)
+        check_activation(activation)
         self.group_names, self.activation = group_names(tasks), activation
         like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.norm = nn.BatchNorm2d(out_channels * len(self.group_names), **like) if norm else None
@@ -86,3 +90,7 @@ class StreamConv2d(nn.Conv2d):
     def rows(self, group: int) -> slice:
         """The rows of `norm` that belong to a group."""
         return slice(group * self.out_channels, (group + 1) * self.out_channels)
+
+    def extra_repr(self) -> str:
+        """The arguments, for `print`."""
+        return f"{super().extra_repr()}, tasks={self.group_names[1:]}, activation={self.activation}"

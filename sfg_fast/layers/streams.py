@@ -25,18 +25,26 @@ from ..routed_conv.normalised_conv import normalised_conv
 from .conv import Features, SFGConv2d, for_backend
 
 
+def check_plain_norm(norm: NormName) -> None:
+    """Raises ValueError unless `norm` is None or "batch". Where channels have no draw, a norm is one of torch."""
+    if norm not in (None, "batch"):
+        raise ValueError(f"norm={norm!r}: expected None or 'batch', because streams have no other normalisation")
+
+
 class StreamBlock(nn.Module):
     """A residual block on each of the T+1 streams, x + conv(relu(bn(conv(relu(bn(x)))))). Each stream has weights and
     normalisations of its own.
 
     `first`: the block stands right after an SFG layer. Its input is normalised, activated and gated already, so it
     starts with the convolution, which reads only the drawn rows.
+    `norm`: None, or "batch": an `nn.BatchNorm2d` of all (T+1)K channels. Raises ValueError for another norm.
     """
 
     def __init__(
         self, channels: int, tasks: Iterable[str], dilation: int = 1, first: bool = False, norm: NormName = "batch"
     ) -> None:
         super().__init__()
+        check_plain_norm(norm)
         names = group_names(tasks)
         rows = channels * len(names)
         self.names, self.channels, self.dilation = names, channels, dilation

@@ -65,6 +65,12 @@ def reads_volumes(name: str) -> bool:
     return "spatial_dims" in inspect.signature(NETWORKS[name]).parameters
 
 
+def default_norm(name: str) -> NormName:
+    """The norm that the network of this name in `NETWORKS` has if none is asked for."""
+    norm: NormName = inspect.signature(NETWORKS[name]).parameters["norm"].default
+    return norm
+
+
 def head_biases(network: Any, task: str) -> list[Tensor]:
     """The biases [outputs] of each head of a task: of its output, and of those that deep supervision adds. Writing to
     these tensors changes the heads."""

@@ -65,10 +65,12 @@ def convert(
 
     `module` is run on `example` in `eval()` and in `train()`, and its operations are recorded as a graph. Then:
 
-    - Each `nn.Conv2d` becomes an `SFGConv2d`. It takes over the batch normalisation, the activation and, behind a ReLU,
-      the 2x2 max-pooling that follow it, because these stand before the gate.
+    - Each `nn.Conv2d`, `nn.Conv3d`, `nn.ConvTranspose2d` and `nn.ConvTranspose3d` becomes an `SFGConv2d`, `SFGConv3d`,
+      `SFGConvTranspose2d` or `SFGConvTranspose3d`. It takes over the batch, instance or group normalisation, the
+      activation and, behind a ReLU, the 2x2 max-pooling of images that follow it, because these stand before the gate.
     - Convolutions whose outputs are added up (shortcuts) share one grouping.
-    - A batch normalisation behind a sum becomes a `FeatureNorm`.
+    - A depthwise convolution takes the draw of its input.
+    - A normalisation behind a sum becomes a `FeatureNorm`.
     - Concatenations, other pooling, interpolation, casts and scaling stay.
     - The last convolution, or everything behind the last feature map (pooling, flattening, linear layers), becomes a
       head for each task.
@@ -83,14 +85,15 @@ def convert(
     decision would differ.
 
     Args:
-        module: a network that takes images [N, C, H, W] and returns a tensor, or tensors in dicts, lists and tuples. It
-            is not changed.
+        module: a network that takes images [N, C, H, W] or volumes [N, C, D, H, W] and returns a tensor, or tensors in
+            dicts, lists and tuples. It is not changed.
         tasks: {name: number of outputs}; or names, whose heads have as many outputs as `module`. A head of another size
             starts with new weights. Of several tensors that `module` returns, the number is that of the first, and of
             all others that have as many channels as the first; the rest keep their channels.
         skip: names of modules to be left plain. They must stand before the SFG layers, because a plain convolution
             between SFG layers would mix what belongs to different tasks.
-        example: images that `module` can run on, [N, C, H, W], by default noise [1, C, 64, 64].
+        example: images or volumes that `module` can run on, by default noise [1, C, 64, 64] or, if the first
+            convolution is one for volumes, [1, C, 32, 32, 32].
         strict: whether to raise ValueError instead of a warning where convolutions other than the heads are copied for
             each task. They are copied if something stands before them that is not known to act on each channel alone.
         report: whether to return a `Report`, too, of what became of every convolution, and why.
@@ -101,9 +104,12 @@ def convert(
         report. Modules have the names that they had in `module`.
 
     Raises:
-        ValueError: for everything that can't be converted, in one message with names: another norm than batch
-            normalisation, a transposed or grouped convolution, a sum with something that is no feature of an SFG layer,
-            hooks, a function that does something else on another image or in `train()`, and more.
+        ValueError: for tasks, options and examples that can't be, and for everything that can't be converted, in one
+            message with names: a norm other than batch, instance and group normalisation, one with running statistics
+            of instances, a convolution that is used more than once, a sum with something of another shape or of
+            features whose groupings differ, a product of two features without a factor that a convolution computes,
+            single channels of features, max-pooling with indices, hooks, parts under `no_grad`, a function that does
+            something else on another image or in `train()`, and more.
     """
     sizes = _sizes(tasks)
     skip = _checked(module, skip, options)

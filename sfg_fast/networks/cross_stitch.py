@@ -73,7 +73,7 @@ class CrossStitch(nn.Module):
             with `residual="separate"` each network has one stack of residual blocks in a stage, and the unit stands
             where the streams would be merged).
         in_channels, outputs: as in the architecture.
-        norm: as in `SFGConv2d`.
+        norm: as in `SFGConv2d`; of `SFGHighResNet` with `residual="separate"` None or "batch".
         dropout: probability with which each channel is zero behind a unit, as in `SFGHighResNet`.
         sizes: options of the architecture that set its size (`network.sizes`).
 
@@ -95,7 +95,10 @@ class CrossStitch(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(network, "column"):
-            raise ValueError(f"method='cross_stitch': {network.__name__} has none, expected another method")
+            raise ValueError(
+                f"method='cross_stitch': {network.__name__} has no stages for cross-stitch units, expected "
+                "highresnet or vgg"
+            )
         tasks = tuple(outputs)
         self.in_channels, self.outputs = in_channels, dict(outputs)
         self.per_image, self.least_size = network.per_image, network.least_size

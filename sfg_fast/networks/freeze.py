@@ -1,11 +1,15 @@
-"""`freeze` makes a plain network of the learnt architecture: an `nn.Conv2d` for each group of each layer that is used.
+"""`freeze` makes a plain network of the learnt architecture: a plain convolution (2-D or 3-D, transposed or not) for
+each group of each layer that is used.
 
 An SFG network with a fixed assignment is T+1 networks that read one another: the shared network, and for each task a
 network that reads itself and the shared one. So every SFG layer becomes up to T+1 plain convolutions of those kernels
-that an output depends on, with the normalisation folded in. To find these kernels, the frozen network is run once for
-the wanted tasks. A layer computes its features when another layer reads them, and makes a convolution when it is first
-asked for one, with the input channels that there are. Nobody asks for kernels that no output depends on. (frozen.py has
-what each kind of layer becomes.)
+that an output depends on. A batch normalisation is folded into them. (It becomes a plain norm behind a transposed
+convolution of several groups of channels.) An instance, group or layer normalisation has statistics of each image, so
+it becomes a plain norm behind them.
+
+To find these kernels, the frozen network is run once for the wanted tasks. A layer computes its features when another
+layer reads them, and makes a convolution when it is first asked for one, with the input channels that there are. Nobody
+asks for kernels that no output depends on. (frozen.py has what each kind of layer becomes.)
 """
 
 from __future__ import annotations
@@ -41,10 +45,9 @@ def freeze(
         assignment: {layer name: int [K]}, by default argmax p of each layer (or its fixed assignment). The running
             statistics must be those of this assignment: call `recalibrate(model, batches)` before.
         tasks: which tasks' outputs are kept; None: all.
-        example: an image [N, C, H, W] that `model` can read, by default zeros [1, C, 64, 64], of volumes [1, C, 32, 32,
-            32]. The frozen network takes other sizes, too. (A network that `convert` made still checks sizes as its
-            forward pass does: see `convert`.)
-
+        example: an image [N, C, H, W] or a volume [N, C, D, H, W] that `model` can read, by default zeros [1, C, 64,
+            64], of volumes [1, C, 32, 32, 32]. The frozen network takes other sizes, too. (A network that `convert`
+            made still checks sizes as its forward pass does: see `convert`.)
 
     Raises:
         ValueError: for a model without SFG layers, a constant p, unknown tasks, or an assignment of other layers.

@@ -36,7 +36,8 @@ class SFGHighResNet(nn.Module):
             "routed" (the blocks' convolutions are SFG layers, merge by summation; several times cheaper).
         method: "sfg", or another method of `methods.METHODS` except "cross_stitch": the paper's four baselines
             "one_task", "hard_sharing", "constant_mask", "constant_p", or "even_split" or "retrain".
-        norm, init, estimator: as in `SFGConv2d`.
+        norm: as in `SFGConv2d`; with `residual="separate"` None or "batch".
+        init, estimator: as in `SFGConv2d`.
         noise_on, explore: see `GroupGates`.
         shared: for "constant_mask": the share of a layer's kernels that is shared, one number or one for each layer
             that has a grouping of its own; None: 1/(T+1). The other kernels are split evenly among the tasks.
@@ -44,9 +45,9 @@ class SFGHighResNet(nn.Module):
             predictions by draws.
 
     Raises:
-        ValueError: for an unknown `residual` or `method`, a `width` that is neither a number nor three, several
-            outputs with `method="one_task"`, `method="cross_stitch"` (which is the class `CrossStitch`), or values that
-            `shared` or `dropout` can't have.
+        ValueError: for an unknown `residual` or `method`, a `norm` that separate residual blocks can't have, a `width`
+            that is neither a number nor three, several outputs with `method="one_task"`, `method="cross_stitch"` (which
+            is the class `CrossStitch`), or values that `shared` or `dropout` can't have.
     """
 
     per_image = False  # the outputs have a value for each voxel

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import LEAKY_SLOPE
 from ..layer import SFGLayer
 from ..norm import NormName
 
@@ -108,7 +109,7 @@ def he_initialise(network: nn.Module) -> None:
     zeros."""
     for module in network.modules():
         if isinstance(module, SFGLayer | nn.Conv2d | nn.Conv3d):
-            slope = 0.01 if getattr(module, "activation", None) == "leaky_relu" else 0.0
+            slope = LEAKY_SLOPE if getattr(module, "activation", None) == "leaky_relu" else 0.0
             nn.init.kaiming_normal_(module.weight, slope, nonlinearity="leaky_relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from ..layers.streams import check_plain_norm
 from ..norm import NormName
 
 
@@ -82,10 +83,13 @@ class ReadTask(nn.Module):
 
 class ResidualBlock(nn.Module):
     """A `StreamBlock` for a single stream, on tensors: x + conv(relu(bn(conv(relu(bn(x)))))). The `first` block of a
-    stage starts with the convolution, because its input is normalised and activated already."""
+    stage starts with the convolution, because its input is normalised and activated already.
+
+    `norm`: None, or "batch": an `nn.BatchNorm2d`. Raises ValueError for another norm."""
 
     def __init__(self, channels: int, dilation: int, first: bool, norm: NormName) -> None:
         super().__init__()
+        check_plain_norm(norm)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
         self.norm1, self.norm2 = (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..activations import LEAKY_SLOPE
 from ..groups import FilterGroups
 from ..layer import SFGLayer
 from ..layers.conv import Features, SFGConv2d, SFGConv3d, SFGConvTranspose2d, SFGConvTranspose3d
@@ -217,9 +218,9 @@ def halved(x: Tensor) -> Tensor:
 
 
 def leaky_relu_behind_gate(x: Tensor) -> Tensor:
-    """LeakyReLU of slope 0.01. At zero, where the undrawn rows of features are, its slope is 0.505, the mean of both
-    slopes: with torch's, 0.01, the gates of undrawn rows would get nearly no gradient."""
-    return torch.add(0.505 * x, x.abs(), alpha=0.495)
+    """LeakyReLU of slope `LEAKY_SLOPE`. At zero, where the undrawn rows of features are, its slope is the mean of both
+    slopes, 0.505: with torch's, 0.01, the gates of undrawn rows would get nearly no gradient."""
+    return torch.add((1 + LEAKY_SLOPE) / 2 * x, x.abs(), alpha=(1 - LEAKY_SLOPE) / 2)
 
 
 def _plain_stage(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import check_shape, one_line, read_text
-from ..networks.build import NETWORKS, reads_volumes
+from ..networks.build import NETWORKS, default_norm, reads_volumes
 from ..networks.methods import METHODS
 from ..tasks import USUAL, of_images, read_tasks
 
@@ -38,7 +38,7 @@ class NetworkConfig:
         stages: of unet: stages of the encoder, each but the first of which halves the image; null: 5.
         down: of unet: what halves the image, "strided" convolutions, or "pooled" for means; null: strided.
         deep_supervision: of unet: true to learn from outputs of each stage of the decoder, too, which are weighed by
-            1, 1/2, 1/4 .. as in nnU-Net; null: false.
+            1, 1/2, 1/4 .., the coarsest, too, which nnU-Net leaves out; null: false.
         method: "sfg", or another: one_task, hard_sharing, constant_mask, constant_p, even_split, cross_stitch, retrain
             (docs/network.md).
         norm: "auto" (highresnet and vgg: batch; unet: instance), "batch", "instance", "layer", or null for none.
@@ -349,6 +349,9 @@ def check(config: TrainConfig) -> None:
         refuse("seed", config.seed, "less than 2**63")
     if config.patch is not None and config.network.norm is not None and math.prod(config.patch) * schedule.batch == 1:
         refuse("patch", config.patch, "more than one voxel in a batch: one alone can't be normalised")
+    norm = default_norm(network.name) if network.norm == "auto" else network.norm
+    if config.patch is not None and norm == "instance" and math.prod(config.patch) == 1:
+        refuse("patch", config.patch, "more than one voxel: an instance norm can't normalise one alone (network.norm)")
     if config.spatial_dims == 3 and not reads_volumes(network.name):
         refuse("patch", config.patch, f"null, or height and width, because network.name {network.name} reads slices")
     if schedule.patience is not None and schedule.patience < 1:

@@ -30,7 +30,8 @@ def levels(output: Output) -> list[Tensor]:
 
 class Objective(nn.Module):
     """L of eq. 2. With deep supervision the log-likelihood of a task is the mean over its outputs, weighed by 1, 1/2,
-    1/4 .. (as in nnU-Net); an output of every n-th voxel is compared with the target of these voxels.
+    1/4 ..; an output of every n-th voxel is compared with the target of these voxels. (nnU-Net has the same weights,
+    but leaves out the coarsest output.)
 
     `likelihoods` has the module that computes the likelihood of each task (`Task.likelihood`)."""
 
