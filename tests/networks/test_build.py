@@ -61,7 +61,7 @@ def test_cross_stitch_is_built_by_the_same_call(name):
     ("arguments", "options", "message"),
     [
         (("resnet", 1, OUTPUTS), {}, "network 'resnet' is unknown, expected one of highresnet, vgg, unet"),
-        (("unet", 1, OUTPUTS, "cross_stitch"), {}, "method='cross_stitch': SFGUNet has no stages for cross-stitch units"),
+        (("unet", 1, OUTPUTS, "cross_stitch"), {}, "SFGUNet has no stages for cross-stitch units"),
         (("highresnet", 1, OUTPUTS), {"norm": "instance"}, "norm='instance': separate residual blocks have 'batch' or"),
         (("vgg", 1, OUTPUTS), {"blocks": 2}, "blocks=2: vgg has no such option, expected width, init, estimator"),
         (("vgg", 1, OUTPUTS, "cross_stitch"), {"residual": "routed"}, "residual='routed': vgg has no such option"),

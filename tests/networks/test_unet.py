@@ -390,6 +390,6 @@ def test_a_network_without_an_option_refuses_it(cache, tmp_path, capsys):
     assert main([*arguments, "--network.stages", "3"]) == 2
     assert "network: stages=3: highresnet has no such option" in capsys.readouterr().err
     assert main([*arguments, "--network.name", "unet", "--network.method", "cross_stitch"]) == 2
-    assert "method='cross_stitch': SFGUNet has none" in capsys.readouterr().err
+    assert "method='cross_stitch': SFGUNet has no stages" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert "unet" in NETWORKS
