@@ -12,57 +12,57 @@ import pytest
 from torch import nn
 
 from benchmarks.networks_converted import CHECKS, MODULES, MORE, NETWORKS, check, converted_of
+from sfg_fast.networks.conversion_report import UNREACHED
 
-# name: (SFG layers and heads, convolutions), or what the refusal says
+# name: (SFG layers and heads, convolutions that the forward pass reaches), or what the refusal says. (HoVerNet takes
+# ten minutes, and VNet drops whole images: they are in the sweep alone.)
 EXPECTED = {
-    "MONAI AHNet": "ConvTranspose2d",
+    "MONAI AHNet": (88, 88),
     "MONAI AHNet (interpolated)": (83, 83),
-    "MONAI AttentionUnet": "ConvTranspose2d",
-    "MONAI AutoEncoder": "things stand in the way",
-    "MONAI BasicUNet": "22 things stand in the way",
+    "MONAI AttentionUnet": (17, 17),
+    "MONAI AutoEncoder": (4, 4),
+    "MONAI BasicUNet": (23, 23),
     "MONAI BasicUNet (batch norm, interpolated)": (22, 22),
-    "MONAI BasicUNetPlusPlus": "returns list",
-    "MONAI BasicUNetPlusPlus (batch norm, interpolated)": "returns list",
+    "MONAI BasicUNetPlusPlus": (41, 41),
+    "MONAI BasicUNetPlusPlus (batch norm, interpolated)": (37, 37),
     "MONAI DenseNet": (10, 10),
     "MONAI DenseNet121": (120, 120),
-    "MONAI DynUNet": "things stand in the way",
+    "MONAI DynUNet": (13, 13),
     "MONAI EfficientNetBN": "draws random numbers",
     "MONAI FlexibleUNet": "draws random numbers",
-    "MONAI FlexibleUNet (resnet18)": "concatenated with something else",
+    "MONAI FlexibleUNet (resnet18)": "joined of others or taken out of others",
     "MONAI HighResNet": (21, 21),
-    "MONAI HoVerNet": "returns dict",
-    "MONAI MedNeXt": "things stand in the way",
-    "MONAI PatchDiscriminator": "returns list",
-    "MONAI Quicknat": "returns tuple",
+    "MONAI MedNeXt": (80, 80),
+    "MONAI PatchDiscriminator": (4, 4),
+    "MONAI Quicknat": "works with the indices of a max-pooling",
     "MONAI RegUNet": (10, 10),
     "MONAI ResNet": (12, 12),
     "MONAI resnet18": (20, 20),
     "MONAI resnet50": (53, 53),
-    "MONAI SegResNet": "things stand in the way",
+    "MONAI SegResNet": (32, 32),
     "MONAI SegResNet (batch norm)": (32, 32),
-    "MONAI SegResNetDS": "ConvTranspose2d",
-    "MONAI SegResNetDS (batch norm)": "ConvTranspose2d",
-    "MONAI SEResNet50": (5, 53),
-    "MONAI UNet": "things stand in the way",
-    "MONAI UNet (batch norm)": "ConvTranspose2d",
-    "MONAI VNet": "something else",
-    "nnU-Net PlainConvUNet": "things stand in the way",
-    "nnU-Net PlainConvUNet (deep supervision)": "returns list",
-    "nnU-Net ResidualEncoderUNet": "things stand in the way",
-    "nnU-Net ResidualEncoderUNet (deep supervision)": "returns list",
+    "MONAI SegResNetDS": (32, 32),
+    "MONAI SegResNetDS (batch norm)": (32, 32),
+    "MONAI SEResNet50": (53, 53),
+    "MONAI UNet": (12, 12),
+    "MONAI UNet (batch norm)": (12, 12),
+    "nnU-Net PlainConvUNet": (18, 18),
+    "nnU-Net PlainConvUNet (deep supervision)": (20, 20),
+    "nnU-Net ResidualEncoderUNet": (27, 27),
+    "nnU-Net ResidualEncoderUNet (deep supervision)": (29, 29),
     "torchvision vgg11_bn": (8, 8),
     "torchvision resnet18": (20, 20),
     "torchvision densenet121": (120, 120),
     "torchvision squeezenet1_1": (26, 26),
-    "torchvision mobilenet_v2": "is a convolution of 32 groups",
-    "torchvision efficientnet_b0": "'features.2.1.stochastic_depth' draws random numbers",
+    "torchvision mobilenet_v2": (52, 52),
+    "torchvision efficientnet_b0": (81, 81),
     "timm resnet10t": (14, 14),
     "timm dla34": (38, 38),
     "timm hrnet_w18_small": (91, 91),
     "timm resnetv2_50": (54, 54),
     "timm selecsls42": (41, 41),
     "timm inception_v3": (94, 94),
-    "timm seresnet18": (3, 36),
+    "timm seresnet18": (36, 36),
 }
 LISTED = {network.name: network for network in NETWORKS + MORE}
 
@@ -85,7 +85,7 @@ def network(request):
                 converted_of(net, x)
             pytest.skip("it is refused, in words")
         converted, report = converted_of(net, x)
-    assert report.coverage == expected
+    assert (report.coverage[0], sum(row.becomes != UNREACHED for row in report)) == expected
     assert len(report) == convolutions(net)
     copied = [row for row in report if row.becomes == "copied for each task"]
     warned = [str(one.message) for one in told if "no SFG layers" in str(one.message)]
