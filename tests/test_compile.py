@@ -130,7 +130,7 @@ def test_features_that_leave_the_graph(name, float64):
         assert_close(a, b)
 
 
-class Kin(nn.Module):
+class OtherLayers(nn.Module):
     """A transposed layer and one of another kind behind a layer with the norm of each image."""
 
     def __init__(self, kind):
@@ -153,7 +153,7 @@ class Kin(nn.Module):
 @pytest.mark.parametrize("kind", ["instance", "group", "layer", "grouped", "depthwise"])
 @pytest.mark.parametrize("name", FAST)
 def test_layers_of_every_kind(name, kind, float64):
-    check(lambda: Kin(kind), name, (9, 8), steps=2)
+    check(lambda: OtherLayers(kind), name, (9, 8), steps=2)
 
 
 def test_every_second_step_takes_two_graphs():

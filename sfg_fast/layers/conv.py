@@ -1,4 +1,4 @@
-"""`SFGConv2d`, the drop-in layer, and its kin: transposed convolutions, and both for volumes."""
+"""`SFGConv2d`, the drop-in layer; transposed convolutions; and both for volumes."""
 
 from __future__ import annotations
 
