@@ -17,8 +17,11 @@ from sfg_fast import (
 )
 from sfg_fast.estimators import ESTIMATORS
 from sfg_fast.layers.feature_norm import FeatureNorm
-from tests.backends import EVERY, FAST
+from tests.backends import EVERY, FAST, PACKED
 from tests.oracle import assert_close, merge
+
+# In Triton's interpreter one case of each kind is among the quick tests.
+MOSTLY = [pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name for name in EVERY]
 
 NORMS = {
     "none": None,
@@ -152,7 +155,7 @@ def test_every_norm(name, norm, activation):
 
 @pytest.mark.parametrize("which", ASSIGNMENTS)
 @pytest.mark.parametrize("norm", ["instance", "group", "layer"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_norms_of_each_image_under_every_assignment(name, norm, which):
     tasks, assignments = ASSIGNMENTS[which]
     how = {"norm": NORMS[norm], "activation": "leaky_relu", "tasks": tasks}
@@ -167,7 +170,7 @@ TRANSPOSED = [(2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (4, 2, 1, 0, 1), (3, 1, 1, 0, 1)
 
 
 @pytest.mark.parametrize("geometry", TRANSPOSED, ids=str)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_transposed_convolutions(name, geometry):
     kernel, stride, padding, more, dilation = geometry
     second = SFGConvTranspose2d(6, 4, kernel, stride, padding, more, 1, True, dilation, activation="relu")
@@ -193,7 +196,7 @@ def test_transposed_with_every_norm_and_assignment(name, which, norm):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_grouped_convolutions(name, norm, transposed):
     how = {"norm": NORMS[norm], "activation": "relu", "groups": 2}
     kind = SFGConvTranspose2d if transposed else SFGConv2d
@@ -202,12 +205,27 @@ def test_grouped_convolutions(name, norm, transposed):
 
 @pytest.mark.parametrize("which", ["mixed", "an empty shared group", "one task", "three tasks"])
 @pytest.mark.parametrize("own", [False, True], ids=["draw of the input", "own draw"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_depthwise_convolutions(name, own, which):
     tasks, (assignment, _) = ASSIGNMENTS[which]
     how = {"norm": "batch", "activation": "relu", "tasks": tasks}
     second = SFGConv2d(6, 6, 3, stride=2, padding=1, padding_mode="zeros", groups=6, **how)
     Chain(SFGConv2d(2, 6, 3, **how), second, (assignment, assignment[::-1] if own else None)).check(name)
+
+
+@pytest.mark.skipif("triton" not in PACKED, reason="Triton is not there")
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda: SFGConvTranspose2d(6, 6, 3, 2, 1, 1, norm="instance", activation="leaky_relu"),
+        lambda: SFGConv2d(6, 6, 3, groups=2, norm="batch", activation="relu"),
+        lambda: SFGConv2d(6, 6, 3, groups=6, norm=NORMS["group"]),
+    ],
+    ids=["transposed", "grouped", "depthwise"],
+)
+def test_one_of_each_on_triton(second):
+    assignments = (MIXED[0], (0, 1, 2, 0, 1, 1))
+    Chain(SFGConv2d(2, 6, 3, norm="instance", activation="leaky_relu"), second(), assignments).check("triton")
 
 
 @pytest.mark.parametrize("norm", NORMS)
