@@ -288,7 +288,7 @@ def test_flops_of_a_straight_through_step(into, out):
     with FlopCounterMode(display=False) as counter, backend("masked"):
         y, undrawn_rows, *_ = convolve(x, weight, None, spec, undrawn=undrawn, keep_product=True)
         y.sum().backward()
-        undrawn_rows.gate_gradient(torch.randn(1, tasks * kernels, size, size), None, None, "relu")
+        undrawn_rows.gate_gradient(torch.randn(1, tasks * kernels, size, size), None, None, "relu", rows.order)
     assert counter.get_total_flops() <= 3 * 2 * kernels * kernels * 9 * size * size
 
 
