@@ -157,8 +157,8 @@ HEADER = """| second layer, norm of both | channels | dense / straight_through |
 
 
 def main() -> None:
-    rounds = 11
-    rows = [row(kind, width, rounds) for kind in KINDS for width in (32, 64)]
+    rounds = 3
+    rows = [row(kind, width, rounds) for kind in KINDS for width in (32,)]
     lines = [
         "# Norms, and other kinds of convolution",
         f"`python -m benchmarks.bench_kinds`. {machine()}. Batch {BATCH}, {SIZE}x{SIZE} (volumes 16x32x32), two tasks. "
