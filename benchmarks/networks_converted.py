@@ -64,7 +64,7 @@ class Network(NamedTuple):
     """A network of a library: the name there, its arguments, and the height and width of its images. `variant` says
     which arguments make it another network than the defaults do."""
 
-    library: str
+    package: str  # the library that has it, a name of `MODULES`
     kind: str
     arguments: tuple[Any, ...] = ()
     options: Mapping[str, Any] | None = None
@@ -73,21 +73,21 @@ class Network(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.library} {self.kind}" + f" ({self.variant})" * bool(self.variant)
+        return f"{self.package} {self.kind}" + f" ({self.variant})" * bool(self.variant)
 
     def made(self) -> tuple[nn.Module, Tensor]:
         """The network, with weights from seed 0, and two images that it takes. Raises ImportError if the library is
         not installed."""
-        library, options, channels = importlib.import_module(MODULES[self.library]), dict(self.options or {}), 3
+        library, options, channels = importlib.import_module(MODULES[self.package]), dict(self.options or {}), 3
         torch.manual_seed(0)
-        if self.library == "torchvision":
+        if self.package == "torchvision":
             net = library.get_model(self.kind, weights=None, **options)
-        elif self.library == "timm":
+        elif self.package == "timm":
             net = library.create_model(self.kind, pretrained=False, **options)
         else:
-            plan = nnunet_plan() if self.library == "nnU-Net" else {}
+            plan = nnunet_plan() if self.package == "nnU-Net" else {}
             net = getattr(library, self.kind)(*self.arguments, **plan, **options)
-        if self.library in MEDICAL:
+        if self.package in MEDICAL:
             channels = next(module for module in net.modules() if isinstance(module, nn.Conv2d)).in_channels
         return net, torch.randn(2, channels, self.size, self.size)
 
@@ -453,8 +453,8 @@ def line(network: Network, row: Mapping[str, Any]) -> str:
         told += [f"not done: {', '.join(name for name in CHECKS if name not in checks)}"] * (len(checks) < len(CHECKS))
         told = told or ["all pass"]
     told += [row["ended"]] if "ended" in row else []
-    name = network.name.removeprefix(network.library).strip()
-    cells = (network.library, name, str(row.get("convolutions", "-")), found, "; ".join(told))
+    name = network.name.removeprefix(network.package).strip()
+    cells = (network.package, name, str(row.get("convolutions", "-")), found, "; ".join(told))
     return "| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |"
 
 
@@ -473,7 +473,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lacking = [network.name for network in NETWORKS if network.name not in rows]
     parts = {"medical": MEDICAL, "general": GENERAL}
     counts = [
-        count(title, [rows[one.name] for one in networks if one.library in libraries])
+        count(title, [rows[one.name] for one in networks if one.package in libraries])
         for title, libraries in parts.items()
     ]
     if lacking:
@@ -542,7 +542,7 @@ def main(arguments: list[str] | None = None) -> None:
     missing = {library for library, module in MODULES.items() if not installed(module)}
     for library in sorted(missing):
         print(f"{MODULES[library].partition('.')[0]} is not installed, so the networks of {library} are left out.")
-    networks = [one for one in networks if one.name not in rows and one.library not in missing]
+    networks = [one for one in networks if one.name not in rows and one.package not in missing]
     cut_off = raw.exists() and not raw.read_text().endswith("\n")
     with ThreadPoolExecutor(options.jobs) as pool, raw.open("a") as file:
         file.write("\n" * cut_off)

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from .activations import Activation, check_activation
 from .gates import GroupGates, with_zero_gradient
 from .groups import FilterGroups
+from .kernels.masked import CONVOLUTIONS
 from .norm import ImageNorm, NormName, make_norm
 
 Sizes = int | tuple[int, ...]
 
-_CONVOLUTIONS: dict[int, Any] = {2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -213,7 +213,7 @@ class _ConvLayer(SFGLayer):
         """What `nn.Conv2d` (`nn.Conv3d`) computes of one tensor [N, C, H, W], with this weight and
         bias."""
         geometry = self.stride, self.zero_padding or 0, self.dilation, self.groups
-        return _CONVOLUTIONS[self.dims](self.pad(x), weight, bias, *geometry)
+        return CONVOLUTIONS[self.dims](self.pad(x), weight, bias, *geometry)
 
 
 class Conv2dLayer(_ConvLayer):

@@ -55,22 +55,24 @@ class _Routed(SFGLayer):
         packed = residual if isinstance(residual, SFGFeatures) else None
         if packed is not None:
             packed.check_same_draw(groups)
-        if self.groups > 1 or self.transposed:
-            find = grouped if self.groups > 1 else transposed
-            found = find(self, features, groups, weight, bias)
-            made = features_of(found, Epilogue(groups, norm, self.activation, activated=False), packed)
-            return made if residual is None or residual is packed else residual + made  # type: ignore[operator]
-        relu = norm is None and self.activation == "relu"  # without a norm between them the kernels do both in one call
-        add = None
-        if norm is None and self.activation is None and not groups.learns and not groups.full:  # u + residual is all
-            add = packed.packed if packed is not None and packed.dtype == features.dtype else None
-        geometry = Geometry(self.stride, self.zero_padding or (0,) * self.dims, self.dilation)
-        found = convolve(
-            features.packed, weight, bias, RoutedConv(groups, features.groups, features.routing, geometry), relu, add,
-            undrawn=features.undrawn, deferred=features.deferred, keep_product=groups.all_gates and add is None,
-        )  # fmt: skip
-        if add is not None:
-            return SFGFeatures(found.u, groups)
+        relu = False
+        if self.groups > 1:
+            found = grouped(self, features, groups, weight, bias)
+        elif self.transposed:
+            found = transposed(self, features, groups, weight, bias)
+        else:
+            relu = norm is None and self.activation == "relu"  # with no norm between them the kernels do both at once
+            add = None
+            if norm is None and self.activation is None and not groups.learns and not groups.full:  # u + residual
+                add = packed.packed if packed is not None and packed.dtype == features.dtype else None
+            geometry = Geometry(self.stride, self.zero_padding or (0,) * self.dims, self.dilation)
+            spec = RoutedConv(groups, features.groups, features.routing, geometry)
+            found = convolve(
+                features.packed, weight, bias, spec, relu, add, undrawn=features.undrawn, deferred=features.deferred,
+                keep_product=groups.all_gates and add is None,
+            )  # fmt: skip
+            if add is not None:
+                return SFGFeatures(found.u, groups)
         made = features_of(found, Epilogue(groups, norm, self.activation, activated=relu), packed)
         return made if residual is packed else residual + made  # type: ignore[operator, arg-type]
 

@@ -20,7 +20,7 @@ from ..groups import group_names
 from .compare import Images, check_equal, noise, outputs
 from .controls import sfg_layers
 from .conversion_report import COPIED, Report
-from .record import base_of, differences, is_leaf, record, remove_unused, results_of
+from .record import EXAMPLE_SIZES, base_of, differences, is_leaf, record, remove_unused, results_of
 from .replacements import SFG_LAYERS
 from .rewrite import REMOVE_HOOKS, Rewriting, hook_of
 
@@ -187,7 +187,7 @@ def _example(module: nn.Module, example: Tensor | None) -> Tensor:
         found = f", but {', '.join(sorted(others))}" if others else ""
         raise ValueError(f"convert: the module has no convolution that can be an SFG layer{found}")
     if example is None:
-        size = (64, 64) if first.weight.dim() == 4 else (32, 32, 32)
+        size = EXAMPLE_SIZES[first.weight.dim() - 2]
         return noise(first.weight.new_empty(1, first.in_channels, *size), 0)
     if not isinstance(example, Tensor) or example.dim() != first.weight.dim() or not example.numel():
         expected = "[N, C, H, W]" if first.weight.dim() == 4 else "[N, C, D, H, W]"

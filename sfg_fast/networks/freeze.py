@@ -28,7 +28,7 @@ from ..layers.streams import Heads, Merge, StreamBlock
 from .controls import draws_from_constant_p, map_assignment, sfg_layers
 from .frozen import Frozen, FrozenConv, FrozenHeads, FrozenMerge, FrozenNorm, FrozenStreamBlock, FrozenStreamConv
 from .parts import ChannelDropout
-from .record import as_recorded, backwards, output_of, remove_unused, results_of
+from .record import EXAMPLE_SIZES, as_recorded, backwards, output_of, remove_unused, results_of
 
 
 def freeze(
@@ -86,8 +86,7 @@ def freeze(
         parameter = next(model.parameters())
         # A network that `convert` made may read nothing else than its example.
         first = next(iter(layers.values()))
-        size = (64, 64) if first.dims == 2 else (32, 32, 32)
-        shape = getattr(model, "meta", {}).get("image", (first.in_channels, *size))
+        shape = getattr(model, "meta", {}).get("image", (first.in_channels, *EXAMPLE_SIZES[first.dims]))
         example = parameter.new_zeros(1, *shape)
     if isinstance(frozen, fx.GraphModule):  # `convert` made it, so the heads are in the graph
         _keep_outputs(frozen, wanted)

@@ -30,6 +30,10 @@ WHERE, NUMBER, VALUE, SHAPE = "sfg_fast_where", "sfg_fast_number", "sfg_fast_val
 WITH_GRADIENT = "sfg_fast_with_gradient"
 
 
+EXAMPLE_SIZES = {2: (64, 64), 3: (32, 32, 32)}
+"""The size of an image that a network is run on if nobody gives one, by the number of its dimensions."""
+
+
 class _Size(int):
     """A size of a recorded tensor, or a whole number made of sizes. `node` is the node of the graph that gives it."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..groups import indices
 from ..kernels.packing import memory_format
 
 
@@ -98,8 +99,8 @@ def kernels_of_places(weight: Tensor, taps: tuple[Taps, ...]) -> Tensor:
     dims = len(taps)
     weight = F.pad(weight, [0, 1] * dims)  # tap -1 is zero
     for dim, one in enumerate(taps):
-        index = torch.tensor([tap % weight.shape[2 + 2 * dim] for place in one.of_places for tap in place])
-        weight = weight.index_select(2 + 2 * dim, index.to(weight.device))
+        every = tuple(tap % weight.shape[2 + 2 * dim] for place in one.of_places for tap in place)
+        weight = weight.index_select(2 + 2 * dim, indices(every, weight))
         weight = weight.unflatten(2 + 2 * dim, (len(one.of_places), -1))  # [K, C, .., places, taps, ..]
     weight = weight.permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
     return weight.flatten(0, dims)

@@ -23,7 +23,7 @@ def small():
 def test_thirty_medical_networks_and_sixty_others():
     names = [network.name for network in sweep.NETWORKS + sweep.MORE]
     assert len(set(names)) == len(names)
-    medical = [network for network in sweep.NETWORKS if network.library in sweep.MEDICAL]
+    medical = [network for network in sweep.NETWORKS if network.package in sweep.MEDICAL]
     assert (len(medical), len(sweep.NETWORKS)) == (30, 90)
 
 

@@ -75,8 +75,8 @@ def convolutions(net):
 def network(request):
     """(network, images, converted) of one that is accepted; what is refused is looked at here."""
     which, expected = LISTED[request.param], EXPECTED[request.param]
-    if importlib.util.find_spec(MODULES[which.library].partition(".")[0]) is None:
-        pytest.skip(f"{which.library} is not installed")
+    if importlib.util.find_spec(MODULES[which.package].partition(".")[0]) is None:
+        pytest.skip(f"{which.package} is not installed")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         net, x = which.made()
