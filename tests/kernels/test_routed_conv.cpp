@@ -228,7 +228,8 @@ void check_gates(const char* isa) {
     const std::vector<T> x = random_numbers<T>(p.n * p.c * p.h * p.w), bias = random_numbers<T>(p.k);
     const std::vector<T> weight = random_numbers<T>(p.k * p.c * p.r * p.s);
     const std::vector<T> weight_two = random_numbers<T>(q.k * q.c * q.r * q.s);
-    const std::vector<T> dy = random_numbers<T>(q.n * q.k * q.oh * q.ow), scale = random_numbers<T>(undrawn * p.k);
+    const std::vector<T> dy = random_numbers<T>(q.n * q.k * q.oh * q.ow),
+                         scale = random_numbers<T>(p.n * undrawn * p.k);
     std::vector<T> y(features, nan), kept_product(features, nan), dx(features, nan), dundrawn(features * undrawn, nan);
     std::vector<T> dz(undrawn * p.k, nan), dz_all(arrow.groups * p.k, nan);
     const int threads = int(pick(1, 3));
@@ -240,8 +241,9 @@ void check_gates(const char* isa) {
                                                  .kept_product = kept_product.data(),
                                                  .scale = scale.data(),
                                                  .shift = scale.data(),
-                                                 .one_affine = pick(0, 1) == 1,
-                                                 .act = {true, false},
+                                                 .one_image = pick(0, 1) == 1,
+                                                 .one_group = pick(0, 1) == 1,
+                                                 .act = {true, false, pick(0, 1) ? 0.01 : 0},
                                                  .shape = p,
                                                  .blocks = first};
     const auto stored = [&](const sfg::ShortcutGradient<T>& shortcut, std::vector<T>& dx, std::vector<T>& dundrawn) {
@@ -290,7 +292,8 @@ template <typename T>
 void check_normalise(const char* isa) {
     const sfg::InnerLoops<T>& loops = *sfg::inner_loops<T>(isa);
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    const bool pool = pick(0, 1);
+    const bool pool = pick(0, 1), relu = pool || pick(0, 1);
+    const double slope = pool || pick(0, 1) ? 0 : 0.01;
     const int64_t n = pick(1, 3), c = pick(1, 5), h = pick(4, 17), w = pick(5, 70), plane = h * w, size = n * c * plane;
     const int64_t out_w = pool ? w / 2 : w, out_plane = pool ? h / 2 * out_w : plane;
     const std::vector<T> u = random_numbers<T>(size), weight = random_numbers<T>(c), bias = random_numbers<T>(c);
@@ -300,7 +303,8 @@ void check_normalise(const char* isa) {
     std::shuffle(order.begin(), order.end(), generator);
     std::vector<T> y(n * c * out_plane, nan), du(size, nan), mean(c, nan), var(c, nan), dweight(c, nan), dbias(c, nan);
     const int threads = int(pick(1, 3));
-    const sfg::Norm<T> norm{u.data(), weight.data(), bias.data(), order.data(), T(1e-5), {pool, pool}, n, c, h, w};
+    const sfg::Norm<T> norm{u.data(), weight.data(), bias.data(), order.data(), T(1e-5), {relu, pool, slope}, n, c, h,
+                            w};
     std::vector<T> scale(c, nan), shift(c, nan), again(pool ? 0 : size, nan), running(2 * c, 1);
     sfg::normalise<T>(loops, norm, pool ? nullptr : residual.data(), y.data(), mean.data(), var.data(), scale.data(),
                       shift.data(), {running.data(), running.data() + c, T(0.25)}, threads);
@@ -321,7 +325,7 @@ void check_normalise(const char* isa) {
             const int64_t at = image * plane + j, row = j / w / 2, column = j % w / 2;
             const double value = (u[at] - sum / double(n * plane)) * scale + bias[order[k]];
             if (!pool)
-                expected[at] = value + residual[at];
+                expected[at] = (relu && value < 0 ? slope * value : value) + residual[at];
             else if (row < h / 2 && column < w / 2) {
                 double& most = expected[image * out_plane + row * out_w + column];
                 most = std::max(most, value);  // it starts from 0, which is the ReLU
